@@ -1,0 +1,32 @@
+"""moeconv converts Mixture-of-Experts checkpoints between layouts, byte for byte, and proves it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from moeconv.version import __version__
+
+if TYPE_CHECKING:
+    from moeconv.api import fuse, open_source, unfuse
+    from moeconv.errors import MoeconvError
+
+# PEP 562: `import moeconv` costs nothing until something of it is used
+_HOMES = {
+    "fuse": "moeconv.api",
+    "unfuse": "moeconv.api",
+    "open_source": "moeconv.api",
+    "MoeconvError": "moeconv.errors",
+}
+
+__all__ = ["MoeconvError", "__version__", "fuse", "open_source", "unfuse"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moeconv' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,226 @@
+"""The library: the verbs of the command line as functions. Nothing here prints or exits.
+
+SRC is a directory, a `.safetensors` file, an output of moeconv, or `hf://org/name[@revision]`.
+Every function raises a class of `moeconv.errors` for what a user can cause.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from moeconv.checkpoint.config import Config
+from moeconv.checkpoint.header import StoredTensor
+from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
+from moeconv.engine.commit import commit, refuse_collisions, room_needed
+from moeconv.engine.crew import Limits
+from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
+from moeconv.errors import UnknownFamily, quoted
+from moeconv.layout.detect import Detection, detect
+from moeconv.layout.recipe import Recipe
+from moeconv.layout.recipefile import parse_recipe
+from moeconv.library import fitting, load_recipe, shipped_recipes
+from moeconv.manifest import Manifest
+from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion, plan_restore
+from moeconv.plan.values import Plan
+
+DEFAULT_SHARD_BYTES: Final = 5_000_000_000
+DEFAULT_MEMORY_BYTES: Final = 512 * 1024 * 1024
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint with what its experts are."""
+
+    checkpoint: Checkpoint
+    recipes: tuple[Recipe, ...]
+    detection: Detection
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a conversion did, or in a dry run would do."""
+
+    source: Opened
+    out: Path
+    plan: Plan
+    room: Room
+    manifest: Manifest | None
+    dry_run: bool
+
+
+def default_jobs() -> int:
+    """Worker threads: one a core, at most eight."""
+    return min(8, os.cpu_count() or 1)
+
+
+def open_source(
+    src: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    from_layout: str | None = None,
+    without: tuple[str, ...] = (),
+) -> Opened:
+    """Read headers and detect the expert stacks; problems stay in `detection.problems`.
+
+    Raises UnknownFamily, BadRecipe, and what `open_checkpoint` raises.
+    """
+    checkpoint = open_checkpoint(locate(src), without=without)
+    manifest = checkpoint.manifest
+    if manifest is not None and recipe is None:
+        recipes = tuple(parse_recipe(r.toml, where=r.name) for r in manifest.root.recipes)
+        known = {s.name: (s.recipe, s.layout) for s in manifest.root.stacks}
+        detection = detect(checkpoint.tensors, checkpoint.config, recipes, known=known)
+        return Opened(checkpoint, recipes, detection)
+    recipes = _recipes_for(checkpoint, recipe)
+    detection = detect(checkpoint.tensors, checkpoint.config, recipes, from_layout=from_layout)
+    return Opened(checkpoint, recipes, detection)
+
+
+def _recipes_for(checkpoint: Checkpoint, recipe: str | Path | None) -> tuple[Recipe, ...]:
+    if recipe is not None:
+        return (load_recipe(recipe),)
+    config = checkpoint.config
+    chosen = fitting(
+        shipped_recipes(), model_type=config.model_type, architectures=config.architectures
+    )
+    if chosen:
+        return chosen
+    if not any("expert" in t.name for t in checkpoint.tensors):
+        return ()
+    raise _unknown_family(checkpoint.config, checkpoint.tensors)
+
+
+def _unknown_family(config: Config, tensors: tuple[StoredTensor, ...]) -> UnknownFamily:
+    sample = next(t.name for t in tensors if "expert" in t.name)
+    said = f"model_type is {quoted(config.model_type)}" if config.model_type else "no model_type"
+    return UnknownFamily(
+        "no recipe knows this family of models",
+        at="config.json" if config.present else "there is no config.json",
+        cause=f"{said}; the tensors have names like {quoted(sample)}",
+        fix="`moeconv recipes list` shows those that are known; give one, or a file of your own, "
+        "with `--recipe`",
+    )
+
+
+def fuse(
+    src: str | Path,
+    out: str | Path,
+    *,
+    layout: str | None = None,
+    from_layout: str | None = None,
+    recipe: str | Path | None = None,
+    without: tuple[str, ...] = (),
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Write SRC to OUT with every expert stack in its family's fused layout, or in `layout`.
+
+    Sizes are bytes; `progress(done, total)` is called with bytes of tensors, from workers.
+    """
+    source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
+    plan = _planned(source, FUSE, layout, max_shard_size)
+    return _carry_out(
+        source,
+        Path(out),
+        plan,
+        limits=Limits(jobs or default_jobs(), max_memory),
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+    )
+
+
+def unfuse(
+    src: str | Path,
+    out: str | Path,
+    *,
+    layout: str | None = None,
+    from_layout: str | None = None,
+    recipe: str | Path | None = None,
+    without: tuple[str, ...] = (),
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Write SRC to OUT per expert; an output of moeconv goes back to its original files instead.
+
+    With `layout`, an output of moeconv is converted like any other checkpoint.
+    """
+    source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
+    if source.checkpoint.own is not None and layout is None:
+        plan = _restored(source)
+    else:
+        plan = _planned(source, UNFUSE, layout, max_shard_size)
+    return _carry_out(
+        source,
+        Path(out),
+        plan,
+        limits=Limits(jobs or default_jobs(), max_memory),
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+    )
+
+
+def _planned(source: Opened, verb: str, layout: str | None, max_shard_size: int) -> Plan:
+    manifest = source.checkpoint.manifest
+    return plan_conversion(
+        source.detection.whole(),
+        verb=verb,
+        layout=layout,
+        max_shard_size=max_shard_size,
+        origin_layouts={s.name: s.origin_layout for s in manifest.root.stacks} if manifest else {},
+    )
+
+
+def _restored(source: Opened) -> Plan:
+    own = source.checkpoint.own
+    if own is None:
+        raise TypeError("only a set of moeconv has an origin")
+    tensors = tuple(t for f in own.origin.files for t in f.header.tensors)
+    known = {s.name: (s.recipe, s.origin_layout) for s in own.manifest.root.stacks}
+    original = detect(tensors, source.checkpoint.config, source.recipes, known=known)
+    return plan_restore(source.detection.whole(), original.whole(), own.origin)
+
+
+def _carry_out(
+    source: Opened,
+    out: Path,
+    plan: Plan,
+    *,
+    limits: Limits,
+    overwrite: bool,
+    dry_run: bool,
+    progress: Progress | None,
+) -> Result:
+    checkpoint = source.checkpoint
+    refuse_overlap(checkpoint.root, out)
+    refuse_existing(out, overwrite=overwrite)
+    refuse_collisions(plan, checkpoint)
+    room = room_needed(plan, checkpoint, out)
+    if dry_run:
+        return Result(source, out, plan, room, None, dry_run=True)
+    refuse_short(out, room)
+    done = 0
+    total = plan.tensor_bytes
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    manifest = commit(plan, checkpoint, out, limits=limits, overwrite=overwrite, progress=advance)
+    return Result(source, out, plan, room, manifest, dry_run=False)

@@ -1,0 +1,1 @@
+"""What is on disk: safetensors headers, index, sidecars. Knows nothing of experts."""

@@ -1,0 +1,67 @@
+"""config.json as nested values; which keys matter is the recipes' business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from moeconv.errors import BadConfig, IoFailed, quoted
+from moeconv.strictjson import Json, loads
+
+CONFIG_NAME: Final = "config.json"
+MAX_CONFIG_BYTES: Final = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A parsed config.json; `present` is False where the checkpoint has none."""
+
+    doc: dict[str, Json] = field(default_factory=dict)
+    present: bool = False
+
+    def at(self, path: str) -> Json:
+        """The value at a dotted path; list items by number; None where there is nothing."""
+        value: Json = self.doc
+        for key in path.split(".") if path else ():
+            if isinstance(value, dict):
+                value = value.get(key)
+            elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+                value = value[int(key)]
+            else:
+                return None
+        return value
+
+    @property
+    def model_type(self) -> str | None:
+        """The family's own name for itself."""
+        value = self.doc.get("model_type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The model classes it names."""
+        value = self.doc.get("architectures")
+        return tuple(a for a in value if isinstance(a, str)) if isinstance(value, list) else ()
+
+
+def read_config(path: Path) -> Config:
+    """Read a config.json; an absent file is a Config that says so. Raises BadConfig, BadJson."""
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        return Config()
+    except OSError as problem:
+        raise IoFailed(
+            "cannot read config.json", at=quoted(str(path)), cause=problem.strerror
+        ) from None
+    # configs of real models carry Infinity (time limits of state-space layers)
+    doc = loads(raw, where=quoted(path.name), constants=True)
+    if len(raw) > MAX_CONFIG_BYTES or not isinstance(doc, dict):
+        raise BadConfig(
+            "config.json is not a JSON object of a sane size",
+            at=quoted(str(path)),
+            fix="download config.json again",
+        )
+    return Config(doc, present=True)

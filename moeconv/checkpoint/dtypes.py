@@ -1,0 +1,36 @@
+"""The dtypes of the safetensors format, as sizes: moeconv moves bytes and never reads a value."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Source: huggingface/safetensors, safetensors/src/tensor.rs, enum Dtype (0.8.0).
+BITS: Final[dict[str, int]] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+
+def alignment(dtype: str) -> int:
+    """Bytes at whose multiples a tensor of this dtype must start (at least 1)."""
+    return max(BITS[dtype] // 8, 1)

@@ -1,0 +1,225 @@
+"""The safetensors header: 8 bytes of length, JSON, data; every rule checked before any use.
+
+Source of the format: huggingface/safetensors, README "Format". Stricter than the reference
+reader, which takes duplicate names, unknown members and leading spaces, and never names the file.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+from moeconv.checkpoint.dtypes import BITS
+from moeconv.errors import (
+    BadHeader,
+    HeaderTooLong,
+    HoleBetweenTensors,
+    IoFailed,
+    LfsPointer,
+    OverlappingTensors,
+    TrailingBytes,
+    TruncatedFile,
+    quoted,
+)
+from moeconv.strictjson import Json, encodable, loads
+
+LENGTH_BYTES: Final = 8
+MAX_HEADER_BYTES: Final = 100_000_000
+MAX_RANK: Final = 32
+MAX_BITS: Final = 2**63 - 1
+_LFS_MARK: Final = b"version https://git-lfs.github.com/spec/"
+_METADATA: Final = "__metadata__"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor as a file holds it; `offset` counts bytes from the start of file `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed header: `raw` is the length and the JSON exactly as stored, 8 + N bytes."""
+
+    raw: bytes
+    metadata: tuple[tuple[str, str], ...]
+    tensors: tuple[StoredTensor, ...]  # in header order
+
+    @property
+    def data_start(self) -> int:
+        """First byte of the data section."""
+        return len(self.raw)
+
+
+def read_header(path: Path, *, file: int) -> tuple[Header, os.stat_result]:
+    """Read and check one shard's header, and what `stat` said of the open file.
+
+    Raises BadHeader or one of its classes, LfsPointer, IoFailed.
+    """
+    try:
+        with path.open("rb") as stream:
+            stat = os.fstat(stream.fileno())
+            start = stream.read(max(LENGTH_BYTES, len(_LFS_MARK)))
+            _refuse_lfs(start, path.name)
+            length = header_length(start, file_size=stat.st_size, where=path.name)
+            stream.seek(0)
+            raw = stream.read(LENGTH_BYTES + length)
+    except OSError as problem:
+        raise IoFailed(
+            f"cannot read {quoted(path.name)}",
+            at=quoted(str(path)),
+            cause=problem.strerror,
+            fix="check that the file exists and may be read",
+        ) from None
+    return parse_header(raw, file_size=stat.st_size, file=file, where=path.name), stat
+
+
+def _refuse_lfs(start: bytes, where: str) -> None:
+    if start.startswith(_LFS_MARK):
+        raise LfsPointer(
+            f"{quoted(where)} is a Git-LFS pointer, not the file itself",
+            at=quoted(where),
+            cause="the repository was cloned without its large files",
+            fix="run `git lfs pull` there, or fetch it with `hf download`",
+        )
+
+
+def header_length(start: bytes, *, file_size: int, where: str) -> int:
+    """The N of the first eight bytes, checked against the file and the format's limit."""
+    if len(start) < LENGTH_BYTES:
+        raise TruncatedFile(
+            f"{quoted(where)} is too short to be a safetensors file",
+            at=quoted(where),
+            cause=f"it has {file_size} bytes; the header's length alone takes {LENGTH_BYTES}",
+            fix="download the file again",
+        )
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    limit = min(MAX_HEADER_BYTES, file_size - LENGTH_BYTES)
+    if length > limit:
+        raise HeaderTooLong(
+            f"the header of {quoted(where)} claims {length:,} bytes",
+            at=quoted(where),
+            cause=f"the file has {file_size:,} bytes, and headers end at {MAX_HEADER_BYTES:,}",
+            fix="download the file again; if it is the same, it is no safetensors file",
+        )
+    return length
+
+
+def parse_header(raw: bytes, *, file_size: int, file: int, where: str) -> Header:
+    """Check and parse the 8 + N header bytes of a file of `file_size` bytes."""
+    if raw[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
+        raise _bad(where, "its header does not start with `{`")
+    doc = loads(raw[LENGTH_BYTES:], where=f"header of {quoted(where)}")
+    if not isinstance(doc, dict):
+        raise _bad(where, "its header is not a JSON object")
+    metadata = _metadata(doc.pop(_METADATA, {}), where)
+    start = len(raw)
+    tensors = tuple(
+        _tensor(name, entry, where=where, file=file, data_start=start)
+        for name, entry in doc.items()
+    )
+    _check_cover(tensors, data_start=start, file_size=file_size, where=where)
+    return Header(raw=raw, metadata=metadata, tensors=tensors)
+
+
+def _metadata(entry: Json, where: str) -> tuple[tuple[str, str], ...]:
+    if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+        raise _bad(where, "`__metadata__` must map texts to texts")
+    return tuple((key, str(value)) for key, value in entry.items())
+
+
+def _bad(where: str, cause: str, *, tensor: str | None = None) -> BadHeader:
+    return BadHeader(
+        f"the header of {quoted(where)} breaks the safetensors format",
+        at=_place(where, tensor),
+        cause=cause,
+        fix="download the file again; if it is the same, report it to whoever wrote it",
+    )
+
+
+def _place(where: str, tensor: str | None) -> str:
+    return quoted(where) if tensor is None else f"{quoted(where)}, tensor {quoted(tensor)}"
+
+
+def _is_size(value: Json) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _tensor(name: str, entry: Json, *, where: str, file: int, data_start: int) -> StoredTensor:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _bad(where, "an entry needs `dtype`, `shape`, `data_offsets`, no more", tensor=name)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not encodable(name):
+        raise _bad(where, "the name holds a lone surrogate", tensor=name)
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise _bad(where, f"unknown dtype {quoted(str(dtype))}", tensor=name)
+    if not isinstance(shape, list) or not all(map(_is_size, shape)) or len(shape) > MAX_RANK:
+        cause = f"`shape` must be at most {MAX_RANK} integers of 0 or more"
+        raise _bad(where, cause, tensor=name)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise _bad(where, "`data_offsets` must be two integers of 0 or more", tensor=name)
+    sizes = tuple(n for n in shape if type(n) is int)
+    begin, end = (n for n in offsets if type(n) is int)
+    nbytes = _nbytes(sizes, dtype, where, name)
+    if end - begin != nbytes:
+        cause = f"{dtype} {list(sizes)} takes {nbytes:,} bytes, its offsets span {end - begin:,}"
+        raise _bad(where, cause, tensor=name)
+    return StoredTensor(name, dtype, sizes, file, data_start + begin, nbytes)
+
+
+def _nbytes(shape: tuple[int, ...], dtype: str, where: str, name: str) -> int:
+    bits = BITS[dtype]
+    for size in shape:
+        bits *= size
+        if bits > MAX_BITS:
+            raise _bad(where, "its size overflows 63 bits", tensor=name)
+    if bits % 8:
+        raise _bad(where, f"{dtype} {list(shape)} does not fill whole bytes", tensor=name)
+    return bits // 8
+
+
+def _check_cover(
+    tensors: tuple[StoredTensor, ...], *, data_start: int, file_size: int, where: str
+) -> None:
+    ordered = sorted(tensors, key=lambda t: (t.offset, t.nbytes))
+    if ordered and ordered[0].offset != data_start:
+        _refuse_gap(where, ordered[0], data_start)
+    for before, after in pairwise(ordered):
+        if after.offset != before.offset + before.nbytes:
+            _refuse_gap(where, after, before.offset + before.nbytes)
+    end = ordered[-1].offset + ordered[-1].nbytes if ordered else data_start
+    if end > file_size:
+        culprit = next(t for t in ordered if t.offset + t.nbytes > file_size)
+        raise TruncatedFile(
+            f"{quoted(where)} is shorter than its header says",
+            at=_place(where, culprit.name),
+            cause=f"the file ends at {file_size:,}, its header needs {end:,} bytes",
+            fix="download the shard again",
+        )
+    if end < file_size:
+        raise TrailingBytes(
+            f"{quoted(where)} is longer than its header says",
+            at=quoted(where),
+            cause=f"{file_size - end:,} bytes after the last tensor belong to nothing",
+            fix="download the shard again",
+        )
+
+
+def _refuse_gap(where: str, tensor: StoredTensor, expected: int) -> None:
+    kind = OverlappingTensors if tensor.offset < expected else HoleBetweenTensors
+    what = "overlaps the tensor before it" if tensor.offset < expected else "leaves a hole before"
+    raise kind(
+        f"{quoted(tensor.name)} {what}",
+        at=_place(where, tensor.name),
+        cause=f"it starts at byte {tensor.offset:,} of the file, not at {expected:,}",
+        fix="download the shard again",
+    )

@@ -1,0 +1,75 @@
+"""The origin: the first foreign source's raw headers and index, enough to rebuild its files.
+
+Framing (FORMAT.md §5): one line of JSON, a newline, then the raw bytes it announces, in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.checkpoint.header import Header, parse_header
+from moeconv.checkpoint.index import Index, parse_index
+from moeconv.errors import BadManifest
+from moeconv.manifest import ORIGIN_NAME
+from moeconv.schema import Problems, Table
+from moeconv.strictjson import Json, dumps, loads
+
+
+@dataclass(frozen=True, slots=True)
+class OriginFile:
+    """One original data file: its name, its size, its header."""
+
+    name: str
+    size: int
+    header: Header
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The first foreign source: data files in natural order, and its index if it had one."""
+
+    files: tuple[OriginFile, ...]
+    index: Index | None
+
+
+def origin_bytes(origin: Origin) -> bytes:
+    """The origin as one file."""
+    files: list[Json] = [
+        {"name": f.name, "size": f.size, "header": len(f.header.raw)} for f in origin.files
+    ]
+    index: Json = None
+    if origin.index is not None:
+        index = {"name": origin.index.name, "size": len(origin.index.raw)}
+    head = dumps({"files": files, "index": index})
+    raws = [f.header.raw for f in origin.files]
+    return b"".join((head, b"\n", *raws, origin.index.raw if origin.index else b""))
+
+
+def parse_origin(raw: bytes) -> Origin:
+    """The inverse of `origin_bytes`. Raises BadManifest, BadHeader, BadJson."""
+    head, _, payload = raw.partition(b"\n")
+    problems = Problems()
+    top = Table(loads(head, where=ORIGIN_NAME, floats=False), "", problems)
+    named = [
+        (t.file_name("name"), t.integer("size"), t.integer("header")) for t in top.tables("files")
+    ]
+    index = None
+    if top.has("index"):
+        entry = top.table("index")
+        index = (entry.file_name("name"), entry.integer("size"))
+    announced = sum(length for *_, length in named) + (index[1] if index else 0)
+    if announced != len(payload):
+        problems.add("", f"announces {announced:,} bytes, holds {len(payload):,}")
+    if problems.found:
+        raise BadManifest(
+            f"`{ORIGIN_NAME}` breaks the rules of its format",
+            at=f"`{ORIGIN_NAME}`",
+            cause="; ".join(problems.found[:20]),
+            fix="convert the checkpoint again",
+        )
+    files, at = [], 0
+    for number, (name, size, length) in enumerate(named):
+        header = parse_header(payload[at : at + length], file_size=size, file=number, where=name)
+        files.append(OriginFile(name, size, header))
+        at += length
+    return Origin(tuple(files), parse_index(payload[at:], name=index[0]) if index else None)

@@ -1,0 +1,254 @@
+"""Opening SRC: a directory, a single file, or an output of moeconv, as one frozen value."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from moeconv.checkpoint import hub
+from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
+from moeconv.checkpoint.header import Header, StoredTensor, read_header
+from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
+from moeconv.checkpoint.sets import SetFiles, open_set
+from moeconv.checkpoint.sidecars import Sidecar, existing, inside, sidecars
+from moeconv.errors import (
+    BadIndex,
+    DuplicateTensor,
+    MoeconvError,
+    NoCheckpoint,
+    SourceMissing,
+    TensorNotInFile,
+    TensorNotInIndex,
+    Unfinished,
+    quoted,
+)
+from moeconv.manifest import PARTS_DIR, ROOT_NAME, Manifest
+from moeconv.names import natural_key
+from moeconv.units import counted, human_size
+
+SUFFIX: Final = ".safetensors"
+_INDEX_SUFFIX: Final = ".safetensors.index.json"
+_MAX_REPORTED: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One shard: the name it has, the real file behind it, and that file's identity."""
+
+    name: str
+    path: Path
+    size: int
+    mtime_ns: int
+    header: Header
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint's facts, read from headers only. `own` is set for outputs of moeconv."""
+
+    root: Path
+    files: tuple[DataFile, ...]
+    index: Index | None
+    config: Config
+    sidecars: tuple[Sidecar, ...]
+    warnings: tuple[str, ...]
+    own: SetFiles | None = None
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """All tensors, file by file in header order."""
+        return tuple(t for f in self.files for t in f.header.tensors)
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest of an output of moeconv."""
+        return self.own.manifest if self.own else None
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all data sections."""
+        return sum(f.size - f.header.data_start for f in self.files)
+
+
+def locate(src: str | Path) -> Path:
+    """The local path of SRC; `hf://` addresses are fetched first. Raises SourceMissing."""
+    text = str(src)
+    path = hub.fetch(text) if text.startswith(hub.SCHEME) else Path(text)
+    if not path.exists():
+        raise SourceMissing(
+            f"{quoted(text)} does not exist",
+            fix="give a directory, a `.safetensors` file, or `hf://org/name`",
+        )
+    return path
+
+
+def open_checkpoint(path: Path, *, without: tuple[str, ...] = ()) -> Checkpoint:
+    """Read all headers, the index, config.json; list the sidecars. Opens no data.
+
+    without: globs of sidecars to leave out. Raises the classes of errors.py §3 and §4.
+    """
+    if path.is_file():
+        return _open_file(path)
+    if (path / ROOT_NAME).exists():
+        return _open_own(path, without)
+    if (path / PARTS_DIR).is_dir():
+        raise Unfinished(
+            f"{quoted(path.name)} is an unfinished output of moeconv",
+            at=quoted(str(path)),
+            cause=f"it has `{PARTS_DIR}/` but no `{ROOT_NAME}`, which is written last",
+            fix="convert again with `--overwrite`",
+        )
+    return _open_directory(path, without)
+
+
+def _data_files(named: list[tuple[str, Path]]) -> tuple[DataFile, ...]:
+    out = []
+    for number, (name, path) in enumerate(sorted(named, key=lambda f: natural_key(f[0]))):
+        header, stat = read_header(path, file=number)
+        out.append(DataFile(name, path, stat.st_size, stat.st_mtime_ns, header))
+    return tuple(out)
+
+
+def _open_file(path: Path) -> Checkpoint:
+    config = path.parent / CONFIG_NAME
+    files = _data_files([(path.name, path)])
+    beside: tuple[Sidecar, ...] = ()
+    if config.is_file():
+        stat = config.stat()
+        beside = (Sidecar(CONFIG_NAME, config, stat.st_size, stat.st_mtime_ns),)
+    return Checkpoint(path.parent, files, None, read_config(config), beside, ())
+
+
+def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
+    own = open_set(root)
+    files = _data_files([(p.file, inside(root, p.file)) for p in own.manifest.parts])
+    own.check_headers(tuple((f.name, f.size, f.header.raw) for f in files))
+    kept = tuple(s for s in own.sidecars if not _matches(s.name, without))
+    config = read_config(inside(root, CONFIG_NAME))
+    return Checkpoint(root, files, own.index, config, kept, (), own)
+
+
+def _matches(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def _open_directory(root: Path, without: tuple[str, ...]) -> Checkpoint:
+    try:
+        names = sorted(os.listdir(root), key=natural_key)  # noqa: PTH208 - names, not paths
+    except OSError as problem:
+        raise SourceMissing(f"cannot list {quoted(str(root))}", cause=problem.strerror) from None
+    shards = [n for n in names if n.endswith(SUFFIX)]
+    index = _read_index(root, names)
+    if index is not None:
+        wanted = [n for n in index.files]
+        files = _data_files([(n, existing(root, n, named_by=index.name)) for n in wanted])
+        _check_index(index, files)
+    elif shards:
+        files = _data_files([(n, inside(root, n)) for n in shards if not _matches(n, without)])
+        _check_disjoint(files)
+    else:
+        raise NoCheckpoint(
+            f"{quoted(str(root))} holds no safetensors checkpoint",
+            cause=_no_checkpoint_cause(names),
+            fix="give the directory that has `model*.safetensors`",
+        )
+    skip = frozenset({f.name for f in files} | ({index.name} if index else set()))
+    beside = sidecars(root, skip=skip, without=without)
+    config = read_config(inside(root, CONFIG_NAME))
+    found = Checkpoint(root, files, index, config, beside, ())
+    return replace(found, warnings=_warnings(found))
+
+
+def _no_checkpoint_cause(names: list[str]) -> str:
+    pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth"))]
+    if pickles:
+        return f"it has {quoted(pickles[0])}: pickles run code when read, so moeconv reads none"
+    return f"none of its {counted(len(names), 'entry', 'entries')} ends in `{SUFFIX}`"
+
+
+def _read_index(root: Path, names: list[str]) -> Index | None:
+    found = [n for n in names if n.endswith(_INDEX_SUFFIX)]
+    name = INDEX_NAME if INDEX_NAME in found else next(iter(found), None)
+    if name is None:
+        return None
+    if name != INDEX_NAME and len(found) > 1:
+        raise BadIndex(
+            f"{quoted(str(root))} has {len(found)} indexes and none is `{INDEX_NAME}`",
+            cause=f"they are {', '.join(map(quoted, found))}",
+            fix="leave one of them in the directory",
+        )
+    with inside(root, name).open("rb") as stream:
+        raw = stream.read(MAX_INDEX_BYTES + 1)
+    if len(raw) > MAX_INDEX_BYTES:
+        raise BadIndex(f"{quoted(name)} is larger than {human_size(MAX_INDEX_BYTES)}")
+    return parse_index(raw, name=name)
+
+
+def _check_index(index: Index, files: tuple[DataFile, ...]) -> None:
+    held = {t.name: f.name for f in files for t in f.header.tensors}
+    count = sum(len(f.header.tensors) for f in files)
+    problems: list[MoeconvError] = []
+    for tensor, file in index.weight_map.items():
+        if held.get(tensor) != file:
+            problems.append(_not_in_file(index, tensor, file, held.get(tensor)))
+    for tensor, file in held.items():
+        if tensor not in index.weight_map:
+            problems.append(_not_in_index(index, tensor, file))
+    if not problems and count != len(held):
+        _check_disjoint(files)
+    if problems:
+        raise problems[0].with_also(tuple(problems[1:_MAX_REPORTED]))
+
+
+def _not_in_file(index: Index, tensor: str, file: str, where: str | None) -> MoeconvError:
+    return TensorNotInFile(
+        f"{quoted(tensor)} is not in {quoted(file)}",
+        at=f"{quoted(index.name)}, `weight_map`",
+        cause=f"it is in {quoted(where)}" if where else "no file of the checkpoint holds it",
+        fix="download the index and the shard again; they are not of one revision",
+    )
+
+
+def _not_in_index(index: Index, tensor: str, file: str) -> MoeconvError:
+    return TensorNotInIndex(
+        f"{quoted(tensor)} is in no index",
+        at=f"{quoted(file)}, tensor {quoted(tensor)}",
+        cause=f"{quoted(index.name)} does not name it, so loaders would never read it",
+        fix="download the index and the shard again; they are not of one revision",
+    )
+
+
+def _check_disjoint(files: tuple[DataFile, ...]) -> None:
+    first: dict[str, str] = {}
+    for file in files:
+        for tensor in file.header.tensors:
+            if tensor.name in first:
+                raise DuplicateTensor(
+                    f"{quoted(tensor.name)} is in two files",
+                    at=f"{quoted(first[tensor.name])} and {quoted(file.name)}",
+                    cause="there is no index to say which one counts",
+                    fix="give the index, or leave one of them out with `--without`",
+                )
+            first[tensor.name] = file.name
+
+
+def _warnings(found: Checkpoint) -> tuple[str, ...]:
+    said = []
+    if found.index is not None and found.index.total_size != found.tensor_bytes:
+        total = found.index.total_size
+        what = "has no total_size" if total is None else f"says total_size {total:,}"
+        said.append(
+            f"{quoted(found.index.name)} {what}; the tensors have {found.tensor_bytes:,} bytes"
+        )
+    said += [
+        f"{quoted(s.name)} ({human_size(s.size)}) is not in the index; copied as it is "
+        "(`--without` leaves it out)"
+        for s in found.sidecars
+        if s.name.endswith(SUFFIX)
+    ]
+    if not found.config.present:
+        said.append("there is no config.json; nothing says how many experts there should be")
+    return tuple(said)

@@ -1,0 +1,178 @@
+"""Workers over the tiles of many files: files side by side, many hands on one only at the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Protocol, TypeAlias
+
+from moeconv.checkpoint.source import DataFile
+from moeconv.digest import EMPTY_DIGEST
+from moeconv.engine.sources import Sources, opened
+from moeconv.engine.tiles import Budget, Digests, Stopped, TileRunner
+from moeconv.plan.values import OutputFile, Tile
+
+BATCH_BYTES: Final = 64 * 1024 * 1024
+Progress: TypeAlias = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a run may use: worker threads, and bytes for permuting tiles."""
+
+    jobs: int
+    max_memory: int
+
+
+class Target(Protocol):
+    """Where the bytes of one file go: to a disk, to a comparison, or nowhere."""
+
+    def open(self) -> None:
+        """Called once before the first byte, by whichever worker comes first."""
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Take bytes that belong at `offset`; several workers may call it at once."""
+
+    def finish(self, digests: Digests) -> None:
+        """Called once after the last byte."""
+
+    def close(self) -> None:
+        """Called once in any case."""
+
+
+MakeTarget: TypeAlias = Callable[[OutputFile], Target]
+
+
+@dataclass(slots=True)
+class _Job:
+    """One file under work."""
+
+    file: OutputFile
+    target: Target
+    digests: Digests
+    waiting: list[tuple[Tile, ...]]  # batches, last first
+    pending: int
+    opened: bool = False
+    opening: threading.Lock = field(default_factory=threading.Lock)
+
+
+def run_tiles(
+    files: tuple[OutputFile, ...],
+    sources: tuple[DataFile, ...],
+    make_target: MakeTarget,
+    *,
+    limits: Limits,
+    progress: Progress,
+) -> None:
+    """Carry out all tiles of all files.
+
+    Raises what a worker raised first; KeyboardInterrupt stops the workers before it goes on.
+    """
+    with opened(sources) as source:
+        _Crew(files, source, make_target, limits.max_memory, progress).work(limits.jobs)
+        source.unchanged()
+
+
+class _Crew:
+    def __init__(
+        self,
+        files: tuple[OutputFile, ...],
+        sources: Sources,
+        make_target: MakeTarget,
+        max_memory: int,
+        progress: Progress,
+    ) -> None:
+        self._queue = [_job(file, make_target(file)) for file in reversed(files)]
+        self._open: list[_Job] = []
+        self._sources = sources
+        self._budget = Budget(max_memory)
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+
+    def work(self, jobs: int) -> None:
+        threads = [threading.Thread(target=self._worker, daemon=True) for _ in range(max(jobs, 1))]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    # an untimed join would keep Ctrl-C waiting on some platforms
+                    thread.join(0.2)
+        except BaseException:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+            raise
+        finally:
+            for job in self._open:
+                job.target.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _worker(self) -> None:
+        runner = TileRunner(self._sources, self._budget, stop=self._stop, advance=self._advance)
+        current: _Job | None = None
+        try:
+            while (work := self._next(current)) is not None:
+                current, batch = work
+                self._carry_out(runner, current, batch)
+        except Stopped:
+            pass
+        except BaseException as problem:  # noqa: BLE001 - handed to the thread that waits
+            with self._lock:
+                self._failure = self._failure or problem
+            self._stop.set()
+
+    def _next(self, current: _Job | None) -> tuple[_Job, tuple[Tile, ...]] | None:
+        """A batch of the file at hand, else of a new file, else of the file with most to do."""
+        with self._lock:
+            if self._stop.is_set():
+                return None
+            if current is None or not current.waiting:
+                if self._queue:
+                    current = self._queue.pop()
+                    self._open.append(current)
+                else:
+                    current = max(self._open, key=lambda j: len(j.waiting), default=None)
+            if current is None or not current.waiting:
+                return None
+            return current, current.waiting.pop()
+
+    def _carry_out(self, runner: TileRunner, job: _Job, batch: tuple[Tile, ...]) -> None:
+        with job.opening:
+            if not job.opened:
+                job.target.open()
+                job.opened = True
+        if batch:
+            runner.run(job.file, batch, job.digests, job.target.write)
+        with self._lock:
+            job.pending -= 1
+            last = job.pending == 0
+        if last:
+            job.target.finish(job.digests)
+            with self._lock:
+                self._open.remove(job)
+            job.target.close()
+
+    def _advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._progress(nbytes)
+
+
+def _job(file: OutputFile, target: Target) -> _Job:
+    batches: list[tuple[Tile, ...]] = []
+    batch: list[Tile] = []
+    size = 0
+    for tile in file.tiles:
+        if batch and size + tile.nbytes > BATCH_BYTES:
+            batches.append(tuple(batch))
+            batch, size = [], 0
+        batch.append(tile)
+        size += tile.nbytes
+    # a file without data still has one batch, so that it is made at all
+    batches.append(tuple(batch))
+    digests = [[EMPTY_DIGEST] * tensor.units for tensor in file.tensors]
+    return _Job(file, target, digests, batches[::-1], len(batches))

@@ -1,0 +1,75 @@
+"""Data files on disk: made under a partial name, written from many threads, then durable."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from moeconv.engine.tiles import Digests
+from moeconv.errors import DiskFull, IoFailed, quoted
+from moeconv.plan.values import OutputFile
+
+NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+Finished: TypeAlias = Callable[[OutputFile, Path, Digests], None]
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def partial_path(path: Path) -> Path:
+    """The name under which a file is written before it is complete."""
+    return path.with_name(f".{path.name}.partial")
+
+
+class DiskTarget:
+    """One output file; `finished` gets it once all of it is on the disk, to name it."""
+
+    def __init__(self, file: OutputFile, out: Path, finished: Finished) -> None:
+        self._file = file
+        self._path = out / file.name
+        self._finished = finished
+        self._descriptor = -1
+
+    def open(self) -> None:
+        """Create the file at its full size, with its header. Raises IoFailed, DiskFull."""
+        try:
+            self._descriptor = os.open(partial_path(self._path), NEW_FILE, 0o666)
+            os.truncate(self._descriptor, self._file.size)
+        except OSError as problem:
+            raise write_failed(self._path, problem) from None
+        self.write(memoryview(self._file.header), 0)
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Write all of `view` at `offset`. Raises IoFailed, DiskFull."""
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._descriptor, view[done:], offset + done)
+        except OSError as problem:
+            raise write_failed(self._path, problem) from None
+
+    def finish(self, digests: Digests) -> None:
+        """Bring it to the disk. Raises IoFailed, DiskFull."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as problem:
+            raise write_failed(self._path, problem) from None
+        self._finished(self._file, partial_path(self._path), digests)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def write_failed(path: Path, problem: OSError) -> IoFailed:
+    """The error for an output file that cannot be written."""
+    kind = DiskFull if problem.errno in _FULL else IoFailed
+    return kind(
+        f"cannot write {quoted(path.name)}",
+        at=quoted(str(path)),
+        cause=problem.strerror,
+        fix="make room, then run again" if kind is DiskFull else "check the disk, then run again",
+    )

@@ -1,0 +1,196 @@
+"""The axes notation: where each logical matrix lies inside a stored tensor.
+
+Axes: E expert, G the projections one tensor joins, O output features, K input features; lower-case
+letters are packing axes. `(G O)` flattens, left slowest; `O/128` counts granules of 128; `1` is a
+dimension of one. Sizes and strides below count elements of the stored dtype.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+EXPERT: Final = "E"
+PAIR: Final = "G"
+OUT: Final = "O"
+IN: Final = "K"
+_TOKEN = re.compile(r"\(([^()]*)\)|([^\s()]+)")
+_AXIS = re.compile(r"([EGOK]|[a-z])(?:/([A-Za-z0-9_.]+))?")
+
+
+class AxesSyntax(ValueError):
+    """A text that is not in the axes notation; the recipe that holds it says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis, counted in granules of `granule` elements: a number, or a name to be bound."""
+
+    letter: str
+    granule: int | str = 1
+
+    def __str__(self) -> str:
+        return self.letter if self.granule == 1 else f"{self.letter}/{self.granule}"
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """The dimensions of one stored tensor, each a flattened group of axes (empty for `1`)."""
+
+    dims: tuple[tuple[Axis, ...], ...]
+
+    def __str__(self) -> str:
+        return " ".join(
+            str(d[0]) if len(d) == 1 else f"({' '.join(map(str, d))})" if d else "1"
+            for d in self.dims
+        )
+
+    @property
+    def flat(self) -> tuple[Axis, ...]:
+        """All axes, slowest first."""
+        return tuple(axis for dim in self.dims for axis in dim)
+
+    @property
+    def letters(self) -> frozenset[str]:
+        """The letters that occur."""
+        return frozenset(axis.letter for axis in self.flat)
+
+    @property
+    def granules(self) -> frozenset[str]:
+        """The named granules that still need a number."""
+        return frozenset(a.granule for a in self.flat if isinstance(a.granule, str))
+
+    def bound(self, granules: dict[str, int]) -> Axes:
+        """With named granules replaced by the numbers given for all of `granules`."""
+        return Axes(
+            tuple(
+                tuple(
+                    Axis(a.letter, granules[a.granule] if isinstance(a.granule, str) else a.granule)
+                    for a in dim
+                )
+                for dim in self.dims
+            )
+        )
+
+
+def parse_axes(text: str) -> Axes:
+    """`"E (G O) K"` as a value. Raises AxesSyntax."""
+    if _TOKEN.sub("", text).strip():
+        raise AxesSyntax(f"`{text}` has an unmatched parenthesis")
+    dims = []
+    for match in _TOKEN.finditer(text):
+        group, single = match.groups()
+        if single == "1":
+            dims.append(())
+            continue
+        words = group.split() if group is not None else [single]
+        if not words:
+            raise AxesSyntax(f"`{text}` has an empty group")
+        dims.append(tuple(_axis(word, text) for word in words))
+    axes = Axes(tuple(dims))
+    letters = [axis.letter for axis in axes.flat]
+    if len(set(letters)) != len(letters):
+        raise AxesSyntax(f"`{text}` names an axis twice")
+    return axes
+
+
+def _axis(word: str, text: str) -> Axis:
+    match = _AXIS.fullmatch(word)
+    if match is None:
+        raise AxesSyntax(f"`{word}` in `{text}` is no axis: E, G, O, K, a-z, with `/granule`")
+    letter, granule = match.groups()
+    if granule is None:
+        return Axis(letter)
+    if granule.isdecimal() and int(granule) < 1:
+        raise AxesSyntax(f"`{word}` in `{text}` has a granule below 1")
+    return Axis(letter, int(granule) if granule.isdecimal() else granule)
+
+
+def derived(own: Axes, line: Axes) -> Axes:
+    """A companion's axes in a layout, from its own axes and those of the layout's weight.
+
+    It keeps its own order; an axis that the layout flattens into a group takes the whole group
+    with it (`O` becomes `(G O)`); E and G, where still unplaced, come in front (`E G`).
+    """
+    groups = {axis.letter: dim for dim in line.dims for axis in dim}
+    placed: set[str] = set()
+    dims: list[tuple[Axis, ...]] = []
+    for dim in own.dims:
+        out: list[Axis] = []
+        for axis in dim:
+            group = groups.get(axis.letter, ())
+            joined = [a for a in group if a.letter in (EXPERT, PAIR, axis.letter)]
+            for member in joined or [axis]:
+                if member.letter == axis.letter:
+                    out.append(axis)
+                elif member.letter not in placed:
+                    out.append(member)
+                    placed.add(member.letter)
+        dims.append(tuple(out))
+    front = [
+        (Axis(letter),)
+        for letter in (EXPERT, PAIR)
+        if letter in line.letters and letter not in placed
+    ]
+    return Axes((*front, *dims))
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where the logical matrices of one stored tensor lie, in elements.
+
+    Matrix (e, g) starts at `e * expert_stride + g * pair_stride` (a stride of 0: shared along
+    that axis) and has `matrix` = ((size, stride), ...) in canonical order: O, K, packing axes.
+    """
+
+    shape: tuple[int, ...]
+    expert_stride: int
+    pair_stride: int
+    matrix: tuple[tuple[int, int], ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return prod(self.shape)
+
+    @property
+    def canonical_shape(self) -> tuple[int, ...]:
+        """The sizes of one logical matrix."""
+        return tuple(size for size, _ in self.matrix)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether one matrix is one run of elements, in canonical order."""
+        expected = 1
+        for size, stride in reversed(self.matrix):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+
+def axis_size(axis: Axis, sizes: dict[str, int]) -> int:
+    """The size of an axis in granules: 1,408 in granules of 128 is 11."""
+    granule = axis.granule if isinstance(axis.granule, int) else 1
+    return -(-sizes[axis.letter] // granule)
+
+
+def geometry(axes: Axes, sizes: dict[str, int]) -> Geometry:
+    """The geometry of a tensor with bound `axes` and known sizes of all its letters."""
+    flat = [(axis, axis_size(axis, sizes)) for axis in axes.flat]
+    strides: dict[str, int] = {}
+    step = 1
+    for axis, size in reversed(flat):
+        strides[axis.letter] = step
+        step *= size
+    by_letter = {axis.letter: size for axis, size in flat}
+    canonical = [c for c in (OUT, IN) if c in by_letter]
+    canonical += sorted(c for c in by_letter if c.islower())
+    return Geometry(
+        shape=tuple(prod(axis_size(a, sizes) for a in dim) for dim in axes.dims),
+        expert_stride=strides.get(EXPERT, 0),
+        pair_stride=strides.get(PAIR, 0),
+        matrix=tuple((by_letter[c], strides[c]) for c in canonical),
+    )

@@ -1,0 +1,267 @@
+"""Which stacks a checkpoint has, and how each is stored: recipes, names, then shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.checkpoint.config import Config
+from moeconv.checkpoint.header import StoredTensor
+from moeconv.errors import (
+    AmbiguousLayout,
+    ConfigMismatch,
+    MixedLayouts,
+    MoeconvError,
+    UnknownExpertTensor,
+    UnknownLayout,
+    quoted,
+)
+from moeconv.layout.axes import geometry
+from moeconv.layout.complete import completeness, contradiction
+from moeconv.layout.fit import fit
+from moeconv.layout.match import Found, collect
+from moeconv.layout.recipe import Layout, Recipe
+from moeconv.layout.stack import Member, Sizes, Stack
+from moeconv.names import natural_key
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """What detection found: whole stacks, tensors of none, and everything that is wrong."""
+
+    stacks: tuple[Stack, ...]
+    others: tuple[StoredTensor, ...]
+    problems: tuple[MoeconvError, ...]
+    damaged: tuple[str, ...] = ()  # names of stacks that could not be understood
+
+    def whole(self) -> Detection:
+        """This detection, if nothing is wrong. Raises its problems, the first with the rest."""
+        if self.problems:
+            raise self.problems[0].with_also(self.problems[1:])
+        return self
+
+
+def detect(
+    tensors: tuple[StoredTensor, ...],
+    config: Config,
+    recipes: tuple[Recipe, ...],
+    *,
+    from_layout: str | None = None,
+    known: dict[str, tuple[str, str]] | None = None,
+) -> Detection:
+    """Find the expert stacks among `tensors` (headers' facts, no data).
+
+    from_layout: decides between layouts that fit one stack equally; known: for outputs of
+    moeconv, (recipe, layout) by stack, which then is not guessed at all. Problems are collected.
+    """
+    collected, others = collect(tensors, recipes)
+    problems: list[MoeconvError] = []
+    if from_layout is not None:
+        problems += _unknown_from_layout(from_layout, recipes)
+    stacks, damaged = [], []
+    for name in sorted(collected, key=natural_key):
+        forced = (known or {}).get(name)
+        judged = _judge(name, collected[name], config, forced[1] if forced else None, from_layout)
+        if isinstance(judged, Stack):
+            stacks.append(judged)
+        else:
+            problems += judged
+            damaged.append(name)
+    return Detection(tuple(stacks), others, tuple(problems), tuple(damaged))
+
+
+def _unknown_from_layout(name: str, recipes: tuple[Recipe, ...]) -> list[MoeconvError]:
+    names = sorted({layout.name for recipe in recipes for layout in recipe.layouts})
+    if not names or name in names:
+        return []
+    return [
+        UnknownLayout(
+            f"no recipe of this family has a layout {quoted(name)}",
+            cause=f"it has {', '.join(map(quoted, names))}",
+            fix=f"give one of these to `--from-layout`, {quoted(names[0])} for example",
+        )
+    ]
+
+
+def _judge(
+    name: str, found: Found, config: Config, forced: str | None, from_layout: str | None
+) -> Stack | list[MoeconvError]:
+    if found.unknown:
+        return [_unknown(name, found)]
+    candidates = _by_names(found)
+    if isinstance(candidates, MoeconvError):
+        return [candidates]
+    chosen = [c for c in candidates if c.name in (forced or from_layout,)]
+    candidates = chosen or candidates
+    said = _said(name, found.recipe, config)
+    problems = completeness(name, found, candidates[0], experts=said.get("experts"))
+    if problems:
+        return problems
+    granules = _granules(name, found, candidates, config)
+    if isinstance(granules, MoeconvError):
+        return [granules]
+    count = _count(found) if candidates[0].per_expert else None
+    fits = [
+        (layout, fit(found, layout, granules=granules, count=count, known=said))
+        for layout in candidates
+    ]
+    survivors = [(layout, f.sizes) for layout, f in fits if f.sizes is not None]
+    if not survivors:
+        return [contradiction(name, [reason for _, f in fits for reason in f.reasons])]
+    if len(survivors) > 1:
+        return [_ambiguous(name, found, [layout for layout, _ in survivors])]
+    layout, sizes = survivors[0]
+    problems = [] if forced else _against_config(name, found.recipe, sizes, config)
+    return problems or _stack(name, found, layout, sizes, granules)
+
+
+def _unknown(name: str, found: Found) -> MoeconvError:
+    first = found.unknown[0]
+    return UnknownExpertTensor(
+        f"{quoted(first.name)} lies inside an expert stack, but its recipe does not know it",
+        at=quoted(name),
+        cause=f"recipe {quoted(found.recipe.name)} knows the components "
+        f"{', '.join(quoted(c.name) for c in found.recipe.components)}; "
+        f"{len(found.unknown)} tensor(s) of this stack are none of them",
+        fix="write a recipe that has them and give it with `--recipe FILE`",
+    )
+
+
+def _by_names(found: Found) -> list[Layout] | MoeconvError:
+    present = found.templates()
+    layouts = [
+        layout
+        for layout in found.recipe.layouts
+        if present <= {line.template for line in layout.lines}
+    ]
+    if layouts:
+        return layouts
+    touched = [
+        layout
+        for layout in found.recipe.layouts
+        if present & {line.template for line in layout.lines}
+    ]
+    samples = {
+        template: next(iter(tensors.values())).name
+        for (template, _), tensors in sorted(found.tensors.items())
+    }
+    return MixedLayouts(
+        "one expert stack is stored in two layouts at once",
+        at=", ".join(quoted(name) for name in list(samples.values())[:4]),
+        cause=f"its names belong to the layouts {', '.join(quoted(t.name) for t in touched)}",
+        fix="keep one of the two in the directory; moeconv cannot know which one is right",
+    )
+
+
+def _count(found: Found) -> int:
+    return 1 + max(expert for tensors in found.tensors.values() for expert in tensors)
+
+
+def _lookup(
+    config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...]
+) -> tuple[str, object] | None:
+    for section in recipe.config.sections_of(stack):
+        for path in paths:
+            full = f"{section}.{path}" if section else path
+            value = config.at(full)
+            if value is not None:
+                return full, value
+    return None
+
+
+def _keys(recipe: Recipe) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    keys = recipe.config
+    return (("experts", keys.experts), ("width", keys.width), ("hidden", keys.hidden))
+
+
+def _said(stack: str, recipe: Recipe, config: Config) -> dict[str, int]:
+    """The sizes that config.json says for this stack; lists (a size a layer) say nothing."""
+    out = {}
+    for what, paths in _keys(recipe):
+        hit = _lookup(config, recipe, stack, paths)
+        if hit is not None and type(hit[1]) is int and hit[1] > 0:
+            out[what] = hit[1]
+    return out
+
+
+def _against_config(stack: str, recipe: Recipe, sizes: Sizes, config: Config) -> list[MoeconvError]:
+    held = {"experts": sizes.experts, "width": sizes.width, "hidden": sizes.hidden}
+    words = {"experts": "experts", "width": "rows in gate and up", "hidden": "inputs to an expert"}
+    problems: list[MoeconvError] = []
+    for what, paths in _keys(recipe):
+        hit = _lookup(config, recipe, stack, paths)
+        if hit is None or type(hit[1]) is not int or hit[1] == held[what]:
+            continue
+        problems.append(
+            ConfigMismatch(
+                f"config.json and the tensors of {quoted(stack)} disagree on the {what}",
+                at=f"config.json, key {quoted(hit[0])}",
+                cause=f"config.json says {hit[1]}, the tensors have {held[what]} {words[what]}",
+                fix="use the config.json that belongs to these tensors",
+            )
+        )
+    return problems
+
+
+def _granules(
+    stack: str, found: Found, layouts: list[Layout], config: Config
+) -> dict[str, int] | MoeconvError:
+    used: dict[str, str] = {}
+    for layout in layouts:
+        for line in layout.lines:
+            for component in found.recipe.components:
+                if (line.template, component.name) in found.tensors:
+                    names = line.component_axes(component).granules
+                    used.update(dict.fromkeys(names, component.name))
+    out = {}
+    paths = dict(found.recipe.config.granules)  # `block.0` is item 0 of what `block` names
+    for name, component in sorted(used.items()):
+        key, _, index = name.partition(".")
+        full = tuple(f"{p}.{index}" if index else p for p in paths[key])
+        hit = _lookup(config, found.recipe, stack, full)
+        if hit is None or type(hit[1]) is not int or hit[1] < 1:
+            return ConfigMismatch(
+                f"{quoted(stack)} has {quoted(component)} tensors, "
+                "but config.json does not say the block size",
+                at=f"config.json, key {quoted(full[0] if full else name)}",
+                cause="a block size is never inferred from shapes",
+                fix="use the config.json that belongs to these tensors",
+            )
+        out[name] = hit[1]
+    return out
+
+
+def _ambiguous(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
+    names = ", ".join(quoted(layout.name) for layout in layouts)
+    shapes = "; ".join(
+        f"{t.name} {list(t.shape)}"
+        for t in (next(iter(v.values())) for v in found.tensors.values())
+    )
+    return AmbiguousLayout(
+        f"{quoted(stack)} fits more than one layout: {names}",
+        at=quoted(stack),
+        cause=f"the shapes fit each of them: {shapes}",
+        fix=f"find out who wrote it, then say `--from-layout {layouts[0].name}` or another of these",
+    )
+
+
+def _stack(
+    name: str, found: Found, layout: Layout, sizes: Sizes, granules: dict[str, int]
+) -> Stack:
+    members = []
+    for line in layout.lines:
+        for component in found.recipe.components:
+            tensors = found.tensors.get((line.template, component.name))
+            if not tensors:
+                continue
+            axes = line.component_axes(component).bound(granules)
+            members.append(
+                Member(
+                    line=line,
+                    component=component,
+                    dtype=next(iter(tensors.values())).dtype,
+                    axes=axes,
+                    geometry=geometry(axes, sizes.of(line, component.name)),
+                    tensors=tuple(tensors[e] for e in sorted(tensors)),
+                )
+            )
+    return Stack(name, found.recipe, layout, sizes, tuple(sorted(granules.items())), tuple(members))

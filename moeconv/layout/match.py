@@ -1,0 +1,108 @@
+"""Sorting tensor names into expert stacks: each name is looked at once, whatever E is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from moeconv.checkpoint.header import StoredTensor
+from moeconv.layout.recipe import WEIGHT, Recipe
+
+SHARED = -1  # stands for the expert id of a tensor that holds all experts
+
+
+@dataclass(slots=True)
+class Found:
+    """What the names of one stack amount to: tensors by (template, component), then expert."""
+
+    recipe: Recipe
+    tensors: dict[tuple[str, str], dict[int, StoredTensor]] = field(default_factory=dict)
+    unknown: list[StoredTensor] = field(default_factory=list)
+
+    def templates(self) -> set[str]:
+        """The name templates that occur."""
+        return {template for template, _ in self.tensors}
+
+    def all(self) -> list[StoredTensor]:
+        """Every tensor of the stack, unknown ones too."""
+        return [t for held in self.tensors.values() for t in held.values()] + self.unknown
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """What follows a stack's name: a known tensor of it, or (template empty) an unknown one."""
+
+    template: str
+    component: str
+    expert: int
+
+
+class _Matcher:
+    """One recipe's names as regular expressions, with a memo: stacks repeat the same rests."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        lines = {line.template: line for layout in recipe.layouts for line in layout.lines}
+        self._patterns = [
+            (
+                template,
+                "{suffix}" in template,
+                re.compile(line.pattern(recipe.components), re.ASCII),
+            )
+            for template, line in lines.items()
+        ]
+        self._by_suffix = {c.suffix: c.name for c in recipe.components}
+        stems = "|".join(line.stem() for line in lines.values())
+        heads = "|".join(sorted({re.escape(t.removeprefix("{stack}")[:1]) for t in lines}))
+        self._stack = re.compile(rf"({recipe.stack_pattern})(?=[{heads}])", re.ASCII)
+        self._stem = re.compile(stems, re.ASCII)
+        self._memo: dict[str, _Rest | None] = {}
+
+    def split(self, name: str) -> tuple[str, _Rest] | None:
+        match = self._stack.match(name)
+        if match is None:
+            return None
+        rest = name[match.end() :]
+        if rest not in self._memo:
+            self._memo[rest] = self._rest(rest)
+        known = self._memo[rest]
+        return None if known is None else (match.group(1), known)
+
+    def _rest(self, rest: str) -> _Rest | None:
+        for template, by_suffix, pattern in self._patterns:
+            match = pattern.fullmatch(rest)
+            if match is None:
+                continue
+            groups = match.groupdict()
+            text = groups.get("c")
+            component = WEIGHT if text is None else self._by_suffix[text] if by_suffix else text
+            expert = int(groups["e"]) if "e" in groups else SHARED
+            return _Rest(template, component, expert)
+        return _Rest("", "", SHARED) if self._stem.match(rest) else None
+
+
+def collect(
+    tensors: Iterable[StoredTensor], recipes: tuple[Recipe, ...]
+) -> tuple[dict[str, Found], tuple[StoredTensor, ...]]:
+    """The stacks that the names spell, and the tensors that belong to none.
+
+    A name belongs to the first recipe that knows it; a name that only begins like an expert
+    tensor is kept with its stack as unknown, so that nothing is half understood in silence.
+    """
+    matchers = [_Matcher(recipe) for recipe in recipes]
+    stacks: dict[str, Found] = {}
+    others: list[StoredTensor] = []
+    for tensor in tensors:
+        hits = [(m, hit) for m in matchers if (hit := m.split(tensor.name))]
+        known = next(((m, hit) for m, hit in hits if hit[1].template), None)
+        matcher, (stack, rest) = known or (hits[0] if hits else (None, ("", _Rest("", "", SHARED))))
+        if matcher is None:
+            others.append(tensor)
+            continue
+        found = stacks.setdefault(stack, Found(matcher.recipe))
+        if rest.template:
+            found.tensors.setdefault((rest.template, rest.component), {})[rest.expert] = tensor
+        else:
+            found.unknown.append(tensor)
+    return stacks, tuple(others)

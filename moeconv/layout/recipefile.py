@@ -1,0 +1,224 @@
+"""Reading a recipe's TOML: all problems of a file at once, with the key and a suggestion."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Final
+
+from moeconv.errors import BadRecipe, quoted
+from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, AxesSyntax, parse_axes
+from moeconv.layout.recipe import (
+    DOWN,
+    GATE,
+    UP,
+    WEIGHT,
+    Component,
+    ConfigKeys,
+    Layout,
+    Line,
+    Recipe,
+)
+from moeconv.schema import Problems, Table
+
+_LINES: Final[dict[str, tuple[str, ...]]] = {
+    "gate": (GATE,),
+    "up": (UP,),
+    "down": (DOWN,),
+    "gate_up": (GATE, UP),
+    "up_gate": (UP, GATE),
+}
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+_HOLES = re.compile(r"\{([^{}]*)\}")
+MAX_RECIPE_BYTES: Final = 1024 * 1024
+
+
+def parse_recipe(text: str, *, where: str) -> Recipe:
+    """Parse and check a recipe. Raises BadRecipe with every problem."""
+    try:
+        doc = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as problem:
+        raise _refuse(where, [str(problem)]) from None
+    problems = Problems()
+    top = Table(doc, "", problems)
+    components = _components(top.table("components"))
+    layouts = _layouts(top.table("layouts"), components)
+    recipe = Recipe(
+        name=_name(top, "name"),
+        title=top.text("title", default=""),
+        model_types=top.texts("model_types", default=()),
+        architectures=top.texts("architectures", default=()),
+        stack=_stack(top),
+        config=_config(top.table("config")),
+        layouts=layouts,
+        components=components,
+        fuse=top.optional_text("fuse"),
+        unfuse=top.optional_text("unfuse"),
+        toml=text,
+    )
+    top.finish()
+    _check_whole(recipe, top)
+    if problems.found:
+        raise _refuse(where, problems.found)
+    return recipe
+
+
+def _refuse(where: str, found: list[str]) -> BadRecipe:
+    return BadRecipe(
+        f"{quoted(where)} is not a recipe: {len(found)} problem(s)",
+        at=quoted(where),
+        cause="\n         ".join(found),
+        fix="`moeconv recipes show qwen3_moe` prints one that works",
+    )
+
+
+def _name(top: Table, key: str) -> str:
+    name = top.text(key)
+    if name and not _NAME.fullmatch(name):
+        top.problem(key, "must be lower-case letters, digits, `_`, `.`, `-`")
+    return name
+
+
+def _stack(top: Table) -> str:
+    stack = top.text("stack")
+    if stack and set(_HOLES.findall(stack)) != {"prefix", "layer"}:
+        top.problem("stack", "must hold `{prefix}` and `{layer}`, and no other hole")
+    elif stack and not stack.startswith("{prefix}"):
+        top.problem("stack", "must begin with `{prefix}`")
+    return stack
+
+
+def _axes(table: Table, key: str, text: str) -> Axes:
+    try:
+        return parse_axes(text)
+    except AxesSyntax as problem:
+        table.problem(key, str(problem))
+        return Axes(())
+
+
+def _components(table: Table) -> tuple[Component, ...]:
+    out = []
+    for name in table.keys():  # noqa: SIM118 - a Table is no mapping
+        entry = table.table(name)
+        axes = _axes(entry, "axes", entry.text("axes"))
+        if axes.letters & {EXPERT, PAIR}:
+            entry.problem("axes", "are those of one matrix: E and G come from the layout")
+        out.append(Component(name, axes, entry.text("suffix")))
+        entry.finish()
+    if WEIGHT not in (c.name for c in out):
+        table.problem(WEIGHT, "is missing: every projection has one")
+    suffixes = [c.suffix for c in out]
+    if len(set(suffixes)) != len(suffixes):
+        table.problems.add("components", "two have the same suffix")
+    return tuple(out)
+
+
+def _layouts(table: Table, components: tuple[Component, ...]) -> tuple[Layout, ...]:
+    out = []
+    for name in table.keys():  # noqa: SIM118
+        entry = table.table(name)
+        special = entry.table("axes") if entry.has("axes") else None
+        square = entry.optional_text("square")
+        lines = [_line(entry, key, special, components) for key in entry.keys() if key in _LINES]
+        if special:
+            special.finish()
+        entry.finish()
+        _check_layout(entry, lines, square)
+        out.append(Layout(name, tuple(lines), square))
+    if not out:
+        table.problems.add("layouts", "there is none")
+    return tuple(out)
+
+
+def _line(entry: Table, key: str, special: Table | None, components: tuple[Component, ...]) -> Line:
+    template, colon, axes_text = entry.text(key).rpartition(": ")
+    if not colon:
+        entry.problem(key, "must be `NAME TEMPLATE: AXES`")
+    axes = _axes(entry, key, axes_text)
+    overrides = []
+    listed = special.table(key) if special and special.has(key) else None
+    if listed:
+        for name in listed.keys():  # noqa: SIM118
+            overrides.append((name, _axes(listed, name, listed.text(name))))
+            if name not in (c.name for c in components):
+                listed.problem(name, "is no component of this recipe")
+    line = Line(_LINES[key], template, axes, tuple(overrides))
+    _check_line(entry, key, line)
+    return line
+
+
+def _check_line(entry: Table, key: str, line: Line) -> None:
+    holes = _HOLES.findall(line.template)
+    unknown = set(holes) - {"stack", "expert", "component", "suffix"}
+    if unknown:
+        entry.problem(key, f"unknown hole `{{{min(unknown)}}}`")
+    if not line.template.startswith("{stack}") or len(set(holes)) != len(holes):
+        entry.problem(key, "must begin with `{stack}` and use each hole once")
+    if "component" in holes and "suffix" in holes:
+        entry.problem(key, "has both `{component}` and `{suffix}`")
+    for axes in (line.axes, *(a for _, a in line.overrides)):
+        letters = axes.letters
+        if (PAIR in letters) and len(line.projections) == 1:
+            entry.problem(key, "has an axis G but joins no projections")
+        if line.per_expert and EXPERT in letters:
+            entry.problem(key, "has an axis E and a name for each expert")
+        if EXPERT in letters and axes.flat[0].letter != EXPERT:
+            entry.problem(key, "E must come first: a rank takes whole experts")
+    if not {OUT, IN} <= line.axes.letters:
+        entry.problem(key, "a weight has both O and K")
+    if not line.per_expert and EXPERT not in line.axes.letters:
+        entry.problem(key, "has neither `{expert}` in its name nor an axis E")
+    if len(line.projections) > 1 and PAIR not in line.axes.letters:
+        entry.problem(key, "joins projections but has no axis G")
+
+
+def _check_layout(entry: Table, lines: list[Line], square: str | None) -> None:
+    joined = [p for line in lines for p in line.projections]
+    if len(set(joined)) != len(joined):
+        entry.problem("", "stores one projection twice")
+    if UP not in joined or DOWN not in joined:
+        entry.problem("", "needs `up` and `down` (alone or joined)")
+    if len({line.per_expert for line in lines}) > 1:
+        entry.problem("", "has names for each expert in some lines only")
+    if square is not None and square not in _LINES:
+        entry.problem("square", f"must be one of {', '.join(_LINES)}")
+
+
+def _config(table: Table) -> ConfigKeys:
+    granules = table.table("granules") if table.has("granules") else None
+    sections = table.table("sections") if table.has("sections") else None
+    keys = ConfigKeys(
+        experts=table.texts("experts", default=()),
+        width=table.texts("width", default=()),
+        hidden=table.texts("hidden", default=()),
+        granules=tuple((k, granules.texts(k)) for k in granules.keys()) if granules else (),  # noqa: SIM118
+        sections=tuple((k, sections.texts(k)) for k in sections.keys())  # noqa: SIM118
+        if sections
+        else (("", ("",)),),
+    )
+    for inner in (granules, sections):
+        if inner:
+            inner.finish()
+    table.finish()
+    return keys
+
+
+def _check_whole(recipe: Recipe, top: Table) -> None:
+    names = [layout.name for layout in recipe.layouts]
+    for key, value in (("fuse", recipe.fuse), ("unfuse", recipe.unfuse)):
+        if value is not None and value not in names:
+            top.problem(key, f"{quoted(value)} is no layout; there are {', '.join(names)}")
+    known = {name for name, _ in recipe.config.granules}
+    used = [a for c in recipe.components for a in c.axes.flat]
+    used += [
+        a
+        for layout in recipe.layouts
+        for line in layout.lines
+        for axes in (line.axes, *(o for _, o in line.overrides))
+        for a in axes.flat
+    ]
+    for axis in used:
+        if isinstance(axis.granule, str) and axis.granule.partition(".")[0] not in known:
+            top.problem("config.granules", f"lacks `{axis.granule}`, which the axes name")
+    if len({frozenset(layout.projections) for layout in recipe.layouts}) > 1:
+        top.problem("layouts", "must all store the same projections")

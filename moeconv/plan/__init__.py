@@ -1,0 +1,1 @@
+"""From one layout to another, as a value: output files, tiles, ledger. Pure."""

@@ -1,0 +1,120 @@
+"""Giving drafts a place: which file, in which order, at which offset, under which header.
+
+FORMAT.md §3: shards by natural order of names; within a file page multiples first, then larger
+dtypes, then natural order; data starts on a page. Nothing but names, sizes and flags decides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Final
+
+from moeconv.checkpoint.dtypes import alignment
+from moeconv.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
+from moeconv.errors import NameCollision, quoted
+from moeconv.names import natural_key
+from moeconv.plan.draft import Draft
+from moeconv.plan.tiles import tiles_of
+from moeconv.plan.values import OutputFile, OutputTensor, Tile
+from moeconv.strictjson import Json, dumps
+
+PAGE: Final = 4096
+METADATA: Final = {"format": "pt"}
+# an entry's JSON beside name and shape: keys, dtype, two offsets of up to 16 digits
+_ENTRY_BYTES: Final = 96
+
+
+def pack(drafts: Iterable[Draft], *, max_shard_size: int) -> tuple[OutputFile, ...]:
+    """Output files of at most `max_shard_size` bytes; a larger single tensor stands alone.
+
+    Raises NameCollision where two output tensors would have one name.
+    """
+    ordered = sorted(drafts, key=lambda d: natural_key(d.name))
+    _refuse_collisions(ordered)
+    shards: list[list[Draft]] = [[]]
+    size = header = PAGE
+    for draft in ordered:
+        entry = _ENTRY_BYTES + len(json.dumps(draft.name)) + 8 * len(draft.shape)
+        grown = header + entry
+        too_large = size + draft.nbytes + entry > max_shard_size or grown > MAX_HEADER_BYTES
+        if shards[-1] and too_large:
+            shards.append([])
+            size, grown = PAGE, PAGE + entry
+        shards[-1].append(draft)
+        size += draft.nbytes + entry
+        header = grown
+    return tuple(
+        placed(_ordered(shard), f"model-{n:05d}-of-{len(shards):05d}.safetensors")
+        for n, shard in enumerate(shards, start=1)
+    )
+
+
+def _refuse_collisions(ordered: list[Draft]) -> None:
+    seen: dict[str, Draft] = {}
+    for draft in ordered:
+        if draft.name in seen:
+            raise NameCollision(
+                f"two tensors would both be called {quoted(draft.name)}",
+                at=quoted(draft.name),
+                cause="one is an expert tensor's new name, the other was there before",
+                fix="choose another `--layout`",
+            )
+        seen[draft.name] = draft
+
+
+def _ordered(shard: list[Draft]) -> list[Draft]:
+    # the sort is stable and the shard is in natural order already
+    return sorted(shard, key=lambda d: (d.nbytes % PAGE != 0, -alignment(d.dtype)))
+
+
+def placed(drafts: list[Draft], name: str) -> OutputFile:
+    """One output file with its drafts in the order given."""
+    header = header_bytes(drafts)
+    offsets = []
+    at = len(header)
+    for draft in drafts:
+        offsets.append(at)
+        at += draft.nbytes
+    return output_file(name, header, list(zip(drafts, offsets, strict=True)), size=at)
+
+
+def output_file(
+    name: str, header: bytes, places: list[tuple[Draft, int]], *, size: int
+) -> OutputFile:
+    """An output file from drafts at known offsets, in offset order."""
+    tensors: list[OutputTensor] = []
+    tiles: list[Tile] = []
+    for draft, offset in places:
+        expert = draft.woven.expert if draft.woven else None
+        units = 1
+        if expert is not None:
+            units = (expert.experts[1] - expert.experts[0]) * len(expert.projections)
+        tiles += tiles_of(draft, tensor=len(tensors), offset=offset)
+        tensors.append(
+            OutputTensor(draft.name, draft.dtype, draft.shape, offset, draft.nbytes, units, expert)
+        )
+    return OutputFile(name, header, size, tuple(tensors), tuple(tiles))
+
+
+def header_bytes(drafts: list[Draft]) -> bytes:
+    """Length and JSON, padded with spaces so that the data starts on a page."""
+    doc: dict[str, Json] = {"__metadata__": dict(METADATA)}
+    at = 0
+    for draft in drafts:
+        doc[draft.name] = {
+            "dtype": draft.dtype,
+            "shape": list(draft.shape),
+            "data_offsets": [at, at + draft.nbytes],
+        }
+        at += draft.nbytes
+    text = json.dumps(doc, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-(LENGTH_BYTES + len(text)) % PAGE)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def index_bytes(files: tuple[OutputFile, ...]) -> bytes:
+    """`model.safetensors.index.json` with the true total_size."""
+    total = sum(f.size - len(f.header) for f in files)
+    weight_map: dict[str, Json] = {t.name: f.name for f in files for t in f.tensors}
+    return dumps({"metadata": {"total_size": total}, "weight_map": weight_map}) + b"\n"

@@ -1,0 +1,171 @@
+"""Typed reading of small documents (manifest, recipe): all problems of one document at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from moeconv.errors import quoted
+from moeconv.names import file_name_problem, relative_path_problem
+from moeconv.strictjson import Json, encodable
+
+MAX_TEXT_BYTES: Final = 4096
+MAX_COUNT: Final = 2**53 - 1
+_DIGEST = re.compile(r"[0-9a-f]{32}", re.ASCII)
+
+
+@dataclass(slots=True)
+class Problems:
+    """What is wrong with one document, in reading order."""
+
+    found: list[str] = field(default_factory=list)
+
+    def add(self, place: str, text: str) -> None:
+        """Note one problem at `place`, a path such as `parts[3].size`."""
+        self.found.append(f"{place or 'the document'}: {text}")
+
+
+class Table:
+    """One JSON or TOML object being read: every getter notes problems and goes on.
+
+    A getter returns a harmless value where the document is wrong; `Problems` decides afterwards
+    whether anything of it may be used.
+    """
+
+    def __init__(self, doc: object, place: str, problems: Problems) -> None:
+        self._members: dict[str, Json] = doc if isinstance(doc, dict) else {}
+        self._place = place
+        self._read: set[str] = set()
+        self.problems = problems
+        if not isinstance(doc, dict):
+            problems.add(place, "must be an object")
+
+    def place(self, key: str) -> str:
+        """The path of a member, for a message."""
+        return f"{self._place}.{key}" if self._place else key
+
+    def problem(self, key: str, text: str) -> None:
+        """Note a problem of one member."""
+        self.problems.add(self.place(key), text)
+
+    def has(self, key: str) -> bool:
+        """Whether the member is there and not null."""
+        return self._members.get(key) is not None
+
+    def keys(self) -> tuple[str, ...]:
+        """The member names, in document order."""
+        return tuple(self._members)
+
+    def raw(self, key: str) -> Json:
+        """The member as it stands; the caller checks it."""
+        self._read.add(key)
+        return self._members.get(key)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A text of at most 4,096 bytes."""
+        value = self.raw(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str) or not encodable(value):
+            self.problem(key, "must be a text" if key in self._members else "is missing")
+            return ""
+        if len(value.encode()) > MAX_TEXT_BYTES:
+            self.problem(key, f"is longer than {MAX_TEXT_BYTES:,} bytes")
+            return ""
+        return value
+
+    def optional_text(self, key: str) -> str | None:
+        """A text, or None where the member is absent."""
+        self._read.add(key)
+        return self.text(key) if self.has(key) else None
+
+    def integer(self, key: str, *, least: int = 0) -> int:
+        """An integer between `least` and 2^53 - 1."""
+        value = self.raw(key)
+        if type(value) is not int:
+            self.problem(key, "must be an integer" if key in self._members else "is missing")
+            return least
+        if not least <= value <= MAX_COUNT:
+            self.problem(key, f"must lie between {least} and 2^53-1, not {value}")
+            return least
+        return value
+
+    def digest(self, key: str) -> str:
+        """32 lower-case hexadecimal digits."""
+        return self._formed(key, "a digest of 32 lower-case hexadecimal digits", is_digest)
+
+    def file_name(self, key: str) -> str:
+        """One plain file name."""
+        name = self.text(key)
+        problem = file_name_problem(name)
+        if problem:
+            self.problem(key, f"{quoted(name)} {problem}")
+        return name
+
+    def relative_path(self, key: str) -> str:
+        """Plain file names joined by `/`."""
+        path = self.text(key)
+        problem = relative_path_problem(path)
+        if problem:
+            self.problem(key, f"{quoted(path)} {problem}")
+        return path
+
+    def _formed(self, key: str, what: str, fits: Callable[[str], bool]) -> str:
+        value = self.text(key)
+        if value and not fits(value):
+            self.problem(key, f"must be {what}")
+        return value
+
+    def _items(self, key: str) -> Iterable[tuple[str, Json]]:
+        value = self.raw(key)
+        if not isinstance(value, list):
+            self.problem(key, "must be a list" if key in self._members else "is missing")
+            return ()
+        return ((f"{self.place(key)}[{n}]", item) for n, item in enumerate(value))
+
+    def texts(self, key: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        """A list of texts."""
+        if default is not None and key not in self._members:
+            return default
+        out = []
+        for place, item in self._items(key):
+            if isinstance(item, str) and encodable(item) and len(item.encode()) <= MAX_TEXT_BYTES:
+                out.append(item)
+            else:
+                self.problems.add(place, "must be a text")
+        return tuple(out)
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of integers between 0 and 2^53 - 1."""
+        out = []
+        for place, item in self._items(key):
+            if type(item) is int and 0 <= item <= MAX_COUNT:
+                out.append(item)
+            else:
+                self.problems.add(place, "must be an integer between 0 and 2^53-1")
+        return tuple(out)
+
+    def table(self, key: str) -> Table:
+        """A member that is an object."""
+        value = self.raw(key)
+        return Table({} if value is None else value, self.place(key), self.problems)
+
+    def tables(self, key: str) -> tuple[Table, ...]:
+        """A member that is a list of objects."""
+        return tuple(Table(item, place, self.problems) for place, item in self._items(key))
+
+    def finish(self) -> None:
+        """Refuse members that nothing read: a misspelt key must not be silent."""
+        for key in self._members:
+            if key in self._read or key.startswith("x-"):
+                continue
+            near = difflib.get_close_matches(key, sorted(self._read), n=1)
+            self.problem(key, f"unknown key; did you mean `{near[0]}`?" if near else "unknown key")
+
+
+def is_digest(text: str) -> bool:
+    """Whether the text has the form of a digest."""
+    return _DIGEST.fullmatch(text) is not None

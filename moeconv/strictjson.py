@@ -1,0 +1,97 @@
+"""JSON that keeps its promises: no duplicate keys, no NaN, bounded integers, UTF-8 only."""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn, TypeAlias
+
+from moeconv.errors import BadJson, DuplicateKey, quoted
+
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
+
+MAX_INTEGER = 2**63 - 1
+
+
+class _Duplicate(Exception):
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _Duplicate(key)
+            seen.add(key)
+    return members
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _bounded_int(text: str) -> int:
+    # checked by length first: int() of a million digits is a denial of service
+    if len(text) > 20 or abs(value := int(text)) > MAX_INTEGER:
+        raise ValueError("an integer lies beyond 2^63-1")
+    return value
+
+
+def _no_float(text: str) -> NoReturn:
+    raise ValueError(f"{text[:20]} is a float where only integers may stand")
+
+
+def _float(text: str) -> float:
+    return float(text)
+
+
+def loads(data: bytes, *, where: str, floats: bool = True, constants: bool = False) -> Json:
+    """Parse one JSON document.
+
+    floats=False refuses every non-integer number; constants=True lets NaN and Infinity pass
+    (config.json files of real models carry them).
+    Raises DuplicateKey, BadJson; both name `where`.
+    """
+    try:
+        text = data.decode("utf-8")
+        doc: Json = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=float if constants else _no_constant,
+            parse_int=_bounded_int,
+            parse_float=_float if floats else _no_float,
+        )
+    except _Duplicate as problem:
+        raise DuplicateKey(
+            f"the JSON key {quoted(problem.key)} stands twice in one object",
+            at=where,
+            cause="parsers disagree on which one counts, so neither is used",
+            fix="download the file again, or write it anew without the second entry",
+        ) from None
+    except RecursionError:
+        raise BadJson("the JSON is nested too deeply", at=where, fix="download it again") from None
+    except ValueError as problem:
+        # UnicodeDecodeError and JSONDecodeError are both ValueErrors
+        raise BadJson(
+            "not a JSON document", at=where, cause=str(problem), fix="download the file again"
+        ) from None
+    return doc
+
+
+def encodable(text: str) -> bool:
+    """False for lone surrogates, which JSON can spell but UTF-8 cannot hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def dumps(doc: Json) -> bytes:
+    """Canonical bytes: sorted keys, no spaces, UTF-8."""
+    return json.dumps(
+        doc, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode("utf-8")

@@ -1,0 +1,377 @@
+"""Make big checkpoints: real shapes with random BF16 data, or whole models with sparse data.
+
+python make_checkpoint.py OUT --layers 4              Qwen3-30B-A3B, 4 of its layers, 6.2 GB
+python make_checkpoint.py OUT --phantom deepseek-v3   91,991 tensors, 688.6 GB, hardly any disk
+"""
+
+import argparse
+import json
+import math
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+QWEN3_30B_LAYERS = 48
+
+# safetensors writes the tensors of a file by dtype in this order, then by name.
+_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
+_FILE_ORDER = {dtype: rank for rank, dtype in enumerate(_BYTES)}
+
+# A prime: windows at different offsets differ, and no tensor's rows repeat in step with the pool.
+_POOL_VALUES = 33_554_393
+_POOL_STRIDE = 7_368_787
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A named tensor without its data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checkpoint to be: its tensors in the order of the modules, which fills the shards."""
+
+    config: dict[str, object]
+    tensors: Callable[[], Iterator[Tensor]]
+    count_digits: int = 5
+    """Digits of the number of files in a file name; DeepSeek writes six."""
+
+
+def write_qwen3_30b(
+    directory: Path, *, layers: int, shard_bytes: int = DEFAULT_SHARD_BYTES, seed: int = 0
+) -> int:
+    """Write the first `layers` layers' shapes of Qwen3-30B-A3B with random data; return the bytes.
+
+    Every value is finite BF16; every tensor differs from every other.
+    """
+    if not 1 <= layers <= QWEN3_30B_LAYERS:
+        raise ValueError(f"layers must be 1 to {QWEN3_30B_LAYERS}, got {layers}")
+    model = _qwen3_30b(layers)
+    order = {tensor.name: number for number, tensor in enumerate(model.tensors())}
+    pool = _finite_bf16(seed)
+
+    def fill(file: BinaryIO, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            _write_window(file, pool, order[tensor.name] * _POOL_STRIDE, tensor.nbytes // 2)
+
+    return sum(tensor.nbytes for tensor in _write(directory, model, shard_bytes, fill))
+
+
+def write_phantom(directory: Path, model: str, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> int:
+    """Write a whole model with true headers over holes; return the number of tensors."""
+    if model not in PHANTOMS:
+        raise ValueError(f"no phantom {model!r}; there are {', '.join(PHANTOMS)}")
+
+    def fill(file: BinaryIO, tensors: Sequence[Tensor]) -> None:
+        file.truncate(file.tell() + sum(tensor.nbytes for tensor in tensors))
+
+    return len(_write(directory, PHANTOMS[model](), shard_bytes, fill))
+
+
+def _write(
+    directory: Path,
+    model: Model,
+    shard_bytes: int,
+    fill: Callable[[BinaryIO, Sequence[Tensor]], None],
+) -> list[Tensor]:
+    """Write config, shards and index; `fill` writes the data behind a file's header."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty")
+    tensors = list(model.tensors())
+    shards = _shards(tensors, shard_bytes)
+    weight_map: dict[str, object] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):0{model.count_digits}d}.safetensors"
+        in_file = sorted(shard, key=lambda tensor: (_FILE_ORDER[tensor.dtype], tensor.name))
+        with (directory / name).open("wb", buffering=0) as file:
+            file.write(_header(in_file))
+            fill(file, in_file)
+        weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
+    total_size = sum(tensor.nbytes for tensor in tensors)
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    _write_json(directory / "model.safetensors.index.json", index)
+    _write_json(directory / "config.json", model.config)
+    return tensors
+
+
+def _shards(tensors: Sequence[Tensor], shard_bytes: int) -> list[list[Tensor]]:
+    """Cut the tensors into runs of at most `shard_bytes`; a larger tensor is alone in its file."""
+    shards: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+def _header(tensors: Sequence[Tensor]) -> bytes:
+    """The first bytes of a safetensors file, as the safetensors library writes them."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _finite_bf16(seed: int) -> memoryview:
+    """Random bytes of finite BF16 values, [2 * _POOL_VALUES]: any sign, 2**-15 <= |x| < 2**-7."""
+    rng = np.random.Generator(np.random.SFC64(seed))
+    pool = rng.integers(0, 1 << 16, _POOL_VALUES, dtype=np.uint16)
+    pool &= 0x83FF
+    pool |= 0x3800
+    return pool.data.cast("B")
+
+
+def _write_window(file: BinaryIO, pool: memoryview, start: int, count: int) -> None:
+    """Write `count` values of the endless repetition of `pool` from value `start` on."""
+    position = start % _POOL_VALUES * 2
+    missing = count * 2
+    while missing:
+        written = file.write(pool[position : position + missing])
+        missing -= written
+        position = (position + written) % len(pool)
+
+
+def _qwen3_30b(layers: int) -> Model:
+    def bf16(name: str, *shape: int) -> Tensor:
+        return Tensor(f"{name}.weight", "BF16", shape)
+
+    def tensors() -> Iterator[Tensor]:
+        yield bf16("model.embed_tokens", 151936, 2048)
+        for layer in range(layers):
+            p = f"model.layers.{layer}"
+            yield bf16(f"{p}.self_attn.q_proj", 4096, 2048)
+            yield bf16(f"{p}.self_attn.k_proj", 512, 2048)
+            yield bf16(f"{p}.self_attn.v_proj", 512, 2048)
+            yield bf16(f"{p}.self_attn.o_proj", 2048, 4096)
+            yield bf16(f"{p}.self_attn.q_norm", 128)
+            yield bf16(f"{p}.self_attn.k_norm", 128)
+            yield bf16(f"{p}.mlp.gate", 128, 2048)
+            for expert in range(128):
+                yield bf16(f"{p}.mlp.experts.{expert}.gate_proj", 768, 2048)
+                yield bf16(f"{p}.mlp.experts.{expert}.up_proj", 768, 2048)
+                yield bf16(f"{p}.mlp.experts.{expert}.down_proj", 2048, 768)
+            yield bf16(f"{p}.input_layernorm", 2048)
+            yield bf16(f"{p}.post_attention_layernorm", 2048)
+        yield bf16("model.norm", 2048)
+        yield bf16("lm_head", 151936, 2048)
+
+    return Model({**_QWEN3_30B_CONFIG, "num_hidden_layers": layers}, tensors)
+
+
+def _deepseek_v3() -> Model:
+    def bf16(name: str, *shape: int) -> Tensor:
+        return Tensor(f"{name}.weight", "BF16", shape)
+
+    def fp8(name: str, out: int, into: int) -> Iterator[Tensor]:
+        yield Tensor(f"{name}.weight", "F8_E4M3", (out, into))
+        yield Tensor(f"{name}.weight_scale_inv", "F32", (-(-out // 128), -(-into // 128)))
+
+    def mlp(name: str, width: int) -> Iterator[Tensor]:
+        yield from fp8(f"{name}.gate_proj", width, 7168)
+        yield from fp8(f"{name}.up_proj", width, 7168)
+        yield from fp8(f"{name}.down_proj", 7168, width)
+
+    def layer_tensors(layer: int) -> Iterator[Tensor]:
+        p = f"model.layers.{layer}"
+        if layer == _DEEPSEEK_MTP_LAYER:
+            yield bf16(f"{p}.embed_tokens", 129280, 7168)
+            yield bf16(f"{p}.enorm", 7168)
+            yield bf16(f"{p}.hnorm", 7168)
+            yield bf16(f"{p}.eh_proj", 7168, 14336)
+        yield from fp8(f"{p}.self_attn.q_a_proj", 1536, 7168)
+        yield bf16(f"{p}.self_attn.q_a_layernorm", 1536)
+        yield from fp8(f"{p}.self_attn.q_b_proj", 24576, 1536)
+        yield from fp8(f"{p}.self_attn.kv_a_proj_with_mqa", 576, 7168)
+        yield bf16(f"{p}.self_attn.kv_a_layernorm", 512)
+        yield from fp8(f"{p}.self_attn.kv_b_proj", 32768, 512)
+        yield from fp8(f"{p}.self_attn.o_proj", 7168, 16384)
+        if layer < _DEEPSEEK_DENSE_LAYERS:
+            yield from mlp(f"{p}.mlp", 18432)
+        else:
+            yield bf16(f"{p}.mlp.gate", 256, 7168)
+            yield Tensor(f"{p}.mlp.gate.e_score_correction_bias", "F32", (256,))
+            yield from mlp(f"{p}.mlp.shared_experts", 2048)
+            for expert in range(256):
+                yield from mlp(f"{p}.mlp.experts.{expert}", 2048)
+        yield bf16(f"{p}.input_layernorm", 7168)
+        yield bf16(f"{p}.post_attention_layernorm", 7168)
+        if layer == _DEEPSEEK_MTP_LAYER:
+            yield bf16(f"{p}.shared_head.norm", 7168)
+            yield bf16(f"{p}.shared_head.head", 129280, 7168)
+
+    def tensors() -> Iterator[Tensor]:
+        yield bf16("model.embed_tokens", 129280, 7168)
+        for layer in range(_DEEPSEEK_MTP_LAYER + 1):
+            yield from layer_tensors(layer)
+        yield bf16("model.norm", 7168)
+        yield bf16("lm_head", 129280, 7168)
+
+    return Model(_DEEPSEEK_V3_CONFIG, tensors, count_digits=6)
+
+
+_DEEPSEEK_DENSE_LAYERS = 3
+_DEEPSEEK_MTP_LAYER = 61
+
+PHANTOMS: dict[str, Callable[[], Model]] = {
+    "deepseek-v3": _deepseek_v3,
+    "qwen3-30b-a3b": lambda: _qwen3_30b(QWEN3_30B_LAYERS),
+}
+
+_QWEN3_30B_CONFIG: dict[str, object] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+_DEEPSEEK_V3_CONFIG: dict[str, object] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new or empty directory")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--layers", type=int, metavar="N", help="Qwen3-30B-A3B, N layers, real data")
+    what.add_argument("--phantom", choices=tuple(PHANTOMS), help="a whole model, sparse data")
+    size_help = "of a file, as 5GB or 200MB (decimal) or in bytes; default 5GB"
+    parser.add_argument("--shard-size", type=_size, default=DEFAULT_SHARD_BYTES, help=size_help)
+    parser.add_argument("--seed", type=int, default=0, help="of the random data; default 0")
+    options = parser.parse_args(arguments)
+    if options.phantom is not None:
+        count = write_phantom(options.out, options.phantom, shard_bytes=options.shard_size)
+        sys.stdout.write(f"{count:,} tensors\n")
+    else:
+        nbytes = write_qwen3_30b(
+            options.out, layers=options.layers, shard_bytes=options.shard_size, seed=options.seed
+        )
+        sys.stdout.write(f"{nbytes:,} bytes\n")
+
+
+def _size(text: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    unit = text[-2:].upper()
+    size = int(float(text[:-2]) * units[unit]) if unit in units else int(text)
+    if size < 1:
+        raise ValueError(text)
+    return size
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Tiny Mixture-of-Experts models, built by transformers from the configs in tests/data/families."""
+
+import json
+import math
+import re
+import zlib
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+FAMILIES = Path(__file__).resolve().parents[1] / "data" / "families"
+MODEL_TYPES: tuple[str, ...] = tuple(sorted(path.stem for path in FAMILIES.glob("*.json")))
+
+# The low ids are padding, start and end in some configs.
+_FIRST_PLAIN_ID = 10
+
+
+def tiny_model(model_type: str, *, seed: int = 0) -> nn.Module:
+    """Build the tiny model of a family, in eval mode, every saved float tensor random.
+
+    BF16, and F32 where the family insists on it (routers, mostly): the dtypes that
+    `from_pretrained` gives, so that a saved and reloaded model has the same bits and logits.
+    A tensor's values depend on its name and `seed` alone.
+    """
+    family = _family(model_type)
+    config = transformers.CONFIG_MAPPING[model_type].from_dict(_runnable(family["config"]))
+    model_class: Any = getattr(transformers, family["class"])
+    model: nn.Module = model_class._from_config(config, dtype=torch.bfloat16)
+    _keep_in_float32(model)
+    _randomize(model, seed)
+    return model.eval()
+
+
+def inputs(model: nn.Module, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random token ids [2, 12]: text only, also for a multimodal model."""
+    config: Any = _speaker(model).config
+    vocabulary: int = config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(_FIRST_PLAIN_ID, vocabulary, (2, 12), generator=generator)
+    return {"input_ids": ids}
+
+
+def logits(model: nn.Module, *, seed: int = 0) -> torch.Tensor:
+    """Logits [2, 12, vocabulary] of `model` for `inputs(model)`."""
+    with torch.inference_mode():
+        output: torch.Tensor = _speaker(model)(**inputs(model, seed=seed), use_cache=False).logits
+    return output
+
+
+def _speaker(model: nn.Module) -> nn.Module:
+    """The part with a forward: the whole of Qwen3-Omni has none, its thinker has."""
+    thinker = getattr(model, "thinker", None)
+    return thinker if isinstance(thinker, nn.Module) else model
+
+
+def _family(model_type: str) -> dict[str, Any]:
+    if model_type not in MODEL_TYPES:
+        raise LookupError(f"no tiny model for {model_type!r}; there are {', '.join(MODEL_TYPES)}")
+    path = FAMILIES / f"{model_type}.json"
+    family: dict[str, Any] = json.loads(path.read_bytes(), object_hook=_decode)
+    return family
+
+
+def _decode(item: dict[str, object]) -> object:
+    """JSON has no infinity: the configs write {"__float__": "Infinity"}."""
+    return float(str(item["__float__"])) if item.keys() == {"__float__"} else item
+
+
+def _runnable(config: dict[str, Any]) -> dict[str, Any]:
+    """Mend what lets a model build but not run; no saved name or shape depends on it."""
+    text = config.get("text_config", config)
+    if "kv_lora_rank" in text:
+        # latent attention expands keys to all heads: a second repetition would not fit
+        text["num_key_value_heads"] = text["num_attention_heads"]
+    if "num_experts_per_tok" in text and text["num_experts_per_tok"] is None:
+        text["num_experts_per_tok"] = 2
+    if config["model_type"] == "glm4v_moe":
+        # the default is made for the real head size
+        text["rope_parameters"]["mrope_section"] = [1, 1, 0]
+    return config
+
+
+def _keep_in_float32(model: nn.Module) -> None:
+    """Upcast what `from_pretrained` upcasts; building a model from its config does not."""
+    patterns: set[str] = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
+    strict = [re.compile(pattern.replace("*", ".*")) for pattern in sorted(patterns)]
+    saved = model.state_dict().keys()
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if name in saved and any(pattern.search(name) for pattern in strict):
+            tensor.data = tensor.data.float()
+
+
+def _randomize(model: nn.Module, seed: int) -> None:
+    """Overwrite all float parameters and saved float buffers in place."""
+    seen: set[int] = set()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not tensor.is_floating_point() or tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        tensor.copy_(_values(name, tensor.shape, seed))
+
+
+def _values(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """Values that keep activations near 1: matrices by fan-in, scales around 1, small biases."""
+    # torch's generator takes 32 bits of a seed and drops the rest
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    if len(shape) > 1:
+        return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
+    if name.endswith("bias"):
+        return torch.randn(shape, generator=generator) / 10
+    return torch.rand(shape, generator=generator) + 0.5
