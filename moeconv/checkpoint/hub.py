@@ -27,7 +27,7 @@ def fetch(address: str) -> Path:
     except Exception as problem:  # noqa: BLE001 - the hub client raises a dozen unrelated classes
         raise DownloadFailed(
             f"cannot fetch {quoted(address)}",
-            cause=f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}",
+            cause=f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}",
             fix="check the name, the network and `hf auth whoami`; "
             "or `hf download` it and give the directory",
         ) from None

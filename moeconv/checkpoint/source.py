@@ -143,8 +143,7 @@ def _open_directory(root: Path, without: tuple[str, ...]) -> Checkpoint:
     shards = [n for n in names if n.endswith(SUFFIX)]
     index = _read_index(root, names)
     if index is not None:
-        wanted = [n for n in index.files]
-        files = _data_files([(n, existing(root, n, named_by=index.name)) for n in wanted])
+        files = _data_files([(n, existing(root, n, named_by=index.name)) for n in index.files])
         _check_index(index, files)
     elif shards:
         files = _data_files([(n, inside(root, n)) for n in shards if not _matches(n, without)])

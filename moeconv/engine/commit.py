@@ -30,7 +30,7 @@ from moeconv.manifest import (
 )
 from moeconv.names import natural_key
 from moeconv.plan.values import OutputFile, Plan
-from moeconv.version import VERSION
+from moeconv.version import __version__
 
 # parts, origin and index hold names and digests: a few hundred bytes a tensor, plus their headers
 _PAPER_BYTES_A_TENSOR = 512
@@ -165,7 +165,7 @@ class _Commit:
         fsync_directory(self.out / PARTS_DIR)
         index_name = self.plan.index_name or ""
         root = Root(
-            generator=f"moeconv {VERSION}",
+            generator=f"moeconv {__version__}",
             recipes=self.plan.recipes,
             stacks=self.plan.stacks,
             parts=entries,

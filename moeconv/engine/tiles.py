@@ -127,6 +127,6 @@ class TileRunner:
 
     def _read_span(self, span: Span) -> memoryview:
         # numpy's memory is aligned for every item size; a bytearray would be zeroed first
-        view = memoryview(np.empty(span.nbytes, dtype=np.uint8))
+        view = np.empty(span.nbytes, dtype=np.uint8).data
         self._sources.read_into(span.file, view, span.offset)
         return view

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -13,7 +13,7 @@ from moeconv.digest import digest
 from moeconv.errors import UnequalShared
 from moeconv.plan.values import Piece, Span, WeaveTile
 
-Items: TypeAlias = "NDArray[np.unsignedinteger[Any]]"
+Items: TypeAlias = "NDArray[np.generic]"
 ReadSpan: TypeAlias = Callable[[Span], memoryview]
 
 # Square blocks whose rows of source and target both stay in the cache: 4x plain NumPy on bf16.
@@ -37,7 +37,7 @@ def weave(tile: WeaveTile, read: ReadSpan) -> tuple[memoryview, list[tuple[int, 
             (p.unit, _digest(_view(spans[p.span], p, p.src_offset, p.src_strides)))
             for p in tile.pieces
         ]
-        return memoryview(spans[0].view(np.uint8)), units
+        return spans[0].view(np.uint8).data, units
     out = np.empty(tile.nbytes // tile.itemsize, dtype=f"u{tile.itemsize}")
     for piece in tile.pieces:
         source = _view(spans[piece.span], piece, piece.src_offset, piece.src_strides)
@@ -52,7 +52,7 @@ def weave(tile: WeaveTile, read: ReadSpan) -> tuple[memoryview, list[tuple[int, 
         else:
             _move(target, source)
         units.append((piece.unit, _digest(target)))
-    return memoryview(out.view(np.uint8)), units
+    return out.view(np.uint8).data, units
 
 
 def _straight(tile: WeaveTile) -> bool:
@@ -76,7 +76,7 @@ def _digest(matrix: Items) -> str:
         canonical = np.empty(matrix.shape, dtype=matrix.dtype)
         _move(canonical, matrix)
         matrix = canonical
-    return digest(memoryview(matrix).cast("B"))
+    return digest(matrix.data.cast("B"))
 
 
 def _move(target: Items, source: Items) -> None:

@@ -79,7 +79,7 @@ def parse_axes(text: str) -> Axes:
     """`"E (G O) K"` as a value. Raises AxesSyntax."""
     if _TOKEN.sub("", text).strip():
         raise AxesSyntax(f"`{text}` has an unmatched parenthesis")
-    dims = []
+    dims: list[tuple[Axis, ...]] = []
     for match in _TOKEN.finditer(text):
         group, single = match.groups()
         if single == "1":
@@ -186,7 +186,7 @@ def geometry(axes: Axes, sizes: dict[str, int]) -> Geometry:
         strides[axis.letter] = step
         step *= size
     by_letter = {axis.letter: size for axis, size in flat}
-    canonical = [c for c in (OUT, IN) if c in by_letter]
+    canonical: list[str] = [c for c in (OUT, IN) if c in by_letter]
     canonical += sorted(c for c in by_letter if c.islower())
     return Geometry(
         shape=tuple(prod(axis_size(a, sizes) for a in dim) for dim in axes.dims),

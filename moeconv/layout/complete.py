@@ -155,7 +155,7 @@ def _companions(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
                 ScaleWithoutWeight(
                     f"{quoted(name)} has no weight",
                     at=quoted(stack),
-                    cause=f"{len(alone)} tensors named {quoted(component)} stand alone in this stack",
+                    cause=f"{len(alone)} tensors named {quoted(component)} stand alone here",
                     fix=_FETCH,
                 )
             )

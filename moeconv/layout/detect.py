@@ -214,13 +214,13 @@ def _granules(
                     used.update(dict.fromkeys(names, component.name))
     out = {}
     paths = dict(found.recipe.config.granules)  # `block.0` is item 0 of what `block` names
-    for name, component in sorted(used.items()):
+    for name, owner in sorted(used.items()):
         key, _, index = name.partition(".")
         full = tuple(f"{p}.{index}" if index else p for p in paths[key])
         hit = _lookup(config, found.recipe, stack, full)
         if hit is None or type(hit[1]) is not int or hit[1] < 1:
             return ConfigMismatch(
-                f"{quoted(stack)} has {quoted(component)} tensors, "
+                f"{quoted(stack)} has {quoted(owner)} tensors, "
                 "but config.json does not say the block size",
                 at=f"config.json, key {quoted(full[0] if full else name)}",
                 cause="a block size is never inferred from shapes",
@@ -240,7 +240,7 @@ def _ambiguous(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
         f"{quoted(stack)} fits more than one layout: {names}",
         at=quoted(stack),
         cause=f"the shapes fit each of them: {shapes}",
-        fix=f"find out who wrote it, then say `--from-layout {layouts[0].name}` or another of these",
+        fix=f"find out who wrote it, then say `--from-layout {layouts[0].name}` or another",
     )
 
 
