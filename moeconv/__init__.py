@@ -8,18 +8,30 @@ from typing import TYPE_CHECKING
 from moeconv.version import __version__
 
 if TYPE_CHECKING:
-    from moeconv.api import fuse, open_source, unfuse
+    from moeconv.api import diff, fingerprint, fuse, open_source, unfuse, verify
     from moeconv.errors import MoeconvError
 
 # PEP 562: `import moeconv` costs nothing until something of it is used
 _HOMES = {
+    "diff": "moeconv.api",
+    "fingerprint": "moeconv.api",
     "fuse": "moeconv.api",
-    "unfuse": "moeconv.api",
     "open_source": "moeconv.api",
+    "unfuse": "moeconv.api",
+    "verify": "moeconv.api",
     "MoeconvError": "moeconv.errors",
 }
 
-__all__ = ["MoeconvError", "__version__", "fuse", "open_source", "unfuse"]
+__all__ = [
+    "MoeconvError",
+    "__version__",
+    "diff",
+    "fingerprint",
+    "fuse",
+    "open_source",
+    "unfuse",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -18,14 +18,27 @@ from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.engine.commit import commit, refuse_collisions, room_needed
 from moeconv.engine.crew import Limits
 from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
-from moeconv.errors import UnknownFamily, quoted
+from moeconv.errors import MoeconvError, NotASet, UnknownFamily, UsageProblem, quoted
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.recipe import Recipe
 from moeconv.layout.recipefile import parse_recipe
 from moeconv.library import fitting, load_recipe, shipped_recipes
-from moeconv.manifest import Manifest
+from moeconv.manifest import ROOT_NAME, Manifest
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion, plan_restore
 from moeconv.plan.values import Plan
+from moeconv.proof.diff import Difference, differences
+from moeconv.proof.digests import (
+    Matrix,
+    compare_digests,
+    compare_file,
+    fingerprint_of,
+    matrices,
+    rehash,
+    stack_entries,
+)
+from moeconv.proof.report import DIGEST, LEVELS, SOURCE, STRUCTURE, Report
+from moeconv.proof.source import compare_source
+from moeconv.proof.structure import check_structure
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 DEFAULT_MEMORY_BYTES: Final = 512 * 1024 * 1024
@@ -213,14 +226,137 @@ def _carry_out(
     if dry_run:
         return Result(source, out, plan, room, None, dry_run=True)
     refuse_short(out, room)
-    done = 0
-    total = plan.tensor_bytes
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(done, total)
-
-    manifest = commit(plan, checkpoint, out, limits=limits, overwrite=overwrite, progress=advance)
+    meter = _Meter(plan.tensor_bytes, progress)
+    manifest = commit(
+        plan, checkpoint, out, limits=limits, overwrite=overwrite, progress=meter.advance
+    )
     return Result(source, out, plan, room, manifest, dry_run=False)
+
+
+def verify(
+    out: str | Path,
+    *,
+    level: str = DIGEST,
+    source: str | Path | None = None,
+    recipe: str | Path | None = None,
+    from_layout: str | None = None,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Prove an output of moeconv: `structure`, `digest` (all re-read), or `source` (against SRC).
+
+    level `source` needs `source`; it also works for OUT that moeconv did not write.
+    Damage is in the report, not raised.
+    """
+    if level not in LEVELS or (level == SOURCE) != (source is not None):
+        raise UsageProblem(
+            f"level {quoted(level)} and source {quoted(str(source))} do not go together",
+            cause=f"the levels are {', '.join(LEVELS)}; only `{SOURCE}` takes a source",
+            fix="say `--level source --source SRC`, or leave `--source` away",
+        )
+    place = locate(out)
+    manifest, problems = _structure(place, level)
+    if problems or level == STRUCTURE:
+        return _report(level, problems, manifest, bytes_read=0)
+    opened = open_source(place, recipe=recipe, from_layout=from_layout)
+    checkpoint, detection = opened.checkpoint, opened.detection.whole()
+    limits = Limits(jobs or default_jobs(), max_memory)
+    meter = _Meter(checkpoint.tensor_bytes, progress)
+    if source is None:
+        fresh = rehash(checkpoint, detection, limits=limits, progress=meter.advance)
+        if manifest is not None:
+            problems += compare_digests(manifest, fresh, stack_entries(detection))
+            for entry in manifest.root.sidecars:
+                problems += compare_file(place, entry)
+    else:
+        other = open_source(source, recipe=recipe, from_layout=from_layout)
+        problems += compare_source(
+            (checkpoint, detection),
+            (other.checkpoint, other.detection.whole()),
+            limits=limits,
+            progress=meter.advance,
+        )
+    return _report(level, problems, manifest, bytes_read=meter.done)
+
+
+def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvError]]:
+    if (place / ROOT_NAME).exists():
+        return check_structure(place)
+    if level == SOURCE:
+        return None, []
+    raise NotASet(
+        f"{quoted(str(place))} was not written by moeconv",
+        cause=f"it has no `{ROOT_NAME}`, so nothing says what its bytes should be",
+        fix="compare it with its source: `moeconv verify OUT --level source --source SRC`",
+    )
+
+
+def _report(
+    level: str, problems: list[MoeconvError], manifest: Manifest | None, *, bytes_read: int
+) -> Report:
+    parts = manifest.parts if manifest else ()
+    return Report(
+        level=level,
+        problems=tuple(problems),
+        files=len(parts),
+        tensors=sum(len(p.tensors) for p in parts),
+        bytes_read=bytes_read,
+        fingerprint=manifest.root.fingerprint if manifest else None,
+    )
+
+
+def fingerprint(
+    src: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    from_layout: str | None = None,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """One hash of the whole model, the same in every layout. Reads data only without a manifest."""
+    opened = open_source(src, recipe=recipe, from_layout=from_layout)
+    return fingerprint_of(_matrices(opened, max_memory, jobs, progress))
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    from_layout: str | None = None,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Difference, ...]:
+    """Two checkpoints, matrix by matrix: `=` same, `-` only in A, `+` only in B, `*` differs."""
+    sides = [open_source(s, recipe=recipe, from_layout=from_layout) for s in (a, b)]
+    first, second = (_matrices(side, max_memory, jobs, progress) for side in sides)
+    return differences(first, second)
+
+
+def _matrices(
+    opened: Opened, max_memory: int, jobs: int | None, progress: Progress | None
+) -> dict[str, Matrix]:
+    meter = _Meter(opened.checkpoint.tensor_bytes, progress)
+    return matrices(
+        opened.checkpoint,
+        opened.detection.whole(),
+        limits=Limits(jobs or default_jobs(), max_memory),
+        progress=meter.advance,
+    )
+
+
+class _Meter:
+    """Counts bytes for a `progress(done, total)` callback; the crew calls it one at a time."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done = 0
+        self._total = total
+        self._progress = progress
+
+    def advance(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self._progress is not None:
+            self._progress(self.done, self._total)

@@ -385,6 +385,12 @@ class UnsupportedVersion(Unsupported):
     code = "unsupported-version"
 
 
+class NotASet(Unsupported):
+    """A proof was asked for that only an output of moeconv can give."""
+
+    code = "not-a-set"
+
+
 class SubByteAxis(Unsupported):
     """A rearrangement that would cut inside a byte."""
 

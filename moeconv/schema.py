@@ -55,7 +55,7 @@ class Table:
         """Whether the member is there and not null."""
         return self._members.get(key) is not None
 
-    def keys(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """The member names, in document order."""
         return tuple(self._members)
 

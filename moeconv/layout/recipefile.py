@@ -98,7 +98,7 @@ def _axes(table: Table, key: str, text: str) -> Axes:
 
 def _components(table: Table) -> tuple[Component, ...]:
     out = []
-    for name in table.keys():  # noqa: SIM118 - a Table is no mapping
+    for name in table.names():
         entry = table.table(name)
         axes = _axes(entry, "axes", entry.text("axes"))
         if axes.letters & {EXPERT, PAIR}:
@@ -115,11 +115,11 @@ def _components(table: Table) -> tuple[Component, ...]:
 
 def _layouts(table: Table, components: tuple[Component, ...]) -> tuple[Layout, ...]:
     out = []
-    for name in table.keys():  # noqa: SIM118
+    for name in table.names():
         entry = table.table(name)
         special = entry.table("axes") if entry.has("axes") else None
         square = entry.optional_text("square")
-        lines = [_line(entry, key, special, components) for key in entry.keys() if key in _LINES]
+        lines = [_line(entry, key, special, components) for key in entry.names() if key in _LINES]
         if special:
             special.finish()
         entry.finish()
@@ -138,7 +138,7 @@ def _line(entry: Table, key: str, special: Table | None, components: tuple[Compo
     overrides = []
     listed = special.table(key) if special and special.has(key) else None
     if listed:
-        for name in listed.keys():  # noqa: SIM118
+        for name in listed.names():
             overrides.append((name, _axes(listed, name, listed.text(name))))
             if name not in (c.name for c in components):
                 listed.problem(name, "is no component of this recipe")
@@ -191,8 +191,8 @@ def _config(table: Table) -> ConfigKeys:
         experts=table.texts("experts", default=()),
         width=table.texts("width", default=()),
         hidden=table.texts("hidden", default=()),
-        granules=tuple((k, granules.texts(k)) for k in granules.keys()) if granules else (),  # noqa: SIM118
-        sections=tuple((k, sections.texts(k)) for k in sections.keys())  # noqa: SIM118
+        granules=tuple((k, granules.texts(k)) for k in granules.names()) if granules else (),
+        sections=tuple((k, sections.texts(k)) for k in sections.names())
         if sections
         else (("", ("",)),),
     )

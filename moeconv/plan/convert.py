@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 from moeconv.checkpoint.dtypes import BITS
-from moeconv.checkpoint.header import StoredTensor
+from moeconv.checkpoint.header import Header
 from moeconv.checkpoint.index import INDEX_NAME
 from moeconv.checkpoint.origin import Origin
 from moeconv.errors import (
@@ -131,23 +132,9 @@ def plan_restore(detection: Detection, original: Detection, origin: Origin) -> P
     detection: the set as it is; original: what the origin's headers spell, in its own layouts.
     Raises BadManifest where the two are not the same model.
     """
-    current = {s.name: s for s in detection.stacks}
-    plain = {t.name: t for t in detection.others}
-    drafts: dict[str, Draft] = {}
-    ledger = [Fate(t.name, "copied", (t.name,), t.nbytes) for t in detection.others]
-    for number, stack in enumerate(original.stacks):
-        source = current.get(stack.name)
-        if source is None or source.sizes != stack.sizes:
-            raise _foreign(stack.name)
-        drafts.update((d.name, d) for d in laid_out(source, number, stack.layout))
-        ledger += fates(source, stack.layout)
-    for tensor in original.others:
-        if tensor.name not in plain:
-            raise _foreign(tensor.name)
-        drafts[tensor.name] = copied(plain[tensor.name])
+    drafts, ledger = _drafts_onto(detection, original)
     files = tuple(
-        _original_file(f.name, f.header.raw, f.header.tensors, drafts, size=f.size)
-        for f in origin.files
+        _existing_file(PlacedHeader(f.name, f.size, f.header), drafts) for f in origin.files
     )
     plan = Plan(
         files=files,
@@ -163,21 +150,41 @@ def plan_restore(detection: Detection, original: Detection, origin: Origin) -> P
     return plan
 
 
-def _original_file(
-    name: str,
-    header: bytes,
-    tensors: tuple[StoredTensor, ...],
-    drafts: dict[str, Draft],
-    *,
-    size: int,
-) -> OutputFile:
+@dataclass(frozen=True, slots=True)
+class PlacedHeader:
+    """A data file that exists already: its name, size and header."""
+
+    name: str
+    size: int
+    header: Header
+
+
+def _drafts_onto(detection: Detection, target: Detection) -> tuple[dict[str, Draft], list[Fate]]:
+    current = {s.name: s for s in detection.stacks}
+    plain = {t.name: t for t in detection.others}
+    drafts: dict[str, Draft] = {}
+    ledger = [Fate(t.name, "copied", (t.name,), t.nbytes) for t in detection.others]
+    for number, stack in enumerate(target.stacks):
+        source = current.get(stack.name)
+        if source is None or source.sizes != stack.sizes:
+            raise _foreign(stack.name)
+        drafts.update((d.name, d) for d in laid_out(source, number, stack.layout))
+        ledger += fates(source, stack.layout)
+    for tensor in target.others:
+        if tensor.name not in plain:
+            raise _foreign(tensor.name)
+        drafts[tensor.name] = copied(plain[tensor.name])
+    return drafts, ledger
+
+
+def _existing_file(file: PlacedHeader, drafts: dict[str, Draft]) -> OutputFile:
     places = []
-    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+    for tensor in sorted(file.header.tensors, key=lambda t: (t.offset, t.nbytes)):
         draft = drafts.get(tensor.name)
         if draft is None or draft.nbytes != tensor.nbytes or draft.dtype != tensor.dtype:
             raise _foreign(tensor.name)
         places.append((draft, tensor.offset))
-    return output_file(name, header, places, size=size)
+    return output_file(file.name, file.header.raw, places, size=file.size)
 
 
 def _foreign(name: str) -> BadManifest:
@@ -187,6 +194,19 @@ def _foreign(name: str) -> BadManifest:
         cause=f"the origin has {quoted(name)}, the set has nothing that could fill it",
         fix="convert the checkpoint again",
     )
+
+
+def plan_onto(
+    detection: Detection, target: Detection, files: tuple[PlacedHeader, ...]
+) -> tuple[OutputFile, ...]:
+    """Existing `files`, whose tensors are `target`'s, as if filled from the tensors of `detection`.
+
+    With both the same this re-reads a checkpoint unit by unit; with two checkpoints it is the
+    inverse plan, under which every byte of the one can be held against the other.
+    Raises BadManifest where `detection` has nothing for a tensor.
+    """
+    drafts, _ = _drafts_onto(detection, target)
+    return tuple(_existing_file(file, drafts) for file in files)
 
 
 def _prove(plan: Plan, detection: Detection) -> None:

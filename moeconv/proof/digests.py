@@ -1,0 +1,166 @@
+"""Re-reading a checkpoint unit by unit: level `digest`, and the facts for diff and fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeconv.checkpoint.source import Checkpoint
+from moeconv.digest import fingerprint, fingerprint_line, hasher
+from moeconv.engine.commit import part_of
+from moeconv.engine.crew import Limits, Progress, run_tiles
+from moeconv.engine.tiles import BUFFER_BYTES, Digests
+from moeconv.errors import Damaged, IoFailed, MoeconvError, quoted
+from moeconv.layout.detect import Detection
+from moeconv.manifest import (
+    FileEntry,
+    Manifest,
+    Part,
+    StackEntry,
+    addresses,
+    canonical_shape,
+)
+from moeconv.plan.convert import PlacedHeader, plan_onto
+from moeconv.plan.values import OutputFile
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One logical matrix or other tensor: what `diff` compares and the fingerprint sums up."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+
+class _Hashing:
+    """A target that keeps nothing but the digests."""
+
+    def __init__(self, file: OutputFile, parts: dict[str, Part]) -> None:
+        self._file = file
+        self._parts = parts
+
+    def open(self) -> None:
+        """Nothing to open."""
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Nothing to write: the digest was taken in passing."""
+
+    def finish(self, digests: Digests) -> None:
+        """Keep the file's digests."""
+        self._parts[self._file.name] = part_of(self._file, digests)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def placed_headers(checkpoint: Checkpoint) -> tuple[PlacedHeader, ...]:
+    """A checkpoint's data files as places to plan onto."""
+    return tuple(PlacedHeader(f.name, f.size, f.header) for f in checkpoint.files)
+
+
+def rehash(
+    checkpoint: Checkpoint, detection: Detection, *, limits: Limits, progress: Progress
+) -> tuple[Part, ...]:
+    """The digests of every unit, freshly read, as the parts that a manifest would have."""
+    files = plan_onto(detection, detection, placed_headers(checkpoint))
+    parts: dict[str, Part] = {}
+    run_tiles(
+        files,
+        checkpoint.files,
+        lambda file: _Hashing(file, parts),
+        limits=limits,
+        progress=progress,
+    )
+    return tuple(parts[f.name] for f in files)
+
+
+def stack_entries(detection: Detection) -> tuple[StackEntry, ...]:
+    """The stacks as `rehash`'s parts number them."""
+    return tuple(
+        StackEntry(
+            s.name,
+            s.recipe.name,
+            s.layout.name,
+            s.layout.name,
+            s.sizes.experts,
+            s.sizes.width,
+            s.sizes.hidden,
+        )
+        for s in detection.stacks
+    )
+
+
+def matrices(
+    checkpoint: Checkpoint, detection: Detection, *, limits: Limits, progress: Progress
+) -> dict[str, Matrix]:
+    """Every logical matrix and other tensor by address: from the manifest, or read and hashed."""
+    if checkpoint.manifest is not None:
+        return {a: Matrix(d, s, v) for a, d, s, v in checkpoint.manifest.matrices()}
+    parts = rehash(checkpoint, detection, limits=limits, progress=progress)
+    return dict(_flat(parts, stack_entries(detection)))
+
+
+def _flat(parts: tuple[Part, ...], stacks: tuple[StackEntry, ...]) -> Iterator[tuple[str, Matrix]]:
+    for part in parts:
+        for tensor in part.tensors:
+            shape = canonical_shape(tensor)
+            for address, value in zip(addresses(tensor, stacks), tensor.digests, strict=True):
+                yield address, Matrix(tensor.dtype, shape, value)
+
+
+def fingerprint_of(found: dict[str, Matrix]) -> str:
+    """The fingerprint of a checkpoint's matrices."""
+    return fingerprint(fingerprint_line(a, m.dtype, m.shape, m.digest) for a, m in found.items())
+
+
+def compare_digests(
+    manifest: Manifest, fresh: tuple[Part, ...], stacks: tuple[StackEntry, ...]
+) -> list[MoeconvError]:
+    """Every unit whose bytes are not those that the manifest promises."""
+    promised = {address: value for address, _, _, value in manifest.matrices()}
+    problems: list[MoeconvError] = []
+    for part in fresh:
+        for tensor in part.tensors:
+            for address, value in zip(addresses(tensor, stacks), tensor.digests, strict=True):
+                if promised.get(address) == value:
+                    continue
+                problems.append(
+                    Damaged(
+                        f"{quoted(address)} is damaged",
+                        at=f"{quoted(part.file)}, tensor {quoted(tensor.name)}",
+                        cause=f"its digest is {value}, the manifest has {promised.get(address)}",
+                        fix="fetch that file of the set again, or convert again",
+                    )
+                )
+    return problems
+
+
+def compare_file(root: Path, entry: FileEntry) -> list[MoeconvError]:
+    """Whether a sidecar still has its digest."""
+    path = root / entry.name
+    try:
+        value = file_digest(path)
+    except OSError as problem:
+        return [IoFailed(f"cannot read {quoted(entry.name)}", cause=problem.strerror)]
+    if value == entry.digest:
+        return []
+    return [
+        Damaged(
+            f"{quoted(entry.name)} is damaged",
+            at=quoted(entry.name),
+            cause=f"its digest is {value}, the manifest has {entry.digest}",
+            fix="fetch that file of the set again",
+        )
+    ]
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a whole file, read through a small buffer."""
+    state = hasher()
+    buffer = memoryview(bytearray(BUFFER_BYTES))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            state.update(buffer[:count])
+    return state.hexdigest()

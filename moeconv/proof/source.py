@@ -1,0 +1,170 @@
+"""Level `source`: every byte of the source's tensors, found again through the inverse plan."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from moeconv.checkpoint.source import Checkpoint, DataFile
+from moeconv.engine.crew import Limits, Progress, run_tiles
+from moeconv.engine.tiles import Digests
+from moeconv.errors import Damaged, IoFailed, MoeconvError, TensorNotInFile, quoted
+from moeconv.layout.detect import Detection
+from moeconv.plan.convert import plan_onto
+from moeconv.plan.values import OutputFile, OutputTensor
+from moeconv.proof.digests import file_digest, placed_headers
+
+_MAX_REPORTED: Final = 1000
+
+
+def compare_source(
+    output: tuple[Checkpoint, Detection],
+    source: tuple[Checkpoint, Detection],
+    *,
+    limits: Limits,
+    progress: Progress,
+) -> list[MoeconvError]:
+    """Hold all tensors of `source` against `output`, byte by byte, whatever their layouts."""
+    problems = _different_sets(output[1], source[1])
+    problems += _different_sidecars(output[0], source[0])
+    if any(isinstance(p, TensorNotInFile) for p in problems):
+        return problems
+    files = plan_onto(output[1], source[1], placed_headers(source[0]))
+    by_name = {f.name: f for f in source[0].files}
+    lock = threading.Lock()
+
+    def report(problem: MoeconvError) -> None:
+        with lock:
+            if len(problems) < _MAX_REPORTED:
+                problems.append(problem)
+
+    run_tiles(
+        files,
+        output[0].files,
+        lambda file: _Comparing(file, by_name[file.name], report),
+        limits=limits,
+        progress=progress,
+    )
+    return problems
+
+
+def _different_sets(output: Detection, source: Detection) -> list[MoeconvError]:
+    """Tensors and stacks that only one side has, or that differ in dtype or size."""
+    problems: list[MoeconvError] = []
+    ours = _facts(output)
+    theirs = _facts(source)
+    for name in sorted(ours.keys() | theirs.keys()):
+        mine, wanted = ours.get(name), theirs.get(name)
+        if mine == wanted:
+            continue
+        problems.append(
+            TensorNotInFile(
+                f"{quoted(name)} is not the same in OUT and SRC",
+                at=quoted(name),
+                cause=f"OUT: {mine or 'absent'}; SRC: {wanted or 'absent'}",
+                fix="convert again from this source",
+            )
+        )
+    return problems
+
+
+def _facts(detection: Detection) -> dict[str, str]:
+    facts = {t.name: f"{t.dtype} {list(t.shape)}" for t in detection.others}
+    for stack in detection.stacks:
+        held = ", ".join(
+            sorted(
+                f"{p}.{m.component.name} {m.dtype} {list(m.geometry.canonical_shape)}"
+                for m in stack.members
+                for p in m.line.projections
+            )
+        )
+        facts[stack.name] = f"{stack.sizes.experts} experts of {held}"
+    return facts
+
+
+def _different_sidecars(output: Checkpoint, source: Checkpoint) -> list[MoeconvError]:
+    ours = {s.name: s for s in output.sidecars}
+    problems: list[MoeconvError] = []
+    for sidecar in source.sidecars:
+        mine = ours.get(sidecar.name)
+        try:
+            same = mine is not None and file_digest(mine.path) == file_digest(sidecar.path)
+        except OSError as problem:
+            problems.append(IoFailed(f"cannot read {quoted(sidecar.name)}", cause=problem.strerror))
+            continue
+        if not same:
+            problems.append(
+                Damaged(
+                    f"{quoted(sidecar.name)} is not the same in OUT and SRC",
+                    at=quoted(sidecar.name),
+                    cause="it is absent from OUT" if mine is None else "its bytes differ",
+                    fix="convert again from this source",
+                )
+            )
+    return problems
+
+
+class _Comparing:
+    """A target that holds what would be written against what is there."""
+
+    def __init__(
+        self, file: OutputFile, actual: DataFile, report: Callable[[MoeconvError], None]
+    ) -> None:
+        self._file = file
+        self._actual = actual
+        self._report = report
+        self._descriptor = -1
+        self._reported: set[str] = set()
+
+    def open(self) -> None:
+        """Open the source's file."""
+        try:
+            self._descriptor = os.open(self._actual.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as problem:
+            raise IoFailed(
+                f"cannot open {quoted(self._actual.name)}", cause=problem.strerror
+            ) from None
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Compare; the first difference of each tensor is reported."""
+        step = 1024 * 1024
+        for at in range(0, len(view), step):
+            wanted = os.pread(self._descriptor, min(step, len(view) - at), offset + at)
+            if wanted != view[at : at + step].tobytes():
+                self._differs(view[at : at + step], wanted, offset + at)
+
+    def _differs(self, view: memoryview, wanted: bytes, offset: int) -> None:
+        count = min(len(view), len(wanted))
+        ours = np.frombuffer(view[:count], dtype=np.uint8)
+        different = np.flatnonzero(ours != np.frombuffer(wanted[:count], dtype=np.uint8))
+        for position in different:
+            at = offset + int(position)
+            tensor = self._tensor(at)
+            if tensor.name in self._reported:
+                continue
+            self._reported.add(tensor.name)
+            self._report(
+                Damaged(
+                    f"{quoted(tensor.name)} has other bytes in OUT than in SRC",
+                    at=f"{quoted(self._file.name)} of SRC, tensor {quoted(tensor.name)}",
+                    cause=f"the first difference is at byte {at - tensor.offset:,} of the tensor",
+                    fix="convert again from this source",
+                )
+            )
+            return
+
+    def _tensor(self, at: int) -> OutputTensor:
+        return next(t for t in self._file.tensors if t.offset <= at < t.offset + t.nbytes)
+
+    def finish(self, digests: Digests) -> None:
+        """Nothing to keep."""
+
+    def close(self) -> None:
+        """Close the source's file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

@@ -1,0 +1,200 @@
+"""Level `structure`: manifest, parts, headers, sizes and cover of one of our sets, no data."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from moeconv.checkpoint.header import LENGTH_BYTES, parse_header
+from moeconv.checkpoint.index import parse_index
+from moeconv.checkpoint.origin import parse_origin
+from moeconv.checkpoint.sets import damaged, read_bounded, read_entry
+from moeconv.checkpoint.sidecars import inside
+from moeconv.checkpoint.source import SUFFIX
+from moeconv.digest import digest, fingerprint
+from moeconv.errors import (
+    Damaged,
+    IoFailed,
+    Malformed,
+    MissingExpert,
+    MoeconvError,
+    TruncatedFile,
+    quoted,
+)
+from moeconv.manifest import (
+    MAX_ROOT_BYTES,
+    PARTS_DIR,
+    ROOT_NAME,
+    FileEntry,
+    Manifest,
+    Part,
+    Root,
+    addresses,
+    matrix_address,
+    parse_part,
+    parse_root,
+)
+
+_MAX_MISSING: Final = 20
+
+
+def check_structure(root: Path) -> tuple[Manifest | None, list[MoeconvError]]:
+    """Everything about a set that can be known without its data; all problems.
+
+    Returns the manifest where all of its parts could be read.
+    """
+    try:
+        top = parse_root(read_bounded(inside(root, ROOT_NAME), MAX_ROOT_BYTES, name=ROOT_NAME))
+    except MoeconvError as problem:
+        return None, [problem]
+    problems: list[MoeconvError] = []
+    parts = list(_parts(root, top, problems))
+    for part in parts:
+        problems += _data_file(root, part)
+    problems += _index(root, top, parts)
+    problems += _papers(root, top)
+    problems += _strangers(root, top, parts)
+    if len(parts) < len(top.parts):
+        return None, problems
+    manifest = Manifest(top, tuple(parts))
+    return manifest, problems + _whole(manifest)
+
+
+def _parts(root: Path, top: Root, problems: list[MoeconvError]) -> Iterator[Part]:
+    for entry in top.parts:
+        try:
+            yield parse_part(read_entry(root, entry), top, where=entry.name)
+        except (Malformed, IoFailed) as problem:
+            problems.append(problem)
+
+
+def _data_file(root: Path, part: Part) -> list[MoeconvError]:
+    name = part.file
+    try:
+        path = inside(root, name)
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            raw = stream.read(part.header_size)
+    except FileNotFoundError:
+        return [damaged(name, "it is not there")]
+    except OSError as problem:
+        return [IoFailed(f"cannot read {quoted(name)}", cause=problem.strerror)]
+    except Malformed as problem:
+        return [problem]
+    problems: list[MoeconvError] = []
+    if size != part.size:
+        kind = TruncatedFile if size < part.size else Damaged
+        problems.append(
+            kind(
+                f"{quoted(name)} has not the size it was written with",
+                at=quoted(name),
+                cause=f"it has {size:,} bytes, its part says {part.size:,}",
+                fix="fetch that file of the set again, or convert again",
+            )
+        )
+    if digest(raw) != part.header_digest:
+        problems.append(damaged(name, "its header is not the one that was written"))
+        return problems
+    try:
+        header = parse_header(raw, file_size=part.size, file=0, where=name)
+    except Malformed as problem:
+        return [*problems, problem]
+    stored = [(t.name, t.dtype, t.shape, t.offset, t.offset + t.nbytes) for t in header.tensors]
+    promised = [(t.name, t.dtype, t.shape, t.start, t.stop) for t in part.tensors]
+    if sorted(stored) != sorted(promised) or len(raw) < LENGTH_BYTES:
+        problems.append(
+            damaged(f"{PARTS_DIR}/{name}.json", "it lists other tensors than the header")
+        )
+    return problems
+
+
+def _index(root: Path, top: Root, parts: list[Part]) -> list[MoeconvError]:
+    try:
+        index = parse_index(read_entry(root, top.index), name=top.index.name)
+    except (Malformed, IoFailed) as problem:
+        return [problem]
+    if len(parts) < len(top.parts):
+        return []
+    held = {t.name: p.file for p in parts for t in p.tensors}
+    total = sum(p.size - p.header_size for p in parts)
+    if index.weight_map != held or index.total_size != total:
+        return [damaged(top.index.name, "it does not list the tensors of the set")]
+    return []
+
+
+def _papers(root: Path, top: Root) -> list[MoeconvError]:
+    problems: list[MoeconvError] = []
+    try:
+        parse_origin(read_entry(root, top.origin))
+    except (Malformed, IoFailed) as problem:
+        problems.append(problem)
+    for entry in top.sidecars:
+        problems += _sidecar_size(root, entry)
+    return problems
+
+
+def _sidecar_size(root: Path, entry: FileEntry) -> list[MoeconvError]:
+    try:
+        size = inside(root, entry.name).stat().st_size
+    except OSError:
+        return [damaged(entry.name, "it is not there")]
+    except Malformed as problem:
+        return [problem]
+    if size != entry.size:
+        return [damaged(entry.name, f"it has {size:,} bytes, the manifest says {entry.size:,}")]
+    return []
+
+
+def _strangers(root: Path, top: Root, parts: list[Part]) -> list[MoeconvError]:
+    """Tensor files that the set does not name: loaders glob, and would take them in."""
+    ours = {p.file for p in parts} | {s.name for s in top.sidecars}
+    if len(parts) < len(top.parts):
+        return []
+    found = sorted(p.name for p in root.iterdir() if p.name.endswith(SUFFIX))
+    return [
+        Damaged(
+            f"{quoted(name)} does not belong to the set",
+            at=quoted(name),
+            cause="the manifest does not name it, but programs that glob would load it",
+            fix="remove it",
+        )
+        for name in found
+        if name not in ours
+    ]
+
+
+def _whole(manifest: Manifest) -> list[MoeconvError]:
+    """Every expert of every stack exactly once, and the fingerprint that of all digests."""
+    problems: list[MoeconvError] = []
+    stacks = manifest.root.stacks
+    held: Counter[str] = Counter()
+    kinds: dict[int, set[tuple[str, str]]] = {}
+    for part in manifest.parts:
+        for tensor in part.tensors:
+            held.update(addresses(tensor, stacks))
+            if tensor.expert is not None:
+                kinds.setdefault(tensor.expert.stack, set()).update(
+                    (p, tensor.expert.component) for p in tensor.expert.projections
+                )
+    for number, stack in enumerate(stacks):
+        missing = [
+            address
+            for projection, component in sorted(kinds.get(number, ()))
+            for expert in range(stack.experts)
+            if held[address := matrix_address(stack.name, expert, projection, component)] != 1
+        ]
+        if missing or number not in kinds:
+            problems.append(
+                MissingExpert(
+                    f"{quoted(stack.name)} is not whole",
+                    at=", ".join(map(quoted, missing[:_MAX_MISSING])) or quoted(stack.name),
+                    cause=f"{len(missing)} matrices are missing or there twice",
+                    fix="convert the checkpoint again",
+                )
+            )
+    if fingerprint(manifest.fingerprint_lines()) != manifest.root.fingerprint:
+        problems.append(damaged(ROOT_NAME, "its fingerprint is not that of its digests"))
+    return problems
