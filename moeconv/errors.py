@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from moeconv.names import printable
+
+if TYPE_CHECKING:
+    from moeconv.strictjson import Json
 
 
 class MoeconvError(Exception):
@@ -44,9 +47,9 @@ class MoeconvError(Exception):
         lines += [str(other) for other in self.also]
         return "\n".join(lines)
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self) -> Json:
         """The same fields as one JSON object."""
-        doc: dict[str, object] = {
+        doc: dict[str, Json] = {
             "type": "error",
             "code": self.code,
             "exit_code": self.exit_code,

@@ -1,0 +1,5 @@
+"""`python -m moeconv`."""
+
+from moeconv.cli.main import main
+
+main()

@@ -1,0 +1,87 @@
+"""`moeconv fuse` and `moeconv unfuse`: two verbs, one way to carry them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from moeconv.cli import options
+from moeconv.cli.ui import Ui, checked_color, handled
+
+if TYPE_CHECKING:
+    from moeconv.api import Result
+
+
+def _command(verb: str, help_text: str) -> Callable[..., None]:
+    """The command of a verb: both take the same flags, so they are written once."""
+
+    def command(
+        src: options.Source,
+        output: options.Output,
+        layout: options.Layout = None,
+        from_layout: options.FromLayout = None,
+        recipe: options.RecipeFile = None,
+        without: options.Without = None,
+        max_shard_size: options.ShardSize = "5GB",
+        max_memory: options.Memory = "512MiB",
+        jobs: options.Jobs = None,
+        dry_run: options.DryRun = False,
+        overwrite: options.Overwrite = False,
+        as_json: options.AsJson = False,
+        quiet: options.Quiet = False,
+        verbose: options.Verbose = False,
+        color: options.Color = "auto",
+    ) -> None:
+        with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
+            checked_color(color)
+            from moeconv import api
+            from moeconv.units import parse_size
+
+            run = api.fuse if verb == "fuse" else api.unfuse
+            shard_size, memory = parse_size(max_shard_size), parse_size(max_memory)
+            with ui.progress(verb) as progress:
+                result = run(
+                    src,
+                    output,
+                    layout=layout,
+                    from_layout=from_layout,
+                    recipe=recipe,
+                    without=tuple(without or ()),
+                    max_shard_size=shard_size,
+                    max_memory=memory,
+                    jobs=jobs,
+                    overwrite=overwrite,
+                    dry_run=dry_run,
+                    progress=progress,
+                )
+            _show(ui, verb, result)
+
+    command.__name__ = verb
+    command.__doc__ = help_text
+    return command
+
+
+fuse = _command("fuse", "Write every expert stack in its family's fused layout.")
+unfuse = _command("unfuse", "Write experts one by one; our own outputs go back to their origin.")
+
+
+def _show(ui: Ui, verb: str, result: Result) -> None:
+    from moeconv.cli.show import plan_document, plan_summary, plan_table
+
+    for warning in result.source.checkpoint.warnings:
+        ui.warn(warning)
+    for note in result.plan.notes:
+        ui.say(note)
+    if result.dry_run:
+        if not result.room.enough:
+            ui.warn(plan_summary(result)[-1])
+        if ui.json:
+            ui.document(plan_document(verb, result))
+        elif not ui.quiet:
+            ui.table(*plan_table(result))
+            for line in plan_summary(result):
+                ui.data(line)
+        return
+    for line in plan_summary(result)[:-1]:
+        ui.say(line)
+    ui.result(str(result.out), plan_document(verb, result))

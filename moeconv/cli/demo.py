@@ -1,0 +1,109 @@
+"""`moeconv demo`: a small checkpoint fused, verified, taken back and loaded, in a few seconds."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeconv.cli import options
+from moeconv.cli.ui import Ui, checked_color, handled
+
+if TYPE_CHECKING:
+    from moeconv.api import Result
+
+
+def demo(
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Keep the checkpoints here (absent or empty)."
+        ),
+    ] = None,
+    color: options.Color = "auto",
+) -> None:
+    """Make a small checkpoint, fuse it, verify it, take it back, load it: see it work."""
+    with handled(Ui(color=color)) as ui:
+        checked_color(color)
+        from moeconv.engine.output import refuse_existing
+
+        if output is not None:
+            refuse_existing(output, overwrite=False)
+            output.mkdir(parents=True, exist_ok=True)
+            _run(ui, output)
+            return
+        folder = Path(tempfile.mkdtemp(prefix="moeconv-demo-"))
+        try:
+            _run(ui, folder)
+        finally:
+            shutil.rmtree(folder)
+
+
+def _run(ui: Ui, folder: Path) -> None:
+    from moeconv import api
+    from moeconv.demo import make_checkpoint
+    from moeconv.units import counted, human_size
+
+    source, fused, back = folder / "source", folder / "fused", folder / "back"
+    make_checkpoint(source)
+    opened = api.open_source(source)
+    stack = opened.detection.stacks[0]
+    ui.data(
+        f"made      a Qwen3-MoE checkpoint: {counted(len(opened.checkpoint.files), 'file')}, "
+        f"{counted(len(opened.checkpoint.tensors), 'tensor')}, "
+        f"{human_size(opened.checkpoint.tensor_bytes)}, {stack.sizes.experts} experts a layer"
+    )
+    result = api.fuse(source, fused)
+    ui.data(
+        f"fused     to {counted(result.plan.tensor_count, 'tensor')}: "
+        f"{stack.name}.gate_up_proj is {_shape(result, stack.name)}"
+    )
+    report = api.verify(fused, level="source", source=source)
+    ui.data(f"verified  every byte of the source found again: {'yes' if report.ok else 'NO'}")
+    prints = {api.fingerprint(source), api.fingerprint(fused)}
+    ui.data(f"printed   one fingerprint for both layouts: {', '.join(sorted(prints))}")
+    api.unfuse(fused, back)
+    same = _same_tree(source, back)
+    ui.data(f"unfused   back to the original files, bit for bit: {'yes' if same else 'NO'}")
+    loaded = _load(source, fused, stack.name, stack.sizes.experts)
+    if loaded is None:
+        ui.data("loaded    skipped: torch is not installed (`pip install 'moeconv[torch]'`)")
+    else:
+        ui.data(f"loaded    with torch, equal to stacking the experts by hand: {loaded}")
+    if not (report.ok and same and len(prints) == 1) or loaded == "NO":
+        raise typer.Exit(1)
+
+
+def _shape(result: Result, stack: str) -> str:
+    name = f"{stack}.gate_up_proj"
+    found = [t.shape for f in result.plan.files for t in f.tensors if t.name == name]
+    return str(list(found[0]))
+
+
+def _same_tree(a: Path, b: Path) -> bool:
+    names = [sorted(str(p.relative_to(d)) for p in d.rglob("*") if p.is_file()) for d in (a, b)]
+    return names[0] == names[1] and all(
+        (a / name).read_bytes() == (b / name).read_bytes() for name in names[0]
+    )
+
+
+def _load(source: Path, fused: Path, stack: str, experts: int) -> str | None:
+    """Load both with the stock safetensors loader and compare; None without torch."""
+    try:
+        import torch
+        from safetensors.torch import load_file
+    except ImportError:
+        return None
+    parts = [load_file(f) for f in sorted(source.glob("*.safetensors"))]
+    before = {name: tensor for part in parts for name, tensor in part.items()}
+    after = {n: t for f in sorted(fused.glob("*.safetensors")) for n, t in load_file(f).items()}
+    wanted = torch.stack(
+        [
+            torch.cat([before[f"{stack}.{e}.{p}_proj.weight"] for p in ("gate", "up")])
+            for e in range(experts)
+        ]
+    )
+    return "yes" if torch.equal(after[f"{stack}.gate_up_proj"], wanted) else "NO"

@@ -1,0 +1,35 @@
+"""`moeconv fingerprint`: one hash of a model, whatever its layout."""
+
+from __future__ import annotations
+
+from moeconv.cli import options
+from moeconv.cli.ui import Ui, checked_color, handled
+
+
+def fingerprint(
+    src: options.Source,
+    from_layout: options.FromLayout = None,
+    recipe: options.RecipeFile = None,
+    max_memory: options.Memory = "512MiB",
+    jobs: options.Jobs = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    color: options.Color = "auto",
+) -> None:
+    """Print one hash of the model, the same in every layout."""
+    with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
+        checked_color(color)
+        from moeconv import api
+        from moeconv.units import parse_size
+
+        with ui.progress("fingerprint") as progress:
+            value = api.fingerprint(
+                src,
+                recipe=recipe,
+                from_layout=from_layout,
+                max_memory=parse_size(max_memory),
+                jobs=jobs,
+                progress=progress,
+            )
+        ui.result(value, {"type": "fingerprint", "fingerprint": value})

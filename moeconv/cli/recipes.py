@@ -1,0 +1,89 @@
+"""`moeconv recipes list|show|check`: the families and layouts that moeconv knows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeconv.cli import options
+from moeconv.cli.ui import Ui, checked_color, handled
+
+if TYPE_CHECKING:
+    from moeconv.layout.recipe import Recipe
+    from moeconv.strictjson import Json
+
+recipes = typer.Typer(
+    help="The families and layouts it knows; one of them; a file of your own.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@recipes.command("list")
+def list_(as_json: options.AsJson = False, color: options.Color = "auto") -> None:
+    """List the recipes: tensor names, layouts, components, model types."""
+    with handled(Ui(json=as_json, color=color)) as ui:
+        checked_color(color)
+        from moeconv.library import shipped_recipes
+
+        found = shipped_recipes()
+        if as_json:
+            ui.document({"type": "recipes", "recipes": [_document(r) for r in found]})
+            return
+        rows = [
+            [
+                r.name,
+                r.title,
+                ", ".join(layout.name for layout in r.layouts if layout.square is None),
+                ", ".join(c.name for c in r.components),
+                ", ".join(r.model_types),
+            ]
+            for r in found
+        ]
+        ui.table(["recipe", "names", "layouts", "components", "model types"], rows)
+
+
+def _document(recipe: Recipe) -> Json:
+    return {
+        "name": recipe.name,
+        "title": recipe.title,
+        "model_types": list(recipe.model_types),
+        "layouts": [layout.name for layout in recipe.layouts],
+        "components": [c.name for c in recipe.components],
+        "fuse": recipe.fuse,
+        "unfuse": recipe.unfuse,
+    }
+
+
+@recipes.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A recipe's name.", show_default=False)],
+    color: options.Color = "auto",
+) -> None:
+    """Print a recipe as TOML: a start for one of your own."""
+    with handled(Ui(color=color)) as ui:
+        checked_color(color)
+        from moeconv.library import load_recipe
+
+        ui.data(load_recipe(name).toml.rstrip("\n"))
+
+
+@recipes.command()
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A TOML file.", show_default=False)],
+    as_json: options.AsJson = False,
+    color: options.Color = "auto",
+) -> None:
+    """Check a recipe of your own; every problem is reported at once."""
+    with handled(Ui(json=as_json, color=color)) as ui:
+        checked_color(color)
+        from moeconv.library import load_recipe
+
+        recipe = load_recipe(file)
+        ui.result(f"ok: {recipe.name}", {"type": "recipe", "ok": True, **_as_dict(recipe)})
+
+
+def _as_dict(recipe: Recipe) -> dict[str, Json]:
+    doc = _document(recipe)
+    return doc if isinstance(doc, dict) else {}

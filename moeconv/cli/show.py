@@ -1,0 +1,259 @@
+"""Plans and checkpoints as tables and JSON: pure, so that every verb says things alike."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from moeconv.api import Opened, Result
+from moeconv.checkpoint.header import StoredTensor
+from moeconv.layout.stack import Stack
+from moeconv.names import natural_key, printable
+from moeconv.strictjson import Json
+from moeconv.units import counted, human_size
+
+_LAYER = re.compile(r"(.*?)([0-9]+)((?:\.[^.0-9][^.]*)*)")
+Rows = list[list[str]]
+
+
+# --- plans -------------------------------------------------------------------------------------
+def plan_table(result: Result) -> tuple[list[str], Rows]:
+    """One row an output file."""
+    rows = [
+        [printable(f.name), f"{len(f.tensors):,}", f"{len(f.tiles):,}", human_size(f.size)]
+        for f in result.plan.files
+    ]
+    return ["file", "tensors", "tiles", "size"], rows
+
+
+def plan_summary(result: Result) -> list[str]:
+    """What happens, in a few lines; the last one is about the disk."""
+    plan, source = result.plan, result.source.checkpoint
+    verbs = Counter(fate.verb for fate in plan.ledger)
+    fates = ", ".join(f"{count:,} {verb}" for verb, count in sorted(verbs.items()))
+    lines = [
+        f"source: {counted(len(source.files), 'file')}, "
+        f"{counted(len(source.tensors), 'tensor')}, {human_size(source.tensor_bytes)} ({fates})",
+        f"output: {counted(len(plan.files), 'file')}, "
+        f"{counted(plan.tensor_count, 'tensor')}, {human_size(plan.tensor_bytes)}; "
+        f"{counted(len(source.sidecars), 'sidecar')} copied",
+    ]
+    if result.manifest is not None:
+        lines.append(f"fingerprint: {result.manifest.root.fingerprint}")
+    room = result.room
+    short = "" if room.enough else ": NOT ENOUGH"
+    lines.append(f"disk: {human_size(room.needed)} needed, {human_size(room.free)} free{short}")
+    return lines
+
+
+def plan_document(verb: str, result: Result) -> Json:
+    """A plan or its result as one JSON document."""
+    plan, source = result.plan, result.source.checkpoint
+    return {
+        "type": "plan" if result.dry_run else "result",
+        "verb": verb,
+        "out": str(result.out),
+        "restores_origin": plan.restores,
+        "source": {
+            "path": str(source.root),
+            "files": len(source.files),
+            "tensors": len(source.tensors),
+            "bytes": source.tensor_bytes,
+        },
+        "output": {
+            "files": [
+                {
+                    "name": f.name,
+                    "size": f.size,
+                    "tensors": [t.name for t in f.tensors],
+                    "tiles": len(f.tiles),
+                }
+                for f in plan.files
+            ],
+            "tensors": plan.tensor_count,
+            "bytes": plan.tensor_bytes,
+        },
+        "stacks": [
+            {
+                "name": s.name,
+                "recipe": s.recipe,
+                "layout": s.layout,
+                "origin_layout": s.origin_layout,
+                "experts": s.experts,
+                "width": s.width,
+                "hidden": s.hidden,
+            }
+            for s in plan.stacks
+        ],
+        "ledger": [
+            {"source": f.source, "fate": f.verb, "into": list(f.into), "bytes": f.nbytes}
+            for f in plan.ledger
+        ],
+        "sidecars": [s.name for s in source.sidecars],
+        "notes": list(plan.notes),
+        "warnings": list(source.warnings),
+        "disk": {
+            "needed": result.room.needed,
+            "free": result.room.free,
+            "enough": result.room.enough,
+        },
+        "fingerprint": result.manifest.root.fingerprint if result.manifest else None,
+    }
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+def checkpoint_lines(opened: Opened) -> list[str]:
+    """The checkpoint as a whole."""
+    checkpoint = opened.checkpoint
+    config = checkpoint.config
+    kind = printable(config.model_type) if config.model_type else "no model_type"
+    lines = [
+        f"{printable(str(checkpoint.root))}: {kind}, {counted(len(checkpoint.files), 'file')}, "
+        f"{counted(len(checkpoint.tensors), 'tensor')}, {human_size(checkpoint.tensor_bytes)}"
+    ]
+    if checkpoint.manifest is not None:
+        lines.append(
+            f"written by {printable(checkpoint.manifest.root.generator)}, "
+            f"fingerprint {checkpoint.manifest.root.fingerprint}"
+        )
+    return lines
+
+
+def other_lines(opened: Opened) -> list[str]:
+    """What belongs to no stack."""
+    others = opened.detection.others
+    size = sum(t.nbytes for t in others)
+    sidecars = opened.checkpoint.sidecars
+    lines = [f"beside the experts: {counted(len(others), 'tensor')}, {human_size(size)}"]
+    if sidecars:
+        names = ", ".join(printable(s.name) for s in sidecars[:6])
+        more = f" and {len(sidecars) - 6} more" if len(sidecars) > 6 else ""
+        lines.append(f"sidecars: {names}{more}")
+    return lines
+
+
+def stack_table(stacks: tuple[Stack, ...]) -> tuple[list[str], Rows]:
+    """One row for stacks that are alike but for their layer."""
+    groups: dict[tuple[str, ...], list[tuple[int, Stack]]] = {}
+    for stack in stacks:
+        head, layer, tail = _split_layer(stack.name)
+        key = (head, tail, *_traits(stack))
+        groups.setdefault(key, []).append((layer, stack))
+    rows = []
+    for (head, tail, *traits), members in groups.items():
+        layers = _ranges(layer for layer, _ in members)
+        size = sum(t.nbytes for _, s in members for t in s.tensors)
+        name = (
+            printable(head) + (layers if len(members) == 1 else f"{{{layers}}}") + printable(tail)
+        )
+        rows.append([name, str(len(members)), *traits, human_size(size)])
+    titles = ["stack", "layers", "E", "I", "H", "layout", "recipe", "components", "size"]
+    return titles, rows
+
+
+def _traits(stack: Stack) -> list[str]:
+    sizes = stack.sizes
+    held: dict[str, list[str]] = {}
+    for member in stack.members:
+        dtypes = held.setdefault(member.component.name, [])
+        if member.dtype not in dtypes:
+            dtypes.append(member.dtype)
+    components = ", ".join(f"{name} {'/'.join(dtypes)}" for name, dtypes in held.items())
+    return [
+        str(sizes.experts),
+        str(sizes.width),
+        str(sizes.hidden),
+        stack.layout.name,
+        stack.recipe.name,
+        components,
+    ]
+
+
+def _split_layer(name: str) -> tuple[str, int, str]:
+    match = _LAYER.fullmatch(name)
+    return (match[1], int(match[2]), match[3]) if match else (name, 0, "")
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`0-47`, `3-61`, `0,4,8`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def tensor_table(tensors: Iterable[StoredTensor], files: tuple[str, ...]) -> tuple[list[str], Rows]:
+    """One row a tensor, in natural order."""
+    rows = [
+        [
+            printable(t.name),
+            t.dtype,
+            str(list(t.shape)),
+            human_size(t.nbytes),
+            printable(files[t.file]),
+        ]
+        for t in sorted(tensors, key=lambda t: natural_key(t.name))
+    ]
+    return ["tensor", "dtype", "shape", "size", "file"], rows
+
+
+def checkpoint_document(opened: Opened, tensors: Iterable[StoredTensor] | None) -> Json:
+    """`inspect` as one JSON document."""
+    checkpoint, detection = opened.checkpoint, opened.detection
+    doc: dict[str, Json] = {
+        "type": "checkpoint",
+        "path": str(checkpoint.root),
+        "model_type": checkpoint.config.model_type,
+        "files": [
+            {"name": f.name, "size": f.size, "tensors": len(f.header.tensors)}
+            for f in checkpoint.files
+        ],
+        "tensors": len(checkpoint.tensors),
+        "bytes": checkpoint.tensor_bytes,
+        "stacks": [
+            {
+                "name": s.name,
+                "recipe": s.recipe.name,
+                "layout": s.layout.name,
+                "experts": s.sizes.experts,
+                "width": s.sizes.width,
+                "hidden": s.sizes.hidden,
+                "components": [
+                    {
+                        "projections": list(m.line.projections),
+                        "component": m.component.name,
+                        "dtype": m.dtype,
+                        "axes": str(m.axes),
+                        "shape": list(m.geometry.shape),
+                    }
+                    for m in s.members
+                ],
+                "bytes": sum(t.nbytes for t in s.tensors),
+            }
+            for s in detection.stacks
+        ],
+        "others": {
+            "tensors": len(detection.others),
+            "bytes": sum(t.nbytes for t in detection.others),
+        },
+        "sidecars": [{"name": s.name, "size": s.size} for s in checkpoint.sidecars],
+        "warnings": list(checkpoint.warnings),
+        "problems": [p.as_json() for p in detection.problems],
+        "fingerprint": checkpoint.manifest.root.fingerprint if checkpoint.manifest else None,
+    }
+    if tensors is not None:
+        doc["listed"] = [
+            {
+                "name": t.name,
+                "dtype": t.dtype,
+                "shape": list(t.shape),
+                "bytes": t.nbytes,
+                "file": checkpoint.files[t.file].name,
+            }
+            for t in sorted(tensors, key=lambda t: natural_key(t.name))
+        ]
+    return doc

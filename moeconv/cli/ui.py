@@ -1,0 +1,249 @@
+"""The one sink: data to stdout, talk to stderr, and nothing else in moeconv prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, TextIO
+
+import typer
+
+from moeconv.errors import MoeconvError, UsageProblem, quoted
+from moeconv.strictjson import Json
+from moeconv.units import human_size
+
+HEARTBEAT_SECONDS: Final = 10.0
+EXIT_NO: Final = 1
+EXIT_BUG: Final = 70
+EXIT_INTERRUPTED: Final = 130
+EXIT_PIPE: Final = 141  # as if the closed pipe's signal had ended us
+_STYLES: Final = {"error": "31;1", "warning": "33;1", "note": "36"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ui:
+    """How one command talks: its flags, and whether its two streams are screens."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    color: str = "auto"
+
+    # --- data ----------------------------------------------------------------------------------
+    def data(self, text: str) -> None:
+        """One line (or more) of data."""
+        sys.stdout.write(f"{text}\n")
+
+    def document(self, doc: Json) -> None:
+        """The one JSON document of a `--json` run."""
+        self.data(json.dumps(doc, indent=2, ensure_ascii=False))
+
+    def result(self, path: str, doc: Json) -> None:
+        """What a writing verb leaves behind: its path, or the whole document with `--json`."""
+        if self.json:
+            self.document(doc)
+        else:
+            self.data(path)
+
+    def table(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Columns; folded on a narrow screen, never cut in a pipe. Rows hold escaped text."""
+        # imported here, as everything slow: `moeconv --help` must not pay for it
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        screen = sys.stdout.isatty()
+        console = Console(
+            file=sys.stdout,
+            markup=False,
+            highlight=False,
+            no_color=True,
+            width=None if screen else 100_000,
+        )
+        table = Table(box=None, pad_edge=False, show_edge=False, header_style=None)
+        for title in titles:
+            table.add_column(Text(title), overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        with console.capture() as captured:
+            console.print(table)
+        for line in captured.get().splitlines():
+            self.data(line.rstrip())
+
+    # --- talk ----------------------------------------------------------------------------------
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if not self.quiet and not self.json:
+            sys.stderr.write(f"{text}\n")
+
+    def debug(self, text: str) -> None:
+        """A line for those who asked with `-v`."""
+        if self.verbose:
+            sys.stderr.write(f"{text}\n")
+
+    def warn(self, text: str) -> None:
+        """Something odd that does not stop the run."""
+        if not self.quiet:
+            sys.stderr.write(f"{self._styled('warning')}: {text}\n")
+
+    def error(self, problem: MoeconvError) -> None:
+        """An error, as text or as the last JSON object on stderr."""
+        if self.json:
+            sys.stderr.write(json.dumps(problem.as_json(), ensure_ascii=False) + "\n")
+            return
+        text = str(problem)
+        if self._colored():
+            text = text.replace("error[", f"{self._styled('error')}[", 1)
+        sys.stderr.write(f"{text}\n")
+
+    def _colored(self) -> bool:
+        if self.color != "auto":
+            return self.color == "always"
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        return sys.stderr.isatty() and not plain
+
+    def _styled(self, word: str) -> str:
+        return f"\x1b[{_STYLES[word]}m{word}\x1b[0m" if self._colored() else word
+
+    # --- progress ------------------------------------------------------------------------------
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Progress | None]:
+        """A callback for bytes done: one bar on a screen, a line every ten seconds elsewhere."""
+        if self.quiet:
+            yield None
+            return
+        meter = _Bar(what) if sys.stderr.isatty() else _Heartbeat(what, sys.stderr)
+        try:
+            yield meter
+        finally:
+            meter.close()
+
+
+class Progress:
+    """`progress(done, total)` in bytes, called from one worker at a time."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show it."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the display."""
+
+
+class _Bar(Progress):
+    def __init__(self, what: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=0,
+            desc=what,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1000,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            miniters=1,
+        )
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Heartbeat(Progress):
+    """Plain lines for logs: at the start, every ten seconds, at the end."""
+
+    def __init__(self, what: str, stream: TextIO) -> None:
+        self._what = what
+        self._stream = stream
+        self._started = self._last = time.monotonic()
+        self._done = self._total = -1
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        first = self._total < 0
+        self._done, self._total = done, total
+        if first:
+            self._line(f"{self._what}: {human_size(total)} to go")
+        elif now - self._last >= HEARTBEAT_SECONDS:
+            self._last = now
+            self._line(self._progress(now))
+
+    def _progress(self, now: float) -> str:
+        seconds = max(now - self._started, 1e-9)
+        speed = self._done / seconds
+        left = (self._total - self._done) / speed if speed else 0.0
+        share = 100 * self._done / self._total if self._total else 100.0
+        return (
+            f"{self._what}: {human_size(self._done)} of {human_size(self._total)} "
+            f"({share:.1f}%), {human_size(int(speed))}/s, {left:.0f} s left"
+        )
+
+    def _line(self, text: str) -> None:
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._total >= 0:
+            seconds = max(time.monotonic() - self._started, 1e-9)
+            self._line(
+                f"{self._what}: {human_size(self._done)} in {seconds:.1f} s, "
+                f"{human_size(int(self._done / seconds))}/s"
+            )
+
+
+@contextmanager
+def handled(ui: Ui) -> Iterator[Ui]:
+    """Run a command's body: every way to fail becomes a message and an exit code."""
+    try:
+        yield ui
+        sys.stdout.flush()
+    except typer.Exit:
+        raise
+    except MoeconvError as problem:
+        ui.error(problem)
+        raise typer.Exit(problem.exit_code) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was left behind\n")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        # whoever read us has left; Python would complain once more when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_PIPE) from None
+    except Exception as problem:  # noqa: BLE001 - the one place that turns bugs into words
+        ui.error(_bug(problem))
+        if ui.verbose:
+            traceback.print_exc()
+        raise typer.Exit(EXIT_BUG) from None
+
+
+class _Bug(MoeconvError):
+    code = "internal"
+    exit_code = EXIT_BUG
+
+
+def _bug(problem: Exception) -> MoeconvError:
+    last = traceback.extract_tb(problem.__traceback__)[-1]
+    return _Bug(
+        f"moeconv failed in a way it should not: {type(problem).__name__}: {problem}",
+        at=f"{last.name}, line {last.lineno}",
+        fix="report it with the output of the same command and `-v`",
+    )
+
+
+def checked_color(value: str) -> str:
+    """`auto`, `always` or `never`. Raises UsageProblem."""
+    if value not in ("auto", "always", "never"):
+        raise UsageProblem(
+            f"{quoted(value)} is no choice for `--color`", fix="auto, always or never"
+        )
+    return value

@@ -1,0 +1,78 @@
+"""`moeconv verify`: proofs about an output."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moeconv.cli import options
+from moeconv.cli.ui import EXIT_NO, Ui, checked_color, handled
+
+
+def verify(
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="An output of moeconv.", show_default=False)
+    ],
+    level: Annotated[
+        str | None,
+        typer.Option(
+            "--level",
+            metavar="LEVEL",
+            help="structure (no data), digest (all re-read), source (byte by byte against SRC). "
+            "Default: digest, or source where --source is given.",
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", metavar="SRC", help="What OUT was made from.")
+    ] = None,
+    from_layout: options.FromLayout = None,
+    recipe: options.RecipeFile = None,
+    max_memory: options.Memory = "512MiB",
+    jobs: options.Jobs = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    color: options.Color = "auto",
+) -> None:
+    """Prove that OUT is whole and holds the bytes it should. Exit 1: it is not."""
+    with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
+        checked_color(color)
+        from moeconv import api
+        from moeconv.units import counted, human_size, parse_size
+
+        with ui.progress("verify") as progress:
+            report = api.verify(
+                out,
+                level=level or ("source" if source else "digest"),
+                source=source,
+                recipe=recipe,
+                from_layout=from_layout,
+                max_memory=parse_size(max_memory),
+                jobs=jobs,
+                progress=progress,
+            )
+        if as_json:
+            ui.document(
+                {
+                    "type": "verification",
+                    "ok": report.ok,
+                    "level": report.level,
+                    "files": report.files,
+                    "tensors": report.tensors,
+                    "bytes_read": report.bytes_read,
+                    "fingerprint": report.fingerprint,
+                    "problems": [p.as_json() for p in report.problems],
+                }
+            )
+        else:
+            for problem in report.problems:
+                ui.error(problem)
+        if not report.ok:
+            ui.say(f"NOT ok: {counted(len(report.problems), 'problem')} at level {report.level}")
+            raise typer.Exit(EXIT_NO)
+        if not as_json and not quiet:
+            ui.data(
+                f"ok: {report.level}, {counted(report.tensors, 'tensor')} in "
+                f"{counted(report.files, 'file')}, {human_size(report.bytes_read)} read"
+            )
