@@ -10,7 +10,7 @@ from typing import Final, Protocol, TypeAlias
 from moeconv.checkpoint.source import DataFile
 from moeconv.digest import EMPTY_DIGEST
 from moeconv.engine.sources import Sources, opened
-from moeconv.engine.tiles import Budget, Digests, Stopped, TileRunner
+from moeconv.engine.tiles import Budget, Digests, Origin, Stopped, TileRunner
 from moeconv.plan.values import OutputFile, Tile
 
 BATCH_BYTES: Final = 64 * 1024 * 1024
@@ -31,8 +31,14 @@ class Target(Protocol):
     def open(self) -> None:
         """Called once before the first byte, by whichever worker comes first."""
 
-    def write(self, view: memoryview, offset: int) -> None:
-        """Take bytes that belong at `offset`; several workers may call it at once."""
+    def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
+        """Take bytes that belong at `offset`; several workers may call it at once.
+
+        origin: the descriptor and offset of a source file where the same bytes stand.
+        """
+
+    def settle(self, offset: int, nbytes: int) -> None:
+        """Called after each batch: this range is written."""
 
     def finish(self, digests: Digests) -> None:
         """Called once after the last byte."""
@@ -148,10 +154,12 @@ class _Crew:
                 job.opened = True
         if batch:
             runner.run(job.file, batch, job.digests, job.target.write)
+            start, last = batch[0].start, batch[-1]
+            job.target.settle(start, last.start + last.nbytes - start)
         with self._lock:
             job.pending -= 1
-            last = job.pending == 0
-        if last:
+            complete = job.pending == 0
+        if complete:
             job.target.finish(job.digests)
             with self._lock:
                 self._open.remove(job)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from moeconv.engine.tiles import Digests
+from moeconv.engine.syscalls import copy_in_kernel, reserve, start_writeback
+from moeconv.engine.tiles import Digests, Origin
 from moeconv.errors import DiskFull, IoFailed, quoted
 from moeconv.plan.values import OutputFile
 
@@ -30,24 +31,34 @@ class DiskTarget:
         self._path = out / file.name
         self._finished = finished
         self._descriptor = -1
+        self._in_kernel = True
 
     def open(self) -> None:
         """Create the file at its full size, with its header. Raises IoFailed, DiskFull."""
         try:
             self._descriptor = os.open(partial_path(self._path), NEW_FILE, 0o666)
-            os.truncate(self._descriptor, self._file.size)
+            reserve(self._descriptor, self._file.size)
         except OSError as problem:
             raise write_failed(self._path, problem) from None
         self.write(memoryview(self._file.header), 0)
 
-    def write(self, view: memoryview, offset: int) -> None:
-        """Write all of `view` at `offset`. Raises IoFailed, DiskFull."""
+    def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
+        """Write `view` at `offset`, in the kernel where it can. Raises IoFailed, DiskFull."""
         done = 0
         try:
+            if origin is not None and self._in_kernel:
+                source, start = origin
+                done = copy_in_kernel(source, start, self._descriptor, offset, len(view))
+                # asked once for each file: the answer depends on the two file systems only
+                self._in_kernel = done == len(view)
             while done < len(view):
                 done += os.pwrite(self._descriptor, view[done:], offset + done)
         except OSError as problem:
             raise write_failed(self._path, problem) from None
+
+    def settle(self, offset: int, nbytes: int) -> None:
+        """Let the disk begin on a batch while the next one is copied."""
+        start_writeback(self._descriptor, offset, nbytes)
 
     def finish(self, digests: Digests) -> None:
         """Bring it to the disk. Raises IoFailed, DiskFull."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 
@@ -18,8 +18,18 @@ from moeconv.plan.values import CopyTile, OutputFile, Span, Tile, WeaveTile
 # fits the second-level cache: larger buffers copy slower, smaller ones pay more calls
 BUFFER_BYTES: Final = 1024 * 1024
 
-Write: TypeAlias = Callable[[memoryview, int], None]
+# from this size on a tile is copied by itself, in the kernel where that is possible
+LARGE_TILE_BYTES: Final = 256 * 1024
+
+Origin: TypeAlias = tuple[int, int]
 Digests: TypeAlias = "list[list[str]]"
+
+
+class Write(Protocol):
+    """Takes bytes that belong at `offset`; `origin` says where else they stand."""
+
+    def __call__(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
+        """Take them."""
 
 
 class Stopped(Exception):
@@ -75,40 +85,46 @@ class TileRunner:
         at = tiles[0].start
         filled = 0
         for tile in tiles:
-            if isinstance(tile, WeaveTile):
-                self._flush(write, at, filled)
-                self._weave(file, tile, digests, write)
-                at, filled = tile.start + tile.nbytes, 0
+            if isinstance(tile, CopyTile) and tile.nbytes < LARGE_TILE_BYTES:
+                if filled + tile.nbytes > BUFFER_BYTES:
+                    self._flush(write, at, filled)
+                    at, filled = tile.start, 0
+                self._small(tile, digests, filled)
+                filled += tile.nbytes
                 continue
-            at, filled = self._copy(tile, digests, write, at, filled)
+            self._flush(write, at, filled)
+            if isinstance(tile, WeaveTile):
+                self._weave(file, tile, digests, write)
+            else:
+                self._large(tile, digests, write)
+            at, filled = tile.start + tile.nbytes, 0
         self._flush(write, at, filled)
 
-    def _copy(
-        self, tile: CopyTile, digests: Digests, write: Write, at: int, filled: int
-    ) -> tuple[int, int]:
-        state = None
-        done = 0
-        while done < tile.nbytes:
-            count = min(tile.nbytes - done, BUFFER_BYTES - filled)
-            view = self._buffer[filled : filled + count]
-            self._sources.read_into(tile.file, view, tile.offset + done)
-            if count == tile.nbytes:
-                digests[tile.tensor][tile.unit] = digest(view)
-            else:
-                state = state or hasher()
-                state.update(view)
-            done += count
-            filled += count
-            if filled == BUFFER_BYTES:
-                self._flush(write, at, filled)
-                at, filled = at + filled, 0
-        if state is not None:
-            digests[tile.tensor][tile.unit] = state.hexdigest()
-        return at, filled
+    def _small(self, tile: CopyTile, digests: Digests, filled: int) -> None:
+        """Gather: many scales and norms make one write."""
+        view = self._buffer[filled : filled + tile.nbytes]
+        self._sources.read_into(tile.file, view, tile.offset)
+        digests[tile.tensor][tile.unit] = digest(view)
 
-    def _flush(self, write: Write, at: int, filled: int) -> None:
+    def _large(self, tile: CopyTile, digests: Digests, write: Write) -> None:
+        """Read a piece, hash it, and copy it while it is still in the cache."""
+        state = hasher()
+        source = self._sources.descriptor(tile.file)
+        for done in range(0, tile.nbytes, BUFFER_BYTES):
+            self._refuse_stopped()
+            view = self._buffer[: min(BUFFER_BYTES, tile.nbytes - done)]
+            self._sources.read_into(tile.file, view, tile.offset + done)
+            state.update(view)
+            write(view, tile.start + done, (source, tile.offset + done))
+            self._advance(len(view))
+        digests[tile.tensor][tile.unit] = state.hexdigest()
+
+    def _refuse_stopped(self) -> None:
         if self._stop.is_set():
             raise Stopped
+
+    def _flush(self, write: Write, at: int, filled: int) -> None:
+        self._refuse_stopped()
         if filled:
             write(self._buffer[:filled], at)
             self._advance(filled)

@@ -10,7 +10,7 @@ from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import fingerprint, fingerprint_line, hasher
 from moeconv.engine.commit import part_of
 from moeconv.engine.crew import Limits, Progress, run_tiles
-from moeconv.engine.tiles import BUFFER_BYTES, Digests
+from moeconv.engine.tiles import BUFFER_BYTES, Digests, Origin
 from moeconv.errors import Damaged, IoFailed, MoeconvError, quoted
 from moeconv.layout.detect import Detection
 from moeconv.manifest import (
@@ -44,8 +44,11 @@ class _Hashing:
     def open(self) -> None:
         """Nothing to open."""
 
-    def write(self, view: memoryview, offset: int) -> None:
+    def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
         """Nothing to write: the digest was taken in passing."""
+
+    def settle(self, offset: int, nbytes: int) -> None:
+        """Nothing to settle."""
 
     def finish(self, digests: Digests) -> None:
         """Keep the file's digests."""

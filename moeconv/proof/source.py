@@ -11,7 +11,7 @@ import numpy as np
 
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.engine.crew import Limits, Progress, run_tiles
-from moeconv.engine.tiles import Digests
+from moeconv.engine.tiles import Digests, Origin
 from moeconv.errors import Damaged, IoFailed, MoeconvError, TensorNotInFile, quoted
 from moeconv.layout.detect import Detection
 from moeconv.plan.convert import plan_onto
@@ -129,7 +129,10 @@ class _Comparing:
                 f"cannot open {quoted(self._actual.name)}", cause=problem.strerror
             ) from None
 
-    def write(self, view: memoryview, offset: int) -> None:
+    def settle(self, offset: int, nbytes: int) -> None:
+        """Nothing to settle."""
+
+    def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
         """Compare; the first difference of each tensor is reported."""
         step = 1024 * 1024
         for at in range(0, len(view), step):

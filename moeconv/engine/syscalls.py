@@ -1,0 +1,58 @@
+"""Three Linux calls, each with the plain way out where a system or file system lacks it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import Final
+
+# what a file system answers that cannot copy between these two files in the kernel
+_CANNOT: Final = frozenset(
+    {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
+)
+_WRITE_NOW: Final = 2  # SYNC_FILE_RANGE_WRITE: start writing, do not wait
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_offset = ctypes.c_int64
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give a new file its size, and its blocks where that costs nothing. Raises OSError.
+
+    Not `os.posix_fallocate`: where the file system cannot, the C library writes every block.
+    """
+    os.truncate(descriptor, size)
+    call = getattr(_libc, "fallocate", None)
+    if call is None or size == 0:
+        return
+    if call(descriptor, 0, _offset(0), _offset(size)) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise OSError(code, os.strerror(code))
+
+
+def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Let the disk begin on these bytes, so that the fsync at the end finds little to do."""
+    call = getattr(_libc, "sync_file_range", None)
+    if call is not None:
+        call(descriptor, _offset(offset), _offset(nbytes), ctypes.c_uint(_WRITE_NOW))
+
+
+def copy_in_kernel(source: int, offset: int, target: int, at: int, nbytes: int) -> int:
+    """Bytes that the kernel copied from one file into the other: all, some or none.
+
+    The caller writes the rest itself. Raises OSError for a disk that is full or broken.
+    """
+    done = 0
+    while done < nbytes:
+        try:
+            count = os.copy_file_range(source, target, nbytes - done, offset + done, at + done)
+        except OSError as problem:
+            if problem.errno in _CANNOT:
+                return done
+            raise
+        if count == 0:
+            return done
+        done += count
+    return done
