@@ -19,6 +19,7 @@ ROOT_NAME: Final = "moeconv.json"
 PARTS_DIR: Final = "moeconv"
 ORIGIN_NAME: Final = "moeconv/origin"
 MAX_ROOT_BYTES: Final = 64 * 1024 * 1024
+MAX_RECIPE_TEXT: Final = 1024 * 1024
 MAX_PART_BYTES: Final = 256 * 1024 * 1024
 
 
@@ -102,6 +103,7 @@ class Root:
     tensor_count: int
     tensor_bytes: int
     fingerprint: str
+    minor: int = MINOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +247,8 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
     doc = loads(split_root(raw, where=where), where=quoted(where), floats=False)
     problems = Problems()
     top = Table(doc, "", problems)
-    newer = _check_version(top, where)
+    minor = _check_version(top, where)
+    problems.lenient = minor > MINOR
     root = Root(
         generator=top.text("generator"),
         recipes=tuple(_recipe(t) for t in top.tables("recipes")),
@@ -257,9 +260,9 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
         tensor_count=top.table("totals").integer("tensors"),
         tensor_bytes=top.table("totals").integer("bytes"),
         fingerprint=top.digest("fingerprint"),
+        minor=minor,
     )
-    if not newer:
-        top.finish()
+    top.finish()
     known = {r.name for r in root.recipes}
     problems.found += [
         f"stacks[{n}].recipe: {quoted(s.recipe)} is not among the recipes"
@@ -273,7 +276,7 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
     return root
 
 
-def _check_version(top: Table, where: str) -> bool:
+def _check_version(top: Table, where: str) -> int:
     if top.text("format") != FORMAT:
         top.problem("format", f"must be `{FORMAT}`")
     version = top.table("version")
@@ -287,7 +290,7 @@ def _check_version(top: Table, where: str) -> bool:
             f"this one reads {MAJOR}.x and no required features",
             fix="install a newer moeconv",
         )
-    return minor > MINOR
+    return minor
 
 
 def _file(t: Table) -> FileEntry:
@@ -298,9 +301,10 @@ def _file(t: Table) -> FileEntry:
 
 def _recipe(t: Table) -> RecipeText:
     toml = t.raw("toml")
-    if not isinstance(toml, str):
-        t.problem("toml", "must be a text")
-    entry = RecipeText(t.text("name"), toml if isinstance(toml, str) else "")
+    if not isinstance(toml, str) or len(toml) > MAX_RECIPE_TEXT:
+        t.problem("toml", f"must be a text of at most {MAX_RECIPE_TEXT:,} characters")
+        toml = ""
+    entry = RecipeText(t.text("name"), toml)
     t.finish()
     return entry
 
@@ -322,7 +326,7 @@ def _stack(t: Table) -> StackEntry:
 def parse_part(raw: bytes, root: Root, *, where: str) -> Part:
     """Parse and check one part against its root. Raises BadManifest, BadJson, DuplicateKey."""
     doc = loads(raw, where=quoted(where), floats=False)
-    problems = Problems()
+    problems = Problems(lenient=root.minor > MINOR)
     top = Table(doc, "", problems)
     header = top.table("header")
     part = Part(

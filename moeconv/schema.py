@@ -22,6 +22,7 @@ class Problems:
     """What is wrong with one document, in reading order."""
 
     found: list[str] = field(default_factory=list)
+    lenient: bool = False  # unknown keys pass: the document is of a later minor version
 
     def add(self, place: str, text: str) -> None:
         """Note one problem at `place`, a path such as `parts[3].size`."""
@@ -159,7 +160,7 @@ class Table:
 
     def finish(self) -> None:
         """Refuse members that nothing read: a misspelt key must not be silent."""
-        for key in self._members:
+        for key in () if self.problems.lenient else self._members:
             if key in self._read or key.startswith("x-"):
                 continue
             near = difflib.get_close_matches(key, sorted(self._read), n=1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -52,25 +54,26 @@ class Ui:
             self.data(path)
 
     def table(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Columns; folded on a narrow screen, never cut in a pipe. Rows hold escaped text."""
+        """Columns, or on a screen too narrow for them a block a row. Rows hold escaped text."""
         # imported here, as everything slow: `moeconv --help` must not pay for it
+        from rich.cells import cell_len
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        screen = sys.stdout.isatty()
-        console = Console(
-            file=sys.stdout,
-            markup=False,
-            highlight=False,
-            no_color=True,
-            width=None if screen else 100_000,
-        )
+        widths = [max(map(cell_len, column)) + 2 for column in zip(titles, *rows, strict=True)]
+        if sys.stdout.isatty() and sum(widths) > shutil.get_terminal_size().columns:
+            for first, *rest in rows:
+                self.data(first)
+                for title, cell in zip(titles[1:], rest, strict=True):
+                    self.data(f"  {title}: {cell}")
+            return
         table = Table(box=None, pad_edge=False, show_edge=False, header_style=None)
         for title in titles:
-            table.add_column(Text(title), overflow="fold")
+            table.add_column(Text(title), no_wrap=True)
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*map(Text, row))
+        console = Console(file=io.StringIO(), width=sum(widths) + 1, no_color=True)
         with console.capture() as captured:
             console.print(table)
         for line in captured.get().splitlines():

@@ -1,0 +1,1 @@
+"""Tests of moeconv; the folders mirror the rooms of the package."""

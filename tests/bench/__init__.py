@@ -1,0 +1,1 @@
+"""Big checkpoints, and what converting them costs."""

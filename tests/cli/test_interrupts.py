@@ -1,0 +1,75 @@
+"""Ctrl-C and closed pipes: exit as told, leave nothing that looks finished."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import environment, moeconv
+
+SLOW = """
+import sys, time
+import moeconv.engine.tiles as tiles
+real = tiles.TileRunner._small
+def slow(self, *rest):
+    time.sleep(0.05)
+    return real(self, *rest)
+tiles.TileRunner._small = slow
+from moeconv.cli.main import main
+sys.argv = ["moeconv", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_interrupt_leaves_out_as_it_was(source: Path, tmp_path: Path, existed: bool) -> None:
+    out = tmp_path / "out"
+    if existed:
+        out.mkdir()
+    # no shell between us and the command: the signal must reach Python itself
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "fuse", str(source), "-o", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 30
+    while not (out / "moeconv").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, talk = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in talk
+    assert out.exists() == existed
+    assert not existed or not list(out.iterdir())
+
+
+def test_a_reader_that_leaves_is_no_error(source: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-m", "moeconv", "inspect", str(source), "--tensors", "*"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+    os.close(writer)
+    assert process.returncode == 141
+    assert process.stderr == ""
+
+
+def test_demo_can_be_kept(tmp_path: Path) -> None:
+    done = moeconv("demo", "-o", tmp_path / "kept")
+    assert done.code == 0
+    assert (tmp_path / "kept" / "fused" / "moeconv.json").exists()
+    assert moeconv("demo", "-o", tmp_path / "kept").code == 6
