@@ -1,0 +1,137 @@
+"""Real sizes: whole published models by their real names, on sparse files, within bounds."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import moeconv
+from tests.bench.make_checkpoint import write_phantom, write_qwen3_30b
+from tests.cli.run import environment
+
+INDEXES = Path(__file__).parent / "data" / "indexes"
+GIB = 1024**3
+
+
+def measured(*arguments: str) -> tuple[dict[str, object], int]:
+    """The JSON of a command in a process of its own, and that process's peak memory in bytes."""
+    code = (
+        "import json, resource, runpy, sys\n"
+        "sys.argv = ['moeconv', *sys.argv[1:]]\n"
+        "try: runpy.run_module('moeconv', run_name='__main__')\n"
+        "except SystemExit as end: status = end.code\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(f'{status or 0} {peak}', file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    )
+    status, peak = map(int, done.stderr.splitlines()[-1].split())
+    assert status == 0
+    return json.loads(done.stdout), peak * 1024
+
+
+@pytest.fixture(scope="module")
+def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DeepSeek-V3 with MTP: 91,991 tensors, 689 GB, no disk."""
+    folder = tmp_path_factory.mktemp("phantom") / "deepseek-v3"
+    write_phantom(folder, "deepseek-v3")
+    return folder
+
+
+def test_inspect_deepseek_v3(deepseek_v3: Path) -> None:
+    doc, peak = measured("inspect", str(deepseek_v3), "--json")
+    assert doc["tensors"] == 91_991
+    assert doc["bytes"] == 688_574_839_360
+    stacks = doc["stacks"]
+    assert isinstance(stacks, list)
+    assert [s["name"] for s in stacks] == [f"model.layers.{n}.mlp.experts" for n in range(3, 62)]
+    assert {(s["experts"], s["width"], s["hidden"], s["layout"]) for s in stacks} == {
+        (256, 2048, 7168, "per-expert")
+    }
+    assert peak < GIB
+
+
+def test_dry_run_of_deepseek_v3(deepseek_v3: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    doc, peak = measured("fuse", str(deepseek_v3), "-o", str(out), "-n", "--json")
+    ledger = doc["ledger"]
+    output = doc["output"]
+    assert isinstance(ledger, list)
+    assert isinstance(output, dict)
+    assert len(ledger) == 91_991
+    assert sum(f["bytes"] for f in ledger) == output["bytes"] == 688_574_839_360
+    fused = {into for f in ledger if f["fate"] == "fused" for into in f["into"]}
+    assert len(fused) == 59 * 4
+    assert peak < GIB
+    assert not out.exists()
+
+
+def phantom_of_index(folder: Path, name: str) -> dict[str, object]:
+    """Sparse files for a published index: expert shapes from its config.json, the rest [1]."""
+    config = json.loads((INDEXES / f"{name}.config.json").read_text())
+    raw = gzip.decompress((INDEXES / f"{name}.index.json.gz").read_bytes())
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    hidden = config["hidden_size"]
+    files: dict[str, dict[str, object]] = defaultdict(dict)
+    ends: dict[str, int] = defaultdict(int)
+    for tensor, file in json.loads(raw)["weight_map"].items():
+        shape = [1]
+        if ".experts." in tensor:
+            down = ".down_proj." in tensor or ".w2." in tensor
+            shape = [hidden, width] if down else [width, hidden]
+        start = ends[file]
+        ends[file] += 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        entry = {"dtype": "BF16", "shape": shape, "data_offsets": [start, ends[file]]}
+        files[file][tensor] = entry
+    folder.mkdir()
+    for file, header in files.items():
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            stream.truncate(8 + len(text) + ends[file])
+    (folder / "model.safetensors.index.json").write_bytes(raw)
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "stacks", "experts", "width", "hidden"),
+    [
+        ("Mixtral-8x7B", "mixtral", 32, 8, 14336, 4096),
+        ("DeepSeek-OCR2", "qwen3_moe", 11, 64, 896, 1280),
+        ("Qwen3.5-25B-REAP", "qwen3_moe", 40, 180, 512, 2048),
+    ],
+)
+def test_published_indexes_are_detected(
+    tmp_path: Path, name: str, recipe: str, stacks: int, experts: int, width: int, hidden: int
+) -> None:
+    phantom_of_index(tmp_path / name, name)
+    found = moeconv.open_source(tmp_path / name).detection.whole()
+    assert len(found.stacks) == stacks
+    for stack in found.stacks:
+        assert (stack.recipe.name, stack.layout.name) == (recipe, "per-expert")
+        sizes = stack.sizes
+        assert (sizes.experts, sizes.width, sizes.hidden) == (experts, width, hidden)
+    assert not [t.name for t in found.others if ".experts." in t.name]
+    plan = moeconv.fuse(tmp_path / name, tmp_path / "out", dry_run=True).plan
+    fused = {f.into[0] for f in plan.ledger if f.verb == "fused"}
+    assert len(fused) == 2 * stacks
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A real conversion: 2.5 GB through at most 200 MB, most of which is Python and NumPy."""
+    write_qwen3_30b(tmp_path / "source", layers=1)
+    _, peak = measured("fuse", str(tmp_path / "source"), "-o", str(tmp_path / "out"), "--json")
+    assert peak < 200_000_000
