@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -47,8 +47,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A checkpoint with what its experts are."""
+    """A checkpoint with what its experts are; `path` is the local SRC."""
 
+    path: Path
     checkpoint: Checkpoint
     recipes: tuple[Recipe, ...]
     detection: Detection
@@ -82,16 +83,24 @@ def open_source(
 
     Raises UnknownFamily, BadRecipe, and what `open_checkpoint` raises.
     """
-    checkpoint = open_checkpoint(locate(src), without=without)
+    path = locate(src)
+    checkpoint = open_checkpoint(path, without=without)
     manifest = checkpoint.manifest
-    if manifest is not None and recipe is None:
+    if manifest is not None and recipe is not None:
+        raise UsageProblem(
+            "an output of moeconv carries its own recipes",
+            at=quoted(str(path)),
+            cause="another one could not find the way back to the origin",
+            fix="leave `--recipe` away; `moeconv unfuse` gives the original files first",
+        )
+    if manifest is not None:
         recipes = tuple(parse_recipe(r.toml, where=r.name) for r in manifest.root.recipes)
-        known = {s.name: (s.recipe, s.layout) for s in manifest.root.stacks}
+        known = {s.name: s for s in manifest.root.stacks}
         detection = detect(checkpoint.tensors, checkpoint.config, recipes, known=known)
-        return Opened(checkpoint, recipes, detection)
+        return Opened(path, checkpoint, recipes, detection)
     recipes = _recipes_for(checkpoint, recipe)
     detection = detect(checkpoint.tensors, checkpoint.config, recipes, from_layout=from_layout)
-    return Opened(checkpoint, recipes, detection)
+    return Opened(path, checkpoint, recipes, detection)
 
 
 def _recipes_for(checkpoint: Checkpoint, recipe: str | Path | None) -> tuple[Recipe, ...]:
@@ -203,7 +212,7 @@ def _restored(source: Opened) -> Plan:
     if own is None:
         raise TypeError("only a set of moeconv has an origin")
     tensors = tuple(t for f in own.origin.files for t in f.header.tensors)
-    known = {s.name: (s.recipe, s.origin_layout) for s in own.manifest.root.stacks}
+    known = {s.name: replace(s, layout=s.origin_layout) for s in own.manifest.root.stacks}
     original = detect(tensors, source.checkpoint.config, source.recipes, known=known)
     return plan_restore(source.detection.whole(), original.whole(), own.origin)
 
@@ -219,7 +228,7 @@ def _carry_out(
     progress: Progress | None,
 ) -> Result:
     checkpoint = source.checkpoint
-    refuse_overlap(checkpoint.root, out)
+    refuse_overlap(source.path, out)
     refuse_existing(out, overwrite=overwrite)
     refuse_collisions(plan, checkpoint)
     room = room_needed(plan, checkpoint, out)
@@ -259,25 +268,39 @@ def verify(
     manifest, problems = _structure(place, level)
     if problems or level == STRUCTURE:
         return _report(level, problems, manifest, bytes_read=0)
-    opened = open_source(place, recipe=recipe, from_layout=from_layout)
-    checkpoint, detection = opened.checkpoint, opened.detection.whole()
     limits = Limits(jobs or default_jobs(), max_memory)
-    meter = _Meter(checkpoint.tensor_bytes, progress)
-    if source is None:
-        fresh = rehash(checkpoint, detection, limits=limits, progress=meter.advance)
-        if manifest is not None:
-            problems += compare_digests(manifest, fresh, stack_entries(detection))
-            for entry in manifest.root.sidecars:
-                problems += compare_file(place, entry)
-    else:
-        other = open_source(source, recipe=recipe, from_layout=from_layout)
-        problems += compare_source(
-            (checkpoint, detection),
-            (other.checkpoint, other.detection.whole()),
-            limits=limits,
-            progress=meter.advance,
-        )
+    meter = _Meter(0, progress)
+    if manifest is not None and source is None:
+        problems += [p for entry in manifest.root.sidecars for p in compare_file(place, entry)]
+    try:
+        if source is None:
+            problems += _fresh_problems(place, manifest, limits, meter)
+        else:
+            sides = [
+                open_source(s, recipe=recipe, from_layout=from_layout) for s in (place, source)
+            ]
+            pairs = [(side.checkpoint, side.detection.whole()) for side in sides]
+            meter.total = sides[0].checkpoint.tensor_bytes
+            problems += compare_source(*pairs, limits=limits, progress=meter.advance)
+    except MoeconvError as problem:
+        # damage that the structure does not show is an answer, too; a missing SRC is none
+        if manifest is None or source is not None:
+            raise
+        problems.append(problem)
     return _report(level, problems, manifest, bytes_read=meter.done)
+
+
+def _fresh_problems(
+    place: Path, manifest: Manifest | None, limits: Limits, meter: _Meter
+) -> list[MoeconvError]:
+    """What re-reading all tensors of a set shows."""
+    if manifest is None:
+        return []
+    opened = open_source(place)
+    checkpoint, detection = opened.checkpoint, opened.detection.whole()
+    meter.total = checkpoint.tensor_bytes
+    fresh = rehash(checkpoint, detection, limits=limits, progress=meter.advance)
+    return compare_digests(manifest, fresh, stack_entries(detection))
 
 
 def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvError]]:
@@ -353,10 +376,10 @@ class _Meter:
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.done = 0
-        self._total = total
+        self.total = total
         self._progress = progress
 
     def advance(self, nbytes: int) -> None:
         self.done += nbytes
         if self._progress is not None:
-            self._progress(self.done, self._total)
+            self._progress(self.done, self.total)

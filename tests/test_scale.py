@@ -107,15 +107,15 @@ def phantom_of_index(folder: Path, name: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe", "stacks", "experts", "width", "hidden"),
+    ("name", "recipe", "stacks", "wanted"),
     [
-        ("Mixtral-8x7B", "mixtral", 32, 8, 14336, 4096),
-        ("DeepSeek-OCR2", "qwen3_moe", 11, 64, 896, 1280),
-        ("Qwen3.5-25B-REAP", "qwen3_moe", 40, 180, 512, 2048),
+        ("Mixtral-8x7B", "mixtral", 32, (8, 14336, 4096)),
+        ("DeepSeek-OCR2", "qwen3_moe", 11, (64, 896, 1280)),
+        ("Qwen3.5-25B-REAP", "qwen3_moe", 40, (180, 512, 2048)),
     ],
 )
 def test_published_indexes_are_detected(
-    tmp_path: Path, name: str, recipe: str, stacks: int, experts: int, width: int, hidden: int
+    tmp_path: Path, name: str, recipe: str, stacks: int, wanted: tuple[int, int, int]
 ) -> None:
     phantom_of_index(tmp_path / name, name)
     found = moeconv.open_source(tmp_path / name).detection.whole()
@@ -123,7 +123,7 @@ def test_published_indexes_are_detected(
     for stack in found.stacks:
         assert (stack.recipe.name, stack.layout.name) == (recipe, "per-expert")
         sizes = stack.sizes
-        assert (sizes.experts, sizes.width, sizes.hidden) == (experts, width, hidden)
+        assert (sizes.experts, sizes.width, sizes.hidden) == wanted
     assert not [t.name for t in found.others if ".experts." in t.name]
     plan = moeconv.fuse(tmp_path / name, tmp_path / "out", dry_run=True).plan
     fused = {f.into[0] for f in plan.ledger if f.verb == "fused"}

@@ -33,9 +33,9 @@ def refuse_overlap(src: Path, out: Path) -> None:
     """Raise UnsafeOutput where OUT is SRC, lies in it or around it."""
     source = Path(os.path.realpath(src))
     target = Path(os.path.realpath(out))
-    home = source if source.is_dir() else source.parent
-    if target == home or target.is_relative_to(home) or home.is_relative_to(target):
-        word = "is" if target == home else "lies inside" if target.is_relative_to(home) else "holds"
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        inside = target.is_relative_to(source)
+        word = "is" if target == source else "lies inside" if inside else "holds"
         raise UnsafeOutput(
             f"OUT {word} SRC",
             at=quoted(str(out)),

@@ -9,6 +9,7 @@ from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import (
     AmbiguousLayout,
     ConfigMismatch,
+    Damaged,
     MixedLayouts,
     MoeconvError,
     UnknownExpertTensor,
@@ -21,6 +22,7 @@ from moeconv.layout.fit import fit
 from moeconv.layout.match import Found, collect
 from moeconv.layout.recipe import Layout, Recipe
 from moeconv.layout.stack import Member, Sizes, Stack
+from moeconv.manifest import StackEntry
 from moeconv.names import natural_key
 
 
@@ -46,12 +48,13 @@ def detect(
     recipes: tuple[Recipe, ...],
     *,
     from_layout: str | None = None,
-    known: dict[str, tuple[str, str]] | None = None,
+    known: dict[str, StackEntry] | None = None,
 ) -> Detection:
     """Find the expert stacks among `tensors` (headers' facts, no data).
 
     from_layout: decides between layouts that fit one stack equally; known: for outputs of
-    moeconv, (recipe, layout) by stack, which then is not guessed at all. Problems are collected.
+    moeconv, what the manifest says of each stack, which then is not judged anew. Problems are
+    collected, not raised.
     """
     collected, others = collect(tensors, recipes)
     problems: list[MoeconvError] = []
@@ -59,8 +62,7 @@ def detect(
         problems += _unknown_from_layout(from_layout, recipes)
     stacks, damaged = [], []
     for name in sorted(collected, key=natural_key):
-        forced = (known or {}).get(name)
-        judged = _judge(name, collected[name], config, forced[1] if forced else None, from_layout)
+        judged = _judge(name, collected[name], config, (known or {}).get(name), from_layout)
         if isinstance(judged, Stack):
             stacks.append(judged)
         else:
@@ -83,16 +85,16 @@ def _unknown_from_layout(name: str, recipes: tuple[Recipe, ...]) -> list[Moeconv
 
 
 def _judge(
-    name: str, found: Found, config: Config, forced: str | None, from_layout: str | None
+    name: str, found: Found, config: Config, known: StackEntry | None, from_layout: str | None
 ) -> Stack | list[MoeconvError]:
     if found.unknown:
         return [_unknown(name, found)]
     candidates = _by_names(found)
     if isinstance(candidates, MoeconvError):
         return [candidates]
-    chosen = [c for c in candidates if c.name in (forced or from_layout,)]
-    candidates = chosen or candidates
-    said = _said(name, found.recipe, config)
+    wanted = known.layout if known else from_layout
+    candidates = [c for c in candidates if c.name == wanted] or candidates
+    said = _from_manifest(known) if known else _said(name, found.recipe, config)
     problems = completeness(name, found, candidates[0], experts=said.get("experts"))
     if problems:
         return problems
@@ -110,8 +112,29 @@ def _judge(
     if len(survivors) > 1:
         return [_ambiguous(name, found, [layout for layout, _ in survivors])]
     layout, sizes = survivors[0]
-    problems = [] if forced else _against_config(name, found.recipe, sizes, config)
+    if known and sizes_of(known) != (sizes.experts, sizes.width, sizes.hidden):
+        return [_against_manifest(name, known, sizes)]
+    problems = [] if known else _against_config(name, found.recipe, sizes, config)
     return problems or _stack(name, found, layout, sizes, granules)
+
+
+def sizes_of(entry: StackEntry) -> tuple[int, int, int]:
+    """E, I, H as a manifest has them."""
+    return entry.experts, entry.width, entry.hidden
+
+
+def _from_manifest(entry: StackEntry) -> dict[str, int]:
+    return {"experts": entry.experts, "width": entry.width, "hidden": entry.hidden}
+
+
+def _against_manifest(name: str, known: StackEntry, sizes: Sizes) -> MoeconvError:
+    return Damaged(
+        f"{quoted(name)} is not of the sizes that the manifest says",
+        at=quoted(name),
+        cause=f"E, I, H are {sizes.experts}, {sizes.width}, {sizes.hidden}; "
+        f"the manifest has {', '.join(map(str, sizes_of(known)))}",
+        fix="fetch the set again, or convert again",
+    )
 
 
 def _unknown(name: str, found: Found) -> MoeconvError:
