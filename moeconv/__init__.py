@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 from moeconv.version import __version__
 
 if TYPE_CHECKING:
-    from moeconv.api import diff, fingerprint, fuse, open_source, unfuse, verify
+    from moeconv.api import fuse, open_source, unfuse
+    from moeconv.checks import diff, fingerprint, verify
     from moeconv.errors import MoeconvError
 
 # PEP 562: `import moeconv` costs nothing until something of it is used
 _HOMES = {
-    "diff": "moeconv.api",
-    "fingerprint": "moeconv.api",
+    "diff": "moeconv.checks",
+    "fingerprint": "moeconv.checks",
     "fuse": "moeconv.api",
     "open_source": "moeconv.api",
     "unfuse": "moeconv.api",
-    "verify": "moeconv.api",
+    "verify": "moeconv.checks",
     "MoeconvError": "moeconv.errors",
 }
 

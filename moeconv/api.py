@@ -1,4 +1,4 @@
-"""The library: the verbs of the command line as functions. Nothing here prints or exits.
+"""The library: the writing verbs as functions. Nothing here prints or exits.
 
 SRC is a directory, a `.safetensors` file, an output of moeconv, or `hf://org/name[@revision]`.
 Every function raises a class of `moeconv.errors` for what a user can cause.
@@ -18,27 +18,14 @@ from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.engine.commit import commit, refuse_collisions, room_needed
 from moeconv.engine.crew import Limits
 from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
-from moeconv.errors import MoeconvError, NotASet, UnknownFamily, UsageProblem, quoted
+from moeconv.errors import UnknownFamily, UsageProblem, quoted
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.recipe import Recipe
 from moeconv.layout.recipefile import parse_recipe
 from moeconv.library import fitting, load_recipe, shipped_recipes
-from moeconv.manifest import ROOT_NAME, Manifest
+from moeconv.manifest import Manifest
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion, plan_restore
 from moeconv.plan.values import Plan
-from moeconv.proof.diff import Difference, differences
-from moeconv.proof.digests import (
-    Matrix,
-    compare_digests,
-    compare_file,
-    fingerprint_of,
-    matrices,
-    rehash,
-    stack_entries,
-)
-from moeconv.proof.report import DIGEST, LEVELS, SOURCE, STRUCTURE, Report
-from moeconv.proof.source import compare_source
-from moeconv.proof.structure import check_structure
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 DEFAULT_MEMORY_BYTES: Final = 512 * 1024 * 1024
@@ -235,143 +222,14 @@ def _carry_out(
     if dry_run:
         return Result(source, out, plan, room, None, dry_run=True)
     refuse_short(out, room)
-    meter = _Meter(plan.tensor_bytes, progress)
+    meter = Meter(plan.tensor_bytes, progress)
     manifest = commit(
         plan, checkpoint, out, limits=limits, overwrite=overwrite, progress=meter.advance
     )
     return Result(source, out, plan, room, manifest, dry_run=False)
 
 
-def verify(
-    out: str | Path,
-    *,
-    level: str = DIGEST,
-    source: str | Path | None = None,
-    recipe: str | Path | None = None,
-    from_layout: str | None = None,
-    max_memory: int = DEFAULT_MEMORY_BYTES,
-    jobs: int | None = None,
-    progress: Progress | None = None,
-) -> Report:
-    """Prove an output of moeconv: `structure`, `digest` (all re-read), or `source` (against SRC).
-
-    level `source` needs `source`; it also works for OUT that moeconv did not write.
-    Damage is in the report, not raised.
-    """
-    if level not in LEVELS or (level == SOURCE) != (source is not None):
-        raise UsageProblem(
-            f"level {quoted(level)} and source {quoted(str(source))} do not go together",
-            cause=f"the levels are {', '.join(LEVELS)}; only `{SOURCE}` takes a source",
-            fix="say `--level source --source SRC`, or leave `--source` away",
-        )
-    place = locate(out)
-    manifest, problems = _structure(place, level)
-    if problems or level == STRUCTURE:
-        return _report(level, problems, manifest, bytes_read=0)
-    limits = Limits(jobs or default_jobs(), max_memory)
-    meter = _Meter(0, progress)
-    if manifest is not None and source is None:
-        problems += [p for entry in manifest.root.sidecars for p in compare_file(place, entry)]
-    try:
-        if source is None:
-            problems += _fresh_problems(place, manifest, limits, meter)
-        else:
-            sides = [
-                open_source(s, recipe=recipe, from_layout=from_layout) for s in (place, source)
-            ]
-            pairs = [(side.checkpoint, side.detection.whole()) for side in sides]
-            meter.total = sides[0].checkpoint.tensor_bytes
-            problems += compare_source(*pairs, limits=limits, progress=meter.advance)
-    except MoeconvError as problem:
-        # damage that the structure does not show is an answer, too; a missing SRC is none
-        if manifest is None or source is not None:
-            raise
-        problems.append(problem)
-    return _report(level, problems, manifest, bytes_read=meter.done)
-
-
-def _fresh_problems(
-    place: Path, manifest: Manifest | None, limits: Limits, meter: _Meter
-) -> list[MoeconvError]:
-    """What re-reading all tensors of a set shows."""
-    if manifest is None:
-        return []
-    opened = open_source(place)
-    checkpoint, detection = opened.checkpoint, opened.detection.whole()
-    meter.total = checkpoint.tensor_bytes
-    fresh = rehash(checkpoint, detection, limits=limits, progress=meter.advance)
-    return compare_digests(manifest, fresh, stack_entries(detection))
-
-
-def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvError]]:
-    if (place / ROOT_NAME).exists():
-        return check_structure(place)
-    if level == SOURCE:
-        return None, []
-    raise NotASet(
-        f"{quoted(str(place))} was not written by moeconv",
-        cause=f"it has no `{ROOT_NAME}`, so nothing says what its bytes should be",
-        fix="compare it with its source: `moeconv verify OUT --level source --source SRC`",
-    )
-
-
-def _report(
-    level: str, problems: list[MoeconvError], manifest: Manifest | None, *, bytes_read: int
-) -> Report:
-    parts = manifest.parts if manifest else ()
-    return Report(
-        level=level,
-        problems=tuple(problems),
-        files=len(parts),
-        tensors=sum(len(p.tensors) for p in parts),
-        bytes_read=bytes_read,
-        fingerprint=manifest.root.fingerprint if manifest else None,
-    )
-
-
-def fingerprint(
-    src: str | Path,
-    *,
-    recipe: str | Path | None = None,
-    from_layout: str | None = None,
-    max_memory: int = DEFAULT_MEMORY_BYTES,
-    jobs: int | None = None,
-    progress: Progress | None = None,
-) -> str:
-    """One hash of the whole model, the same in every layout. Reads data only without a manifest."""
-    opened = open_source(src, recipe=recipe, from_layout=from_layout)
-    return fingerprint_of(_matrices(opened, max_memory, jobs, progress))
-
-
-def diff(
-    a: str | Path,
-    b: str | Path,
-    *,
-    recipe: str | Path | None = None,
-    from_layout: str | None = None,
-    max_memory: int = DEFAULT_MEMORY_BYTES,
-    jobs: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[Difference, ...]:
-    """Two checkpoints, matrix by matrix: `=` same, `-` only in A, `+` only in B, `*` differs."""
-    sides = [open_source(s, recipe=recipe, from_layout=from_layout) for s in (a, b)]
-    first, second = (_matrices(side, max_memory, jobs, progress) for side in sides)
-    return differences(first, second)
-
-
-def _matrices(
-    opened: Opened, max_memory: int, jobs: int | None, progress: Progress | None
-) -> dict[str, Matrix]:
-    meter = _Meter(opened.checkpoint.tensor_bytes, progress)
-    return matrices(
-        opened.checkpoint,
-        opened.detection.whole(),
-        limits=Limits(jobs or default_jobs(), max_memory),
-        progress=meter.advance,
-    )
-
-
-class _Meter:
+class Meter:
     """Counts bytes for a `progress(done, total)` callback; the crew calls it one at a time."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:

@@ -43,7 +43,7 @@ def demo(
 
 
 def _run(ui: Ui, folder: Path) -> None:
-    from moeconv import api
+    from moeconv import api, checks
     from moeconv.demo import make_checkpoint
     from moeconv.units import counted, human_size
 
@@ -61,9 +61,9 @@ def _run(ui: Ui, folder: Path) -> None:
         f"fused     to {counted(result.plan.tensor_count, 'tensor')}: "
         f"{stack.name}.gate_up_proj is {_shape(result, stack.name)}"
     )
-    report = api.verify(fused, level="source", source=source)
+    report = checks.verify(fused, level="source", source=source)
     ui.data(f"verified  every byte of the source found again: {'yes' if report.ok else 'NO'}")
-    prints = {api.fingerprint(source), api.fingerprint(fused)}
+    prints = {checks.fingerprint(source), checks.fingerprint(fused)}
     ui.data(f"printed   one fingerprint for both layouts: {', '.join(sorted(prints))}")
     api.unfuse(fused, back)
     same = _same_tree(source, back)

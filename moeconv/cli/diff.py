@@ -28,12 +28,12 @@ def diff(
     """Compare matrix by matrix: `=` same, `-` only in A, `+` only in B, `*` differs."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
         checked_color(color)
-        from moeconv import api
+        from moeconv import checks
         from moeconv.names import printable
         from moeconv.units import parse_size
 
         with ui.progress("diff") as progress:
-            found = api.diff(
+            found = checks.diff(
                 a,
                 b,
                 recipe=recipe,

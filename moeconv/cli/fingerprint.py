@@ -20,11 +20,11 @@ def fingerprint(
     """Print one hash of the model, the same in every layout."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
         checked_color(color)
-        from moeconv import api
+        from moeconv import checks
         from moeconv.units import parse_size
 
         with ui.progress("fingerprint") as progress:
-            value = api.fingerprint(
+            value = checks.fingerprint(
                 src,
                 recipe=recipe,
                 from_layout=from_layout,

@@ -38,11 +38,11 @@ def verify(
     """Prove that OUT is whole and holds the bytes it should. Exit 1: it is not."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
         checked_color(color)
-        from moeconv import api
+        from moeconv import checks
         from moeconv.units import counted, human_size, parse_size
 
         with ui.progress("verify") as progress:
-            report = api.verify(
+            report = checks.verify(
                 out,
                 level=level or ("source" if source else "digest"),
                 source=source,
