@@ -18,11 +18,10 @@ from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.engine.commit import commit, refuse_collisions, room_needed
 from moeconv.engine.crew import Limits
 from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
-from moeconv.errors import UnknownFamily, UsageProblem, quoted
+from moeconv.errors import UnknownFamily, quoted
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.recipe import Recipe
-from moeconv.layout.recipefile import parse_recipe
-from moeconv.library import fitting, load_recipe, shipped_recipes
+from moeconv.library import fitting, load_recipe, manifest_recipes, shipped_recipes
 from moeconv.manifest import Manifest
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion, plan_restore
 from moeconv.plan.values import Plan
@@ -68,25 +67,22 @@ def open_source(
 ) -> Opened:
     """Read headers and detect the expert stacks; problems stay in `detection.problems`.
 
+    An output of moeconv carries its recipes and layouts: `recipe` and `from_layout` are for others.
     Raises UnknownFamily, BadRecipe, and what `open_checkpoint` raises.
     """
     path = locate(src)
     checkpoint = open_checkpoint(path, without=without)
     manifest = checkpoint.manifest
-    if manifest is not None and recipe is not None:
-        raise UsageProblem(
-            "an output of moeconv carries its own recipes",
-            at=quoted(str(path)),
-            cause="another one could not find the way back to the origin",
-            fix="leave `--recipe` away; `moeconv unfuse` gives the original files first",
-        )
+    names = tuple(f.name for f in checkpoint.files)
     if manifest is not None:
-        recipes = tuple(parse_recipe(r.toml, where=r.name) for r in manifest.root.recipes)
+        recipes = manifest_recipes(manifest.root)
         known = {s.name: s for s in manifest.root.stacks}
-        detection = detect(checkpoint.tensors, checkpoint.config, recipes, known=known)
+        detection = detect(checkpoint.tensors, checkpoint.config, recipes, files=names, known=known)
         return Opened(path, checkpoint, recipes, detection)
     recipes = _recipes_for(checkpoint, recipe)
-    detection = detect(checkpoint.tensors, checkpoint.config, recipes, from_layout=from_layout)
+    detection = detect(
+        checkpoint.tensors, checkpoint.config, recipes, files=names, from_layout=from_layout
+    )
     return Opened(path, checkpoint, recipes, detection)
 
 
@@ -200,7 +196,8 @@ def _restored(source: Opened) -> Plan:
         raise TypeError("only a set of moeconv has an origin")
     tensors = tuple(t for f in own.origin.files for t in f.header.tensors)
     known = {s.name: replace(s, layout=s.origin_layout) for s in own.manifest.root.stacks}
-    original = detect(tensors, source.checkpoint.config, source.recipes, known=known)
+    names = tuple(f.name for f in own.origin.files)
+    original = detect(tensors, source.checkpoint.config, source.recipes, files=names, known=known)
     return plan_restore(source.detection.whole(), original.whole(), own.origin)
 
 

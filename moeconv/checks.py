@@ -12,7 +12,7 @@ from moeconv.api import (
     default_jobs,
     open_source,
 )
-from moeconv.checkpoint.source import locate
+from moeconv.checkpoint.source import locate, open_checkpoint
 from moeconv.engine.crew import Limits
 from moeconv.errors import MoeconvError, NotASet, UsageProblem, quoted
 from moeconv.manifest import ROOT_NAME, Manifest
@@ -65,7 +65,9 @@ def verify(
         if source is None:
             problems += _fresh_problems(place, manifest, limits, meter)
         else:
-            sides = [_opened(s, recipe, from_layout) for s in (place, source)]
+            sides = [
+                open_source(s, recipe=recipe, from_layout=from_layout) for s in (place, source)
+            ]
             pairs = [(side.checkpoint, side.detection.whole()) for side in sides]
             meter.total = sides[0].checkpoint.tensor_bytes
             problems += compare_source(*pairs, limits=limits, progress=meter.advance)
@@ -73,15 +75,9 @@ def verify(
         # damage that the structure does not show is an answer, too; a missing SRC is none
         if manifest is None or source is not None:
             raise
-        problems.append(problem)
+        if not problems:
+            problems.append(problem)
     return _report(level, problems, manifest, bytes_read=meter.done)
-
-
-def _opened(src: str | Path, recipe: str | Path | None, from_layout: str | None) -> Opened:
-    """One side of a comparison; outputs of moeconv carry their recipes, `recipe` is for others."""
-    path = locate(src)
-    own = (path / ROOT_NAME).exists()
-    return open_source(path, recipe=None if own else recipe, from_layout=from_layout)
 
 
 def _fresh_problems(
@@ -102,6 +98,7 @@ def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvEr
         return check_structure(place)
     if level == SOURCE:
         return None, []
+    open_checkpoint(place)
     raise NotASet(
         f"{quoted(str(place))} was not written by moeconv",
         cause=f"it has no `{ROOT_NAME}`, so nothing says what its bytes should be",
@@ -133,7 +130,8 @@ def fingerprint(
     progress: Progress | None = None,
 ) -> str:
     """One hash of the whole model, the same in every layout. Reads data only without a manifest."""
-    return fingerprint_of(_matrices(_opened(src, recipe, from_layout), max_memory, jobs, progress))
+    opened = open_source(src, recipe=recipe, from_layout=from_layout)
+    return fingerprint_of(_matrices(opened, max_memory, jobs, progress))
 
 
 def diff(
@@ -147,7 +145,7 @@ def diff(
     progress: Progress | None = None,
 ) -> tuple[Difference, ...]:
     """Two checkpoints, matrix by matrix: `=` same, `-` only in A, `+` only in B, `*` differs."""
-    sides = [_opened(s, recipe, from_layout) for s in (a, b)]
+    sides = [open_source(s, recipe=recipe, from_layout=from_layout) for s in (a, b)]
     first, second = (_matrices(side, max_memory, jobs, progress) for side in sides)
     return differences(first, second)
 

@@ -7,9 +7,10 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from moeconv.errors import BadRecipe, quoted
+from moeconv.errors import BadManifest, BadRecipe, quoted
 from moeconv.layout.recipe import Recipe
 from moeconv.layout.recipefile import MAX_RECIPE_BYTES, parse_recipe
+from moeconv.manifest import ROOT_NAME, Root
 
 
 def _folder() -> Traversable:
@@ -56,5 +57,36 @@ def load_recipe(which: str | Path) -> Recipe:
             fix=f"give a file, or one of {', '.join(sorted(shipped))}",
         ) from None
     if len(text) > MAX_RECIPE_BYTES:
-        raise BadRecipe(f"{quoted(str(which))} is larger than a recipe may be (1 MiB)")
+        raise BadRecipe(
+            f"{quoted(str(which))} is no recipe",
+            at=quoted(str(which)),
+            cause="it is larger than a recipe may be (1 MiB)",
+            fix="`moeconv recipes show qwen3_moe` prints one that works",
+        )
     return parse_recipe(text, where=path.name)
+
+
+def manifest_recipes(root: Root) -> tuple[Recipe, ...]:
+    """The recipes that a set carries, held against its stacks. Raises BadManifest."""
+    try:
+        recipes = {r.name: parse_recipe(r.toml, where=r.name) for r in root.recipes}
+    except BadRecipe as problem:
+        raise _bad_recipes(str(problem.cause)) from None
+    for stack in root.stacks:
+        recipe = recipes[stack.recipe]
+        for layout in (stack.layout, stack.origin_layout):
+            if recipe.name != stack.recipe or recipe.layout(layout) is None:
+                raise _bad_recipes(
+                    f"{quoted(stack.name)} is in layout {quoted(layout)}, "
+                    f"which recipe {quoted(stack.recipe)} does not have"
+                )
+    return tuple(recipes.values())
+
+
+def _bad_recipes(cause: str) -> BadManifest:
+    return BadManifest(
+        f"`{ROOT_NAME}` carries a recipe that does not fit it",
+        at=f"`{ROOT_NAME}`, `recipes`",
+        cause=cause,
+        fix="convert the checkpoint again; a manifest is never edited by hand",
+    )

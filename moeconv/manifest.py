@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -9,6 +10,7 @@ from typing import Final
 
 from moeconv.digest import DIGEST_HEX_DIGITS, digest, fingerprint_line
 from moeconv.errors import BadManifest, Damaged, UnsupportedVersion, quoted
+from moeconv.names import file_name_problem, relative_path_problem
 from moeconv.schema import Problems, Table, is_digest
 from moeconv.strictjson import Json, dumps, loads
 
@@ -21,6 +23,7 @@ ORIGIN_NAME: Final = "moeconv/origin"
 MAX_ROOT_BYTES: Final = 64 * 1024 * 1024
 MAX_RECIPE_TEXT: Final = 1024 * 1024
 MAX_PART_BYTES: Final = 256 * 1024 * 1024
+MAX_PAPER_BYTES: Final = 2 * 1024 * 1024 * 1024  # index and origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +251,7 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
     problems = Problems()
     top = Table(doc, "", problems)
     minor = _check_version(top, where)
-    problems.lenient = minor > MINOR
+    totals = top.table("totals")
     root = Root(
         generator=top.text("generator"),
         recipes=tuple(_recipe(t) for t in top.tables("recipes")),
@@ -257,11 +260,12 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
         index=_file(top.table("index")),
         origin=_file(top.table("origin")),
         sidecars=tuple(_file(t) for t in top.tables("sidecars")),
-        tensor_count=top.table("totals").integer("tensors"),
-        tensor_bytes=top.table("totals").integer("bytes"),
+        tensor_count=totals.integer("tensors"),
+        tensor_bytes=totals.integer("bytes"),
         fingerprint=top.digest("fingerprint"),
         minor=minor,
     )
+    totals.finish()
     top.finish()
     known = {r.name for r in root.recipes}
     problems.found += [
@@ -269,11 +273,38 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
         for n, s in enumerate(root.stacks)
         if s.recipe not in known
     ]
-    names = [f.name for f in (*root.parts, root.index, root.origin, *root.sidecars)]
-    if len(set(names)) != len(names):
-        problems.add("", "one file is named twice")
+    _check_names(root, problems)
     _refuse(problems, where)
     return root
+
+
+def _check_names(root: Root, problems: Problems) -> None:
+    """Each file once, and each where this format puts it."""
+    for number, part in enumerate(root.parts):
+        data = data_name(part.name)
+        fits = part.name == part_name(data) and not file_name_problem(data)
+        if not fits and not relative_path_problem(part.name):
+            problems.add(f"parts[{number}].name", f"must be `{PARTS_DIR}/NAME.json`")
+    if root.origin.name != ORIGIN_NAME:
+        problems.add("origin.name", f"must be `{ORIGIN_NAME}`")
+    if file_name_problem(root.index.name):
+        problems.add("index.name", "must be a plain file name")
+    files = [data_name(p.name) for p in root.parts]
+    others = [root.index.name, *(s.name for s in root.sidecars)]
+    reserved = [n for n in others if n.partition("/")[0] in (PARTS_DIR, ROOT_NAME)]
+    twice = [name for name, count in Counter([*files, *others]).items() if count > 1]
+    for name in dict.fromkeys([*twice, *reserved]):
+        problems.add("", f"{quoted(name)} is named twice, or as two things")
+
+
+def part_name(file: str) -> str:
+    """The part of a data file."""
+    return f"{PARTS_DIR}/{file}.json"
+
+
+def data_name(part: str) -> str:
+    """The data file of a part."""
+    return part.removeprefix(f"{PARTS_DIR}/").removesuffix(".json")
 
 
 def _check_version(top: Table, where: str) -> int:
@@ -282,14 +313,18 @@ def _check_version(top: Table, where: str) -> int:
     version = top.table("version")
     major, minor = version.integer("major"), version.integer("minor")
     requires = top.texts("requires")
+    # what is no version at all must not send anybody looking for a newer moeconv
+    _refuse(top.problems, where)
     if major != MAJOR or requires:
         raise UnsupportedVersion(
             f"{quoted(where)} is of a kind this moeconv cannot read",
             at=quoted(where),
             cause=f"it has format version {major}.{minor} and requires {list(requires)}; "
             f"this one reads {MAJOR}.x and no required features",
-            fix="install a newer moeconv",
+            fix="install a newer moeconv" if major >= MAJOR else "convert the checkpoint again",
         )
+    top.problems.lenient = minor > MINOR
+    version.finish()
     return minor
 
 

@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 MAX_FILE_NAME_BYTES = 255
-_DIGITS = re.compile(r"(\d+)")
+_DIGITS = re.compile(r"([0-9]+)")
 _WINDOWS_DEVICES = frozenset(
     {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)}
 )
@@ -22,10 +22,15 @@ def printable(name: str) -> str:
     )
 
 
-def natural_key(name: str) -> tuple[tuple[int, int | str, str], ...]:
-    """Sort key under which `layers.2` comes before `layers.10`."""
+def natural_key(name: str) -> tuple[tuple[int, int, str, str], ...]:
+    """Sort key under which `layers.2` comes before `layers.10`.
+
+    Numbers compare by length and digits: `int` would refuse the thousands of digits of a bad name.
+    """
     return tuple(
-        (0, int(part), part) if part.isdecimal() and part.isascii() else (1, part, part)
+        (0, len(digits := part.lstrip("0")), digits, part)
+        if part.isascii() and part.isdecimal()
+        else (1, 0, part, part)
         for part in _DIGITS.split(name)
         if part
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from moeconv.errors import quoted
-from moeconv.names import file_name_problem, relative_path_problem
+from moeconv.names import file_name_problem, printable, relative_path_problem
 from moeconv.strictjson import Json, encodable
 
 MAX_TEXT_BYTES: Final = 4096
@@ -26,7 +26,7 @@ class Problems:
 
     def add(self, place: str, text: str) -> None:
         """Note one problem at `place`, a path such as `parts[3].size`."""
-        self.found.append(f"{place or 'the document'}: {text}")
+        self.found.append(printable(f"{place or 'the document'}: {text}"))
 
 
 class Table:
@@ -46,7 +46,7 @@ class Table:
 
     def place(self, key: str) -> str:
         """The path of a member, for a message."""
-        return f"{self._place}.{key}" if self._place else key
+        return f"{self._place}.{key}" if self._place and key else self._place or key
 
     def problem(self, key: str, text: str) -> None:
         """Note a problem of one member."""
@@ -54,6 +54,7 @@ class Table:
 
     def has(self, key: str) -> bool:
         """Whether the member is there and not null."""
+        self._read.add(key)
         return self._members.get(key) is not None
 
     def names(self) -> tuple[str, ...]:
@@ -77,6 +78,14 @@ class Table:
             self.problem(key, f"is longer than {MAX_TEXT_BYTES:,} bytes")
             return ""
         return value
+
+    def word(self, key: str) -> str:
+        """A text that is not empty."""
+        return self._formed(key, "a text that is not empty", bool)
+
+    def expects(self, keys: Iterable[str]) -> None:
+        """Keys that may stand here, for the suggestions of `finish`."""
+        self._read.update(keys)
 
     def optional_text(self, key: str) -> str | None:
         """A text, or None where the member is absent."""
@@ -115,8 +124,9 @@ class Table:
         return path
 
     def _formed(self, key: str, what: str, fits: Callable[[str], bool]) -> str:
+        before = len(self.problems.found)
         value = self.text(key)
-        if value and not fits(value):
+        if len(self.problems.found) == before and not fits(value):
             self.problem(key, f"must be {what}")
         return value
 
@@ -129,7 +139,7 @@ class Table:
 
     def texts(self, key: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
         """A list of texts."""
-        if default is not None and key not in self._members:
+        if default is not None and not self.has(key):
             return default
         out = []
         for place, item in self._items(key):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import NoReturn, TypeAlias
 
 from moeconv.errors import BadJson, DuplicateKey, quoted
@@ -45,7 +46,10 @@ def _no_float(text: str) -> NoReturn:
 
 
 def _float(text: str) -> float:
-    return float(text)
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is beyond all floats")
+    return value
 
 
 def loads(data: bytes, *, where: str, floats: bool = True, constants: bool = False) -> Json:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from moeconv.errors import BadConfig, IoFailed, quoted
+from moeconv.checkpoint.reading import read_document
+from moeconv.errors import BadConfig, quoted
 from moeconv.strictjson import Json, loads
 
 CONFIG_NAME: Final = "config.json"
@@ -47,21 +48,16 @@ class Config:
 
 def read_config(path: Path) -> Config:
     """Read a config.json; an absent file is a Config that says so. Raises BadConfig, BadJson."""
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_CONFIG_BYTES + 1)
-    except FileNotFoundError:
+    if not path.exists():
         return Config()
-    except OSError as problem:
-        raise IoFailed(
-            "cannot read config.json", at=quoted(str(path)), cause=problem.strerror
-        ) from None
+    raw = read_document(path, MAX_CONFIG_BYTES, name=path.name)
     # configs of real models carry Infinity (time limits of state-space layers)
     doc = loads(raw, where=quoted(path.name), constants=True)
-    if len(raw) > MAX_CONFIG_BYTES or not isinstance(doc, dict):
+    if not isinstance(doc, dict):
         raise BadConfig(
-            "config.json is not a JSON object of a sane size",
+            "config.json is not a JSON object",
             at=quoted(str(path)),
+            cause=f"it is a {type(doc).__name__}",
             fix="download config.json again",
         )
     return Config(doc, present=True)

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from moeconv.checkpoint.dtypes import BITS
+from moeconv.checkpoint.reading import LFS_MARK, opened, read_start, refuse_lfs, unreadable
 from moeconv.errors import (
     BadHeader,
     HeaderTooLong,
     HoleBetweenTensors,
-    IoFailed,
-    LfsPointer,
     OverlappingTensors,
     TrailingBytes,
     TruncatedFile,
@@ -30,7 +29,8 @@ LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000
 MAX_RANK: Final = 32
 MAX_BITS: Final = 2**63 - 1
-_LFS_MARK: Final = b"version https://git-lfs.github.com/spec/"
+MAX_COUNT: Final = 2**53 - 1
+MAX_NAME_BYTES: Final = 4096
 _METADATA: Final = "__metadata__"
 
 
@@ -65,32 +65,15 @@ def read_header(path: Path, *, file: int) -> tuple[Header, os.stat_result]:
 
     Raises BadHeader or one of its classes, LfsPointer, IoFailed.
     """
-    try:
-        with path.open("rb") as stream:
-            stat = os.fstat(stream.fileno())
-            start = stream.read(max(LENGTH_BYTES, len(_LFS_MARK)))
-            _refuse_lfs(start, path.name)
-            length = header_length(start, file_size=stat.st_size, where=path.name)
-            stream.seek(0)
-            raw = stream.read(LENGTH_BYTES + length)
-    except OSError as problem:
-        raise IoFailed(
-            f"cannot read {quoted(path.name)}",
-            at=quoted(str(path)),
-            cause=problem.strerror,
-            fix="check that the file exists and may be read",
-        ) from None
-    return parse_header(raw, file_size=stat.st_size, file=file, where=path.name), stat
-
-
-def _refuse_lfs(start: bytes, where: str) -> None:
-    if start.startswith(_LFS_MARK):
-        raise LfsPointer(
-            f"{quoted(where)} is a Git-LFS pointer, not the file itself",
-            at=quoted(where),
-            cause="the repository was cloned without its large files",
-            fix="run `git lfs pull` there, or fetch it with `hf download`",
-        )
+    with opened(path, name=path.name) as (descriptor, facts):
+        try:
+            start = read_start(descriptor, max(LENGTH_BYTES, len(LFS_MARK)))
+            refuse_lfs(start, path.name)
+            length = header_length(start, file_size=facts.st_size, where=path.name)
+            raw = read_start(descriptor, LENGTH_BYTES + length)
+        except OSError as problem:
+            raise unreadable(path, problem, name=path.name) from None
+    return parse_header(raw, file_size=facts.st_size, file=file, where=path.name), facts
 
 
 def header_length(start: bytes, *, file_size: int, where: str) -> int:
@@ -116,6 +99,8 @@ def header_length(start: bytes, *, file_size: int, where: str) -> int:
 
 def parse_header(raw: bytes, *, file_size: int, file: int, where: str) -> Header:
     """Check and parse the 8 + N header bytes of a file of `file_size` bytes."""
+    if header_length(raw, file_size=file_size, where=where) != len(raw) - LENGTH_BYTES:
+        raise _bad(where, "its header is not as long as its first eight bytes say")
     if raw[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
         raise _bad(where, "its header does not start with `{`")
     doc = loads(raw[LENGTH_BYTES:], where=f"header of {quoted(where)}")
@@ -160,6 +145,8 @@ def _tensor(name: str, entry: Json, *, where: str, file: int, data_start: int) -
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not encodable(name):
         raise _bad(where, "the name holds a lone surrogate", tensor=name)
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise _bad(where, f"the name is longer than {MAX_NAME_BYTES:,} bytes", tensor=name[:100])
     if not isinstance(dtype, str) or dtype not in BITS:
         raise _bad(where, f"unknown dtype {quoted(str(dtype))}", tensor=name)
     if not isinstance(shape, list) or not all(map(_is_size, shape)) or len(shape) > MAX_RANK:
@@ -170,6 +157,8 @@ def _tensor(name: str, entry: Json, *, where: str, file: int, data_start: int) -
     sizes = tuple(n for n in shape if type(n) is int)
     begin, end = (n for n in offsets if type(n) is int)
     nbytes = _nbytes(sizes, dtype, where, name)
+    if max(sizes, default=0) > MAX_COUNT:
+        raise _bad(where, "a size lies beyond 2^53-1", tensor=name)
     if end - begin != nbytes:
         cause = f"{dtype} {list(sizes)} takes {nbytes:,} bytes, its offsets span {end - begin:,}"
         raise _bad(where, cause, tensor=name)

@@ -48,7 +48,9 @@ def parse_index(raw: bytes, *, name: str) -> Index:
         if (problem := file_name_problem(file))
     ]
     if problems:
-        raise problems[0].with_also(tuple(problems[1:]))
+        raise problems[0].with_also(tuple(problems[1:20]))
+    if not checked:
+        raise _bad(name, "its `weight_map` names no tensor")
     return Index(name, raw, _total_size(doc.get("metadata")), checked)
 
 

@@ -5,11 +5,12 @@ Framing (FORMAT.md §5): one line of JSON, a newline, then the raw bytes it anno
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from moeconv.checkpoint.header import Header, parse_header
 from moeconv.checkpoint.index import Index, parse_index
-from moeconv.errors import BadManifest
+from moeconv.errors import BadManifest, quoted
 from moeconv.manifest import ORIGIN_NAME
 from moeconv.schema import Problems, Table
 from moeconv.strictjson import Json, dumps, loads
@@ -50,13 +51,18 @@ def parse_origin(raw: bytes) -> Origin:
     head, _, payload = raw.partition(b"\n")
     problems = Problems()
     top = Table(loads(head, where=ORIGIN_NAME, floats=False), "", problems)
-    named = [
-        (t.file_name("name"), t.integer("size"), t.integer("header")) for t in top.tables("files")
-    ]
+    named = [_file(t) for t in top.tables("files")]
     index = None
     if top.has("index"):
         entry = top.table("index")
         index = (entry.file_name("name"), entry.integer("size"))
+        entry.finish()
+    top.raw("index")
+    top.finish()
+    names = [name for name, *_ in named]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        problems.add("files", f"{quoted(twice)} is named twice")
     announced = sum(length for *_, length in named) + (index[1] if index else 0)
     if announced != len(payload):
         problems.add("", f"announces {announced:,} bytes, holds {len(payload):,}")
@@ -73,3 +79,9 @@ def parse_origin(raw: bytes) -> Origin:
         files.append(OriginFile(name, size, header))
         at += length
     return Origin(tuple(files), parse_index(payload[at:], name=index[0]) if index else None)
+
+
+def _file(t: Table) -> tuple[str, int, int]:
+    entry = (t.file_name("name"), t.integer("size"), t.integer("header"))
+    t.finish()
+    return entry

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from moeconv.checkpoint.index import Index, parse_index
 from moeconv.checkpoint.origin import Origin, parse_origin
+from moeconv.checkpoint.reading import read_document
 from moeconv.checkpoint.sidecars import Sidecar, inside
 from moeconv.digest import digest
-from moeconv.errors import Damaged, IoFailed, MissingShard, quoted
+from moeconv.errors import Damaged, MissingShard, quoted
 from moeconv.manifest import (
+    MAX_PAPER_BYTES,
     MAX_PART_BYTES,
     MAX_ROOT_BYTES,
     ROOT_NAME,
@@ -57,29 +59,25 @@ def damaged(name: str, cause: str) -> Damaged:
 
 
 def read_bounded(path: Path, limit: int, *, name: str) -> bytes:
-    """All bytes of a file that must not be larger than `limit`. Raises IoFailed, MissingShard."""
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(limit + 1)
-    except FileNotFoundError:
+    """All bytes of a file of the set, at most `limit`. Raises MissingShard, Malformed, IoFailed."""
+    if not path.exists():
         raise MissingShard(
             f"{quoted(name)} is not there",
             at=quoted(ROOT_NAME),
             cause="the set's manifest names it",
             fix="fetch that file of the set again, or convert again",
-        ) from None
-    except OSError as problem:
-        raise IoFailed(f"cannot read {quoted(name)}", cause=problem.strerror) from None
-    if len(raw) > limit:
-        raise damaged(name, f"it is larger than {limit:,} bytes")
-    return raw
+        )
+    return read_document(path, limit, name=name)
 
 
-def read_entry(root: Path, entry: FileEntry) -> bytes:
+def read_entry(root: Path, entry: FileEntry, *, limit: int = MAX_PAPER_BYTES) -> bytes:
     """The bytes of a document that the root names, held against size and digest."""
-    raw = read_bounded(inside(root, entry.name), max(entry.size, 1), name=entry.name)
+    path = inside(root, entry.name)
+    if path.exists() and path.is_file() and path.stat().st_size != entry.size:
+        raise damaged(entry.name, f"its size is not the {entry.size:,} bytes in the manifest")
+    raw = read_bounded(path, limit, name=entry.name)
     if len(raw) != entry.size or digest(raw) != entry.digest:
-        raise damaged(entry.name, "its size or digest is not the one in the manifest")
+        raise damaged(entry.name, "its digest is not the one in the manifest")
     return raw
 
 
@@ -92,9 +90,9 @@ def open_set(root: Path) -> SetFiles:
     top = parse_root(raw)
     parts = []
     for entry in top.parts:
-        if entry.size > MAX_PART_BYTES:
-            raise damaged(ROOT_NAME, f"part {quoted(entry.name)} is beyond the format's limit")
-        parts.append(parse_part(read_entry(root, entry), top, where=entry.name))
+        parts.append(
+            parse_part(read_entry(root, entry, limit=MAX_PART_BYTES), top, where=entry.name)
+        )
     origin_raw = read_entry(root, top.origin)
     beside = []
     for entry in top.sidecars:

@@ -70,7 +70,7 @@ def sidecars(root: Path, *, skip: frozenset[str], without: tuple[str, ...]) -> t
     """
     names = sorted(_walk(root, ""), key=natural_key)
     wanted = [n for n in names if n not in skip and not _left_out(n, without)]
-    return tuple(_sidecar(root, name) for name in wanted)
+    return tuple(sidecar(root, name) for name in wanted)
 
 
 def _left_out(name: str, without: tuple[str, ...]) -> bool:
@@ -91,15 +91,21 @@ def _walk(root: Path, below: str) -> list[str]:
     return found
 
 
-def _sidecar(root: Path, name: str) -> Sidecar:
+def refuse_unsafe_name(name: str, root: Path) -> None:
+    """Raise UnsafePath for a file that could not be named in an output."""
     problem = relative_path_problem(name)
     if problem:
         raise UnsafePath(
             f"{quoted(name)} {problem}",
             at=quoted(str(root)),
             cause="a file of this name cannot be copied safely to every system",
-            fix="rename it, or leave it out with `--without`",
+            fix="rename it, or leave it out with `--without` if it is no tensor file",
         )
+
+
+def sidecar(root: Path, name: str) -> Sidecar:
+    """One sidecar by its relative path. Raises UnsafePath, SourceMissing."""
+    refuse_unsafe_name(name, root)
     path = inside(root, name)
     try:
         facts = path.stat()

@@ -12,8 +12,16 @@ from moeconv.checkpoint import hub
 from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
 from moeconv.checkpoint.header import Header, StoredTensor, read_header
 from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
+from moeconv.checkpoint.reading import read_document
 from moeconv.checkpoint.sets import SetFiles, open_set
-from moeconv.checkpoint.sidecars import Sidecar, existing, inside, sidecars
+from moeconv.checkpoint.sidecars import (
+    Sidecar,
+    existing,
+    inside,
+    refuse_unsafe_name,
+    sidecar,
+    sidecars,
+)
 from moeconv.errors import (
     BadIndex,
     DuplicateTensor,
@@ -80,6 +88,7 @@ def locate(src: str | Path) -> Path:
     if not path.exists():
         raise SourceMissing(
             f"{quoted(text)} does not exist",
+            cause="there is no file or directory of this name",
             fix="give a directory, a `.safetensors` file, or `hf://org/name`",
         )
     return path
@@ -114,11 +123,12 @@ def _data_files(named: list[tuple[str, Path]]) -> tuple[DataFile, ...]:
 
 def _open_file(path: Path) -> Checkpoint:
     config = path.parent / CONFIG_NAME
+    refuse_unsafe_name(path.name, path.parent)
     files = _data_files([(path.name, path)])
     beside: tuple[Sidecar, ...] = ()
-    if config.is_file():
-        stat = config.stat()
-        beside = (Sidecar(CONFIG_NAME, config, stat.st_size, stat.st_mtime_ns),)
+    if config.exists():
+        beside = (sidecar(path.parent, CONFIG_NAME),)
+        config = beside[0].path
     return Checkpoint(path.parent, files, None, read_config(config), beside, ())
 
 
@@ -139,15 +149,23 @@ def _open_directory(root: Path, without: tuple[str, ...]) -> Checkpoint:
     try:
         names = sorted(os.listdir(root), key=natural_key)  # noqa: PTH208 - names, not paths
     except OSError as problem:
-        raise SourceMissing(f"cannot list {quoted(str(root))}", cause=problem.strerror) from None
+        raise SourceMissing(
+            f"cannot list {quoted(str(root))}",
+            cause=problem.strerror,
+            fix="check that the directory may be read",
+        ) from None
     shards = [n for n in names if n.endswith(SUFFIX)]
     index = _read_index(root, names)
     if index is not None:
         files = _data_files([(n, existing(root, n, named_by=index.name)) for n in index.files])
+        _check_disjoint(files, fix="download the index and the shards again")
         _check_index(index, files)
     elif shards:
-        files = _data_files([(n, inside(root, n)) for n in shards if not _matches(n, without)])
-        _check_disjoint(files)
+        wanted = [n for n in shards if not _matches(n, without)]
+        for name in wanted:
+            refuse_unsafe_name(name, root)
+        files = _data_files([(n, inside(root, n)) for n in wanted])
+        _check_disjoint(files, fix="give the index, or leave one of them out with `--without`")
     else:
         raise NoCheckpoint(
             f"{quoted(str(root))} holds no safetensors checkpoint",
@@ -179,16 +197,13 @@ def _read_index(root: Path, names: list[str]) -> Index | None:
             cause=f"they are {', '.join(map(quoted, found))}",
             fix="leave one of them in the directory",
         )
-    with inside(root, name).open("rb") as stream:
-        raw = stream.read(MAX_INDEX_BYTES + 1)
-    if len(raw) > MAX_INDEX_BYTES:
-        raise BadIndex(f"{quoted(name)} is larger than {human_size(MAX_INDEX_BYTES)}")
+    refuse_unsafe_name(name, root)
+    raw = read_document(inside(root, name), MAX_INDEX_BYTES, name=name)
     return parse_index(raw, name=name)
 
 
 def _check_index(index: Index, files: tuple[DataFile, ...]) -> None:
     held = {t.name: f.name for f in files for t in f.header.tensors}
-    count = sum(len(f.header.tensors) for f in files)
     problems: list[MoeconvError] = []
     for tensor, file in index.weight_map.items():
         if held.get(tensor) != file:
@@ -196,8 +211,8 @@ def _check_index(index: Index, files: tuple[DataFile, ...]) -> None:
     for tensor, file in held.items():
         if tensor not in index.weight_map:
             problems.append(_not_in_index(index, tensor, file))
-    if not problems and count != len(held):
-        _check_disjoint(files)
+    if len(problems) > 1:
+        problems[0].cause = f"{problems[0].cause}; {len(problems):,} entries in all disagree"
     if problems:
         raise problems[0].with_also(tuple(problems[1:_MAX_REPORTED]))
 
@@ -220,7 +235,7 @@ def _not_in_index(index: Index, tensor: str, file: str) -> MoeconvError:
     )
 
 
-def _check_disjoint(files: tuple[DataFile, ...]) -> None:
+def _check_disjoint(files: tuple[DataFile, ...], *, fix: str) -> None:
     first: dict[str, str] = {}
     for file in files:
         for tensor in file.header.tensors:
@@ -228,8 +243,8 @@ def _check_disjoint(files: tuple[DataFile, ...]) -> None:
                 raise DuplicateTensor(
                     f"{quoted(tensor.name)} is in two files",
                     at=f"{quoted(first[tensor.name])} and {quoted(file.name)}",
-                    cause="there is no index to say which one counts",
-                    fix="give the index, or leave one of them out with `--without`",
+                    cause="programs differ in which of the two they take",
+                    fix=fix,
                 )
             first[tensor.name] = file.name
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from moeconv.checkpoint.origin import Origin, OriginFile, origin_bytes
+from moeconv.checkpoint.reading import opened, unreadable
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import digest, fingerprint, hasher
 from moeconv.engine.crew import Limits, Progress, run_tiles
-from moeconv.engine.files import NEW_FILE, DiskTarget, partial_path, write_failed
+from moeconv.engine.files import NEW_FILE, DiskTarget, partial_path, writing
 from moeconv.engine.output import Room, Workplace, fsync_directory, room_for
 from moeconv.engine.tiles import BUFFER_BYTES, Digests
 from moeconv.errors import Damaged, NameCollision, SourceChanged, quoted
@@ -32,17 +33,21 @@ from moeconv.names import natural_key
 from moeconv.plan.values import OutputFile, Plan
 from moeconv.version import __version__
 
-# parts, origin and index hold names and digests: a few hundred bytes a tensor, plus their headers
-_PAPER_BYTES_A_TENSOR = 512
+# parts, origin and index hold names and digests: a few hundred bytes a unit, plus their headers
+_PAPER_BYTES_A_UNIT = 512
 
 
 def room_needed(plan: Plan, checkpoint: Checkpoint, out: Path) -> Room:
     """Bytes the output will take, and how many are free there."""
-    sidecars = sum(s.size for s in checkpoint.sidecars)
-    headers = sum(f.header.data_start for f in checkpoint.files)
-    units = sum(t.units for f in plan.files for t in f.tensors)
-    paper = 0 if plan.restores else units * _PAPER_BYTES_A_TENSOR + headers
-    return room_for(out, plan.file_bytes + sidecars + len(plan.index) + paper)
+    needed = plan.file_bytes + len(plan.index) + sum(s.size for s in checkpoint.sidecars)
+    if not plan.restores:
+        units = sum(t.units for f in plan.files for t in f.tensors)
+        headers = sum(f.header.data_start for f in checkpoint.files)
+        recipes = sum(len(r.toml) for r in plan.recipes)
+        names = len(plan.stacks) + len(plan.files) + len(checkpoint.sidecars)
+        needed += headers + len(checkpoint.index.raw if checkpoint.index else b"")
+        needed += (units + names) * _PAPER_BYTES_A_UNIT + 2 * recipes
+    return room_for(out, needed)
 
 
 def refuse_collisions(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -74,13 +79,31 @@ def commit(
     """
     work = Workplace(out)
     try:
-        work.prepare(overwrite=overwrite)
-        return _Commit(plan, checkpoint, work, limits, progress).run()
-    except BaseException as problem:
-        work.take_back()
-        if isinstance(problem, OSError):
-            raise write_failed(out, problem) from None
+        work.prepare(_names(plan, checkpoint), overwrite=overwrite)
+        manifest = _Commit(plan, checkpoint, work, limits, progress).run()
+        work.done(restored=plan.restores)
+    except BaseException:
+        _take_back(work)
         raise
+    work.drop_old()
+    return manifest
+
+
+def _names(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Every file that the run will make, for the journal."""
+    data = [f.name for f in plan.files]
+    papers = [] if plan.restores else [*(f"{PARTS_DIR}/{n}.json" for n in data), ORIGIN_NAME]
+    index = [plan.index_name] if plan.index_name else []
+    return (*data, *papers, *index, *(s.name for s in checkpoint.sidecars))
+
+
+def _take_back(work: Workplace) -> None:
+    while True:
+        try:
+            work.take_back()
+        except KeyboardInterrupt:  # once more does not make it wish for less
+            continue
+        return
 
 
 class _Commit:
@@ -116,17 +139,18 @@ class _Commit:
         manifest = None if self.plan.restores else self._papers(sidecars)
         for partial, final in self.waiting:
             self.work.rename(partial, final)
+        self._settle()
         if self.plan.index_name is not None:
-            fsync_directory(self.out)
             self._write(self.plan.index_name, self.plan.index)
-        fsync_directory(self.out)
-        if manifest is None:
-            (self.out / PARTS_DIR).rmdir()
-        else:
+            self._settle()
+        if manifest is not None:
             self._write(ROOT_NAME, root_bytes(manifest.root))
-        fsync_directory(self.out)
-        fsync_directory(self.out.parent)
+            self._settle()
         return manifest
+
+    def _settle(self) -> None:
+        with writing(self.out):
+            fsync_directory(self.out)
 
     def _finished(self, file: OutputFile, partial: Path, digests: Digests) -> None:
         part = part_of(file, digests)
@@ -162,7 +186,8 @@ class _Commit:
             self._write(f"{PARTS_DIR}/{part.file}.json", part_bytes(part)) for part in parts
         )
         origin = self._write(ORIGIN_NAME, _origin_raw(self.checkpoint))
-        fsync_directory(self.out / PARTS_DIR)
+        with writing(self.out):
+            fsync_directory(self.out / PARTS_DIR)
         index_name = self.plan.index_name or ""
         root = Root(
             generator=f"moeconv {__version__}",
@@ -180,34 +205,22 @@ class _Commit:
 
     def _write(self, name: str, data: bytes) -> FileEntry:
         final = self.out / name
-        partial = partial_path(final)
-        try:
+        partial = partial_path(self.out, name)
+        with writing(final):
             descriptor = os.open(partial, NEW_FILE, 0o666)
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(descriptor)
-            self.work.rename(partial, final)
-        except OSError as problem:
-            raise write_failed(final, problem) from None
+        self.work.rename(partial, final)
         return FileEntry(name, len(data), digest(data))
 
     def _sidecar(self, sidecar: Sidecar) -> FileEntry:
         final = self.out / sidecar.name
-        try:
+        partial = partial_path(self.out, "sidecar")
+        with writing(final):
             self.work.folder(final.parent)
-            partial = partial_path(final)
-            value, size = copy_file(sidecar.path, partial)
-        except OSError as problem:
-            raise write_failed(final, problem) from None
-        entry = FileEntry(sidecar.name, size, value)
-        if size != sidecar.size:
-            raise SourceChanged(
-                f"{quoted(sidecar.name)} changed while it was being copied",
-                at=quoted(str(sidecar.path)),
-                cause=f"it had {sidecar.size:,} bytes, and has {size:,} now",
-                fix="wait until nothing writes to the source, then run again",
-            )
+        value = copy_sidecar(sidecar, partial, final)
         wanted = _expected_sidecar(self.checkpoint, sidecar.name)
         if wanted is not None and wanted != value:
             raise Damaged(
@@ -218,24 +231,47 @@ class _Commit:
             )
         self.work.rename(partial, final)
         if final.parent != self.out:
-            fsync_directory(final.parent)
-        return entry
+            with writing(final.parent):
+                fsync_directory(final.parent)
+        return FileEntry(sidecar.name, sidecar.size, value)
 
 
-def copy_file(source: Path, target: Path) -> tuple[str, int]:
-    """Copy one file durably through a small buffer; its digest and size."""
+def copy_sidecar(sidecar: Sidecar, partial: Path, final: Path) -> str:
+    """Copy one file durably through a small buffer; its digest.
+
+    Raises SourceChanged where it is not the file that was planned with, IoFailed, DiskFull.
+    """
     state = hasher()
-    size = 0
     buffer = memoryview(bytearray(BUFFER_BYTES))
-    with source.open("rb", buffering=0) as reader:
-        descriptor = os.open(target, NEW_FILE, 0o666)
+    with opened(sidecar.path, name=sidecar.name) as (reader, _):
+        with writing(final):
+            descriptor = os.open(partial, NEW_FILE, 0o666)
         with os.fdopen(descriptor, "wb", buffering=0) as writer:
-            while count := reader.readinto(buffer):
+            done = 0
+            while count := _read(reader, buffer, done, sidecar):
                 state.update(buffer[:count])
-                writer.write(buffer[:count])
-                size += count
-            os.fsync(descriptor)
-    return state.hexdigest(), size
+                done += count
+                with writing(final):
+                    writer.write(buffer[:count])
+            with writing(final):
+                os.fsync(descriptor)
+        facts = os.fstat(reader)
+    if (facts.st_size, facts.st_mtime_ns, done) != (sidecar.size, sidecar.mtime_ns, sidecar.size):
+        raise SourceChanged(
+            f"{quoted(sidecar.name)} changed while SRC was being converted",
+            at=quoted(str(sidecar.path)),
+            cause=f"it had {sidecar.size:,} bytes when the plan was made, and has "
+            f"{facts.st_size:,} now, or it was written to",
+            fix="wait until nothing writes to the source, then run again",
+        )
+    return state.hexdigest()
+
+
+def _read(reader: int, buffer: memoryview, offset: int, sidecar: Sidecar) -> int:
+    try:
+        return os.preadv(reader, [buffer], offset)
+    except OSError as problem:
+        raise unreadable(sidecar.path, problem, name=sidecar.name) from None
 
 
 def part_of(file: OutputFile, digests: Digests) -> Part:

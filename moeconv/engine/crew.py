@@ -99,18 +99,22 @@ class _Crew:
         self._failure: BaseException | None = None
 
     def work(self, jobs: int) -> None:
-        threads = [threading.Thread(target=self._worker, daemon=True) for _ in range(max(jobs, 1))]
-        for thread in threads:
-            thread.start()
+        """Run the workers to their end, or stop them and wait, whatever happens meanwhile."""
+        crew = [
+            (threading.Thread(target=self._worker, args=(done,), daemon=True), done)
+            for done in (threading.Event() for _ in range(max(jobs, 1)))
+        ]
         try:
-            for thread in threads:
-                while thread.is_alive():
-                    # an untimed join would keep Ctrl-C waiting on some platforms
-                    thread.join(0.2)
+            for thread, _ in crew:
+                thread.start()
+            for _, done in crew:
+                # not `join`: before 3.13 it takes a thread for dead when Ctrl-C comes during it
+                while not done.wait(0.2):
+                    continue
         except BaseException:
             self._stop.set()
-            for thread in threads:
-                thread.join()
+            for thread, done in crew:
+                _wait_out(thread, done)
             raise
         finally:
             for job in self._open:
@@ -118,7 +122,13 @@ class _Crew:
         if self._failure is not None:
             raise self._failure
 
-    def _worker(self) -> None:
+    def _worker(self, done: threading.Event) -> None:
+        try:
+            self._batches()
+        finally:
+            done.set()
+
+    def _batches(self) -> None:
         runner = TileRunner(self._sources, self._budget, stop=self._stop, advance=self._advance)
         current: _Job | None = None
         try:
@@ -168,6 +178,15 @@ class _Crew:
     def _advance(self, nbytes: int) -> None:
         with self._lock:
             self._progress(nbytes)
+
+
+def _wait_out(thread: threading.Thread, done: threading.Event) -> None:
+    """Wait for a worker that was told to stop; more of Ctrl-C changes nothing about that."""
+    while thread.ident is not None and not done.is_set():
+        try:
+            done.wait(0.2)
+        except KeyboardInterrupt:
+            continue
 
 
 def _job(file: OutputFile, target: Target) -> _Job:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from moeconv.engine.syscalls import copy_in_kernel, reserve, start_writeback
 from moeconv.engine.tiles import Digests, Origin
 from moeconv.errors import DiskFull, IoFailed, quoted
+from moeconv.manifest import PARTS_DIR
 from moeconv.plan.values import OutputFile
 
 NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -18,9 +20,9 @@ Finished: TypeAlias = Callable[[OutputFile, Path, Digests], None]
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-def partial_path(path: Path) -> Path:
-    """The name under which a file is written before it is complete."""
-    return path.with_name(f".{path.name}.partial")
+def partial_path(out: Path, name: str) -> Path:
+    """Where a file is written before it is complete: under OUT, where no source's file can be."""
+    return out / PARTS_DIR / f".{name.rpartition('/')[2]}.partial"
 
 
 class DiskTarget:
@@ -29,6 +31,7 @@ class DiskTarget:
     def __init__(self, file: OutputFile, out: Path, finished: Finished) -> None:
         self._file = file
         self._path = out / file.name
+        self._partial = partial_path(out, file.name)
         self._finished = finished
         self._descriptor = -1
         self._in_kernel = True
@@ -36,7 +39,7 @@ class DiskTarget:
     def open(self) -> None:
         """Create the file at its full size, with its header. Raises IoFailed, DiskFull."""
         try:
-            self._descriptor = os.open(partial_path(self._path), NEW_FILE, 0o666)
+            self._descriptor = os.open(self._partial, NEW_FILE, 0o666)
             reserve(self._descriptor, self._file.size)
         except OSError as problem:
             raise write_failed(self._path, problem) from None
@@ -66,13 +69,22 @@ class DiskTarget:
             os.fsync(self._descriptor)
         except OSError as problem:
             raise write_failed(self._path, problem) from None
-        self._finished(self._file, partial_path(self._path), digests)
+        self._finished(self._file, self._partial, digests)
 
     def close(self) -> None:
         """Close the descriptor."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says about an output file into our own error."""
+    try:
+        yield
+    except OSError as problem:
+        raise write_failed(path, problem) from None
 
 
 def write_failed(path: Path, problem: OSError) -> IoFailed:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from moeconv.checkpoint.sets import read_bounded
-from moeconv.engine.files import write_failed
-from moeconv.errors import DiskFull, MoeconvError, UnsafeOutput, WouldOverwrite, quoted
+from moeconv.engine.files import writing
+from moeconv.errors import (
+    DiskFull,
+    IoFailed,
+    MoeconvError,
+    UnsafeOutput,
+    WouldOverwrite,
+    quoted,
+)
 from moeconv.manifest import MAX_ROOT_BYTES, PARTS_DIR, ROOT_NAME, Root, parse_root
+from moeconv.strictjson import dumps, loads
 from moeconv.units import human_size
 
-PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX: Final = ".partial"
+JOURNAL_NAME: Final = "moeconv/journal"
+MAX_JOURNAL_BYTES: Final = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +58,27 @@ def refuse_overlap(src: Path, out: Path) -> None:
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
     """Raise WouldOverwrite unless OUT is absent, empty, or ours and to be overwritten."""
-    if not out.exists() and not out.is_symlink():
+    if not os.path.lexists(out):
+        _refuse_below_file(out)
         return
     if not out.is_dir():
         raise WouldOverwrite(
-            f"{quoted(str(out))} is a file", fix="give a directory that is absent or empty"
+            f"{quoted(str(out))} is a {'link to nowhere' if out.is_symlink() else 'file'}",
+            at=quoted(str(out)),
+            cause="an output is a directory",
+            fix="give a directory that is absent or empty",
         )
-    names = os.listdir(out)  # noqa: PTH208 - names, not paths
+    names = sorted(os.listdir(out))  # noqa: PTH208 - names, not paths
     if not names:
         return
     unfinished = PARTS_DIR in names and ROOT_NAME not in names
     if not overwrite:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise WouldOverwrite(
             f"{quoted(str(out))} is not empty",
-            cause="it holds an unfinished run of moeconv"
-            if unfinished
-            else f"it holds {quoted(sorted(names)[0])}"
-            + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+            at=quoted(str(out)),
+            cause=f"it holds {quoted(names[0])}{more}"
+            + (": an unfinished run of moeconv, it seems" if unfinished else ""),
             fix="give another directory, or `--overwrite` if moeconv made this one",
         )
     strangers = sorted(set(_files_below(out)) - _ours(out))
@@ -75,6 +91,19 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
         )
 
 
+def _refuse_below_file(out: Path) -> None:
+    place = out.parent
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise IoFailed(
+            f"{quoted(str(out))} cannot be made",
+            at=quoted(str(place)),
+            cause="this is a file, not a directory",
+            fix="give another place with `-o`",
+        )
+
+
 def _files_below(out: Path) -> list[str]:
     return [
         str((Path(folder) / name).relative_to(out))
@@ -84,20 +113,32 @@ def _files_below(out: Path) -> list[str]:
 
 
 def _ours(out: Path) -> set[str]:
-    """The files of a set of ours, or those that an unfinished run can have left."""
+    """The files of a set of ours, or those that the journal of an unfinished run announces."""
     mine = {
         name
         for name in _files_below(out)
-        if name.startswith(f"{PARTS_DIR}/")
-        or (Path(name).name.startswith(".") and name.endswith(PARTIAL_SUFFIX))
+        if name == JOURNAL_NAME
+        or (name.startswith(f"{PARTS_DIR}/.") and name.endswith(PARTIAL_SUFFIX))
     }
     try:
-        root: Root = parse_root(read_bounded(out / ROOT_NAME, MAX_ROOT_BYTES, name=ROOT_NAME))
+        if (out / ROOT_NAME).exists():
+            raw = read_bounded(out / ROOT_NAME, MAX_ROOT_BYTES, name=ROOT_NAME)
+            return mine | set(_named(parse_root(raw)))
+        if (out / JOURNAL_NAME).exists():
+            raw = read_bounded(out / JOURNAL_NAME, MAX_JOURNAL_BYTES, name=JOURNAL_NAME)
+            names = loads(raw, where=JOURNAL_NAME)
+            return (
+                mine | {n for n in names if isinstance(n, str)} if isinstance(names, list) else mine
+            )
     except MoeconvError:
         return mine
-    named = {e.name for e in (*root.parts, root.index, root.origin, *root.sidecars)}
-    data = {Path(e.name).name.removesuffix(".json") for e in root.parts}
-    return mine | named | data | {ROOT_NAME}
+    return mine
+
+
+def _named(root: Root) -> list[str]:
+    data = [Path(e.name).name.removesuffix(".json") for e in root.parts]
+    papers = [e.name for e in (*root.parts, root.index, root.origin, *root.sidecars)]
+    return [*data, *papers, ROOT_NAME]
 
 
 def room_for(out: Path, needed: int) -> Room:
@@ -136,21 +177,29 @@ class Workplace:
     out: Path
     made_files: list[Path] = field(default_factory=list)
     made_folders: list[Path] = field(default_factory=list)
+    aside: Path | None = None  # the old output, until the new one stands
 
-    def prepare(self, *, overwrite: bool) -> None:
-        """Make OUT and its `moeconv/`, the mark of an unfinished run; clear an old set first."""
-        try:
-            if overwrite and self.out.exists():
-                # the manifest goes first: from here on, nothing takes the old set for whole
-                (self.out / ROOT_NAME).unlink(missing_ok=True)
-                for entry in list(self.out.iterdir()):
-                    if entry.is_dir() and not entry.is_symlink():
-                        shutil.rmtree(entry)
-                    else:
-                        entry.unlink()
+    def prepare(self, names: tuple[str, ...], *, overwrite: bool) -> None:
+        """Make OUT with its `moeconv/`, the mark of an unfinished run, and a journal of `names`.
+
+        An old output is put aside, not deleted: it comes back if this run fails.
+        """
+        with writing(self.out):
+            if overwrite and self.out.is_dir() and any(self.out.iterdir()):
+                aside = self.out.with_name(f".{self.out.name}.replaced")
+                if os.path.lexists(aside):
+                    raise WouldOverwrite(
+                        f"{quoted(str(aside))} is in the way",
+                        at=quoted(str(aside)),
+                        cause="an overwriting run that was killed left the old output there",
+                        fix="move it back or remove it, then run again",
+                    )
+                self.out.rename(aside)
+                self.aside = aside
             self.folder(self.out / PARTS_DIR)
-        except OSError as problem:
-            raise write_failed(self.out, problem) from None
+            journal = self.out / JOURNAL_NAME
+            self.made_files.append(journal)
+            journal.write_bytes(dumps(list(names)) + b"\n")
 
     def folder(self, path: Path) -> None:
         """Make a folder and its parents, remembering each."""
@@ -164,18 +213,33 @@ class Workplace:
 
     def rename(self, partial: Path, final: Path) -> None:
         """Give a complete file its name."""
-        self.made_files.append(final)
-        partial.rename(final)
+        with writing(final):
+            self.made_files.append(final)
+            partial.rename(final)
+
+    def done(self, *, restored: bool) -> None:
+        """The output stands: forget the journal, and for a restored origin all of `moeconv/`."""
+        with writing(self.out):
+            (self.out / JOURNAL_NAME).unlink()
+            if restored:
+                (self.out / PARTS_DIR).rmdir()
+            for folder in {self.out, *(f.parent for f in self.made_folders)}:
+                if folder.exists():
+                    fsync_directory(folder)
+
+    def drop_old(self) -> None:
+        """Remove the old output; from here on nothing is taken back."""
+        if self.aside is not None:
+            with writing(self.aside):
+                shutil.rmtree(self.aside)
 
     def take_back(self) -> None:
-        """Remove what this run made, as far as it can be removed."""
-        for path in self.made_files:
+        """Remove what this run made, as far as it can be removed, and put the old output back."""
+        partials = (self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}")
+        for path in [*self.made_files, *partials]:
             path.unlink(missing_ok=True)
-        if self.out.is_dir():
-            for path in self.out.rglob(f".*{PARTIAL_SUFFIX}"):
-                path.unlink(missing_ok=True)
         for folder in reversed(self.made_folders):
-            try:
+            with suppress(OSError):  # somebody else put something there: it stays
                 folder.rmdir()
-            except OSError:  # somebody else put something there: it stays
-                continue
+        if self.aside is not None and not os.path.lexists(self.out):
+            self.aside.rename(self.out)

@@ -50,6 +50,7 @@ class Sources:
             except OSError as problem:
                 raise self._failed(number, offset + done, problem.strerror) from None
             if got == 0:
+                self._check(number)
                 raise self._failed(number, offset + done, "the file ends here")
             done += got
 

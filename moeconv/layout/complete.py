@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import combinations, islice
 
+from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import (
     ExpertDtype,
@@ -20,9 +22,12 @@ from moeconv.errors import (
 )
 from moeconv.layout.match import SHARED, Found
 from moeconv.layout.recipe import DOWN, WEIGHT, Layout, Line
+from moeconv.units import counted
 
 _FETCH = "download the shard again, then `moeconv inspect SRC`"
 _MAX_IDS = 8
+# floating point of less than 16 bits means nothing without its scales
+_QUANTISED = frozenset(dtype for dtype in BITS if dtype.startswith(("F4", "F6", "F8")))
 
 
 def completeness(
@@ -39,14 +44,14 @@ def completeness(
         if not weights and not ids:
             problems.append(_no_line(stack, found, line))
     if layout.per_expert and ids:
-        gaps = _gaps(stack, ids, experts)
+        gaps = _gaps(stack, found, ids, experts)
         problems += gaps
         # an id out of range makes every other expert look incomplete: say the one thing
         if not gaps:
             problems += _missing_weights(stack, found, layout, ids, experts)
     problems += _companions(stack, found, layout)
     for tensors in found.tensors.values():
-        problems += _odd_ones(stack, tensors)
+        problems += _odd_ones(stack, found, tensors)
     problems += _pairs(stack, found, layout)
     return problems
 
@@ -75,38 +80,47 @@ def _says(experts: int | None) -> str:
 
 
 def _no_line(stack: str, found: Found, line: Line) -> MoeconvError:
-    held = next(iter(found.all())).name
+    held = found.all()[0]
     return MissingExpert(
         f"{quoted(stack)} lacks {quoted(line.template.removeprefix('{stack}.'))}",
-        at=quoted(stack),
-        cause=f"it has {quoted(held)}, but no tensor for {' and '.join(line.projections)}",
+        at=found.place(held),
+        cause=f"it has this one, but no tensor for {' and '.join(line.projections)}",
         fix=_FETCH,
     )
 
 
-def _gaps(stack: str, ids: list[int], experts: int | None) -> list[MoeconvError]:
+def _gaps(stack: str, found: Found, ids: list[int], experts: int | None) -> list[MoeconvError]:
+    last = _tensor_of(found, ids[-1])
     if experts is not None and ids[-1] >= experts:
         beyond = [i for i in ids if i >= experts]
         return [
             ExpertOutOfRange(
                 f"{quoted(stack)} has an expert {beyond[0]}, but there are only {experts}",
-                at=quoted(stack),
+                at=found.place(_tensor_of(found, beyond[0])),
                 cause=f"ids at or above {experts}, the number in config.json: {_ranges(beyond)}",
                 fix="correct config.json, or remove the experts that do not belong",
             )
         ]
     present = set(ids)
-    missing = [i for i in range(ids[-1] + 1) if i not in present]
-    if not missing:
+    count = ids[-1] + 1 - len(ids)
+    if not count:
         return []
+    # lazily: a single absurd id must not make a list of two billion missing ones
+    missing = list(islice((i for i in range(ids[-1]) if i not in present), _MAX_IDS))
+    more = f" and {count - len(missing):,} more" if count > len(missing) else ""
     return [
         ExpertGap(
             f"{quoted(stack)} lacks expert {missing[0]} altogether",
-            at=quoted(stack),
-            cause=f"ids go up to {ids[-1]}, these are missing: {_ranges(missing)}{_says(experts)}",
+            at=f"the last expert is in {found.place(last)}",
+            cause=f"ids go up to {ids[-1]}, these are missing: "
+            f"{', '.join(map(str, missing))}{more}{_says(experts)}",
             fix=_FETCH,
         )
     ]
+
+
+def _tensor_of(found: Found, expert: int) -> StoredTensor:
+    return next(t[expert] for t in found.tensors.values() if expert in t)
 
 
 def _missing_weights(
@@ -121,14 +135,15 @@ def _missing_weights(
             continue
         rest = line.template.removeprefix("{stack}.").removeprefix("{expert}.")
         rest = rest.replace("{component}", WEIGHT)
-        near = weights.get(lacking[0] - 1) or next(iter(weights.values()), None)
-        said = f"its neighbour is {quoted(near.name)}" if near else "no expert has it"
+        # its other projections say where it should be; they may lie in the next shard
+        near = _tensor_of(found, lacking[0])
         problems.append(
             MissingExpert(
                 f"{quoted(stack)} lacks expert {lacking[0]}'s {quoted(rest)}",
-                at=said,
-                cause=f"{len(weights)} of {len(ids)} experts have it; missing: {_ranges(lacking)}"
-                + _says(experts),
+                at=f"its neighbour is in {found.place(near)}",
+                cause=("" if weights else "no expert has it: ")
+                + f"{len(weights)} of {len(ids)} experts have it; "
+                f"missing: {_ranges(lacking)}{_says(experts)}",
                 fix=_FETCH,
             )
         )
@@ -150,22 +165,23 @@ def _companions(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
         weights = found.tensors.get((template, WEIGHT), {})
         alone = [i for i in tensors if i not in weights]
         if alone:
-            name = tensors[alone[0]].name
+            tensor = tensors[alone[0]]
             problems.append(
                 ScaleWithoutWeight(
-                    f"{quoted(name)} has no weight",
-                    at=quoted(stack),
-                    cause=f"{len(alone)} tensors named {quoted(component)} stand alone here",
+                    f"{quoted(tensor.name)} has no weight",
+                    at=found.place(tensor),
+                    cause=f"in this stack {counted(len(alone), 'tensor')} of component "
+                    f"{quoted(component)} without a weight",
                     fix=_FETCH,
                 )
             )
         bare = [i for i in weights if i not in tensors]
         if bare:
-            name = weights[bare[0]].name
+            tensor = weights[bare[0]]
             problems.append(
                 MissingScale(
-                    f"{quoted(name)} lacks its {quoted(component)}",
-                    at=quoted(stack),
+                    f"{quoted(tensor.name)} lacks its {quoted(component)}",
+                    at=found.place(tensor),
                     cause=f"{len(weights) - len(bare)} of {len(weights)} experts have one; "
                     f"these lack it: {_ranges(sorted(bare))}",
                     fix=_FETCH,
@@ -174,7 +190,7 @@ def _companions(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
     return problems
 
 
-def _odd_ones(stack: str, tensors: dict[int, StoredTensor]) -> list[MoeconvError]:
+def _odd_ones(stack: str, found: Found, tensors: dict[int, StoredTensor]) -> list[MoeconvError]:
     problems: list[MoeconvError] = []
     for kind, what, facts in (
         (ExpertDtype, "dtype", {e: t.dtype for e, t in tensors.items()}),
@@ -187,8 +203,9 @@ def _odd_ones(stack: str, tensors: dict[int, StoredTensor]) -> list[MoeconvError
             problems.append(
                 kind(
                     f"{quoted(tensor.name)} has {what} {facts[odd[0]]}, not {usual}",
-                    at=quoted(stack),
-                    cause=f"{count} of {len(tensors)} experts have {usual}; odd: {_ranges(odd)}",
+                    at=found.place(tensor),
+                    cause=f"in {quoted(stack)} {count} of {len(tensors)} experts have {usual}; "
+                    f"odd: {_ranges(odd)}",
                     fix="convert from a checkpoint whose experts are alike",
                 )
             )
@@ -196,42 +213,55 @@ def _odd_ones(stack: str, tensors: dict[int, StoredTensor]) -> list[MoeconvError
 
 
 def _pairs(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
-    """Gate and up must have the same components and dtypes: every fused layout joins them."""
+    """Projections of one dtype have the same companions; gate and up have one dtype.
+
+    Every fused layout joins gate and up. Down may be of another precision, but quantised weights
+    of the same dtype with scales here and none there are a file that lost some.
+    """
     problems: list[MoeconvError] = []
-    lines = [line for line in layout.lines if DOWN not in line.projections]
     held = {
-        line.template: {c: t for (tpl, c), t in found.tensors.items() if tpl == line.template}
-        for line in lines
+        line.projections: {
+            c: next(iter(t.values()))
+            for (tpl, c), t in found.tensors.items()
+            if tpl == line.template
+        }
+        for line in layout.lines
     }
-    for component in sorted({c for components in held.values() for c in components}):
-        first = [next(iter(c[component].values())) for c in held.values() if component in c]
-        if len(first) != len(lines) and component != WEIGHT:
-            problems.append(
-                MissingScale(
-                    f"{quoted(stack)} has {quoted(component)} for one of gate and up only",
-                    at=quoted(first[0].name),
-                    cause="the two are always stored alike",
-                    fix=_FETCH,
-                )
+    weights = {p: c[WEIGHT] for p, c in held.items() if WEIGHT in c}
+    pair = [t for p, t in weights.items() if DOWN not in p]
+    if len({t.dtype for t in pair}) > 1:
+        problems.append(
+            ExpertDtype(
+                f"gate and up of {quoted(stack)} differ in dtype: "
+                f"{' and '.join(t.dtype for t in pair)}",
+                at=found.place(*pair),
+                cause="one tensor cannot hold both",
+                fix="convert from a checkpoint whose projections are alike",
             )
-        dtypes = sorted({t.dtype for t in first})
-        if len(dtypes) > 1:
-            problems.append(
-                ExpertDtype(
-                    f"gate and up of {quoted(stack)} differ in dtype: {' and '.join(dtypes)}",
-                    at=", ".join(quoted(t.name) for t in first),
-                    cause="one tensor cannot hold both",
-                    fix="convert from a checkpoint whose projections are alike",
-                )
+        )
+    lost: dict[tuple[str, tuple[str, ...]], MoeconvError] = {}
+    for a, b in combinations(weights, 2):
+        joined = DOWN not in (*a, *b)
+        alike = weights[a].dtype == weights[b].dtype and weights[a].dtype in _QUANTISED
+        differing = sorted(held[a].keys() ^ held[b].keys()) if joined or alike else []
+        for component in differing:
+            has, lacks = (a, b) if component in held[a] else (b, a)
+            what = "one of gate and up" if joined else "some projections"
+            problem = MissingScale(
+                f"{quoted(stack)} has {quoted(component)} for {what} only",
+                at=found.place(weights[lacks]),
+                cause=f"this {weights[lacks].dtype} lacks it, {quoted(weights[has].name)} has it",
+                fix=_FETCH,
             )
-    return problems
+            lost.setdefault((component, lacks), problem)
+    return [*problems, *lost.values()]
 
 
-def contradiction(stack: str, reasons: list[str]) -> MoeconvError:
+def contradiction(stack: str, found: Found, reasons: list[str]) -> MoeconvError:
     """Names of a known layout, shapes of none."""
     return LayoutContradiction(
         f"the shapes in {quoted(stack)} fit no layout of its family",
-        at=quoted(stack),
+        at=found.place(found.all()[0]),
         cause="\n         ".join(reasons),
         fix="check that config.json belongs to these tensors; `moeconv recipes show` lists layouts",
     )

@@ -10,6 +10,7 @@ from moeconv.errors import (
     AmbiguousLayout,
     ConfigMismatch,
     Damaged,
+    LayoutContradiction,
     MixedLayouts,
     MoeconvError,
     UnknownExpertTensor,
@@ -23,7 +24,8 @@ from moeconv.layout.match import Found, collect
 from moeconv.layout.recipe import Layout, Recipe
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.manifest import StackEntry
-from moeconv.names import natural_key
+from moeconv.names import natural_key, printable
+from moeconv.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +49,23 @@ def detect(
     config: Config,
     recipes: tuple[Recipe, ...],
     *,
+    files: tuple[str, ...],
     from_layout: str | None = None,
     known: dict[str, StackEntry] | None = None,
 ) -> Detection:
     """Find the expert stacks among `tensors` (headers' facts, no data).
 
+    files: the names of the files, for messages.
     from_layout: decides between layouts that fit one stack equally; known: for outputs of
     moeconv, what the manifest says of each stack, which then is not judged anew. Problems are
     collected, not raised.
     """
-    collected, others = collect(tensors, recipes)
+    collected, others = collect(tensors, recipes, files)
     problems: list[MoeconvError] = []
     if from_layout is not None:
-        problems += _unknown_from_layout(from_layout, recipes)
+        problems += _unknown_from_layout(from_layout, recipes) or _unfit_from_layout(
+            from_layout, collected
+        )
     stacks, damaged = [], []
     for name in sorted(collected, key=natural_key):
         judged = _judge(name, collected[name], config, (known or {}).get(name), from_layout)
@@ -80,6 +86,24 @@ def _unknown_from_layout(name: str, recipes: tuple[Recipe, ...]) -> list[Moeconv
             f"no recipe of this family has a layout {quoted(name)}",
             cause=f"it has {', '.join(map(quoted, names))}",
             fix=f"give one of these to `--from-layout`, {quoted(names[0])} for example",
+        )
+    ]
+
+
+def _unfit_from_layout(name: str, collected: dict[str, Found]) -> list[MoeconvError]:
+    """A layout that no stack's names can have: to go on without a word would be to guess."""
+    by_names = [(stack, _by_names(found)) for stack, found in collected.items()]
+    if not by_names or any(
+        isinstance(layouts, list) and name in (layout.name for layout in layouts)
+        for _, layouts in by_names
+    ):
+        return []
+    return [
+        LayoutContradiction(
+            f"no expert stack has the names of layout {quoted(name)}",
+            at=", ".join(quoted(stack) for stack, _ in by_names[:3]),
+            cause="`--from-layout` says how SRC is stored, and SRC says otherwise",
+            fix="leave it away; `moeconv inspect SRC` shows what is there",
         )
     ]
 
@@ -108,7 +132,7 @@ def _judge(
     ]
     survivors = [(layout, f.sizes) for layout, f in fits if f.sizes is not None]
     if not survivors:
-        return [contradiction(name, [reason for _, f in fits for reason in f.reasons])]
+        return [contradiction(name, found, [reason for _, f in fits for reason in f.reasons])]
     if len(survivors) > 1:
         return [_ambiguous(name, found, [layout for layout, _ in survivors])]
     layout, sizes = survivors[0]
@@ -141,10 +165,10 @@ def _unknown(name: str, found: Found) -> MoeconvError:
     first = found.unknown[0]
     return UnknownExpertTensor(
         f"{quoted(first.name)} lies inside an expert stack, but its recipe does not know it",
-        at=quoted(name),
+        at=found.place(first),
         cause=f"recipe {quoted(found.recipe.name)} knows the components "
-        f"{', '.join(quoted(c.name) for c in found.recipe.components)}; "
-        f"{len(found.unknown)} tensor(s) of this stack are none of them",
+        f"{', '.join(quoted(c.name) for c in found.recipe.components)}; in this stack "
+        f"{counted(len(found.unknown), 'tensor')} beside them",
         fix="write a recipe that has them and give it with `--recipe FILE`",
     )
 
@@ -164,12 +188,12 @@ def _by_names(found: Found) -> list[Layout] | MoeconvError:
         if present & {line.template for line in layout.lines}
     ]
     samples = {
-        template: next(iter(tensors.values())).name
+        template: next(iter(tensors.values()))
         for (template, _), tensors in sorted(found.tensors.items())
     }
     return MixedLayouts(
         "one expert stack is stored in two layouts at once",
-        at=", ".join(quoted(name) for name in list(samples.values())[:4]),
+        at=found.place(*list(samples.values())[:4]),
         cause=f"its names belong to the layouts {', '.join(quoted(t.name) for t in touched)}",
         fix="keep one of the two in the directory; moeconv cannot know which one is right",
     )
@@ -212,17 +236,23 @@ def _against_config(stack: str, recipe: Recipe, sizes: Sizes, config: Config) ->
     problems: list[MoeconvError] = []
     for what, paths in _keys(recipe):
         hit = _lookup(config, recipe, stack, paths)
-        if hit is None or type(hit[1]) is not int or hit[1] == held[what]:
+        # a list has a size for each layer, and which one is this layer's is not known here
+        if hit is None or isinstance(hit[1], list | dict) or _same(hit[1], held[what]):
             continue
         problems.append(
             ConfigMismatch(
                 f"config.json and the tensors of {quoted(stack)} disagree on the {what}",
                 at=f"config.json, key {quoted(hit[0])}",
-                cause=f"config.json says {hit[1]}, the tensors have {held[what]} {words[what]}",
+                cause=f"config.json says {printable(str(hit[1]))}, "
+                f"the tensors have {held[what]} {words[what]}",
                 fix="use the config.json that belongs to these tensors",
             )
         )
     return problems
+
+
+def _same(said: object, held: int) -> bool:
+    return type(said) is int and said == held
 
 
 def _granules(
@@ -256,7 +286,7 @@ def _granules(
 def _ambiguous(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
     names = ", ".join(quoted(layout.name) for layout in layouts)
     shapes = "; ".join(
-        f"{t.name} {list(t.shape)}"
+        f"{quoted(t.name)} {list(t.shape)}"
         for t in (next(iter(v.values())) for v in found.tensors.values())
     )
     return AmbiguousLayout(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.errors import quoted
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Axis
 from moeconv.layout.match import Found
 from moeconv.layout.recipe import DOWN, Component, Layout, Line
@@ -78,12 +79,12 @@ def _equations(
             axes = line.component_axes(component).bound(granules)
             if len(axes.dims) != len(tensor.shape):
                 out.reasons.append(
-                    f"{layout.name}: {tensor.name} is {list(tensor.shape)}, `{axes}` has "
+                    f"{layout.name}: {quoted(tensor.name)} is {list(tensor.shape)}, `{axes}` has "
                     f"{len(axes.dims)} dimension(s)"
                 )
                 continue
             if layout.square and line.projections == _square(layout) and not _is_square(tensor):
-                out.reasons.append(f"{layout.name}: {tensor.name} is not square")
+                out.reasons.append(f"{layout.name}: {quoted(tensor.name)} is not square")
                 continue
             for dim, size in zip(axes.dims, tensor.shape, strict=True):
                 terms = tuple(
@@ -142,7 +143,7 @@ def _solve(equations: list[_Equation], values: dict[str, int], out: Fit) -> bool
                     rest *= _known(variable, granule, values)
             if rest == 0 or equation.size % rest:
                 out.reasons.append(
-                    f"{equation.tensor.name} is {list(equation.tensor.shape)}: "
+                    f"{quoted(equation.tensor.name)} is {list(equation.tensor.shape)}: "
                     f"{equation.size} is not divisible by {rest} (`{equation.axes}`)"
                 )
                 return False
@@ -153,7 +154,7 @@ def _solve(equations: list[_Equation], values: dict[str, int], out: Fit) -> bool
 
 def _against(layout: Layout, equation: _Equation, need: int) -> str:
     return (
-        f"{layout.name}: {equation.tensor.name} is {list(equation.tensor.shape)}, "
+        f"{layout.name}: {quoted(equation.tensor.name)} is {list(equation.tensor.shape)}, "
         f"`{equation.axes}` needs {need} where {equation.size} stands"
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.errors import quoted
 from moeconv.layout.recipe import WEIGHT, Recipe
 
 SHARED = -1  # stands for the expert id of a tensor that holds all experts
@@ -17,12 +18,17 @@ class Found:
     """What the names of one stack amount to: tensors by (template, component), then expert."""
 
     recipe: Recipe
+    files: tuple[str, ...]
     tensors: dict[tuple[str, str], dict[int, StoredTensor]] = field(default_factory=dict)
     unknown: list[StoredTensor] = field(default_factory=list)
 
     def templates(self) -> set[str]:
         """The name templates that occur."""
         return {template for template, _ in self.tensors}
+
+    def place(self, *tensors: StoredTensor) -> str:
+        """Where tensors stand: in a checkpoint of 160 shards a name alone does not help."""
+        return ", ".join(f"{quoted(self.files[t.file])}, tensor {quoted(t.name)}" for t in tensors)
 
     def all(self) -> list[StoredTensor]:
         """Every tensor of the stack, unknown ones too."""
@@ -83,7 +89,7 @@ class _Matcher:
 
 
 def collect(
-    tensors: Iterable[StoredTensor], recipes: tuple[Recipe, ...]
+    tensors: Iterable[StoredTensor], recipes: tuple[Recipe, ...], files: tuple[str, ...]
 ) -> tuple[dict[str, Found], tuple[StoredTensor, ...]]:
     """The stacks that the names spell, and the tensors that belong to none.
 
@@ -100,7 +106,7 @@ def collect(
         if matcher is None:
             others.append(tensor)
             continue
-        found = stacks.setdefault(stack, Found(matcher.recipe))
+        found = stacks.setdefault(stack, Found(matcher.recipe, files))
         if rest.template:
             found.tensors.setdefault((rest.template, rest.component), {})[rest.expert] = tensor
         else:

@@ -12,7 +12,7 @@ GATE: Final = "gate"
 UP: Final = "up"
 DOWN: Final = "down"
 WEIGHT: Final = "weight"
-_ID = r"(?:0|[1-9][0-9]*)"
+_ID = r"(?:0|[1-9][0-9]{0,9})"  # ids of more digits are no ids
 
 
 @dataclass(frozen=True, slots=True)

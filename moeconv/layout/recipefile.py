@@ -73,14 +73,14 @@ def _refuse(where: str, found: list[str]) -> BadRecipe:
 
 
 def _name(top: Table, key: str) -> str:
-    name = top.text(key)
+    name = top.word(key)
     if name and not _NAME.fullmatch(name):
         top.problem(key, "must be lower-case letters, digits, `_`, `.`, `-`")
     return name
 
 
 def _stack(top: Table) -> str:
-    stack = top.text("stack")
+    stack = top.word("stack")
     if stack and set(_HOLES.findall(stack)) != {"prefix", "layer"}:
         top.problem("stack", "must hold `{prefix}` and `{layer}`, and no other hole")
     elif stack and not stack.startswith("{prefix}"):
@@ -122,6 +122,7 @@ def _layouts(table: Table, components: tuple[Component, ...]) -> tuple[Layout, .
         lines = [_line(entry, key, special, components) for key in entry.names() if key in _LINES]
         if special:
             special.finish()
+        entry.expects(_LINES)
         entry.finish()
         _check_layout(entry, lines, square)
         out.append(Layout(name, tuple(lines), square))
@@ -143,8 +144,21 @@ def _line(entry: Table, key: str, special: Table | None, components: tuple[Compo
             if name not in (c.name for c in components):
                 listed.problem(name, "is no component of this recipe")
     line = Line(_LINES[key], template, axes, tuple(overrides))
+    before = len(entry.problems.found)
     _check_line(entry, key, line)
+    if len(entry.problems.found) == before:
+        _check_matrices(entry, key, line, components)
     return line
+
+
+def _check_matrices(entry: Table, key: str, line: Line, components: tuple[Component, ...]) -> None:
+    """Every layout arranges the same matrices: the axes of a component are its own, E and G."""
+    for component in components:
+        axes = line.component_axes(component)
+        if {a for a in axes.flat if a.letter not in (EXPERT, PAIR)} != set(component.axes.flat):
+            entry.problem(key, f"gives {component.name} `{axes}`, its own are `{component.axes}`")
+        elif EXPERT in axes.letters and axes.flat[0].letter != EXPERT:
+            entry.problem(key, f"gives {component.name} `{axes}`: E must come first")
 
 
 def _check_line(entry: Table, key: str, line: Line) -> None:
@@ -152,6 +166,8 @@ def _check_line(entry: Table, key: str, line: Line) -> None:
     unknown = set(holes) - {"stack", "expert", "component", "suffix"}
     if unknown:
         entry.problem(key, f"unknown hole `{{{min(unknown)}}}`")
+    if line.template == "{stack}":
+        entry.problem(key, "must say more than `{stack}`")
     if not line.template.startswith("{stack}") or len(set(holes)) != len(holes):
         entry.problem(key, "must begin with `{stack}` and use each hole once")
     if "component" in holes and "suffix" in holes:
@@ -176,6 +192,8 @@ def _check_layout(entry: Table, lines: list[Line], square: str | None) -> None:
     joined = [p for line in lines for p in line.projections]
     if len(set(joined)) != len(joined):
         entry.problem("", "stores one projection twice")
+    if len({line.template for line in lines}) != len(lines):
+        entry.problem("", "has one name for two tensors")
     if UP not in joined or DOWN not in joined:
         entry.problem("", "needs `up` and `down` (alone or joined)")
     if len({line.per_expert for line in lines}) > 1:

@@ -46,9 +46,11 @@ def plan_conversion(
     """
     stacks = detection.stacks
     if not stacks:
+        likely = next((t.name for t in detection.others if ".experts." in t.name), None)
+        hint = f"; {quoted(likely)} may be one under a name no recipe has" if likely else ""
         raise NoExperts(
             "there are no routed experts in this checkpoint",
-            cause=f"none of its {counted(len(detection.others), 'tensor')} is an expert's",
+            cause=f"none of its {counted(len(detection.others), 'tensor')} is an expert's{hint}",
             fix="give a Mixture-of-Experts checkpoint, or a recipe with `--recipe FILE`",
         )
     targets = [_target(stack, verb, layout) for stack in stacks]
@@ -133,6 +135,10 @@ def plan_restore(detection: Detection, original: Detection, origin: Origin) -> P
     Raises BadManifest where the two are not the same model.
     """
     drafts, ledger = _drafts_onto(detection, original)
+    kept = {t.name for t in original.others} | {s.name for s in original.stacks}
+    for name in (*(t.name for t in detection.others), *(s.name for s in detection.stacks)):
+        if name not in kept:
+            raise _foreign(name)
     files = tuple(
         _existing_file(PlacedHeader(f.name, f.size, f.header), drafts) for f in origin.files
     )
@@ -191,7 +197,7 @@ def _foreign(name: str) -> BadManifest:
     return BadManifest(
         "the set's origin and its tensors are not of the same model",
         at=quoted(name),
-        cause=f"the origin has {quoted(name)}, the set has nothing that could fill it",
+        cause="one of them has it, the other does not, or of another size",
         fix="convert the checkpoint again",
     )
 

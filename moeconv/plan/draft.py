@@ -8,7 +8,7 @@ from itertools import chain
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import StraddlingBlock, quoted
-from moeconv.layout.axes import Axes, Geometry
+from moeconv.layout.axes import EXPERT, PAIR, Axes, Geometry
 from moeconv.layout.recipe import Component, Layout, Line
 from moeconv.layout.stack import Stack
 from moeconv.manifest import ExpertEntry
@@ -91,7 +91,7 @@ def refuse_straddling(stack: Stack, line: Line, component: Component) -> None:
     for dim in axes.dims:
         for place, axis in enumerate(dim):
             granule = axis.granule if isinstance(axis.granule, int) else 1
-            if granule == 1 or len(dim) == 1:
+            if granule == 1 or not {a.letter for a in dim} & {EXPERT, PAIR}:
                 continue
             size = sizes[axis.letter]
             if size % granule or place != len(dim) - 1:
@@ -122,8 +122,18 @@ def fates(stack: Stack, layout: Layout) -> list[Fate]:
                     for line in lines
                 )
             )
-            out.append(Fate(tensor.name, _verb(stack.layout, layout), into, tensor.nbytes))
+            verb = _verb(stack.layout, layout)
+            if any(_shares(stack, line, member.component) for line in lines):
+                verb = "shared"
+            out.append(Fate(tensor.name, verb, into, tensor.nbytes))
     return out
+
+
+def _shares(stack: Stack, line: Line, component: Component) -> bool:
+    """Whether a line's tensor stores one value for several matrices."""
+    letters = stack.axes_in(line, component).letters
+    experts = not line.per_expert and stack.sizes.experts > 1 and EXPERT not in letters
+    return experts or (len(line.projections) > 1 and PAIR not in letters)
 
 
 def _verb(source: Layout, target: Layout) -> str:

@@ -91,7 +91,8 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What became of one source tensor: `verb` is copied, fused, split or rearranged."""
+    """What became of one source tensor: `verb` is copied, renamed, fused, split, rearranged
+    or shared (one value stored for several matrices, which must be equal)."""
 
     source: str
     verb: str

@@ -123,9 +123,19 @@ def compare_digests(
 ) -> list[MoeconvError]:
     """Every unit whose bytes are not those that the manifest promises."""
     promised = {address: value for address, _, _, value in manifest.matrices()}
+    said = {t.name: t.expert for part in manifest.parts for t in part.tensors}
     problems: list[MoeconvError] = []
     for part in fresh:
         for tensor in part.tensors:
+            if said.get(tensor.name) != tensor.expert:
+                problems.append(
+                    Damaged(
+                        f"{quoted(tensor.name)} is not what its part says",
+                        at=f"{quoted(part.file)}, tensor {quoted(tensor.name)}",
+                        cause=f"by its recipe it is {tensor.expert}",
+                        fix="convert the checkpoint again; a manifest is never edited by hand",
+                    )
+                )
             for address, value in zip(addresses(tensor, stacks), tensor.digests, strict=True):
                 if promised.get(address) == value:
                     continue

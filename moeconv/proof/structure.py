@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Final
 from moeconv.checkpoint.header import LENGTH_BYTES, parse_header
 from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import parse_origin
+from moeconv.checkpoint.reading import opened, read_start, unreadable
 from moeconv.checkpoint.sets import damaged, read_bounded, read_entry
 from moeconv.checkpoint.sidecars import inside
 from moeconv.checkpoint.source import SUFFIX
@@ -24,7 +24,10 @@ from moeconv.errors import (
     TruncatedFile,
     quoted,
 )
+from moeconv.layout.recipe import WEIGHT
+from moeconv.library import manifest_recipes
 from moeconv.manifest import (
+    MAX_PART_BYTES,
     MAX_ROOT_BYTES,
     PARTS_DIR,
     ROOT_NAME,
@@ -32,6 +35,7 @@ from moeconv.manifest import (
     Manifest,
     Part,
     Root,
+    StackEntry,
     addresses,
     matrix_address,
     parse_part,
@@ -66,7 +70,7 @@ def check_structure(root: Path) -> tuple[Manifest | None, list[MoeconvError]]:
 def _parts(root: Path, top: Root, problems: list[MoeconvError]) -> Iterator[Part]:
     for entry in top.parts:
         try:
-            yield parse_part(read_entry(root, entry), top, where=entry.name)
+            yield parse_part(read_entry(root, entry, limit=MAX_PART_BYTES), top, where=entry.name)
         except (Malformed, IoFailed) as problem:
             problems.append(problem)
 
@@ -75,14 +79,14 @@ def _data_file(root: Path, part: Part) -> list[MoeconvError]:
     name = part.file
     try:
         path = inside(root, name)
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            raw = stream.read(part.header_size)
-    except FileNotFoundError:
-        return [damaged(name, "it is not there")]
+        if not path.exists():
+            return [damaged(name, "it is not there")]
+        with opened(path, name=name) as (descriptor, facts):
+            size = facts.st_size
+            raw = read_start(descriptor, part.header_size)
     except OSError as problem:
-        return [IoFailed(f"cannot read {quoted(name)}", cause=problem.strerror)]
-    except Malformed as problem:
+        return [unreadable(root / name, problem, name=name)]
+    except (Malformed, IoFailed) as problem:
         return [problem]
     problems: list[MoeconvError] = []
     if size != part.size:
@@ -167,34 +171,58 @@ def _strangers(root: Path, top: Root, parts: list[Part]) -> list[MoeconvError]:
 
 
 def _whole(manifest: Manifest) -> list[MoeconvError]:
-    """Every expert of every stack exactly once, and the fingerprint that of all digests."""
+    """Every expert of every stack exactly once; totals and fingerprint those of the parts."""
+    root = manifest.root
+    try:
+        recipes = {r.name: r for r in manifest_recipes(root)}
+    except MoeconvError as problem:
+        return [problem]
     problems: list[MoeconvError] = []
-    stacks = manifest.root.stacks
     held: Counter[str] = Counter()
     kinds: dict[int, set[tuple[str, str]]] = {}
     for part in manifest.parts:
         for tensor in part.tensors:
-            held.update(addresses(tensor, stacks))
+            held.update(addresses(tensor, root.stacks))
             if tensor.expert is not None:
                 kinds.setdefault(tensor.expert.stack, set()).update(
                     (p, tensor.expert.component) for p in tensor.expert.projections
                 )
-    for number, stack in enumerate(stacks):
-        missing = [
-            address
-            for projection, component in sorted(kinds.get(number, ()))
-            for expert in range(stack.experts)
-            if held[address := matrix_address(stack.name, expert, projection, component)] != 1
-        ]
-        if missing or number not in kinds:
-            problems.append(
-                MissingExpert(
-                    f"{quoted(stack.name)} is not whole",
-                    at=", ".join(map(quoted, missing[:_MAX_MISSING])) or quoted(stack.name),
-                    cause=f"{len(missing)} matrices are missing or there twice",
-                    fix="convert the checkpoint again",
-                )
-            )
-    if fingerprint(manifest.fingerprint_lines()) != manifest.root.fingerprint:
+    for number, stack in enumerate(root.stacks):
+        layout = recipes[stack.recipe].layout(stack.layout)
+        wanted = {(p, WEIGHT) for p in layout.projections} if layout else set()
+        problems += _missing(stack, wanted | kinds.get(number, set()), held)
+    tensors = sum(len(p.tensors) for p in manifest.parts)
+    nbytes = sum(p.size - p.header_size for p in manifest.parts)
+    if (root.tensor_count, root.tensor_bytes) != (tensors, nbytes):
+        cause = (
+            f"its totals are {root.tensor_count:,} tensors and {root.tensor_bytes:,} bytes, "
+            f"its parts have {tensors:,} and {nbytes:,}"
+        )
+        problems.append(damaged(ROOT_NAME, cause))
+    if fingerprint(manifest.fingerprint_lines()) != root.fingerprint:
         problems.append(damaged(ROOT_NAME, "its fingerprint is not that of its digests"))
     return problems
+
+
+def _missing(
+    stack: StackEntry, kinds: set[tuple[str, str]], held: Counter[str]
+) -> list[MoeconvError]:
+    """The matrices of a stack that are not there exactly once."""
+    # a stack cannot have more experts than there are digests: no loop over an absurd number
+    experts = range(min(stack.experts, held.total() + 1))
+    missing = [
+        address
+        for projection, component in sorted(kinds)
+        for expert in experts
+        if held[address := matrix_address(stack.name, expert, projection, component)] != 1
+    ]
+    if not missing:
+        return []
+    return [
+        MissingExpert(
+            f"{quoted(stack.name)} is not whole",
+            at=", ".join(map(quoted, missing[:_MAX_MISSING])),
+            cause=f"{len(missing)} matrices are missing or there twice",
+            fix="convert the checkpoint again",
+        )
+    ]

@@ -1,0 +1,1 @@
+"""One named test for each refusal: its class, its code, its words, and nothing touched."""

@@ -1,0 +1,1 @@
+"""Hostile and broken files: headers, indexes, links, and what else lies in a directory."""

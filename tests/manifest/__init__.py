@@ -1,0 +1,1 @@
+"""The manifest: every rule of its format, every flipped bit, its exact bytes."""

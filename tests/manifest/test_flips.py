@@ -1,0 +1,49 @@
+"""One flipped bit anywhere in a set: found and named, at hundreds of places in every file."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import moeconv
+from tests.manifest.samples import DATA, FILES, tiny_set
+
+SEED = 20_251_122
+FLIPS = 150
+
+
+def _places(name: str) -> Iterator[tuple[int, int]]:
+    """Positions and bits, the same in every run; a data file's padding gets its share only."""
+    chance = random.Random(f"{SEED} {name}")
+    size = len(tiny_set()[name])
+    stretches = [(0, size)]
+    if name == DATA:
+        text = len(tiny_set()[name][:4096].rstrip())
+        stretches = [(0, text), (text, 4096), (4096, size)]
+    for number in range(FLIPS):
+        start, stop = stretches[number % len(stretches)]
+        yield chance.randrange(start, stop), chance.randrange(8)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found_and_named(made: Path, name: str):
+    path = made / name
+    raw = path.read_bytes()
+    unnoticed, unnamed, raised = [], [], []
+    for at, bit in _places(name):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
+        try:
+            report = moeconv.verify(made, level="digest", jobs=1)
+        except Exception as failure:  # noqa: BLE001 - verify must not raise, whatever the class
+            raised.append((at, bit, repr(failure)))
+            continue
+        if report.ok:
+            unnoticed.append((at, bit))
+        elif not any(name in str(problem) for problem in report.problems):
+            unnamed.append((at, bit, report.problems))
+    path.write_bytes(raw)
+    assert not unnoticed, f"{len(unnoticed)} of {FLIPS} unnoticed: {unnoticed[:3]}"
+    assert not raised, f"{len(raised)} of {FLIPS} raised: {raised[:3]}"
+    assert not unnamed, f"{len(unnamed)} of {FLIPS} not named: {unnamed[:3]}"
+    assert moeconv.verify(made).ok
