@@ -23,11 +23,13 @@ GIB = 1024**3
 def measured(*arguments: str) -> tuple[dict[str, object], int]:
     """The JSON of a command in a process of its own, and that process's peak memory in bytes."""
     code = (
-        "import json, resource, runpy, sys\n"
+        "import runpy, sys\n"
         "sys.argv = ['moeconv', *sys.argv[1:]]\n"
         "try: runpy.run_module('moeconv', run_name='__main__')\n"
         "except SystemExit as end: status = end.code\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        # not ru_maxrss: a child starts with the peak of the parent that it was forked from
+        "lines = open('/proc/self/status').read().splitlines()\n"
+        "peak = next(line.split()[1] for line in lines if line.startswith('VmHWM'))\n"
         "print(f'{status or 0} {peak}', file=sys.stderr)"
     )
     done = subprocess.run(

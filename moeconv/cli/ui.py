@@ -16,13 +16,12 @@ from typing import Final, TextIO
 
 import typer
 
-from moeconv.errors import MoeconvError, UsageProblem, quoted
+from moeconv.errors import InternalError, MoeconvError, UsageProblem, quoted
 from moeconv.strictjson import Json
 from moeconv.units import human_size
 
 HEARTBEAT_SECONDS: Final = 10.0
 EXIT_NO: Final = 1
-EXIT_BUG: Final = 70
 EXIT_INTERRUPTED: Final = 130
 EXIT_PIPE: Final = 141  # as if the closed pipe's signal had ended us
 _STYLES: Final = {"error": "31;1", "warning": "33;1", "note": "36"}
@@ -226,17 +225,12 @@ def handled(ui: Ui) -> Iterator[Ui]:
         ui.error(_bug(problem))
         if ui.verbose:
             traceback.print_exc()
-        raise typer.Exit(EXIT_BUG) from None
-
-
-class _Bug(MoeconvError):
-    code = "internal"
-    exit_code = EXIT_BUG
+        raise typer.Exit(InternalError.exit_code) from None
 
 
 def _bug(problem: Exception) -> MoeconvError:
     last = traceback.extract_tb(problem.__traceback__)[-1]
-    return _Bug(
+    return InternalError(
         f"moeconv failed in a way it should not: {type(problem).__name__}: {problem}",
         at=f"{last.name}, line {last.lineno}",
         fix="report it with the output of the same command and `-v`",

@@ -128,7 +128,7 @@ class Recipe:
     title: str
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
-    stack: str
+    stacks: tuple[str, ...]  # patterns of stack names
     config: ConfigKeys
     layouts: tuple[Layout, ...]
     components: tuple[Component, ...]
@@ -147,6 +147,6 @@ class Recipe:
     @property
     def stack_pattern(self) -> str:
         """A regular expression for a stack's name."""
-        text = re.escape(self.stack)
+        text = "|".join(map(re.escape, self.stacks))
         text = text.replace(re.escape("{prefix}"), r"(?:.*\.)?")
-        return text.replace(re.escape("{layer}"), _ID)
+        return f"(?:{text.replace(re.escape('{layer}'), _ID)})"

@@ -48,7 +48,7 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
         title=top.text("title", default=""),
         model_types=top.texts("model_types", default=()),
         architectures=top.texts("architectures", default=()),
-        stack=_stack(top),
+        stacks=_stacks(top),
         config=_config(top.table("config")),
         layouts=layouts,
         components=components,
@@ -79,13 +79,17 @@ def _name(top: Table, key: str) -> str:
     return name
 
 
-def _stack(top: Table) -> str:
-    stack = top.word("stack")
-    if stack and set(_HOLES.findall(stack)) != {"prefix", "layer"}:
-        top.problem("stack", "must hold `{prefix}` and `{layer}`, and no other hole")
-    elif stack and not stack.startswith("{prefix}"):
-        top.problem("stack", "must begin with `{prefix}`")
-    return stack
+def _stacks(top: Table) -> tuple[str, ...]:
+    listed = isinstance(top.raw("stack"), list)
+    stacks = top.texts("stack") if listed else (top.word("stack"),)
+    for stack in stacks:
+        if stack and set(_HOLES.findall(stack)) != {"prefix", "layer"}:
+            top.problem("stack", "must hold `{prefix}` and `{layer}`, and no other hole")
+        elif stack and not stack.startswith("{prefix}"):
+            top.problem("stack", "must begin with `{prefix}`")
+    if not stacks:
+        top.problem("stack", "must be a name pattern, or several")
+    return stacks
 
 
 def _axes(table: Table, key: str, text: str) -> Axes:
