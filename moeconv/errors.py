@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from moeconv.jsonvalue import Json
 from moeconv.names import printable
-
-if TYPE_CHECKING:
-    from moeconv.strictjson import Json
 
 
 class MoeconvError(Exception):

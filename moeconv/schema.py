@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from moeconv.errors import quoted
+from moeconv.jsonvalue import Json
 from moeconv.names import file_name_problem, printable, relative_path_problem
-from moeconv.strictjson import Json, encodable
+from moeconv.strictjson import encodable
 
 MAX_TEXT_BYTES: Final = 4096
 MAX_COUNT: Final = 2**53 - 1

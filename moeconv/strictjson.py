@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from typing import NoReturn, TypeAlias
+from typing import NoReturn
 
 from moeconv.errors import BadJson, DuplicateKey, quoted
-
-Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
+from moeconv.jsonvalue import Json
 
 MAX_INTEGER = 2**63 - 1
 

@@ -8,7 +8,8 @@ from typing import Final
 
 from moeconv.checkpoint.reading import read_document
 from moeconv.errors import BadConfig, quoted
-from moeconv.strictjson import Json, loads
+from moeconv.jsonvalue import Json
+from moeconv.strictjson import loads
 
 CONFIG_NAME: Final = "config.json"
 MAX_CONFIG_BYTES: Final = 64 * 1024 * 1024

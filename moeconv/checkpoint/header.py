@@ -23,7 +23,8 @@ from moeconv.errors import (
     TruncatedFile,
     quoted,
 )
-from moeconv.strictjson import Json, encodable, loads
+from moeconv.jsonvalue import Json
+from moeconv.strictjson import encodable, loads
 
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000

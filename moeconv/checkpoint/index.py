@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from moeconv.errors import BadIndex, MoeconvError, UnsafePath, quoted
+from moeconv.jsonvalue import Json
 from moeconv.names import file_name_problem
-from moeconv.strictjson import Json, encodable, loads
+from moeconv.strictjson import encodable, loads
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_INDEX_BYTES: Final = 512 * 1024 * 1024

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from moeconv.checkpoint.header import Header, parse_header
 from moeconv.checkpoint.index import Index, parse_index
 from moeconv.errors import BadManifest, quoted
+from moeconv.jsonvalue import Json
 from moeconv.manifest import ORIGIN_NAME
 from moeconv.schema import Problems, Table
-from moeconv.strictjson import Json, dumps, loads
+from moeconv.strictjson import dumps, loads
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,8 @@ from moeconv.manifest import (
     FileEntry,
     Manifest,
     Part,
-    parse_part,
-    parse_root,
 )
+from moeconv.manifestreader import parse_part, parse_root
 from moeconv.names import natural_key
 
 

@@ -10,8 +10,8 @@ from moeconv.cli import options
 from moeconv.cli.ui import Ui, checked_color, handled
 
 if TYPE_CHECKING:
+    from moeconv.jsonvalue import Json
     from moeconv.layout.recipe import Recipe
-    from moeconv.strictjson import Json
 
 recipes = typer.Typer(
     help="The families and layouts it knows; one of them; a file of your own.",

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 from moeconv.api import Opened, Result
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.jsonvalue import Json
 from moeconv.layout.stack import Stack
 from moeconv.names import natural_key, printable
-from moeconv.strictjson import Json
 from moeconv.units import counted, human_size
 
 _LAYER = re.compile(r"(.*?)([0-9]+)((?:\.[^.0-9][^.]*)*)")

@@ -17,7 +17,7 @@ from typing import Final, TextIO
 import typer
 
 from moeconv.errors import InternalError, MoeconvError, UsageProblem, quoted
-from moeconv.strictjson import Json
+from moeconv.jsonvalue import Json
 from moeconv.units import human_size
 
 HEARTBEAT_SECONDS: Final = 10.0

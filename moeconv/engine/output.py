@@ -19,7 +19,8 @@ from moeconv.errors import (
     WouldOverwrite,
     quoted,
 )
-from moeconv.manifest import MAX_ROOT_BYTES, PARTS_DIR, ROOT_NAME, Root, parse_root
+from moeconv.manifest import MAX_ROOT_BYTES, PARTS_DIR, ROOT_NAME, Root
+from moeconv.manifestreader import parse_root
 from moeconv.strictjson import dumps, loads
 from moeconv.units import human_size
 

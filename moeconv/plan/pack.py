@@ -13,11 +13,12 @@ from typing import Final
 from moeconv.checkpoint.dtypes import alignment
 from moeconv.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from moeconv.errors import NameCollision, quoted
+from moeconv.jsonvalue import Json
 from moeconv.names import natural_key
 from moeconv.plan.draft import Draft
 from moeconv.plan.tiles import tiles_of
 from moeconv.plan.values import OutputFile, OutputTensor, Tile
-from moeconv.strictjson import Json, dumps
+from moeconv.strictjson import dumps
 
 PAGE: Final = 4096
 METADATA: Final = {"format": "pt"}

@@ -38,9 +38,8 @@ from moeconv.manifest import (
     StackEntry,
     addresses,
     matrix_address,
-    parse_part,
-    parse_root,
 )
+from moeconv.manifestreader import parse_part, parse_root
 
 _MAX_MISSING: Final = 20
 

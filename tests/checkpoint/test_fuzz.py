@@ -13,7 +13,7 @@ from moeconv.digest import digest
 from moeconv.errors import MoeconvError
 from moeconv.layout.detect import detect
 from moeconv.layout.recipefile import parse_recipe
-from moeconv.manifest import parse_part, parse_root
+from moeconv.manifestreader import parse_part, parse_root
 from tests.badinput.builders import entries, framed, index_doc, nbytes, qwen, two_files
 from tests.badinput.test_recipes import GOOD
 from tests.checkpoint.mutations import broken, flipped

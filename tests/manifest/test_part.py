@@ -8,7 +8,8 @@ import pytest
 import moeconv
 from moeconv.digest import digest, fingerprint
 from moeconv.errors import BadJson, BadManifest, Damaged, DuplicateKey, MissingExpert, MissingShard
-from moeconv.manifest import Manifest, parse_part, parse_root, part_bytes
+from moeconv.manifest import Manifest, part_bytes
+from moeconv.manifestreader import parse_part, parse_root
 from tests.manifest.broken import refused_everywhere, reported
 from tests.manifest.samples import (
     DATA,

@@ -10,7 +10,8 @@ import pytest
 import moeconv
 from moeconv.digest import digest
 from moeconv.errors import BadJson, BadManifest, Damaged, DuplicateKey, UnsupportedVersion
-from moeconv.manifest import parse_root, root_bytes
+from moeconv.manifest import root_bytes
+from moeconv.manifestreader import parse_root
 from tests.badinput.checks import within
 from tests.manifest.broken import refused_everywhere, reported
 from tests.manifest.samples import (
