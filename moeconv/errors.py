@@ -324,12 +324,6 @@ class UnequalShared(Malformed):
     code = "unequal-shared"
 
 
-class StraddlingBlock(Malformed):
-    """A quantisation block that would lie across two projections."""
-
-    code = "straddling-block"
-
-
 class BadManifest(Malformed):
     """A manifest that breaks a rule of FORMAT.md."""
 
@@ -390,6 +384,12 @@ class NotASet(Unsupported):
     """A proof was asked for that only an output of moeconv can give."""
 
     code = "not-a-set"
+
+
+class StraddlingBlock(Unsupported):
+    """A quantisation block that would lie across two projections."""
+
+    code = "straddling-block"
 
 
 class SubByteAxis(Unsupported):

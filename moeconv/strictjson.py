@@ -40,6 +40,12 @@ def _bounded_int(text: str) -> int:
     return value
 
 
+def _any_int(text: str) -> int:
+    if len(text) > 400:
+        raise ValueError("an integer has more than 400 digits")
+    return int(text)
+
+
 def _no_float(text: str) -> NoReturn:
     raise ValueError(f"{text[:20]} is a float where only integers may stand")
 
@@ -54,8 +60,8 @@ def _float(text: str) -> float:
 def loads(data: bytes, *, where: str, floats: bool = True, constants: bool = False) -> Json:
     """Parse one JSON document.
 
-    floats=False refuses every non-integer number; constants=True lets NaN and Infinity pass
-    (config.json files of real models carry them).
+    floats=False refuses every non-integer number; constants=True lets NaN, Infinity and integers
+    of up to 400 digits pass (config.json files of real models carry them).
     Raises DuplicateKey, BadJson; both name `where`.
     """
     try:
@@ -64,7 +70,7 @@ def loads(data: bytes, *, where: str, floats: bool = True, constants: bool = Fal
             text,
             object_pairs_hook=_unique,
             parse_constant=float if constants else _no_constant,
-            parse_int=_bounded_int,
+            parse_int=_any_int if constants else _bounded_int,
             parse_float=_float if floats else _no_float,
         )
     except _Duplicate as problem:

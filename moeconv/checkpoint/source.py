@@ -12,7 +12,7 @@ from moeconv.checkpoint import hub
 from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
 from moeconv.checkpoint.header import Header, StoredTensor, read_header
 from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
-from moeconv.checkpoint.reading import read_document
+from moeconv.checkpoint.reading import LFS_MARK, opened, read_document, read_start
 from moeconv.checkpoint.sets import SetFiles, open_set
 from moeconv.checkpoint.sidecars import (
     Sidecar,
@@ -40,6 +40,7 @@ from moeconv.units import counted, human_size
 SUFFIX: Final = ".safetensors"
 _INDEX_SUFFIX: Final = ".safetensors.index.json"
 _MAX_REPORTED: Final = 20
+_POINTER_BYTES: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +250,11 @@ def _check_disjoint(files: tuple[DataFile, ...], *, fix: str) -> None:
             first[tensor.name] = file.name
 
 
+def _is_pointer(beside: Sidecar) -> bool:
+    with opened(beside.path, name=beside.name) as (descriptor, _):
+        return read_start(descriptor, len(LFS_MARK)) == LFS_MARK
+
+
 def _warnings(found: Checkpoint) -> tuple[str, ...]:
     said = []
     if found.index is not None and found.index.total_size != found.tensor_bytes:
@@ -262,6 +268,11 @@ def _warnings(found: Checkpoint) -> tuple[str, ...]:
         "(`--without` leaves it out)"
         for s in found.sidecars
         if s.name.endswith(SUFFIX)
+    ]
+    said += [
+        f"{quoted(s.name)} is a Git-LFS pointer, not the file itself; copied as it is"
+        for s in found.sidecars
+        if s.size <= _POINTER_BYTES and _is_pointer(s)
     ]
     if not found.config.present:
         said.append("there is no config.json; nothing says how many experts there should be")

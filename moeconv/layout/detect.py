@@ -20,6 +20,7 @@ from moeconv.errors import (
 from moeconv.layout.axes import geometry
 from moeconv.layout.complete import completeness, contradiction
 from moeconv.layout.fit import fit
+from moeconv.layout.layers import lost_stacks
 from moeconv.layout.match import Found, collect
 from moeconv.layout.recipe import Layout, Recipe
 from moeconv.layout.stack import Member, Sizes, Stack
@@ -74,6 +75,7 @@ def detect(
         else:
             problems += judged
             damaged.append(name)
+    problems += lost_stacks(stacks, others, collected)
     return Detection(tuple(stacks), others, tuple(problems), tuple(damaged))
 
 

@@ -61,7 +61,7 @@ class _Matcher:
         self._by_suffix = {c.suffix: c.name for c in recipe.components}
         stems = "|".join(line.stem() for line in lines.values())
         heads = "|".join(sorted({re.escape(t.removeprefix("{stack}")[:1]) for t in lines}))
-        self._stack = re.compile(rf"({recipe.stack_pattern})(?=[{heads}])", re.ASCII)
+        self._stack = re.compile(rf"({recipe.stack_pattern})(?=[{heads}])", re.ASCII | re.DOTALL)
         self._stem = re.compile(stems, re.ASCII)
         self._memo: dict[str, _Rest | None] = {}
 

@@ -60,7 +60,7 @@ CODES: Final[dict[type[MoeconvError], tuple[str, int]]] = {
     errors.UnknownExpertTensor: ("unknown-expert-tensor", MALFORMED),
     errors.NameCollision: ("name-collision", MALFORMED),
     errors.UnequalShared: ("unequal-shared", MALFORMED),
-    errors.StraddlingBlock: ("straddling-block", MALFORMED),
+    errors.StraddlingBlock: ("straddling-block", UNSUPPORTED),
     errors.BadManifest: ("bad-manifest", MALFORMED),
     errors.Unfinished: ("unfinished", MALFORMED),
     errors.Damaged: ("damaged", MALFORMED),

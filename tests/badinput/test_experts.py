@@ -251,3 +251,28 @@ def test_an_expert_id_of_five_thousand_digits(src: Path, out: Path):
     write(src, added(qwen(), f"{STACK}.{'9' * 5000}.up_proj.weight"))
     with pytest.raises(MoeconvError):
         moeconv.fuse(src, out)
+
+
+def test_a_layer_with_a_router_but_no_experts(src: Path, out: Path):
+    # all experts of a layer gone, the router still there: no id, no gap, nothing else would say so
+    router = {f"model.layers.{n}.mlp.gate.weight": ("BF16", (4, 24)) for n in range(3)}
+    whole = {**qwen(layers=3), **router}
+    write(src, without(whole, "layers.1.mlp.experts."))
+    refused(
+        MissingExpert,
+        "`model.layers.1.mlp.experts` has no experts at all",
+        "`model.layers.1.mlp.gate.weight`",
+        "2 other layers",
+        src=src,
+        out=out,
+    )
+
+
+def test_a_dense_layer_has_no_router_and_is_fine(src: Path, out: Path):
+    # E = 4 rows elsewhere, even in every layer, are no router: only the experts' own block counts
+    router = {f"model.layers.{n}.mlp.gate.weight": ("BF16", (4, 24)) for n in (1, 2)}
+    norms = {f"model.layers.{n}.self_attn.q_norm.weight": ("BF16", (4,)) for n in range(3)}
+    dense = {"model.layers.0.mlp.gate_proj.weight": ("BF16", (4, 24))}
+    whole = {**qwen(layers=3), **router, **norms, **dense}
+    write(src, without(whole, "layers.0.mlp.experts.", "layers.0.mlp.gate.weight"))
+    assert len(moeconv.fuse(src, out).plan.stacks) == 2

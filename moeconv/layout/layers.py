@@ -1,0 +1,59 @@
+"""A layer with a router but no experts: a whole stack was lost, and nothing else says so."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from moeconv.checkpoint.header import StoredTensor
+from moeconv.errors import MissingExpert, MoeconvError, quoted
+from moeconv.layout.stack import Stack
+
+_LAYER = re.compile(r"(.*\.)?([0-9]{1,9})\.(.+)", re.DOTALL)
+
+
+def lost_stacks(
+    stacks: Iterable[Stack], others: Iterable[StoredTensor], known: Iterable[str]
+) -> list[MoeconvError]:
+    """Layers that hold what every layer with experts holds beside them, but no experts.
+
+    That is: a tensor of E rows in the experts' own block (`mlp.gate.weight`), under the same name
+    in all layers that have a stack. known: names of stacks that were reported already.
+    """
+    groups: dict[tuple[str, str], dict[int, Stack]] = defaultdict(dict)
+    for stack in stacks:
+        if match := _LAYER.fullmatch(stack.name):
+            groups[match[1] or "", match[3]][int(match[2])] = stack
+    beside: dict[tuple[str, str], dict[int, StoredTensor]] = defaultdict(dict)
+    for tensor in others:
+        if match := _LAYER.fullmatch(tensor.name):
+            beside[match[1] or "", match[3]][int(match[2])] = tensor
+    reported = set(known)
+    problems: list[MoeconvError] = []
+    for (head, tail), layers in groups.items():
+        block = tail.partition(".")[0] + "."
+        for (other_head, rest), tensors in beside.items():
+            if other_head != head or not rest.startswith(block) or not _routes(tensors, layers):
+                continue
+            for layer in sorted(tensors.keys() - layers.keys()):
+                name = f"{head}{layer}.{tail}"
+                if name not in reported:
+                    reported.add(name)
+                    problems.append(_lost(name, tensors[layer], len(layers)))
+    return problems
+
+
+def _routes(tensors: dict[int, StoredTensor], layers: dict[int, Stack]) -> bool:
+    return layers.keys() <= tensors.keys() and all(
+        tensors[n].shape[:1] == (stack.sizes.experts,) for n, stack in layers.items()
+    )
+
+
+def _lost(name: str, router: StoredTensor, count: int) -> MoeconvError:
+    return MissingExpert(
+        f"{quoted(name)} has no experts at all",
+        at=quoted(router.name),
+        cause=f"this tensor is there, as beside the experts of {count} other layers",
+        fix="download the shard that holds them, then `moeconv inspect SRC`",
+    )
