@@ -213,15 +213,17 @@ def _carry_out(
 ) -> Result:
     checkpoint = source.checkpoint
     refuse_overlap(source.path, out)
-    refuse_existing(out, overwrite=overwrite)
+    # a dangling link is refused; a link to a directory stands for that directory
+    place = out if out.is_symlink() and not out.exists() else Path(os.path.realpath(out))
+    refuse_existing(place, overwrite=overwrite)
     refuse_collisions(plan, checkpoint)
-    room = room_needed(plan, checkpoint, out)
+    room = room_needed(plan, checkpoint, place)
     if dry_run:
         return Result(source, out, plan, room, None, dry_run=True)
-    refuse_short(out, room)
+    refuse_short(place, room)
     meter = Meter(plan.tensor_bytes, progress)
     manifest = commit(
-        plan, checkpoint, out, limits=limits, overwrite=overwrite, progress=meter.advance
+        plan, checkpoint, place, limits=limits, overwrite=overwrite, progress=meter.advance
     )
     return Result(source, out, plan, room, manifest, dry_run=False)
 

@@ -51,9 +51,9 @@ def read_config(path: Path) -> Config:
     """Read a config.json; an absent file is a Config that says so. Raises BadConfig, BadJson."""
     if not path.exists():
         return Config()
-    raw = read_document(path, MAX_CONFIG_BYTES, name=path.name)
+    raw = read_document(path, MAX_CONFIG_BYTES, name=CONFIG_NAME)
     # configs of real models carry Infinity (time limits of state-space layers)
-    doc = loads(raw, where=quoted(path.name), constants=True)
+    doc = loads(raw, where=quoted(CONFIG_NAME), constants=True)
     if not isinstance(doc, dict):
         raise BadConfig(
             "config.json is not a JSON object",

@@ -61,20 +61,21 @@ class Header:
         return len(self.raw)
 
 
-def read_header(path: Path, *, file: int) -> tuple[Header, os.stat_result]:
+def read_header(path: Path, *, name: str, file: int) -> tuple[Header, os.stat_result]:
     """Read and check one shard's header, and what `stat` said of the open file.
 
+    name: what the checkpoint calls it; in the Hub's cache the file itself is called otherwise.
     Raises BadHeader or one of its classes, LfsPointer, IoFailed.
     """
-    with opened(path, name=path.name) as (descriptor, facts):
+    with opened(path, name=name) as (descriptor, facts):
         try:
             start = read_start(descriptor, max(LENGTH_BYTES, len(LFS_MARK)))
-            refuse_lfs(start, path.name)
-            length = header_length(start, file_size=facts.st_size, where=path.name)
+            refuse_lfs(start, name)
+            length = header_length(start, file_size=facts.st_size, where=name)
             raw = read_start(descriptor, LENGTH_BYTES + length)
         except OSError as problem:
-            raise unreadable(path, problem, name=path.name) from None
-    return parse_header(raw, file_size=facts.st_size, file=file, where=path.name), facts
+            raise unreadable(path, problem, name=name) from None
+    return parse_header(raw, file_size=facts.st_size, file=file, where=name), facts
 
 
 def header_length(start: bytes, *, file_size: int, where: str) -> int:

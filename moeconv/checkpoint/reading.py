@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moeconv.digest import hasher
 from moeconv.errors import IoFailed, LfsPointer, Malformed, UnsafePath, quoted
 
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
@@ -84,3 +85,18 @@ def refuse_lfs(start: bytes, name: str) -> None:
             cause="the repository was cloned without its large files",
             fix="run `git lfs pull` there, or fetch it with `hf download`",
         )
+
+
+def file_digest(path: Path, *, name: str) -> str:
+    """The digest of a whole file, read through a small buffer. Raises IoFailed, UnsafePath."""
+    state = hasher()
+    buffer = memoryview(bytearray(1 << 20))
+    with opened(path, name=name) as (descriptor, _):
+        done = 0
+        try:
+            while count := os.preadv(descriptor, [buffer], done):
+                state.update(buffer[:count])
+                done += count
+        except OSError as problem:
+            raise unreadable(path, problem, name=name) from None
+    return state.hexdigest()

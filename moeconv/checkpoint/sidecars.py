@@ -68,7 +68,7 @@ def sidecars(root: Path, *, skip: frozenset[str], without: tuple[str, ...]) -> t
     skip: top-level names that are not sidecars; without: globs on relative paths.
     Raises UnsafePath, SourceMissing.
     """
-    names = sorted(_walk(root, ""), key=natural_key)
+    names = sorted(files_below(root, ""), key=natural_key)
     wanted = [n for n in names if n not in skip and not _left_out(n, without)]
     return tuple(sidecar(root, name) for name in wanted)
 
@@ -77,7 +77,8 @@ def _left_out(name: str, without: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in without)
 
 
-def _walk(root: Path, below: str) -> list[str]:
+def files_below(root: Path, below: str = "") -> list[str]:
+    """Relative paths of everything below a folder that is not a folder itself."""
     found = []
     with os.scandir(root / below) as entries:
         for entry in entries:
@@ -85,7 +86,7 @@ def _walk(root: Path, below: str) -> list[str]:
                 continue
             name = f"{below}/{entry.name}" if below else entry.name
             if entry.is_dir(follow_symlinks=False):
-                found += _walk(root, name)
+                found += files_below(root, name)
             else:
                 found.append(name)
     return found

@@ -17,6 +17,7 @@ from moeconv.checkpoint.sets import SetFiles, open_set
 from moeconv.checkpoint.sidecars import (
     Sidecar,
     existing,
+    files_below,
     inside,
     refuse_unsafe_name,
     sidecar,
@@ -33,7 +34,7 @@ from moeconv.errors import (
     Unfinished,
     quoted,
 )
-from moeconv.manifest import PARTS_DIR, ROOT_NAME, Manifest
+from moeconv.manifest import ORIGIN_NAME, PARTS_DIR, ROOT_NAME, Manifest
 from moeconv.names import natural_key
 from moeconv.units import counted, human_size
 
@@ -104,7 +105,7 @@ def open_checkpoint(path: Path, *, without: tuple[str, ...] = ()) -> Checkpoint:
         return _open_file(path)
     if (path / ROOT_NAME).exists():
         return _open_own(path, without)
-    if (path / PARTS_DIR).is_dir():
+    if _unfinished(path / PARTS_DIR):
         raise Unfinished(
             f"{quoted(path.name)} is an unfinished output of moeconv",
             at=quoted(str(path)),
@@ -114,10 +115,16 @@ def open_checkpoint(path: Path, *, without: tuple[str, ...] = ()) -> Checkpoint:
     return _open_directory(path, without)
 
 
+def _unfinished(parts: Path) -> bool:
+    """Whether a `moeconv/` is what a run of ours leaves, not just a folder of that name."""
+    marks = ("journal", Path(ORIGIN_NAME).name)
+    return any((parts / m).exists() for m in marks) or any(parts.glob(".*.partial"))
+
+
 def _data_files(named: list[tuple[str, Path]]) -> tuple[DataFile, ...]:
     out = []
     for number, (name, path) in enumerate(sorted(named, key=lambda f: natural_key(f[0]))):
-        header, stat = read_header(path, file=number)
+        header, stat = read_header(path, name=name, file=number)
         out.append(DataFile(name, path, stat.st_size, stat.st_mtime_ns, header))
     return tuple(out)
 
@@ -125,6 +132,7 @@ def _data_files(named: list[tuple[str, Path]]) -> tuple[DataFile, ...]:
 def _open_file(path: Path) -> Checkpoint:
     config = path.parent / CONFIG_NAME
     refuse_unsafe_name(path.name, path.parent)
+    _refuse_fragment(path)
     files = _data_files([(path.name, path)])
     beside: tuple[Sidecar, ...] = ()
     if config.exists():
@@ -139,7 +147,32 @@ def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
     own.check_headers(tuple((f.name, f.size, f.header.raw) for f in files))
     kept = tuple(s for s in own.sidecars if not _matches(s.name, without))
     config = read_config(inside(root, CONFIG_NAME))
-    return Checkpoint(root, files, own.index, config, kept, (), own)
+    return Checkpoint(root, files, own.index, config, kept, _strangers(root, own), own)
+
+
+def _strangers(root: Path, own: SetFiles) -> tuple[str, ...]:
+    """What somebody added to one of our sets: no verb copies it, so it must be said."""
+    top = own.manifest.root
+    named = {ROOT_NAME, top.index.name, top.origin.name, f"{PARTS_DIR}/journal"}
+    named |= {e.name for e in (*top.parts, *top.sidecars)}
+    named |= {p.file for p in own.manifest.parts}
+    found = sorted(set(files_below(root)) - named, key=natural_key)
+    if not found:
+        return ()
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return (f"{quoted(found[0])}{more} is not of this set, and is not copied",)
+
+
+def _refuse_fragment(path: Path) -> None:
+    """One shard of several is no checkpoint: converted alone it would look like a whole model."""
+    index = _read_index(path.parent, sorted(os.listdir(path.parent)))  # noqa: PTH208
+    if index is not None and path.name in index.files and len(index.files) > 1:
+        raise NoCheckpoint(
+            f"{quoted(path.name)} is one of {len(index.files)} shards",
+            at=quoted(str(path)),
+            cause=f"{quoted(index.name)} beside it names the others",
+            fix=f"give the directory: {quoted(str(path.parent))}",
+        )
 
 
 def _matches(name: str, globs: tuple[str, ...]) -> bool:

@@ -54,6 +54,10 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
                     dry_run=dry_run,
                     progress=progress,
                 )
+            if result.source.checkpoint.own and (recipe or from_layout):
+                ui.warn("SRC carries its own recipes; --recipe and --from-layout were not used")
+            if result.plan.restores and without:
+                ui.warn("what --without left out is missing from the restored origin")
             _show(ui, verb, result)
 
     command.__name__ = verb
@@ -68,6 +72,10 @@ unfuse = _command("unfuse", "Write experts one by one; our own outputs go back t
 def _show(ui: Ui, verb: str, result: Result) -> None:
     from moeconv.cli.show import plan_document, plan_summary, plan_table
 
+    for stack in result.source.detection.stacks:
+        ui.debug(f"{stack.name}: {stack.layout.name} by recipe {stack.recipe.name}, {stack.sizes}")
+    for tensor in result.plan.ledger:
+        ui.debug(f"{tensor.source}: {tensor.verb} into {', '.join(tensor.into[:3])}")
     for warning in result.source.checkpoint.warnings:
         ui.warn(warning)
     for note in result.plan.notes:

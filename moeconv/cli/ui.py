@@ -18,6 +18,7 @@ import typer
 
 from moeconv.errors import InternalError, MoeconvError, UsageProblem, quoted
 from moeconv.jsonvalue import Json
+from moeconv.names import printable
 from moeconv.units import human_size
 
 HEARTBEAT_SECONDS: Final = 10.0
@@ -87,7 +88,7 @@ class Ui:
     def debug(self, text: str) -> None:
         """A line for those who asked with `-v`."""
         if self.verbose:
-            sys.stderr.write(f"{text}\n")
+            sys.stderr.write(f"{printable(text)}\n")
 
     def warn(self, text: str) -> None:
         """Something odd that does not stop the run."""
@@ -215,7 +216,7 @@ def handled(ui: Ui) -> Iterator[Ui]:
         ui.error(problem)
         raise typer.Exit(problem.exit_code) from None
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was left behind\n")
+        sys.stderr.write("interrupted; what was written is taken back\n")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         # whoever read us has left; Python would complain once more when it flushes at exit

@@ -7,15 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from moeconv.checkpoint.origin import Origin, OriginFile, origin_bytes
-from moeconv.checkpoint.reading import opened, unreadable
+from moeconv.checkpoint.reading import file_digest, opened, unreadable
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import digest, fingerprint, hasher
 from moeconv.engine.crew import Limits, Progress, run_tiles
 from moeconv.engine.files import NEW_FILE, DiskTarget, partial_path, writing
-from moeconv.engine.output import Room, Workplace, fsync_directory, room_for
+from moeconv.engine.output import Room, room_for
 from moeconv.engine.tiles import BUFFER_BYTES, Digests
-from moeconv.errors import Damaged, NameCollision, SourceChanged, quoted
+from moeconv.engine.workplace import Workplace, fsync_directory
+from moeconv.errors import Damaged, MoeconvError, NameCollision, SourceChanged, quoted
 from moeconv.manifest import (
     ORIGIN_NAME,
     PARTS_DIR,
@@ -29,6 +30,7 @@ from moeconv.manifest import (
     part_bytes,
     root_bytes,
 )
+from moeconv.manifestreader import parse_part, parse_root
 from moeconv.names import natural_key
 from moeconv.plan.values import OutputFile, Plan
 from moeconv.version import __version__
@@ -82,9 +84,11 @@ def commit(
         work.prepare(_names(plan, checkpoint), overwrite=overwrite)
         manifest = _Commit(plan, checkpoint, work, limits, progress).run()
         work.done(restored=plan.restores)
-    except BaseException:
-        _take_back(work)
+    except BaseException as problem:
+        _take_back(work, problem)
         raise
+    finally:
+        work.close()
     work.drop_old()
     return manifest
 
@@ -97,13 +101,17 @@ def _names(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
     return (*data, *papers, *index, *(s.name for s in checkpoint.sidecars))
 
 
-def _take_back(work: Workplace) -> None:
+def _take_back(work: Workplace, problem: BaseException) -> None:
     while True:
         try:
-            work.take_back()
+            left = work.take_back()
         except KeyboardInterrupt:  # once more does not make it wish for less
             continue
-        return
+        break
+    if left and isinstance(problem, MoeconvError):
+        problem.cause = f"{problem.cause}; {left}" if problem.cause else left
+    elif left:
+        problem.add_note(left)
 
 
 class _Commit:
@@ -128,6 +136,7 @@ class _Commit:
         self.waiting: list[tuple[Path, Path]] = []
 
     def run(self) -> Manifest | None:
+        self._refuse_edited()
         run_tiles(
             self.plan.files,
             self.checkpoint.files,
@@ -147,6 +156,20 @@ class _Commit:
             self._write(ROOT_NAME, root_bytes(manifest.root))
             self._settle()
         return manifest
+
+    def _refuse_edited(self) -> None:
+        """Before hours of copying: are the sidecars of one of our sets still its own?"""
+        manifest = self.checkpoint.manifest
+        wanted = {e.name: e.digest for e in manifest.root.sidecars} if manifest else {}
+        for sidecar in self.checkpoint.sidecars:
+            value = wanted.get(sidecar.name)
+            if value is not None and file_digest(sidecar.path, name=sidecar.name) != value:
+                raise Damaged(
+                    f"{quoted(sidecar.name)} is not what the source's manifest says",
+                    at=quoted(str(sidecar.path)),
+                    cause="its digest is another one: it was damaged, or edited",
+                    fix=f"fetch it again, or leave it out with `--without '{sidecar.name}'`",
+                )
 
     def _settle(self) -> None:
         with writing(self.out):
@@ -201,7 +224,12 @@ class _Commit:
             tensor_bytes=self.plan.tensor_bytes,
             fingerprint="0" * 32,
         )
-        return with_fingerprint(Manifest(root, parts))
+        manifest = with_fingerprint(Manifest(root, parts))
+        # what the strict reader would refuse must not be written in the first place
+        parse_root(root_bytes(manifest.root))
+        for part, entry in zip(parts, entries, strict=True):
+            parse_part(part_bytes(part), manifest.root, where=entry.name)
+        return manifest
 
     def _write(self, name: str, data: bytes) -> FileEntry:
         final = self.out / name
@@ -221,14 +249,6 @@ class _Commit:
         with writing(final):
             self.work.folder(final.parent)
         value = copy_sidecar(sidecar, partial, final)
-        wanted = _expected_sidecar(self.checkpoint, sidecar.name)
-        if wanted is not None and wanted != value:
-            raise Damaged(
-                f"{quoted(sidecar.name)} is not what the source's manifest says",
-                at=quoted(str(sidecar.path)),
-                cause=f"its digest is {value}, the manifest has {wanted}",
-                fix="fetch that file of the set again",
-            )
         self.work.rename(partial, final)
         if final.parent != self.out:
             with writing(final.parent):
@@ -317,9 +337,3 @@ def _expected_digests(checkpoint: Checkpoint) -> dict[str, str]:
     if manifest is None:
         return {}
     return {address: value for address, _, _, value in manifest.matrices()}
-
-
-def _expected_sidecar(checkpoint: Checkpoint, name: str) -> str | None:
-    manifest = checkpoint.manifest
-    entries = manifest.root.sidecars if manifest else ()
-    return next((e.digest for e in entries if e.name == name), None)

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import os
-import shutil
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from moeconv.checkpoint.reading import file_digest
 from moeconv.checkpoint.sets import read_bounded
-from moeconv.engine.files import writing
 from moeconv.errors import (
     DiskFull,
     IoFailed,
     MoeconvError,
     UnsafeOutput,
+    UsageProblem,
     WouldOverwrite,
     quoted,
 )
 from moeconv.manifest import MAX_ROOT_BYTES, PARTS_DIR, ROOT_NAME, Root
 from moeconv.manifestreader import parse_root
-from moeconv.strictjson import dumps, loads
+from moeconv.strictjson import loads
 from moeconv.units import human_size
 
 PARTIAL_SUFFIX: Final = ".partial"
 JOURNAL_NAME: Final = "moeconv/journal"
 MAX_JOURNAL_BYTES: Final = 64 * 1024 * 1024
+MAX_COMPARED_BYTES: Final = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,13 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
     names = sorted(os.listdir(out))  # noqa: PTH208 - names, not paths
     if not names:
         return
+    if overwrite and Path.cwd().is_relative_to(out):
+        raise UsageProblem(
+            f"{quoted(str(out))} is where you are",
+            at=quoted(str(out)),
+            cause="the old output is put aside as a whole, and you would go with it",
+            fix="run it from another directory",
+        )
     unfinished = PARTS_DIR in names and ROOT_NAME not in names
     if not overwrite:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -87,7 +94,7 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
         raise WouldOverwrite(
             f"{quoted(str(out))} holds files that moeconv did not make",
             at=quoted(strangers[0]) + (f" and {len(strangers) - 1} more" if strangers[1:] else ""),
-            cause="`--overwrite` replaces only what moeconv wrote",
+            cause="`--overwrite` replaces only what moeconv wrote and nobody changed since",
             fix="move them away, or give another directory",
         )
 
@@ -124,7 +131,8 @@ def _ours(out: Path) -> set[str]:
     try:
         if (out / ROOT_NAME).exists():
             raw = read_bounded(out / ROOT_NAME, MAX_ROOT_BYTES, name=ROOT_NAME)
-            return mine | set(_named(parse_root(raw)))
+            root = parse_root(raw)
+            return (mine | set(_named(root))) - _edited(out, root)
         if (out / JOURNAL_NAME).exists():
             raw = read_bounded(out / JOURNAL_NAME, MAX_JOURNAL_BYTES, name=JOURNAL_NAME)
             names = loads(raw, where=JOURNAL_NAME)
@@ -134,6 +142,17 @@ def _ours(out: Path) -> set[str]:
     except MoeconvError:
         return mine
     return mine
+
+
+def _edited(out: Path, root: Root) -> set[str]:
+    """Sidecars that somebody changed since: theirs now, not ours."""
+    return {
+        e.name
+        for e in root.sidecars
+        if e.size <= MAX_COMPARED_BYTES
+        and (out / e.name).is_file()
+        and file_digest(out / e.name, name=e.name) != e.digest
+    }
 
 
 def _named(root: Root) -> list[str]:
@@ -160,87 +179,3 @@ def refuse_short(out: Path, room: Room) -> None:
             cause=f"{human_size(room.needed)} are needed, {human_size(room.free)} are free",
             fix="make room, or give a directory on another disk",
         )
-
-
-def fsync_directory(path: Path) -> None:
-    """Make renames in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@dataclass(slots=True)
-class Workplace:
-    """OUT while it is being written: remembers what it made, to take it back."""
-
-    out: Path
-    made_files: list[Path] = field(default_factory=list)
-    made_folders: list[Path] = field(default_factory=list)
-    aside: Path | None = None  # the old output, until the new one stands
-
-    def prepare(self, names: tuple[str, ...], *, overwrite: bool) -> None:
-        """Make OUT with its `moeconv/`, the mark of an unfinished run, and a journal of `names`.
-
-        An old output is put aside, not deleted: it comes back if this run fails.
-        """
-        with writing(self.out):
-            if overwrite and self.out.is_dir() and any(self.out.iterdir()):
-                aside = self.out.with_name(f".{self.out.name}.replaced")
-                if os.path.lexists(aside):
-                    raise WouldOverwrite(
-                        f"{quoted(str(aside))} is in the way",
-                        at=quoted(str(aside)),
-                        cause="an overwriting run that was killed left the old output there",
-                        fix="move it back or remove it, then run again",
-                    )
-                self.out.rename(aside)
-                self.aside = aside
-            self.folder(self.out / PARTS_DIR)
-            journal = self.out / JOURNAL_NAME
-            self.made_files.append(journal)
-            journal.write_bytes(dumps(list(names)) + b"\n")
-
-    def folder(self, path: Path) -> None:
-        """Make a folder and its parents, remembering each."""
-        missing = []
-        while not path.exists():
-            missing.append(path)
-            path = path.parent
-        for folder in reversed(missing):
-            folder.mkdir()
-            self.made_folders.append(folder)
-
-    def rename(self, partial: Path, final: Path) -> None:
-        """Give a complete file its name."""
-        with writing(final):
-            self.made_files.append(final)
-            partial.rename(final)
-
-    def done(self, *, restored: bool) -> None:
-        """The output stands: forget the journal, and for a restored origin all of `moeconv/`."""
-        with writing(self.out):
-            (self.out / JOURNAL_NAME).unlink()
-            if restored:
-                (self.out / PARTS_DIR).rmdir()
-            for folder in {self.out, *(f.parent for f in self.made_folders)}:
-                if folder.exists():
-                    fsync_directory(folder)
-
-    def drop_old(self) -> None:
-        """Remove the old output; from here on nothing is taken back."""
-        if self.aside is not None:
-            with writing(self.aside):
-                shutil.rmtree(self.aside)
-
-    def take_back(self) -> None:
-        """Remove what this run made, as far as it can be removed, and put the old output back."""
-        partials = (self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}")
-        for path in [*self.made_files, *partials]:
-            path.unlink(missing_ok=True)
-        for folder in reversed(self.made_folders):
-            with suppress(OSError):  # somebody else put something there: it stays
-                folder.rmdir()
-        if self.aside is not None and not os.path.lexists(self.out):
-            self.aside.rename(self.out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -34,7 +35,9 @@ class Sources:
                         f"cannot open {quoted(file.name)}",
                         at=quoted(str(file.path)),
                         cause=problem.strerror,
-                        fix="check that the source is still there and may be read",
+                        fix="raise the limit with `ulimit -n 4096`, then run again"
+                        if problem.errno == errno.EMFILE
+                        else "check that the source is still there and may be read",
                     ) from None
                 self._descriptors[number] = opened
                 self._check(number)

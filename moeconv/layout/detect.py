@@ -20,7 +20,7 @@ from moeconv.errors import (
 from moeconv.layout.axes import geometry
 from moeconv.layout.complete import completeness, contradiction
 from moeconv.layout.fit import fit
-from moeconv.layout.layers import lost_stacks
+from moeconv.layout.layers import lost_stacks, unequal_stacks
 from moeconv.layout.match import Found, collect
 from moeconv.layout.recipe import Layout, Recipe
 from moeconv.layout.stack import Member, Sizes, Stack
@@ -76,7 +76,15 @@ def detect(
             problems += judged
             damaged.append(name)
     problems += lost_stacks(stacks, others, collected)
+    if known is None:
+        told = (s.name for s in stacks if _lookup_experts(s, config))
+        problems += unequal_stacks(stacks, frozenset(told))
     return Detection(tuple(stacks), others, tuple(problems), tuple(damaged))
+
+
+def _lookup_experts(stack: Stack, config: Config) -> bool:
+    """Whether config.json states the number of experts (a list states one for each layer)."""
+    return _lookup(config, stack.recipe, stack.name, stack.recipe.config.experts) is not None
 
 
 def _unknown_from_layout(name: str, recipes: tuple[Recipe, ...]) -> list[MoeconvError]:

@@ -62,6 +62,8 @@ def fit(
             out.reasons.append(f"{layout.name}: nothing says how large `{open_ones[0]}` is")
         elif (need := _product(equation, values)) != equation.size:
             out.reasons.append(_against(layout, equation, need))
+    if not out.reasons and values[_E] < 1:
+        out.reasons.append(f"{layout.name}: there are no experts in these tensors")
     if not out.reasons:
         out.sizes = _sizes(values, found, layout)
     return out

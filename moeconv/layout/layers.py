@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.errors import MissingExpert, MoeconvError, quoted
+from moeconv.errors import ConfigMismatch, MissingExpert, MoeconvError, quoted
 from moeconv.layout.stack import Stack
 
 _LAYER = re.compile(r"(.*\.)?([0-9]{1,9})\.(.+)", re.DOTALL)
@@ -41,6 +41,34 @@ def lost_stacks(
                 if name not in reported:
                     reported.add(name)
                     problems.append(_lost(name, tensors[layer], len(layers)))
+    return problems
+
+
+def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[MoeconvError]:
+    """Stacks of one kind with different numbers of experts, where config.json states none.
+
+    A lost last expert leaves no gap: among its fellows it shows. stated: the stacks whose number
+    config.json says, which were held against it already.
+    """
+    groups: dict[tuple[str, str], list[Stack]] = defaultdict(list)
+    for stack in stacks:
+        match = _LAYER.fullmatch(stack.name)
+        if match and stack.name not in stated:
+            groups[match[1] or "", match[3]].append(stack)
+    problems: list[MoeconvError] = []
+    for alike in groups.values():
+        usual = max(s.sizes.experts for s in alike)
+        odd = [s for s in alike if s.sizes.experts != usual]
+        if odd:
+            problems.append(
+                ConfigMismatch(
+                    f"{quoted(odd[0].name)} has {odd[0].sizes.experts} experts, others {usual}",
+                    at=quoted(odd[0].name),
+                    cause=f"{len(odd)} of {len(alike)} stacks have fewer, and config.json does not "
+                    "say how many there should be",
+                    fix="use the config.json of these tensors, or download the shards again",
+                )
+            )
     return problems
 
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeconv.checkpoint.reading import file_digest
 from moeconv.checkpoint.source import Checkpoint
-from moeconv.digest import fingerprint, fingerprint_line, hasher
+from moeconv.digest import fingerprint, fingerprint_line
 from moeconv.engine.commit import part_of
 from moeconv.engine.crew import Limits, Progress, run_tiles
-from moeconv.engine.tiles import BUFFER_BYTES, Digests, Origin
-from moeconv.errors import Damaged, IoFailed, MoeconvError, quoted
+from moeconv.engine.tiles import Digests, Origin
+from moeconv.errors import Damaged, IoFailed, Malformed, MoeconvError, quoted
 from moeconv.layout.detect import Detection
 from moeconv.manifest import (
     FileEntry,
@@ -152,11 +153,10 @@ def compare_digests(
 
 def compare_file(root: Path, entry: FileEntry) -> list[MoeconvError]:
     """Whether a sidecar still has its digest."""
-    path = root / entry.name
     try:
-        value = file_digest(path)
-    except OSError as problem:
-        return [IoFailed(f"cannot read {quoted(entry.name)}", cause=problem.strerror)]
+        value = file_digest(root / entry.name, name=entry.name)
+    except (IoFailed, Malformed) as problem:
+        return [problem]
     if value == entry.digest:
         return []
     return [
@@ -167,13 +167,3 @@ def compare_file(root: Path, entry: FileEntry) -> list[MoeconvError]:
             fix="fetch that file of the set again",
         )
     ]
-
-
-def file_digest(path: Path) -> str:
-    """The digest of a whole file, read through a small buffer."""
-    state = hasher()
-    buffer = memoryview(bytearray(BUFFER_BYTES))
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            state.update(buffer[:count])
-    return state.hexdigest()

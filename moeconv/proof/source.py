@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 
+from moeconv.checkpoint.reading import file_digest
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.engine.crew import Limits, Progress, run_tiles
-from moeconv.engine.tiles import Digests, Origin
+from moeconv.engine.tiles import BUFFER_BYTES, Digests, Origin
 from moeconv.errors import Damaged, IoFailed, MoeconvError, TensorNotInFile, quoted
 from moeconv.layout.detect import Detection
 from moeconv.plan.convert import plan_onto
 from moeconv.plan.values import OutputFile, OutputTensor
-from moeconv.proof.digests import file_digest, placed_headers
+from moeconv.proof.digests import placed_headers
 
 _MAX_REPORTED: Final = 1000
 
@@ -91,11 +93,10 @@ def _different_sidecars(output: Checkpoint, source: Checkpoint) -> list[MoeconvE
     problems: list[MoeconvError] = []
     for sidecar in source.sidecars:
         mine = ours.get(sidecar.name)
-        try:
-            same = mine is not None and file_digest(mine.path) == file_digest(sidecar.path)
-        except OSError as problem:
-            problems.append(IoFailed(f"cannot read {quoted(sidecar.name)}", cause=problem.strerror))
-            continue
+        name = sidecar.name
+        same = mine is not None and (
+            file_digest(mine.path, name=name) == file_digest(sidecar.path, name=name)
+        )
         if not same:
             problems.append(
                 Damaged(
@@ -118,6 +119,7 @@ class _Comparing:
         self._actual = actual
         self._report = report
         self._descriptor = -1
+        self._starts = [t.offset for t in file.tensors]
         self._reported: set[str] = set()
 
     def open(self) -> None:
@@ -134,34 +136,36 @@ class _Comparing:
 
     def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
         """Compare; the first difference of each tensor is reported."""
-        step = 1024 * 1024
-        for at in range(0, len(view), step):
-            wanted = os.pread(self._descriptor, min(step, len(view) - at), offset + at)
-            if wanted != view[at : at + step].tobytes():
-                self._differs(view[at : at + step], wanted, offset + at)
+        for at in range(0, len(view), BUFFER_BYTES):
+            ours = view[at : at + BUFFER_BYTES]
+            theirs = os.pread(self._descriptor, len(ours), offset + at)
+            if theirs != ours.tobytes():
+                self._differs(ours, theirs, offset + at)
 
-    def _differs(self, view: memoryview, wanted: bytes, offset: int) -> None:
-        count = min(len(view), len(wanted))
-        ours = np.frombuffer(view[:count], dtype=np.uint8)
-        different = np.flatnonzero(ours != np.frombuffer(wanted[:count], dtype=np.uint8))
-        for position in different:
-            at = offset + int(position)
-            tensor = self._tensor(at)
+    def _differs(self, ours: memoryview, theirs: bytes, offset: int) -> None:
+        count = min(len(ours), len(theirs))
+        different = np.frombuffer(ours[:count], np.uint8) != np.frombuffer(theirs[:count], np.uint8)
+        first = max(bisect_right(self._starts, offset) - 1, 0)
+        for tensor in self._file.tensors[first:]:
+            if tensor.offset >= offset + count:
+                return
             if tensor.name in self._reported:
                 continue
-            self._reported.add(tensor.name)
-            self._report(
-                Damaged(
-                    f"{quoted(tensor.name)} has other bytes in OUT than in SRC",
-                    at=f"{quoted(self._file.name)} of SRC, tensor {quoted(tensor.name)}",
-                    cause=f"the first difference is at byte {at - tensor.offset:,} of the tensor",
-                    fix="convert again from this source",
-                )
-            )
-            return
+            start = max(tensor.offset - offset, 0)
+            inside = different[start : tensor.offset + tensor.nbytes - offset]
+            if inside.any():
+                self._reported.add(tensor.name)
+                self._tell(tensor, offset + start + int(inside.argmax()))
 
-    def _tensor(self, at: int) -> OutputTensor:
-        return next(t for t in self._file.tensors if t.offset <= at < t.offset + t.nbytes)
+    def _tell(self, tensor: OutputTensor, at: int) -> None:
+        self._report(
+            Damaged(
+                f"{quoted(tensor.name)} has other bytes in OUT than in SRC",
+                at=f"{quoted(self._file.name)} of SRC, tensor {quoted(tensor.name)}",
+                cause=f"the first difference is at byte {at - tensor.offset:,} of the tensor",
+                fix="convert again from this source",
+            )
+        )
 
     def finish(self, digests: Digests) -> None:
         """Nothing to keep."""

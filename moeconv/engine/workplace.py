@@ -1,0 +1,161 @@
+"""OUT while it is being written: one run at a time, and only what it made is taken back."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moeconv.engine.files import writing
+from moeconv.engine.output import JOURNAL_NAME, PARTIAL_SUFFIX
+from moeconv.errors import IoFailed, WouldOverwrite, quoted
+from moeconv.manifest import PARTS_DIR, ROOT_NAME
+from moeconv.strictjson import dumps
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(slots=True)
+class Workplace:
+    """Remembers what this run made, by inode, to take back that and nothing else."""
+
+    out: Path
+    made_files: list[tuple[Path, int]] = field(default_factory=list)
+    made_folders: list[Path] = field(default_factory=list)
+    aside: Path | None = None  # the old output, until the new one stands
+    lock: int = -1  # the open journal; held locked for as long as the run lives
+
+    def prepare(self, names: tuple[str, ...], *, overwrite: bool) -> None:
+        """Make OUT with its `moeconv/`, the mark of an unfinished run, and a journal of `names`.
+
+        An old output is put aside, not deleted: it comes back if this run fails.
+        Raises WouldOverwrite where another run is at work, IoFailed, DiskFull.
+        """
+        with writing(self.out):
+            if overwrite and self.out.is_dir() and any(self.out.iterdir()):
+                self._put_aside()
+            self.folder(self.out)
+            try:
+                (self.out / PARTS_DIR).mkdir()
+            except FileExistsError:
+                raise _busy(self.out) from None
+            self.made_folders.append(self.out / PARTS_DIR)
+            journal = self.out / JOURNAL_NAME
+            self.lock = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self.made_files.append((journal, os.fstat(self.lock).st_ino))
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(self.lock, dumps(list(names)) + b"\n")
+
+    def _put_aside(self) -> None:
+        journal = self.out / JOURNAL_NAME
+        if journal.exists():
+            descriptor = os.open(journal, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _busy(self.out) from None
+            finally:
+                os.close(descriptor)
+        aside = self.out.with_name(f".{self.out.name}.replaced")
+        if (aside / ROOT_NAME).exists() and (self.out / ROOT_NAME).exists():
+            shutil.rmtree(aside)  # left by a run that came to its end all but this
+        if os.path.lexists(aside):
+            raise WouldOverwrite(
+                f"{quoted(str(aside))} is in the way",
+                at=quoted(str(aside)),
+                cause="an overwriting run that was killed left the old output there",
+                fix="move it back or remove it, then run again",
+            )
+        self.out.rename(aside)
+        self.aside = aside
+
+    def folder(self, path: Path) -> None:
+        """Make a folder and its parents, remembering each."""
+        missing = []
+        while not path.exists():
+            missing.append(path)
+            path = path.parent
+        for folder in reversed(missing):
+            with suppress(FileExistsError):  # two runs may make the same parent
+                folder.mkdir()
+                self.made_folders.append(folder)
+
+    def rename(self, partial: Path, final: Path) -> None:
+        """Give a complete file its name. Raises IoFailed where somebody put something there."""
+        with writing(final):
+            if os.path.lexists(final):
+                raise IoFailed(
+                    f"{quoted(final.name)} appeared in OUT while it was being written",
+                    at=quoted(str(final)),
+                    cause="somebody else writes there",
+                    fix="choose a directory of its own for OUT",
+                )
+            self.made_files.append((final, partial.lstat().st_ino))
+            partial.rename(final)
+
+    def done(self, *, restored: bool) -> None:
+        """The output stands: forget the journal, and for a restored origin all of `moeconv/`."""
+        with writing(self.out):
+            (self.out / JOURNAL_NAME).unlink()
+            if restored:
+                (self.out / PARTS_DIR).rmdir()
+            for folder in {self.out, *(f.parent for f in self.made_folders)}:
+                if folder.exists():
+                    fsync_directory(folder)
+
+    def drop_old(self) -> None:
+        """Remove the old output: the new one stands, so nothing here can make the run fail."""
+        while self.aside is not None and self.aside.exists():
+            try:
+                shutil.rmtree(self.aside, ignore_errors=True)
+            except KeyboardInterrupt:
+                continue
+            return
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
+    def take_back(self) -> str | None:
+        """Remove what this run made and put the old output back; says where it is if it cannot."""
+        partials: list[Path] = []
+        if self.out / PARTS_DIR in self.made_folders:
+            partials = list((self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}"))
+        for path in partials:
+            with suppress(OSError):
+                path.unlink()
+        for path, inode in self.made_files:
+            with suppress(OSError):
+                if path.lstat().st_ino == inode:
+                    path.unlink()
+        for folder in reversed(self.made_folders):
+            with suppress(OSError):  # somebody else put something there: it stays
+                folder.rmdir()
+        if self.aside is None or not self.aside.exists():
+            return None
+        with suppress(OSError):
+            if not os.path.lexists(self.out):
+                self.aside.rename(self.out)
+                return None
+        return f"the old output is at {quoted(str(self.aside))}"
+
+
+def _busy(out: Path) -> WouldOverwrite:
+    return WouldOverwrite(
+        f"another run is writing to {quoted(str(out))}",
+        at=quoted(str(out)),
+        cause=f"it holds `{JOURNAL_NAME}`",
+        fix="wait for it, or give another directory",
+    )
