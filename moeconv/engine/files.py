@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,20 +36,21 @@ class DiskTarget:
         self._finished = finished
         self._descriptor = -1
         self._in_kernel = True
+        self._writing = threading.Lock()
 
     def open(self) -> None:
         """Create the file at its full size, with its header. Raises IoFailed, DiskFull."""
-        try:
+        with writing(self._path):
             self._descriptor = os.open(self._partial, NEW_FILE, 0o666)
             reserve(self._descriptor, self._file.size)
-        except OSError as problem:
-            raise write_failed(self._path, problem) from None
         self.write(memoryview(self._file.header), 0)
 
     def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
         """Write `view` at `offset`, in the kernel where it can. Raises IoFailed, DiskFull."""
-        done = 0
-        try:
+        # the kernel lets one thread at a time write to a file, and the others spin meanwhile:
+        # here they sleep, or rather read and hash what comes next
+        with self._writing, writing(self._path):
+            done = 0
             if origin is not None and self._in_kernel:
                 source, start = origin
                 done = copy_in_kernel(source, start, self._descriptor, offset, len(view))
@@ -56,8 +58,6 @@ class DiskTarget:
                 self._in_kernel = done == len(view)
             while done < len(view):
                 done += os.pwrite(self._descriptor, view[done:], offset + done)
-        except OSError as problem:
-            raise write_failed(self._path, problem) from None
 
     def settle(self, offset: int, nbytes: int) -> None:
         """Let the disk begin on a batch while the next one is copied."""
@@ -65,10 +65,8 @@ class DiskTarget:
 
     def finish(self, digests: Digests) -> None:
         """Bring it to the disk. Raises IoFailed, DiskFull."""
-        try:
+        with writing(self._path):
             os.fsync(self._descriptor)
-        except OSError as problem:
-            raise write_failed(self._path, problem) from None
         self._finished(self._file, self._partial, digests)
 
     def close(self) -> None:
