@@ -6,6 +6,6 @@ from hypothesis import HealthCheck, settings
 
 # conversions sync to the disk, so an example's time says nothing about the code
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("ci", derandomize=True, max_examples=50, **_COMMON)
+settings.register_profile("ci", derandomize=True, max_examples=40, **_COMMON)
 settings.register_profile("search", max_examples=1000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

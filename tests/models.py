@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tests.helpers import BITS, INDEX_NAME, Spec, nbytes, write_file
-from tests.reference import Parts, Place, fingerprint, random_part, stored
+from tests.reference import Parts, Place, Short, fingerprint, random_part, stored
 
 DTYPES: Final = tuple(d for d in BITS if not d.startswith("F6"))
 BLOCK: Final = "weight_scale_inv"
@@ -129,14 +129,19 @@ FAMILIES: Final = {
 _WHOLE_NIBBLES: Final = ("qwen3_moe", "mixtral", "nemotron_h", "granitemoe")
 
 
-@dataclass(frozen=True)
-class Model:
+@dataclass(frozen=True, repr=False)
+class Model(Short):
     """What a checkpoint holds, in no layout yet."""
 
     family: str
     stacks: dict[str, Parts]
-    others: dict[str, Spec] = field(repr=False)
+    others: dict[str, Spec]
     config: dict[str, object]
+
+    def __repr__(self) -> str:
+        """Without the bytes, which would bury a failing example."""
+        others = {name: f"{dtype} {list(shape)}" for name, (dtype, shape, _) in self.others.items()}
+        return f"Model({self.family}, {self.stacks}, {others}, {self.config})"
 
     def tensors(self, layout: str, *, odd_one: str | None = None) -> dict[str, Spec]:
         """Every stored tensor in a layout; the last stack may be in another one."""
@@ -173,12 +178,15 @@ def models(draw: st.DrawFn) -> Model:
     if BLOCK in FAMILIES[family].components:
         config["quantization_config"] = {"weight_block_size": list(block)}
     prefixes = draw(st.lists(st.sampled_from(_PREFIXES), min_size=1, max_size=3, unique=True))
-    stacks = {
-        f"{prefix}.{FAMILIES[family].stack}": draw(
-            _parts(family, sizes if said else draw(_sizes(block[0])), block, rng)
-        )
-        for prefix in prefixes
-    }
+    stacks = {}
+    kinds: dict[str, tuple[int, int, int]] = {}
+    for prefix in prefixes:
+        # stacks of one kind have the same sizes; those of another may have their own
+        kind = prefix.rpartition(".")[0]
+        if kind not in kinds:
+            kinds[kind] = sizes if said else draw(_sizes(block[0]))
+        name = f"{prefix}.{FAMILIES[family].stack}"
+        stacks[name] = draw(_parts(family, kinds[kind], block, rng))
     return Model(family, stacks, draw(_others(rng)), config)
 
 

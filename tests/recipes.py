@@ -1,7 +1,7 @@
 """Random recipes, and checkpoints in their layouts: axes in any legal order and grouping."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import strategies as st
@@ -55,7 +55,7 @@ class Case:
     components: dict[str, str]  # the axes of one matrix
     config: dict[str, object]
     stacks: dict[str, Parts]
-    others: dict[str, Spec] = field(repr=False)
+    others: dict[str, Spec]
 
     @property
     def toml(self) -> str:

@@ -7,11 +7,12 @@ its items unsigned integers of the dtype's size (4-bit values one to an item, pa
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 import xxhash
+from hypothesis.vendor.pretty import RepresentationPrinter
 from numpy.typing import NDArray
 
 from tests.helpers import BITS, Spec
@@ -19,13 +20,24 @@ from tests.helpers import BITS, Spec
 Items = NDArray[np.unsignedinteger]
 
 
-@dataclass(frozen=True)
-class Part:
+class Short:
+    """Hypothesis prints the fields of a dataclass whatever its repr, unless this is there."""
+
+    def _repr_pretty_(self, printer: RepresentationPrinter, _: object) -> None:
+        printer.text(repr(self))
+
+
+@dataclass(frozen=True, repr=False)
+class Part(Short):
     """All experts' matrices of one projection and component; `letters` names their dimensions."""
 
     dtype: str
     letters: str  # canonical: O, K, then packing axes; each at most once
-    items: Items = field(repr=False)  # [E, *sizes of letters]
+    items: Items  # [E, *sizes of letters]
+
+    def __repr__(self) -> str:
+        """Without the items, which would bury a failing example."""
+        return f"{self.dtype} {list(self.items.shape)}"
 
 
 @dataclass(frozen=True)

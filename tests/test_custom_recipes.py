@@ -1,14 +1,22 @@
 """Recipes of a user's own, with axes in any legal order: held against plain NumPy, both ways."""
 
 import tempfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import moeconv
-from moeconv.errors import BadRecipe, MoeconvError, StraddlingBlock
+from moeconv.errors import (
+    AmbiguousLayout,
+    BadRecipe,
+    LayoutContradiction,
+    MoeconvError,
+    StraddlingBlock,
+)
 from tests.helpers import nbytes, read_tensors, tree_sha256, write_checkpoint
 from tests.recipes import Case, Layout, cases
 from tests.reference import fingerprint
@@ -48,6 +56,22 @@ def test_any_layout_to_any_layout_and_back(case: Case):
         assert tree_sha256(root / "back") == tree_sha256(src)
         moeconv.fuse(root / "out", root / "again", layout="a")
         assert read_tensors(root / "again") == case.tensors(first)
+
+
+@given(cases(), st.sampled_from(("E I H", "E", "")))
+def test_without_from_layout_it_is_right_or_refused(case: Case, said: str):
+    """However little config.json says, and where both layouts have the same names."""
+    first, second = case.layouts
+    config = {k: v for k, v in case.config.items() if k == "block" or k in said.split()}
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        src, recipe = prepared(root, replace(case, config=config), first)
+        try:
+            moeconv.fuse(src, root / "out", recipe=recipe, layout="b")
+        except (AmbiguousLayout, LayoutContradiction, StraddlingBlock):
+            assert not (root / "out").exists()
+            return
+        assert read_tensors(root / "out") == case.tensors(second)
 
 
 STACK = "model.layers.0.ffn"
