@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, TextIO
+from typing import Final, Protocol, TextIO
 
 import typer
 
@@ -128,12 +128,11 @@ class Ui:
             meter.close()
 
 
-class Progress:
+class Progress(Protocol):
     """`progress(done, total)` in bytes, called from one worker at a time."""
 
     def __call__(self, done: int, total: int) -> None:
         """Show it."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """End the display."""
