@@ -13,10 +13,14 @@ from moeconv.strictjson import dumps
 
 FORMAT: Final = "moeconv.manifest"
 MAJOR: Final = 1
-MINOR: Final = 0
+MINOR: Final = 1
 ROOT_NAME: Final = "moeconv.json"
 PARTS_DIR: Final = "moeconv"
 ORIGIN_NAME: Final = "moeconv/origin"
+COMMON_PART: Final = "moeconv/common.json"
+EXPERT_PARALLEL: Final = "expert-parallel"  # features that a reader of such a set must know
+VIRTUAL: Final = "virtual"
+MAX_EP_SIZE: Final = 99_999
 MAX_ROOT_BYTES: Final = 64 * 1024 * 1024
 MAX_RECIPE_TEXT: Final = 1024 * 1024
 MAX_PART_BYTES: Final = 256 * 1024 * 1024
@@ -34,7 +38,11 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class StackEntry:
-    """One expert stack: sizes E (experts), I (width), H (hidden), and where it came from."""
+    """One expert stack: sizes E (experts), I (width), H (hidden), and where it came from.
+
+    physical_to_logical: [P], the expert in each slot, where ranks share the stack; slot p is on
+    rank p // (P / ep_size).
+    """
 
     name: str
     recipe: str
@@ -43,23 +51,49 @@ class StackEntry:
     experts: int
     width: int
     hidden: int
+    physical_to_logical: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertEntry:
-    """What an expert tensor holds: `matrix` is the canonical shape of one logical matrix."""
+    """What an expert tensor holds: `matrix` is the canonical shape of one logical matrix.
+
+    experts: logical ids in the order in which they are stored. slots: the first physical slot and
+    one past the last, in a rank's files. local: for a tensor of one expert that is kept for all
+    ranks, the name it has on a rank, with `{slot}` for the slot within the rank.
+    """
 
     stack: int
-    experts: tuple[int, int]  # first, one past the last
+    experts: tuple[int, ...]
     projections: tuple[str, ...]
     component: str
     axes: str
     matrix: tuple[int, ...]
+    slots: tuple[int, int] | None = None
+    local: str | None = None
+
+    @property
+    def units(self) -> int:
+        """How many logical matrices it holds."""
+        return len(self.experts) * len(self.projections)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive bytes of one of the source's files: its number, where they start, how many."""
+
+    file: int
+    offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One stored tensor; `digests` run over experts, then projections (or are just one)."""
+    """One stored tensor; `digests` run over experts, then projections (or are just one).
+
+    start, stop: bytes of its file; runs: of a virtual set, where its bytes are instead.
+    digests: empty where nobody has read the bytes yet.
+    """
 
     name: str
     dtype: str
@@ -68,17 +102,42 @@ class TensorEntry:
     stop: int
     digests: tuple[str, ...]
     expert: ExpertEntry | None = None
+    runs: tuple[Run, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One data file: its size, its header's size and digest, its tensors in file order."""
+    """One data file: its size, its header's size and digest, its tensors in file order.
+
+    rank: whose file it is; None for common files and in whole sets. A virtual set has no files of
+    its own: `file` is empty, and the tensors are runs of the source.
+    """
 
     file: str
     size: int
     header_size: int
     header_digest: str
     tensors: tuple[TensorEntry, ...]
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that a virtual set points into, and how to know it again."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    header_size: int
+    header_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceEntry:
+    """Where the bytes of a virtual set are."""
+
+    directory: str
+    files: tuple[SourceFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +156,21 @@ class Root:
     recipes: tuple[RecipeText, ...]
     stacks: tuple[StackEntry, ...]
     parts: tuple[FileEntry, ...]
-    index: FileEntry
+    index: FileEntry | None
     origin: FileEntry
     sidecars: tuple[FileEntry, ...]
     tensor_count: int
     tensor_bytes: int
-    fingerprint: str
+    fingerprint: str | None  # None where digests are missing
+    ep_size: int | None = None  # None for a whole set
+    source: SourceEntry | None = None  # of a virtual set
     minor: int = MINOR
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """The features that a reader of this set must know."""
+        needed = (EXPERT_PARALLEL,) if self.ep_size is not None else ()
+        return (*needed, VIRTUAL) if self.source is not None else needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +192,14 @@ class Manifest:
                     strict=False,
                 )
 
+    @property
+    def complete(self) -> bool:
+        """Whether every digest is there."""
+        return all(t.digests or not units_of(t) for p in self.parts for t in p.tensors)
+
     def fingerprint_lines(self) -> Iterator[bytes]:
-        """The lines of the fingerprint."""
-        return (fingerprint_line(*matrix) for matrix in self.matrices())
+        """The lines of the fingerprint, one for each matrix however many replicas it has."""
+        return iter({fingerprint_line(*matrix) for matrix in self.matrices()})
 
 
 def matrix_address(stack: str, expert: int, projection: str, component: str) -> str:
@@ -142,9 +214,14 @@ def addresses(tensor: TensorEntry, stacks: tuple[StackEntry, ...]) -> Iterator[s
         yield tensor.name
         return
     stack = stacks[held.stack].name
-    for expert in range(*held.experts):
+    for expert in held.experts:
         for projection in held.projections:
             yield matrix_address(stack, expert, projection, held.component)
+
+
+def units_of(tensor: TensorEntry) -> int:
+    """How many digests a tensor has when all are there."""
+    return 1 if tensor.expert is None else tensor.expert.units
 
 
 def canonical_shape(tensor: TensorEntry) -> tuple[int, ...]:
@@ -163,64 +240,129 @@ def data_name(part: str) -> str:
     return part.removeprefix(f"{PARTS_DIR}/").removesuffix(".json")
 
 
+def rank_name(rank: int, ep_size: int) -> str:
+    """How the files of a rank begin; ranks count from 0."""
+    return f"rank-{rank:05d}-of-{ep_size:05d}"
+
+
+def part_names(root: Root) -> dict[str, int | None]:
+    """The parts of an expert-parallel set, in order, and whose they are (None: common)."""
+    size = root.ep_size or 0
+    ranks = {f"{PARTS_DIR}/{rank_name(r, size)}.json": r for r in range(size)}
+    return {COMMON_PART: None, **ranks}
+
+
 def _file_doc(entry: FileEntry) -> Json:
     return {"name": entry.name, "size": entry.size, "digest": entry.digest}
 
 
+def _stack_doc(s: StackEntry) -> Json:
+    doc: dict[str, Json] = {
+        "name": s.name,
+        "recipe": s.recipe,
+        "layout": s.layout,
+        "origin_layout": s.origin_layout,
+        "experts": s.experts,
+        "width": s.width,
+        "hidden": s.hidden,
+    }
+    if s.physical_to_logical is not None:
+        doc["physical_to_logical"] = list(s.physical_to_logical)
+    return doc
+
+
+def _source_doc(source: SourceEntry) -> Json:
+    files: list[Json] = [
+        {
+            "name": f.name,
+            "size": f.size,
+            # two numbers: nanoseconds since 1970 do not fit the format's integers
+            "mtime": list(divmod(f.mtime_ns, 10**9)),
+            "header": {"size": f.header_size, "digest": f.header_digest},
+        }
+        for f in source.files
+    ]
+    return {"directory": source.directory, "files": files}
+
+
 def root_bytes(root: Root) -> bytes:
     """Body, newline, digest of the body, newline."""
-    body = dumps(
-        {
-            "format": FORMAT,
-            "version": {"major": MAJOR, "minor": MINOR},
-            "requires": [],
-            "generator": root.generator,
-            "recipes": [{"name": r.name, "toml": r.toml} for r in root.recipes],
-            "stacks": [
-                {
-                    "name": s.name,
-                    "recipe": s.recipe,
-                    "layout": s.layout,
-                    "origin_layout": s.origin_layout,
-                    "experts": s.experts,
-                    "width": s.width,
-                    "hidden": s.hidden,
-                }
-                for s in root.stacks
-            ],
-            "parts": [_file_doc(p) for p in root.parts],
-            "index": _file_doc(root.index),
-            "origin": _file_doc(root.origin),
-            "sidecars": [_file_doc(s) for s in root.sidecars],
-            "totals": {"tensors": root.tensor_count, "bytes": root.tensor_bytes},
-            "fingerprint": root.fingerprint,
-        }
-    )
+    doc: dict[str, Json] = {
+        "format": FORMAT,
+        "version": {"major": MAJOR, "minor": MINOR},
+        "requires": list(root.requires),
+        "generator": root.generator,
+        "recipes": [{"name": r.name, "toml": r.toml} for r in root.recipes],
+        "stacks": [_stack_doc(s) for s in root.stacks],
+        "parts": [_file_doc(p) for p in root.parts],
+        "index": None if root.index is None else _file_doc(root.index),
+        "origin": _file_doc(root.origin),
+        "sidecars": [_file_doc(s) for s in root.sidecars],
+        "totals": {"tensors": root.tensor_count, "bytes": root.tensor_bytes},
+        "fingerprint": root.fingerprint,
+    }
+    if root.ep_size is not None:
+        doc["sharding"] = {"ep_size": root.ep_size}
+    if root.source is not None:
+        doc["source"] = _source_doc(root.source)
+    body = dumps(doc)
     return body + b"\n" + digest(body).encode() + b"\n"
 
 
+def _expert_doc(expert: ExpertEntry) -> Json:
+    doc: dict[str, Json] = {
+        "stack": expert.stack,
+        "projections": list(expert.projections),
+        "component": expert.component,
+        "axes": expert.axes,
+        "matrix": list(expert.matrix),
+    }
+    if expert.slots is None:
+        doc["experts"] = [expert.experts[0], expert.experts[-1] + 1]
+    else:
+        doc["slots"] = list(expert.slots)
+    if expert.local is not None:
+        doc["local"] = expert.local
+    return doc
+
+
+def _tensor_doc(t: TensorEntry, *, virtual: bool) -> Json:
+    doc: dict[str, Json] = {
+        "name": t.name,
+        "dtype": t.dtype,
+        "shape": list(t.shape),
+        "digests": list(t.digests),
+    }
+    if virtual:
+        doc["runs"] = [[r.file, r.offset, r.nbytes] for r in t.runs]
+    else:
+        doc |= {"start": t.start, "stop": t.stop}
+    if t.expert is not None:
+        doc["expert"] = _expert_doc(t.expert)
+    return doc
+
+
+def _part_doc(part: Part) -> Json:
+    return {
+        "file": part.file,
+        "size": part.size,
+        "header": {"size": part.header_size, "digest": part.header_digest},
+        "tensors": [_tensor_doc(t, virtual=False) for t in part.tensors],
+    }
+
+
 def part_bytes(part: Part) -> bytes:
-    """One part as canonical JSON and a newline."""
-    tensors: list[Json] = []
-    for t in part.tensors:
-        doc: dict[str, Json] = {
-            "name": t.name,
-            "dtype": t.dtype,
-            "shape": list(t.shape),
-            "start": t.start,
-            "stop": t.stop,
-            "digests": list(t.digests),
-        }
-        if t.expert is not None:
-            doc["expert"] = {
-                "stack": t.expert.stack,
-                "experts": list(t.expert.experts),
-                "projections": list(t.expert.projections),
-                "component": t.expert.component,
-                "axes": t.expert.axes,
-                "matrix": list(t.expert.matrix),
-            }
-        tensors.append(doc)
-    header: Json = {"size": part.header_size, "digest": part.header_digest}
-    doc = {"file": part.file, "size": part.size, "header": header, "tensors": tensors}
+    """The part of a whole set's data file: canonical JSON and a newline."""
+    return dumps(_part_doc(part)) + b"\n"
+
+
+def rank_part_bytes(rank: int | None, parts: tuple[Part, ...]) -> bytes:
+    """The part of a rank (or, for None, of the common files): canonical JSON and a newline."""
+    doc: dict[str, Json] = {
+        "rank": rank,
+        "files": [_part_doc(p) for p in parts if p.file],
+    }
+    virtual = [t for p in parts if not p.file for t in p.tensors]
+    if virtual:
+        doc["virtual"] = [_tensor_doc(t, virtual=True) for t in virtual]
     return dumps(doc) + b"\n"

@@ -7,22 +7,30 @@ from collections import Counter
 from moeconv.digest import DIGEST_HEX_DIGITS, digest
 from moeconv.errors import BadManifest, Damaged, UnsupportedVersion, quoted
 from moeconv.manifest import (
+    EXPERT_PARALLEL,
     FORMAT,
     MAJOR,
+    MAX_EP_SIZE,
     MAX_RECIPE_TEXT,
     MINOR,
     ORIGIN_NAME,
     PARTS_DIR,
     ROOT_NAME,
+    VIRTUAL,
     ExpertEntry,
     FileEntry,
     Part,
     RecipeText,
     Root,
+    Run,
+    SourceEntry,
+    SourceFile,
     StackEntry,
     TensorEntry,
     data_name,
     part_name,
+    part_names,
+    units_of,
 )
 from moeconv.names import file_name_problem, relative_path_problem
 from moeconv.schema import Problems, Table, is_digest
@@ -59,21 +67,25 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
     doc = loads(split_root(raw, where=where), where=quoted(where), floats=False)
     problems = Problems()
     top = Table(doc, "", problems)
-    minor = _check_version(top, where)
+    minor, requires = _check_version(top, where)
+    sharded, virtual = EXPERT_PARALLEL in requires, VIRTUAL in requires
     totals = top.table("totals")
     root = Root(
         generator=top.text("generator"),
         recipes=tuple(_recipe(t) for t in top.tables("recipes")),
-        stacks=tuple(_stack(t) for t in top.tables("stacks")),
+        stacks=tuple(_stack(t, sharded=sharded) for t in top.tables("stacks")),
         parts=tuple(_file(t) for t in top.tables("parts")),
-        index=_file(top.table("index")),
+        index=None if sharded else _file(top.table("index")),
         origin=_file(top.table("origin")),
         sidecars=tuple(_file(t) for t in top.tables("sidecars")),
         tensor_count=totals.integer("tensors"),
         tensor_bytes=totals.integer("bytes"),
-        fingerprint=top.digest("fingerprint"),
+        fingerprint=top.digest("fingerprint") if top.has("fingerprint") or not virtual else None,
+        ep_size=_ep_size(top.table("sharding")) if sharded else None,
+        source=_source(top.table("source")) if virtual else None,
         minor=minor,
     )
+    top.has("index")
     totals.finish()
     top.finish()
     known = {r.name for r in root.recipes}
@@ -82,31 +94,91 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
         for n, s in enumerate(root.stacks)
         if s.recipe not in known
     ]
+    if sharded and top.has("index"):
+        top.problem("index", "must be null: one name stands in the files of many ranks")
+    _check_placements(root, problems)
+    if sharded and root.ep_size and not problems.found:
+        _check_part_names(root, problems)
     _check_names(root, problems)
     _refuse(problems, where)
     return root
 
 
+def _ep_size(t: Table) -> int:
+    size = t.integer("ep_size", least=1)
+    t.finish()
+    if size > MAX_EP_SIZE:
+        t.problem("ep_size", f"must be at most {MAX_EP_SIZE:,}")
+        return 0
+    return size
+
+
+def _source(t: Table) -> SourceEntry:
+    entry = SourceEntry(t.word("directory"), tuple(_source_file(f) for f in t.tables("files")))
+    t.finish()
+    return entry
+
+
+def _source_file(t: Table) -> SourceFile:
+    header, mtime = t.table("header"), t.integers("mtime")
+    if len(mtime) != 2 or mtime[1] >= 10**9:
+        t.problem("mtime", "must be [seconds, nanoseconds]")
+        mtime = (0, 0)
+    entry = SourceFile(
+        t.file_name("name"),
+        t.integer("size"),
+        mtime[0] * 10**9 + mtime[1],
+        header.integer("size"),
+        header.digest("digest"),
+    )
+    header.finish()
+    t.finish()
+    return entry
+
+
+def _check_placements(root: Root, problems: Problems) -> None:
+    """Each expert in some slot, no slot without one, the slots of a stack shared out evenly."""
+    for number, stack in enumerate(root.stacks):
+        row = stack.physical_to_logical
+        if row is None:
+            continue
+        place = f"stacks[{number}].physical_to_logical"
+        if root.ep_size and len(row) % root.ep_size:
+            problems.add(place, f"has {len(row)} slots, which {root.ep_size} ranks cannot share")
+        held = set(row)
+        if max(held, default=0) >= stack.experts:
+            problems.add(place, f"names an expert {max(held)} of {stack.experts}")
+        elif len(held) != stack.experts:
+            problems.add(place, f"has a slot for {len(held)} of {stack.experts} experts only")
+
+
+def _check_part_names(root: Root, problems: Problems) -> None:
+    wanted, held = list(part_names(root)), [p.name for p in root.parts]
+    if held != wanted:
+        problems.add("parts", f"must be {quoted(wanted[0])}, then one for each of the ranks")
+
+
 def _check_names(root: Root, problems: Problems) -> None:
     """Each file once, and each where this format puts it."""
-    for number, part in enumerate(root.parts):
+    for number, part in enumerate(root.parts if root.ep_size is None else ()):
         data = data_name(part.name)
         fits = part.name == part_name(data) and not file_name_problem(data)
         if not fits and not relative_path_problem(part.name):
             problems.add(f"parts[{number}].name", f"must be `{PARTS_DIR}/NAME.json`")
     if root.origin.name != ORIGIN_NAME:
         problems.add("origin.name", f"must be `{ORIGIN_NAME}`")
-    if file_name_problem(root.index.name):
+    index = [root.index.name] if root.index else []
+    if index and file_name_problem(index[0]):
         problems.add("index.name", "must be a plain file name")
     files = [data_name(p.name) for p in root.parts]
-    others = [root.index.name, *(s.name for s in root.sidecars)]
+    others = [*index, *(s.name for s in root.sidecars)]
     reserved = [n for n in others if n.partition("/")[0] in (PARTS_DIR, ROOT_NAME)]
     twice = [name for name, count in Counter([*files, *others]).items() if count > 1]
     for name in dict.fromkeys([*twice, *reserved]):
         problems.add("", f"{quoted(name)} is named twice, or as two things")
 
 
-def _check_version(top: Table, where: str) -> int:
+def _check_version(top: Table, where: str) -> tuple[int, tuple[str, ...]]:
     if top.text("format") != FORMAT:
         top.problem("format", f"must be `{FORMAT}`")
     version = top.table("version")
@@ -114,17 +186,20 @@ def _check_version(top: Table, where: str) -> int:
     requires = top.texts("requires")
     # what is no version at all must not send anybody looking for a newer moeconv
     _refuse(top.problems, where)
-    if major != MAJOR or requires:
+    unknown = [name for name in requires if name not in (EXPERT_PARALLEL, VIRTUAL)]
+    if major != MAJOR or unknown:
         raise UnsupportedVersion(
             f"{quoted(where)} is of a kind this moeconv cannot read",
             at=quoted(where),
             cause=f"it has format version {major}.{minor} and requires {list(requires)}; "
-            f"this one reads {MAJOR}.x and no required features",
+            f"this one reads {MAJOR}.x and knows `{EXPERT_PARALLEL}` and `{VIRTUAL}`",
             fix="install a newer moeconv" if major >= MAJOR else "convert the checkpoint again",
         )
+    if VIRTUAL in requires and EXPERT_PARALLEL not in requires:
+        top.problem("requires", f"`{VIRTUAL}` sets are `{EXPERT_PARALLEL}` too")
     top.problems.lenient = minor > MINOR
     version.finish()
-    return minor
+    return minor, requires
 
 
 def _file(t: Table) -> FileEntry:
@@ -143,7 +218,8 @@ def _recipe(t: Table) -> RecipeText:
     return entry
 
 
-def _stack(t: Table) -> StackEntry:
+def _stack(t: Table, *, sharded: bool) -> StackEntry:
+    has_row = sharded and t.has("physical_to_logical")
     entry = StackEntry(
         name=t.text("name"),
         recipe=t.text("recipe"),
@@ -152,69 +228,135 @@ def _stack(t: Table) -> StackEntry:
         experts=t.integer("experts", least=1),
         width=t.integer("width"),
         hidden=t.integer("hidden"),
+        physical_to_logical=t.integers("physical_to_logical") if has_row else None,
     )
     t.finish()
     return entry
 
 
+def parse_parts(raw: bytes, root: Root, *, where: str) -> tuple[Part, ...]:
+    """The data files that one part of a set describes: one in a whole set, a rank's otherwise.
+
+    Raises BadManifest, BadJson, DuplicateKey.
+    """
+    if root.ep_size is None:
+        return (parse_part(raw, root, where=where),)
+    problems = Problems(lenient=root.minor > MINOR)
+    top = Table(loads(raw, where=quoted(where), floats=False), "", problems)
+    rank = top.integer("rank") if top.has("rank") else None
+    if rank != part_names(root).get(where, rank):
+        top.problem("rank", "is not the one in the part's name")
+    parts = tuple(_part(t, root, rank) for t in top.tables("files"))
+    names = [p.file for p in parts]
+    if len(set(names)) != len(names):
+        top.problem("files", "names a file twice")
+    if root.source is not None:
+        if parts:
+            top.problem("files", "must be empty: a virtual set has no data files")
+        listed = top.tables("virtual") if top.has("virtual") else ()
+        tensors = tuple(_tensor(t, root, rank) for t in listed)
+        parts = (Part("", 0, 0, "", tensors, rank),)
+    top.finish()
+    _refuse(problems, where)
+    return parts
+
+
 def parse_part(raw: bytes, root: Root, *, where: str) -> Part:
-    """Parse and check one part against its root. Raises BadManifest, BadJson, DuplicateKey."""
+    """Parse and check the part of a whole set. Raises BadManifest, BadJson, DuplicateKey."""
     doc = loads(raw, where=quoted(where), floats=False)
     problems = Problems(lenient=root.minor > MINOR)
-    top = Table(doc, "", problems)
-    header = top.table("header")
-    part = Part(
-        file=top.file_name("file"),
-        size=top.integer("size"),
-        header_size=header.integer("size"),
-        header_digest=header.digest("digest"),
-        tensors=tuple(_tensor(t, root) for t in top.tables("tensors")),
-    )
-    top.finish()
-    header.finish()
+    part = _part(Table(doc, "", problems), root, None)
     _refuse(problems, where)
     return part
 
 
-def _tensor(t: Table, root: Root) -> TensorEntry:
-    expert = _expert(t.table("expert"), root) if t.has("expert") else None
+def _part(t: Table, root: Root, rank: int | None) -> Part:
+    header = t.table("header")
+    part = Part(
+        file=t.file_name("file"),
+        size=t.integer("size"),
+        header_size=header.integer("size"),
+        header_digest=header.digest("digest"),
+        tensors=tuple(_tensor(tensor, root, rank) for tensor in t.tables("tensors")),
+        rank=rank,
+    )
+    t.finish()
+    header.finish()
+    return part
+
+
+def _tensor(t: Table, root: Root, rank: int | None) -> TensorEntry:
+    virtual = root.source is not None
+    runs = _runs(t, root) if virtual else ()
     entry = TensorEntry(
         name=t.text("name"),
         dtype=t.text("dtype"),
         shape=t.integers("shape"),
-        start=t.integer("start"),
-        stop=t.integer("stop"),
+        start=0 if virtual else t.integer("start"),
+        stop=sum(r.nbytes for r in runs) if virtual else t.integer("stop"),
         digests=t.texts("digests"),
-        expert=expert,
+        expert=_expert(t.table("expert"), root, rank) if t.has("expert") else None,
+        runs=runs,
     )
     t.finish()
     if not all(map(is_digest, entry.digests)):
         t.problem("digests", "must be digests of 32 lower-case hexadecimal digits")
-    first, last = expert.experts if expert else (0, 1)
-    expected = (last - first) * (len(expert.projections) if expert else 1)
-    if len(entry.digests) != expected:
+    expected = units_of(entry)
+    if len(entry.digests) != expected and (entry.digests or not virtual):
         t.problem("digests", f"must be {expected}, one for each logical matrix")
     if entry.stop < entry.start:
         t.problem("stop", "lies before `start`")
+    if rank is not None and entry.expert is None:
+        t.problem("expert", "is missing: what is no expert's stands in the common files")
     return entry
 
 
-def _expert(t: Table, root: Root) -> ExpertEntry:
-    span = t.integers("experts")
+def _runs(t: Table, root: Root) -> tuple[Run, ...]:
+    files = root.source.files if root.source else ()
+    out = []
+    for number, triple in enumerate(t.integer_lists("runs", 3)):
+        run = Run(*triple)
+        if run.file >= len(files) or run.offset + run.nbytes > files[run.file].size:
+            t.problem("runs", f"run {number} lies outside the source's files")
+        out.append(run)
+    return tuple(out)
+
+
+def _expert(t: Table, root: Root, rank: int | None) -> ExpertEntry:
     stack = t.integer("stack")
+    known = root.stacks[stack] if stack < len(root.stacks) else None
+    row = known.physical_to_logical if known else None
+    slots: tuple[int, int] | None = None
+    experts: tuple[int, ...] = ()
+    if rank is not None:
+        slots = _span(t, "slots", len(row or ()))
+        experts = row[slots[0] : slots[1]] if row else ()
+        share = len(row or ()) // (root.ep_size or 1)
+        if not rank * share <= slots[0] < slots[1] <= (rank + 1) * share:
+            t.problem("slots", f"are not among those of rank {rank}")
+    else:
+        experts = tuple(range(*_span(t, "experts", known.experts if known else 0)))
     entry = ExpertEntry(
         stack=stack,
-        experts=(span[0], span[1]) if len(span) == 2 else (0, 0),
+        experts=experts,
         projections=t.texts("projections"),
         component=t.text("component"),
         axes=t.text("axes"),
         matrix=t.integers("matrix"),
+        slots=slots,
+        local=t.optional_text("local"),
     )
     t.finish()
-    if stack >= len(root.stacks):
+    if known is None:
         t.problem("stack", f"there are only {len(root.stacks)} stacks")
-    elif len(span) != 2 or not 0 <= span[0] < span[1] <= root.stacks[stack].experts:
-        t.problem("experts", "must be [first, one past the last] within the stack")
     if not entry.projections or len(set(entry.projections)) != len(entry.projections):
         t.problem("projections", "must be one or more different names")
     return entry
+
+
+def _span(t: Table, key: str, limit: int) -> tuple[int, int]:
+    span = t.integers(key)
+    if len(span) != 2 or not 0 <= span[0] < span[1] <= limit:
+        t.problem(key, "must be [first, one past the last] within the stack")
+        return 0, 0
+    return span[0], span[1]

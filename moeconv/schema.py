@@ -160,6 +160,18 @@ class Table:
                 self.problems.add(place, "must be an integer between 0 and 2^53-1")
         return tuple(out)
 
+    def integer_lists(self, key: str, length: int) -> tuple[tuple[int, ...], ...]:
+        """A list of lists of `length` integers each."""
+        out = []
+        for place, item in self._items(key):
+            row = tuple(n for n in item if type(n) is int) if isinstance(item, list) else ()
+            whole = isinstance(item, list) and len(row) == len(item) == length
+            if whole and all(0 <= n <= MAX_COUNT for n in row):
+                out.append(row)
+            else:
+                self.problems.add(place, f"must be {length} integers between 0 and 2^53-1")
+        return tuple(out)
+
     def table(self, key: str) -> Table:
         """A member that is an object."""
         value = self.raw(key)

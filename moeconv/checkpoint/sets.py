@@ -20,7 +20,7 @@ from moeconv.manifest import (
     Manifest,
     Part,
 )
-from moeconv.manifestreader import parse_part, parse_root
+from moeconv.manifestreader import parse_parts, parse_root
 from moeconv.names import natural_key
 
 
@@ -29,7 +29,7 @@ class SetFiles:
     """A set's own documents, already checked against the root's digests."""
 
     manifest: Manifest
-    index: Index
+    index: Index | None  # a whole set has one
     origin: Origin
     origin_raw: bytes
     sidecars: tuple[Sidecar, ...]
@@ -87,11 +87,10 @@ def open_set(root: Path) -> SetFiles:
     """
     raw = read_bounded(inside(root, ROOT_NAME), MAX_ROOT_BYTES, name=ROOT_NAME)
     top = parse_root(raw)
-    parts = []
+    parts: list[Part] = []
     for entry in top.parts:
-        parts.append(
-            parse_part(read_entry(root, entry, limit=MAX_PART_BYTES), top, where=entry.name)
-        )
+        raw = read_entry(root, entry, limit=MAX_PART_BYTES)
+        parts += parse_parts(raw, top, where=entry.name)
     origin_raw = read_entry(root, top.origin)
     beside = []
     for entry in top.sidecars:
@@ -102,7 +101,7 @@ def open_set(root: Path) -> SetFiles:
         beside.append(Sidecar(entry.name, path, stat.st_size, stat.st_mtime_ns))
     return SetFiles(
         manifest=Manifest(top, tuple(parts)),
-        index=parse_index(read_entry(root, top.index), name=top.index.name),
+        index=parse_index(read_entry(root, top.index), name=top.index.name) if top.index else None,
         origin=parse_origin(origin_raw),
         origin_raw=origin_raw,
         sidecars=tuple(beside),

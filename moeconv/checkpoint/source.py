@@ -153,8 +153,9 @@ def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
 def _strangers(root: Path, own: SetFiles) -> tuple[str, ...]:
     """What somebody added to one of our sets: no verb copies it, so it must be said."""
     top = own.manifest.root
-    named = {ROOT_NAME, top.index.name, top.origin.name, f"{PARTS_DIR}/journal"}
-    named |= {e.name for e in (*top.parts, *top.sidecars)}
+    named = {ROOT_NAME, f"{PARTS_DIR}/journal"}
+    named |= {e.name for e in (*top.parts, *top.sidecars, top.origin)}
+    named |= {top.index.name} if top.index else set()
     named |= {p.file for p in own.manifest.parts}
     found = sorted(set(files_below(root)) - named, key=natural_key)
     if not found:

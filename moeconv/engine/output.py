@@ -18,8 +18,15 @@ from moeconv.errors import (
     WouldOverwrite,
     quoted,
 )
-from moeconv.manifest import MAX_ROOT_BYTES, PARTS_DIR, ROOT_NAME, Root
-from moeconv.manifestreader import parse_root
+from moeconv.manifest import (
+    MAX_PART_BYTES,
+    MAX_ROOT_BYTES,
+    PARTS_DIR,
+    ROOT_NAME,
+    Root,
+    data_name,
+)
+from moeconv.manifestreader import parse_parts, parse_root
 from moeconv.strictjson import loads
 from moeconv.units import human_size
 
@@ -132,7 +139,7 @@ def _ours(out: Path) -> set[str]:
         if (out / ROOT_NAME).exists():
             raw = read_bounded(out / ROOT_NAME, MAX_ROOT_BYTES, name=ROOT_NAME)
             root = parse_root(raw)
-            return (mine | set(_named(root))) - _edited(out, root)
+            return (mine | set(_named(root)) | _data_files(out, root)) - _edited(out, root)
         if (out / JOURNAL_NAME).exists():
             raw = read_bounded(out / JOURNAL_NAME, MAX_JOURNAL_BYTES, name=JOURNAL_NAME)
             names = loads(raw, where=JOURNAL_NAME)
@@ -142,6 +149,13 @@ def _ours(out: Path) -> set[str]:
     except MoeconvError:
         return mine
     return mine
+
+
+def _data_files(out: Path, root: Root) -> set[str]:
+    if root.ep_size is None:
+        return {data_name(e.name) for e in root.parts}
+    raws = ((e.name, read_bounded(out / e.name, MAX_PART_BYTES, name=e.name)) for e in root.parts)
+    return {p.file for name, raw in raws for p in parse_parts(raw, root, where=name)}
 
 
 def _edited(out: Path, root: Root) -> set[str]:
@@ -156,9 +170,8 @@ def _edited(out: Path, root: Root) -> set[str]:
 
 
 def _named(root: Root) -> list[str]:
-    data = [Path(e.name).name.removesuffix(".json") for e in root.parts]
-    papers = [e.name for e in (*root.parts, root.index, root.origin, *root.sidecars)]
-    return [*data, *papers, ROOT_NAME]
+    papers = [*root.parts, root.origin, *root.sidecars, *([root.index] if root.index else [])]
+    return [*(e.name for e in papers), ROOT_NAME]
 
 
 def room_for(out: Path, needed: int) -> Room:

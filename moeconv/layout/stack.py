@@ -18,11 +18,14 @@ class Sizes:
     hidden: int
     packing: tuple[tuple[tuple[str, bool, str], int], ...] = ()
 
-    def of(self, line: Line, component: str) -> dict[str, int]:
-        """The size of every letter in a line's tensors: gate and up are [I, H], down is [H, I]."""
+    def of(self, line: Line, component: str, experts: int | None = None) -> dict[str, int]:
+        """The size of every letter in a line's tensors: gate and up are [I, H], down is [H, I].
+
+        experts: how many stand in the tensor, where it is not all of them.
+        """
         down = line.projections == (DOWN,)
         letters = {
-            EXPERT: self.experts,
+            EXPERT: self.experts if experts is None else experts,
             PAIR: len(line.projections),
             OUT: self.hidden if down else self.width,
             IN: self.width if down else self.hidden,
@@ -35,7 +38,11 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """The tensors of one line and component: one for each expert, or a single one."""
+    """The tensors of one line and component: one for each expert, a single one, or one a rank.
+
+    places: for each expert the tensor that holds it and its position along E there, where that
+    does not follow from the line.
+    """
 
     line: Line
     component: Component
@@ -43,10 +50,16 @@ class Member:
     axes: Axes
     geometry: Geometry
     tensors: tuple[StoredTensor, ...]
+    places: tuple[tuple[int, int], ...] | None = None
 
-    def tensor(self, expert: int) -> StoredTensor:
-        """The tensor that holds this expert."""
-        return self.tensors[expert] if self.line.per_expert else self.tensors[0]
+    def place(self, expert: int) -> tuple[StoredTensor, int]:
+        """The tensor that holds this expert, and the expert's position along E in it."""
+        if self.places is not None:
+            number, position = self.places[expert]
+            return self.tensors[number], position
+        if self.line.per_expert:
+            return self.tensors[expert], 0
+        return self.tensors[0], expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +95,10 @@ class Stack:
         """The axes that a component has in a line of any of the family's layouts."""
         return line.component_axes(component).bound(dict(self.granules))
 
-    def geometry_in(self, line: Line, component: Component) -> Geometry:
-        """The geometry that a component has in a line of any of the family's layouts."""
-        return geometry(self.axes_in(line, component), self.sizes.of(line, component.name))
+    def geometry_in(self, line: Line, component: Component, experts: int | None = None) -> Geometry:
+        """The geometry that a component has in a line of any of the family's layouts.
+
+        experts: how many stand in the tensor, where it is not all of them.
+        """
+        sizes = self.sizes.of(line, component.name, experts)
+        return geometry(self.axes_in(line, component), sizes)

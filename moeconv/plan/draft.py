@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -10,18 +11,22 @@ from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import StraddlingBlock, quoted
 from moeconv.layout.axes import EXPERT, PAIR, Axes, Geometry
 from moeconv.layout.recipe import Component, Layout, Line
-from moeconv.layout.stack import Stack
+from moeconv.layout.stack import Member, Stack
 from moeconv.manifest import ExpertEntry
 from moeconv.plan.values import Fate
 
 
 @dataclass(frozen=True, slots=True)
 class Woven:
-    """Where a draft's bytes come from: matrices of a stack, in the order of a target line."""
+    """Where a draft's bytes come from: matrices of a stack, in the order of a target line.
 
-    stack: Stack
-    line: Line
-    component: Component
+    members: the holders of the line's projections; keys: for each position along the draft's E,
+    the expert that the members are asked for.
+    """
+
+    members: tuple[Member, ...]
+    keys: tuple[int, ...]
+    axes: Axes
     geometry: Geometry
     expert: ExpertEntry
 
@@ -48,7 +53,20 @@ def laid_out(stack: Stack, number: int, layout: Layout) -> list[Draft]:
 
     number: the stack's index in the manifest.
     """
-    drafts = []
+    every = tuple(range(stack.sizes.experts))
+    return [
+        draft
+        for line, component in lines_of(stack, layout)
+        for draft in (
+            [one_draft(stack, number, line, component, (e,)) for e in every]
+            if line.per_expert
+            else [one_draft(stack, number, line, component, every)]
+        )
+    ]
+
+
+def lines_of(stack: Stack, layout: Layout) -> Iterator[tuple[Line, Component]]:
+    """What a stack stores in a layout: each line with each component. Raises StraddlingBlock."""
     for line in layout.lines:
         for component in stack.recipe.components:
             member = stack.member(line.projections[0], component.name)
@@ -56,32 +74,47 @@ def laid_out(stack: Stack, number: int, layout: Layout) -> list[Draft]:
                 continue
             refuse_straddling(stack, member.line, component)
             refuse_straddling(stack, line, component)
-            axes = stack.axes_in(line, component)
-            geometry = stack.geometry_in(line, component)
-            nbytes = geometry.numel * BITS[member.dtype] // 8
-            every = range(stack.sizes.experts)
-            spans = [(e, e + 1) for e in every] if line.per_expert else [(0, len(every))]
-            for span in spans:
-                expert = span[0] if line.per_expert else None
-                entry = ExpertEntry(
-                    number,
-                    span,
-                    line.projections,
-                    component.name,
-                    str(axes),
-                    geometry.canonical_shape,
-                )
-                drafts.append(
-                    Draft(
-                        name=line.name(stack.name, component, expert),
-                        dtype=member.dtype,
-                        shape=geometry.shape,
-                        nbytes=nbytes,
-                        source=None,
-                        woven=Woven(stack, line, component, geometry, entry),
-                    )
-                )
-    return drafts
+            yield line, component
+
+
+def one_draft(
+    stack: Stack,
+    number: int,
+    line: Line,
+    component: Component,
+    experts: tuple[int, ...],
+    *,
+    slots: tuple[int, int] | None = None,
+    name: str | None = None,
+    local: str | None = None,
+) -> Draft:
+    """One output tensor that holds these experts.
+
+    slots, local: as in the manifest; name: where it is not the one that the line gives it.
+    """
+    members = tuple(
+        m for p in line.projections if (m := stack.member(p, component.name)) is not None
+    )
+    axes = stack.axes_in(line, component)
+    geometry = stack.geometry_in(line, component, len(experts))
+    expert = ExpertEntry(
+        stack=number,
+        experts=experts,
+        projections=line.projections,
+        component=component.name,
+        axes=str(axes),
+        matrix=geometry.canonical_shape,
+        slots=slots,
+        local=local,
+    )
+    return Draft(
+        name=name or line.name(stack.name, component, experts[0] if line.per_expert else None),
+        dtype=members[0].dtype,
+        shape=geometry.shape,
+        nbytes=geometry.numel * BITS[members[0].dtype] // 8,
+        source=None,
+        woven=Woven(members, experts, axes, geometry, expert),
+    )
 
 
 def refuse_straddling(stack: Stack, line: Line, component: Component) -> None:

@@ -88,9 +88,7 @@ def output_file(
     tiles: list[Tile] = []
     for draft, offset in places:
         expert = draft.woven.expert if draft.woven else None
-        units = 1
-        if expert is not None:
-            units = (expert.experts[1] - expert.experts[0]) * len(expert.projections)
+        units = 1 if expert is None else expert.units
         tiles += tiles_of(draft, tensor=len(tensors), offset=offset)
         tensors.append(
             OutputTensor(draft.name, draft.dtype, draft.shape, offset, draft.nbytes, units, expert)

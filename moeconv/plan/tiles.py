@@ -47,28 +47,25 @@ class _Weaver:
         self.offset = offset
         self.bits = BITS[draft.dtype]
         self.name = draft.name
-        first, last = woven.expert.experts
-        self.experts = range(first, last)
-        line_has_expert = EXPERT in woven.stack.axes_in(woven.line, woven.component).letters
-        self.runs = len(self.experts) if line_has_expert else 1
+        self.keys = woven.keys
+        self.runs = len(self.keys) if EXPERT in woven.axes.letters else 1
         self.run_bytes = draft.nbytes // self.runs
-        members = (woven.stack.member(p, woven.component.name) for p in woven.expert.projections)
-        self.members = [m for m in members if m is not None]
+        self.members = woven.members
 
     def tiles(self) -> Iterator[Tile]:
         if self._plain():
             yield from self._copies()
             return
-        if self.runs == len(self.experts):
-            for number, expert in enumerate(self.experts):
-                yield self._weave(number, [expert])
+        if self.runs == len(self.keys):
+            for number, key in enumerate(self.keys):
+                yield self._weave(number, (key,))
         else:
-            yield self._weave(0, list(self.experts))
+            yield self._weave(0, self.keys)
 
     def _plain(self) -> bool:
         target = self.woven.geometry
         return (
-            self.runs == len(self.experts)
+            self.runs == len(self.keys)
             and (target.pair_stride != 0 or len(self.members) == 1)
             and target.contiguous
             and all(m.geometry.contiguous for m in self.members)
@@ -86,11 +83,11 @@ class _Weaver:
             (m, projection_place(m, p))
             for m, p in zip(self.members, self.woven.expert.projections, strict=True)
         ]
-        for number, expert in enumerate(self.experts):
+        for number, key in enumerate(self.keys):
             base = self.offset + number * self.run_bytes
             for g, (member, place) in enumerate(pairs):
-                source = member.tensor(expert)
-                inner = member.geometry.expert_stride * expert
+                source, position = member.place(key)
+                inner = member.geometry.expert_stride * position
                 inner += member.geometry.pair_stride * place
                 yield CopyTile(
                     base + g * target.pair_stride * self.bits // 8,
@@ -101,15 +98,15 @@ class _Weaver:
                     source.offset + inner * self.bits // 8,
                 )
 
-    def _weave(self, number: int, experts: list[int]) -> WeaveTile:
+    def _weave(self, number: int, keys: tuple[int, ...]) -> WeaveTile:
         spans: list[Span] = []
         pieces: list[Piece] = []
         taken: set[int] = set()
-        for expert in experts:
+        for position, key in enumerate(keys):
             for g, (member, projection) in enumerate(
                 zip(self.members, self.woven.expert.projections, strict=True)
             ):
-                span = self._span(member, expert)
+                span = self._span(member, key)
                 if span not in spans:
                     spans.append(span)
                 inner = member.geometry.pair_stride * projection_place(member, projection)
@@ -117,7 +114,7 @@ class _Weaver:
                 target = self._in_items(self.woven.geometry, self.woven.geometry.pair_stride * g)
                 pieces.append(
                     Piece(
-                        unit=(expert - self.experts[0]) * len(self.members) + g,
+                        unit=(number + position) * len(self.members) + g,
                         span=spans.index(span),
                         src_offset=source.offset,
                         src_strides=source.strides,
@@ -137,13 +134,13 @@ class _Weaver:
             tuple(pieces),
         )
 
-    def _span(self, member: Member, expert: int) -> Span:
+    def _span(self, member: Member, key: int) -> Span:
         """The run of the source that holds this expert; E is outermost, so it is one."""
-        tensor = member.tensor(expert)
+        tensor, position = member.place(key)
         if EXPERT not in member.axes.letters:
             return Span(tensor.file, tensor.offset, tensor.nbytes)
-        run = tensor.nbytes // self.woven.stack.sizes.experts
-        return Span(tensor.file, tensor.offset + expert * run, run)
+        run = member.geometry.expert_stride * self.bits // 8
+        return Span(tensor.file, tensor.offset + position * run, run)
 
     def _in_items(self, geometry: Geometry, offset: int) -> _Place:
         shape = geometry.canonical_shape
@@ -159,7 +156,7 @@ class _Weaver:
         if step != 1 or any(n % 8 for n in counts):
             raise SubByteAxis(
                 f"{quoted(self.name)} cannot be rearranged: its values do not fill whole bytes",
-                at=quoted(self.woven.stack.name),
+                at=quoted(self.name),
                 cause=f"a value has {self.bits} bits, and the fastest axis has {last} of them "
                 f"in steps of {step}",
                 fix="choose a layout that keeps the K axis last",

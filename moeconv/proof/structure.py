@@ -115,6 +115,8 @@ def _data_file(root: Path, part: Part) -> list[MoeconvError]:
 
 
 def _index(root: Path, top: Root, parts: list[Part]) -> list[MoeconvError]:
+    if top.index is None:
+        return []
     try:
         index = parse_index(read_entry(root, top.index), name=top.index.name)
     except (Malformed, IoFailed) as problem:

@@ -88,12 +88,12 @@ def test_any_flipped_bit_of_the_root():
         b"{}{}",
         b"\xef\xbb\xbf" + ROOT_BODY,
         ROOT_BODY.decode().encode("utf-16"),
-        ROOT_BODY.replace(b'"minor":0', b'"minor":NaN'),
-        ROOT_BODY.replace(b'"minor":0', b'"minor":0.0'),
-        ROOT_BODY.replace(b'"minor":0', b'"minor":1e400'),
-        ROOT_BODY.replace(b'"minor":0', b'"minor":18446744073709551616'),
-        ROOT_BODY.replace(b'"minor":0', b'"minor":' + b"9" * 5000),
-        ROOT_BODY.replace(b'"minor":0', b'"minor":' + b"[" * 100_000),
+        ROOT_BODY.replace(b'"minor":1', b'"minor":NaN'),
+        ROOT_BODY.replace(b'"minor":1', b'"minor":0.0'),
+        ROOT_BODY.replace(b'"minor":1', b'"minor":1e400'),
+        ROOT_BODY.replace(b'"minor":1', b'"minor":18446744073709551616'),
+        ROOT_BODY.replace(b'"minor":1', b'"minor":' + b"9" * 5000),
+        ROOT_BODY.replace(b'"minor":1', b'"minor":' + b"[" * 100_000),
         ROOT_BODY.replace(b'"moeconv.manifest"', b'"\xff"'),
     ],
     ids=["empty", "cut", "two", "bom", "utf-16", "nan", "float", "1e400", "2^64", "5000 digits",
@@ -127,8 +127,8 @@ def test_a_newer_major_version(made: Path, major: int):
 
 
 def test_a_required_feature_that_is_unknown(made: Path):
-    edit_root(made, lambda doc: doc["requires"].append("virtual"))
-    refused_everywhere(made, UnsupportedVersion, ROOT_NAME, "virtual", "newer")
+    edit_root(made, lambda doc: doc["requires"].append("compressed"))
+    refused_everywhere(made, UnsupportedVersion, ROOT_NAME, "compressed", "newer")
 
 
 def test_a_required_feature_that_would_act_on_a_terminal(made: Path):
