@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from moeconv.checkpoint.papers import inside
 from moeconv.errors import MissingShard, SourceMissing, UnsafePath, quoted
 from moeconv.names import natural_key, relative_path_problem
 
@@ -23,30 +24,6 @@ class Sidecar:
     path: Path
     size: int
     mtime_ns: int
-
-
-def inside(root: Path, name: str) -> Path:
-    """The real path of `name` under `root`, links followed.
-
-    A link may lead anywhere inside `root`, or, where `root` is a snapshot of the Hub's cache
-    (`models--x/snapshots/COMMIT`), to that repository's own `blobs`. Raises UnsafePath.
-    """
-    link = root / name
-    real = Path(os.path.realpath(link))
-    home = Path(os.path.realpath(root))
-    if real.is_relative_to(home) or ((blobs := _hub_blobs(home)) and real.is_relative_to(blobs)):
-        return real
-    raise UnsafePath(
-        f"{quoted(name)} is a link out of the checkpoint",
-        at=quoted(str(link)),
-        cause=f"it leads to {quoted(str(real))}",
-        fix="replace the link by the file it should stand for",
-    )
-
-
-def _hub_blobs(root: Path) -> Path | None:
-    snapshot = root if root.parent.name == "snapshots" else None
-    return None if snapshot is None else snapshot.parent.parent / "blobs"
 
 
 def existing(root: Path, name: str, *, named_by: str) -> Path:

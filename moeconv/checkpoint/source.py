@@ -12,13 +12,13 @@ from moeconv.checkpoint import hub
 from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
 from moeconv.checkpoint.header import Header, StoredTensor, read_header
 from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
+from moeconv.checkpoint.papers import inside
 from moeconv.checkpoint.reading import LFS_MARK, opened, read_document, read_start
 from moeconv.checkpoint.sets import SetFiles, open_set
 from moeconv.checkpoint.sidecars import (
     Sidecar,
     existing,
     files_below,
-    inside,
     refuse_unsafe_name,
     sidecar,
     sidecars,

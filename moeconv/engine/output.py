@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from moeconv.checkpoint.papers import read_bounded
 from moeconv.checkpoint.reading import file_digest
-from moeconv.checkpoint.sets import read_bounded
 from moeconv.errors import (
     DiskFull,
     IoFailed,

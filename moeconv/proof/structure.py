@@ -10,9 +10,8 @@ from typing import Final
 from moeconv.checkpoint.header import LENGTH_BYTES, parse_header
 from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import parse_origin
+from moeconv.checkpoint.papers import damaged, inside, read_entry, read_root
 from moeconv.checkpoint.reading import opened, read_start, unreadable
-from moeconv.checkpoint.sets import damaged, read_bounded, read_entry
-from moeconv.checkpoint.sidecars import inside
 from moeconv.checkpoint.source import SUFFIX
 from moeconv.digest import digest, fingerprint
 from moeconv.errors import (
@@ -28,7 +27,6 @@ from moeconv.layout.recipe import WEIGHT
 from moeconv.library import manifest_recipes
 from moeconv.manifest import (
     MAX_PART_BYTES,
-    MAX_ROOT_BYTES,
     PARTS_DIR,
     ROOT_NAME,
     FileEntry,
@@ -39,7 +37,7 @@ from moeconv.manifest import (
     addresses,
     matrix_address,
 )
-from moeconv.manifestreader import parse_part, parse_root
+from moeconv.manifestreader import parse_part
 
 _MAX_MISSING: Final = 20
 
@@ -50,7 +48,7 @@ def check_structure(root: Path) -> tuple[Manifest | None, list[MoeconvError]]:
     Returns the manifest where all of its parts could be read.
     """
     try:
-        top = parse_root(read_bounded(inside(root, ROOT_NAME), MAX_ROOT_BYTES, name=ROOT_NAME))
+        top = read_root(root)
     except MoeconvError as problem:
         return None, [problem]
     problems: list[MoeconvError] = []
