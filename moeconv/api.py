@@ -23,7 +23,8 @@ from moeconv.layout.detect import Detection, detect
 from moeconv.layout.recipe import Recipe
 from moeconv.library import fitting, load_recipe, manifest_recipes, shipped_recipes
 from moeconv.manifest import Manifest
-from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion, plan_restore
+from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion
+from moeconv.plan.existing import plan_restore
 from moeconv.plan.values import Plan
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000

@@ -342,6 +342,12 @@ class Damaged(Malformed):
     code = "damaged"
 
 
+class DigestsMissing(Malformed):
+    """A set whose bytes nobody has read yet: there is nothing to hold them against."""
+
+    code = "digests-missing"
+
+
 # --- 5: unsupported ----------------------------------------------------------------------------
 class Unsupported(MoeconvError):
     """Well-formed, but nothing that moeconv knows."""
@@ -390,6 +396,12 @@ class StraddlingBlock(Unsupported):
     """A quantisation block that would lie across two projections."""
 
     code = "straddling-block"
+
+
+class NotVirtual(Unsupported):
+    """A virtual set in a layout whose tensors are not runs of the source."""
+
+    code = "not-virtual"
 
 
 class SubByteAxis(Unsupported):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
@@ -48,24 +49,74 @@ def copied(tensor: StoredTensor) -> Draft:
     return Draft(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, tensor, None)
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """All tensors that a layout has for one line and component of a stack."""
+
+    stack: Stack
+    number: int  # of the stack, in the manifest
+    line: Line
+    component: Component
+    members: tuple[Member, ...]
+    axes: Axes
+
+    def name(self, number: int | None) -> str:
+        """The name of a tensor; number: of the expert or slot, where each has its own."""
+        return self.line.name(self.stack.name, self.component, number)
+
+    def geometry(self, experts: int) -> Geometry:
+        """The geometry of a tensor that holds so many experts."""
+        return self.stack.geometry_in(self.line, self.component, experts)
+
+    def draft(
+        self,
+        name: str,
+        geometry: Geometry,
+        experts: tuple[int, ...],
+        *,
+        slots: tuple[int, int] | None = None,
+        local: str | None = None,
+    ) -> Draft:
+        """One output tensor with these experts; slots and local are as in the manifest."""
+        dtype = self.members[0].dtype
+        expert = ExpertEntry(
+            stack=self.number,
+            experts=experts,
+            projections=self.line.projections,
+            component=self.component.name,
+            axes=str(self.axes),
+            matrix=geometry.canonical_shape,
+            slots=slots,
+            local=local,
+        )
+        nbytes = geometry.numel * BITS[dtype] // 8
+        woven = Woven(self.members, experts, self.axes, geometry, expert)
+        return Draft(name, dtype, geometry.shape, nbytes, None, woven)
+
+    def for_all(self, *, local: bool = False) -> list[Draft]:
+        """The tensors with every expert in logical order.
+
+        local: say also which names they have on a rank, where each expert has its own.
+        """
+        count = self.stack.sizes.experts
+        if not self.line.per_expert:
+            return [self.draft(self.name(None), self.geometry(count), tuple(range(count)))]
+        geometry = self.geometry(1)
+        pattern = self.line.name(self.stack.name, self.component, None) if local else None
+        if pattern is not None:
+            pattern = pattern.replace("{expert}", "{slot}")
+        return [self.draft(self.name(e), geometry, (e,), local=pattern) for e in range(count)]
+
+
 def laid_out(stack: Stack, number: int, layout: Layout) -> list[Draft]:
     """All output tensors of a stack in a layout. Raises StraddlingBlock.
 
     number: the stack's index in the manifest.
     """
-    every = tuple(range(stack.sizes.experts))
-    return [
-        draft
-        for line, component in lines_of(stack, layout)
-        for draft in (
-            [one_draft(stack, number, line, component, (e,)) for e in every]
-            if line.per_expert
-            else [one_draft(stack, number, line, component, every)]
-        )
-    ]
+    return list(chain.from_iterable(k.for_all() for k in kinds_of(stack, number, layout)))
 
 
-def lines_of(stack: Stack, layout: Layout) -> Iterator[tuple[Line, Component]]:
+def kinds_of(stack: Stack, number: int, layout: Layout) -> Iterator[Kind]:
     """What a stack stores in a layout: each line with each component. Raises StraddlingBlock."""
     for line in layout.lines:
         for component in stack.recipe.components:
@@ -74,47 +125,9 @@ def lines_of(stack: Stack, layout: Layout) -> Iterator[tuple[Line, Component]]:
                 continue
             refuse_straddling(stack, member.line, component)
             refuse_straddling(stack, line, component)
-            yield line, component
-
-
-def one_draft(
-    stack: Stack,
-    number: int,
-    line: Line,
-    component: Component,
-    experts: tuple[int, ...],
-    *,
-    slots: tuple[int, int] | None = None,
-    name: str | None = None,
-    local: str | None = None,
-) -> Draft:
-    """One output tensor that holds these experts.
-
-    slots, local: as in the manifest; name: where it is not the one that the line gives it.
-    """
-    members = tuple(
-        m for p in line.projections if (m := stack.member(p, component.name)) is not None
-    )
-    axes = stack.axes_in(line, component)
-    geometry = stack.geometry_in(line, component, len(experts))
-    expert = ExpertEntry(
-        stack=number,
-        experts=experts,
-        projections=line.projections,
-        component=component.name,
-        axes=str(axes),
-        matrix=geometry.canonical_shape,
-        slots=slots,
-        local=local,
-    )
-    return Draft(
-        name=name or line.name(stack.name, component, experts[0] if line.per_expert else None),
-        dtype=members[0].dtype,
-        shape=geometry.shape,
-        nbytes=geometry.numel * BITS[members[0].dtype] // 8,
-        source=None,
-        woven=Woven(members, experts, axes, geometry, expert),
-    )
+            members = (stack.member(p, component.name) for p in line.projections)
+            held = tuple(m for m in members if m is not None)
+            yield Kind(stack, number, line, component, held, stack.axes_in(line, component))
 
 
 def refuse_straddling(stack: Stack, line: Line, component: Component) -> None:
@@ -138,27 +151,54 @@ def refuse_straddling(stack: Stack, line: Line, component: Component) -> None:
                 )
 
 
-def fates(stack: Stack, layout: Layout) -> list[Fate]:
-    """What becomes of each of a stack's tensors in `layout`."""
+def fates(
+    stack: Stack,
+    layout: Layout,
+    *,
+    numbers: list[list[int]] | None = None,
+    replicated: frozenset[str] = frozenset(),
+) -> list[Fate]:
+    """What becomes of each of a stack's tensors in `layout`.
+
+    numbers: for each expert those that its tensors have, on all ranks that hold it, where they are
+    not its own; replicated: components that are written once for each of these.
+    """
     out = []
-    every = range(stack.sizes.experts)
+    own = [[e] for e in range(stack.sizes.experts)]
     for member in stack.members:
-        held = set(member.line.projections)
-        lines = [line for line in layout.lines if held & set(line.projections)]
-        for number, tensor in enumerate(member.tensors):
-            experts = [number] if member.line.per_expert else list(every)
-            into = tuple(
-                chain.from_iterable(
-                    [line.name(stack.name, member.component, e) for e in experts]
-                    if line.per_expert
-                    else [line.name(stack.name, member.component, None)]
-                    for line in lines
+        component = member.component
+        many = numbers if numbers is not None and component.name in replicated else own
+        lines = [ln for ln in layout.lines if set(member.line.projections) & set(ln.projections)]
+        held = experts_read(member, stack.sizes.experts)
+        for tensor, experts in zip(member.tensors, held, strict=True):
+            into = dict.fromkeys(
+                line.name(stack.name, component, n if line.per_expert else None)
+                for line in lines
+                for n in (
+                    chain.from_iterable(many[e] for e in experts) if line.per_expert else (0,)
                 )
             )
-            verb = _verb(stack.layout, layout)
-            if any(_shares(stack, line, member.component) for line in lines):
+            verb = "replica" if not experts else _verb(stack.layout, layout)
+            if experts and any(_shares(stack, line, component) for line in lines):
                 verb = "shared"
-            out.append(Fate(tensor.name, verb, into, tensor.nbytes))
+            copies = sum(len(many[e]) - 1 for e in experts)
+            added = copies * matrix_bytes(member) * len(member.line.projections)
+            out.append(Fate(tensor.name, verb, tuple(into), tensor.nbytes, added))
+    return out
+
+
+def matrix_bytes(member: Member) -> int:
+    """Bytes of one logical matrix of a member."""
+    return prod(member.geometry.canonical_shape) * BITS[member.dtype] // 8
+
+
+def experts_read(member: Member, experts: int) -> list[list[int]]:
+    """The experts that are read from each of a member's tensors."""
+    if member.places is None:
+        return [[e] for e in range(experts)] if member.line.per_expert else [list(range(experts))]
+    out: list[list[int]] = [[] for _ in member.tensors]
+    for expert, (number, _) in enumerate(member.places):
+        out[number].append(expert)
     return out
 
 

@@ -26,9 +26,16 @@ METADATA: Final = {"format": "pt"}
 _ENTRY_BYTES: Final = 96
 
 
-def pack(drafts: Iterable[Draft], *, max_shard_size: int) -> tuple[OutputFile, ...]:
+def pack(
+    drafts: Iterable[Draft],
+    *,
+    max_shard_size: int,
+    prefix: str = "model",
+    rank: int | None = None,
+) -> tuple[OutputFile, ...]:
     """Output files of at most `max_shard_size` bytes; a larger single tensor stands alone.
 
+    prefix: how their names begin; rank: whose they are, in an expert-parallel set.
     Raises NameCollision where two output tensors would have one name.
     """
     ordered = sorted(drafts, key=lambda d: natural_key(d.name))
@@ -46,7 +53,7 @@ def pack(drafts: Iterable[Draft], *, max_shard_size: int) -> tuple[OutputFile, .
         size += draft.nbytes + entry
         header = grown
     return tuple(
-        placed(_ordered(shard), f"model-{n:05d}-of-{len(shards):05d}.safetensors")
+        placed(_ordered(shard), f"{prefix}-{n:05d}-of-{len(shards):05d}.safetensors", rank=rank)
         for n, shard in enumerate(shards, start=1)
     )
 
@@ -69,7 +76,7 @@ def _ordered(shard: list[Draft]) -> list[Draft]:
     return sorted(shard, key=lambda d: (d.nbytes % PAGE != 0, -alignment(d.dtype)))
 
 
-def placed(drafts: list[Draft], name: str) -> OutputFile:
+def placed(drafts: list[Draft], name: str, *, rank: int | None = None) -> OutputFile:
     """One output file with its drafts in the order given."""
     header = header_bytes(drafts)
     offsets = []
@@ -77,11 +84,17 @@ def placed(drafts: list[Draft], name: str) -> OutputFile:
     for draft in drafts:
         offsets.append(at)
         at += draft.nbytes
-    return output_file(name, header, list(zip(drafts, offsets, strict=True)), size=at)
+    places = list(zip(drafts, offsets, strict=True))
+    return output_file(name, header, places, size=at, rank=rank)
 
 
 def output_file(
-    name: str, header: bytes, places: list[tuple[Draft, int]], *, size: int
+    name: str,
+    header: bytes,
+    places: list[tuple[Draft, int]],
+    *,
+    size: int,
+    rank: int | None = None,
 ) -> OutputFile:
     """An output file from drafts at known offsets, in offset order."""
     tensors: list[OutputTensor] = []
@@ -93,7 +106,7 @@ def output_file(
         tensors.append(
             OutputTensor(draft.name, draft.dtype, draft.shape, offset, draft.nbytes, units, expert)
         )
-    return OutputFile(name, header, size, tuple(tensors), tuple(tiles))
+    return OutputFile(name, header, size, tuple(tensors), tuple(tiles), rank)
 
 
 def header_bytes(drafts: list[Draft]) -> bytes:

@@ -87,17 +87,23 @@ class OutputFile:
     size: int
     tensors: tuple[OutputTensor, ...]
     tiles: tuple[Tile, ...]
+    rank: int | None = None  # whose file it is, in an expert-parallel set
 
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What became of one source tensor: `verb` is copied, renamed, fused, split, rearranged
-    or shared (one value stored for several matrices, which must be equal)."""
+    """What became of one source tensor: `verb` is copied, renamed, fused, split, rearranged,
+    shared (one value stored for several matrices, which must be equal), or replica (not read: the
+    same experts stand elsewhere in the source).
+
+    added: bytes that are written beyond its own, for redundant experts.
+    """
 
     source: str
     verb: str
     into: tuple[str, ...]
     nbytes: int
+    added: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,8 @@ class Plan:
     """A conversion, complete: the same for any number of workers.
 
     restores: the output is the origin itself, bit for bit, and gets no manifest.
+    ep_size: of an expert-parallel set. virtual: the files are not written, their bytes stay where
+    they are in the source.
     """
 
     files: tuple[OutputFile, ...]
@@ -115,6 +123,13 @@ class Plan:
     ledger: tuple[Fate, ...]
     notes: tuple[str, ...]
     restores: bool = False
+    ep_size: int | None = None
+    virtual: bool = False
+
+    @property
+    def replica_bytes(self) -> int:
+        """Bytes of redundant experts: what is written beyond the source."""
+        return sum(fate.added for fate in self.ledger)
 
     @property
     def tensor_bytes(self) -> int:

@@ -22,7 +22,7 @@ from moeconv.manifest import (
     addresses,
     canonical_shape,
 )
-from moeconv.plan.convert import PlacedHeader, plan_onto
+from moeconv.plan.existing import PlacedHeader, plan_onto
 from moeconv.plan.values import OutputFile
 
 

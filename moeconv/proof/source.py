@@ -16,7 +16,7 @@ from moeconv.engine.crew import Limits, Progress, run_tiles
 from moeconv.engine.tiles import BUFFER_BYTES, Digests, Origin
 from moeconv.errors import Damaged, IoFailed, MoeconvError, TensorNotInFile, quoted
 from moeconv.layout.detect import Detection
-from moeconv.plan.convert import plan_onto
+from moeconv.plan.existing import plan_onto
 from moeconv.plan.values import OutputFile, OutputTensor
 from moeconv.proof.digests import placed_headers
 

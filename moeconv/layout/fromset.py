@@ -1,0 +1,215 @@
+"""The stacks of an expert-parallel set: said by its manifest, held against recipes and headers.
+
+Names do not tell them: each rank calls its tensors alike, and a slot is not an expert.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+from moeconv.checkpoint.header import StoredTensor
+from moeconv.errors import BadManifest, MissingExpert, MoeconvError, quoted
+from moeconv.layout.axes import EXPERT, IN, OUT, Axes, AxesSyntax, parse_axes
+from moeconv.layout.detect import Detection
+from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe
+from moeconv.layout.stack import Member, Sizes, Stack
+from moeconv.manifest import ExpertEntry, Manifest, StackEntry, TensorEntry
+from moeconv.names import natural_key, printable
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An expert tensor of a set: what its part says, and where it is."""
+
+    entry: TensorEntry
+    expert: ExpertEntry
+    stored: StoredTensor
+
+
+def set_detection(
+    manifest: Manifest, stored: dict[tuple[str, str], StoredTensor], recipes: tuple[Recipe, ...]
+) -> Detection:
+    """What an expert-parallel set holds; of each expert's replicas the one in the first slot.
+
+    stored: the headers' facts by file and tensor name. Problems are collected, not raised.
+    """
+    by_name = {r.name: r for r in recipes}
+    held, others = sorted_out(manifest, stored)
+    stacks: list[Stack] = []
+    problems: list[MoeconvError] = []
+    for number, entry in enumerate(manifest.root.stacks):
+        try:
+            recipe = by_name[entry.recipe]
+            stacks.append(_stack(entry, manifest.root.ep_size or 1, recipe, held.get(number, [])))
+        except MoeconvError as problem:
+            problems.append(problem)
+    stacks.sort(key=lambda s: natural_key(s.name))
+    whole = {s.name for s in stacks}
+    damaged = tuple(s.name for s in manifest.root.stacks if s.name not in whole)
+    return Detection(tuple(stacks), others, tuple(problems), damaged)
+
+
+def sorted_out(
+    manifest: Manifest, stored: dict[tuple[str, str], StoredTensor]
+) -> tuple[dict[int, list[Held]], tuple[StoredTensor, ...]]:
+    """The expert tensors of each stack, by its number, and the tensors of no expert."""
+    held: dict[int, list[Held]] = defaultdict(list)
+    others: list[StoredTensor] = []
+    for part in manifest.parts:
+        for entry in part.tensors:
+            place = stored.get((part.file, entry.name))
+            if place is None:
+                raise _unfit(entry.name, "its part lists it, its file does not hold it")
+            if entry.expert is None:
+                others.append(place)
+            else:
+                held[entry.expert.stack].append(Held(entry, entry.expert, place))
+    return held, tuple(others)
+
+
+def self_members(stack: Stack, held: Held) -> tuple[Member, ...]:
+    """Members under which a tensor of a set is read from itself, position by position."""
+    line, component = _home(stack.layout, stack.recipe, held)
+    count = len(held.expert.experts)
+    member = Member(
+        line=line,
+        component=component,
+        dtype=held.entry.dtype,
+        axes=stack.axes_in(line, component),
+        geometry=stack.geometry_in(line, component, count),
+        tensors=(held.stored,),
+        places=tuple((0, position) for position in range(count)),
+    )
+    return (member,) * len(line.projections)
+
+
+def _home(layout: Layout, recipe: Recipe, held: Held) -> tuple[Line, Component]:
+    """The line and component that a tensor says it is of. Raises BadManifest."""
+    expert = held.expert
+    line = next((ln for ln in layout.lines if ln.projections == expert.projections), None)
+    component = next((c for c in recipe.components if c.name == expert.component), None)
+    if line is None or component is None:
+        raise _unfit(
+            held.entry.name,
+            f"recipe {quoted(recipe.name)} has no {expert.component} of "
+            f"{' and '.join(expert.projections)} in layout {quoted(layout.name)}",
+        )
+    return line, component
+
+
+def _stack(entry: StackEntry, ep_size: int, recipe: Recipe, held: list[Held]) -> Stack:
+    layout = recipe.layout(entry.layout)
+    if layout is None or not held:
+        raise _unfit(entry.name, "no tensor of the set is of this stack")
+    homes: dict[tuple[tuple[str, ...], str], list[Held]] = defaultdict(list)
+    granules: dict[str, int] = {}
+    packing: dict[tuple[str, bool, str], int] = {}
+    for one in held:
+        line, component = _home(layout, recipe, one)
+        homes[line.projections, component.name].append(one)
+        granules |= _granules(one, line.component_axes(component))
+        packing |= _packing(one, component)
+    sizes = Sizes(entry.experts, entry.width, entry.hidden, tuple(sorted(packing.items())))
+    stack = Stack(entry.name, recipe, layout, sizes, tuple(sorted(granules.items())), ())
+    members = tuple(
+        _member(stack, entry, ep_size, (line, component), homes[line.projections, component.name])
+        for line in layout.lines
+        for component in recipe.components
+        if (line.projections, component.name) in homes
+    )
+    return replace(stack, members=members)
+
+
+def _granules(one: Held, named: Axes) -> dict[str, int]:
+    """The numbers that a tensor's axes have where the recipe's have names."""
+    try:
+        said = parse_axes(one.expert.axes)
+    except AxesSyntax as problem:
+        raise _unfit(one.entry.name, str(problem)) from None
+    if [a.letter for a in said.flat] != [a.letter for a in named.flat]:
+        raise _unfit(one.entry.name, f"its axes are `{said}`, the recipe says `{named}`")
+    return {
+        own.granule: axis.granule
+        for own, axis in zip(named.flat, said.flat, strict=True)
+        if isinstance(own.granule, str) and isinstance(axis.granule, int)
+    }
+
+
+def _packing(one: Held, component: Component) -> dict[tuple[str, bool, str], int]:
+    """The sizes of the packing axes, from the canonical shape of one matrix."""
+    letters = component.axes.letters
+    canonical = [c for c in (OUT, IN) if c in letters] + sorted(c for c in letters if c.islower())
+    if len(canonical) != len(one.expert.matrix):
+        raise _unfit(one.entry.name, f"a matrix `{component.axes}` has other dimensions")
+    down = one.expert.projections == (DOWN,)
+    sizes = zip(canonical, one.expert.matrix, strict=True)
+    return {(component.name, down, letter): size for letter, size in sizes if letter.islower()}
+
+
+def _member(
+    stack: Stack,
+    entry: StackEntry,
+    ep_size: int,
+    home: tuple[Line, Component],
+    group: list[Held],
+) -> Member:
+    line, component = home
+    row = entry.physical_to_logical
+    share = len(row) // ep_size if row else 0
+    axes = stack.axes_in(line, component)
+    first: dict[int, tuple[int, int]] = {}
+    slots: set[int] = set()
+    for number, one in enumerate(group):
+        _check(stack, line, component, one, share)
+        start = one.expert.slots[0] if one.expert.slots else one.expert.experts[0]
+        for position, expert in enumerate(one.expert.experts):
+            slots.add(start + position)
+            first.setdefault(expert, (number, position if EXPERT in axes.letters else 0))
+    wanted = len(row) if row and group[0].expert.slots else entry.experts
+    held = sum(len(one.expert.experts) for one in group)
+    if not len(slots) == len({*slots, *range(wanted)}) == held or len(first) != entry.experts:
+        raise MissingExpert(
+            f"{quoted(entry.name)} is not whole",
+            at=quoted(group[0].entry.name),
+            cause=f"{held} of {wanted} slots hold its {component.name} of "
+            f"{' and '.join(line.projections)}, for {len(first)} of {entry.experts} experts",
+            fix="convert the checkpoint again",
+        )
+    return Member(
+        line=line,
+        component=component,
+        dtype=group[0].entry.dtype,
+        axes=axes,
+        geometry=stack.geometry_in(line, component, len(group[0].expert.experts)),
+        tensors=tuple(one.stored for one in group),
+        places=tuple(first[e] for e in range(entry.experts)),
+    )
+
+
+def _check(stack: Stack, line: Line, component: Component, one: Held, share: int) -> None:
+    """A tensor must be what its recipe makes of its stack. Raises BadManifest."""
+    expert, slots = one.expert, one.expert.slots
+    here = stack.geometry_in(line, component, len(expert.experts))
+    number = None
+    if line.per_expert:
+        number = slots[0] % share if slots and share else expert.experts[0]
+    said = (one.entry.name, expert.axes, expert.matrix, one.stored.shape, one.stored.dtype)
+    need = (
+        line.name(stack.name, component, number),
+        str(stack.axes_in(line, component)),
+        here.canonical_shape,
+        here.shape,
+        one.entry.dtype,
+    )
+    if said != need or (line.per_expert and len(expert.experts) != 1):
+        raise _unfit(one.entry.name, f"it is {said}, its recipe makes it {need}")
+
+
+def _unfit(name: str, cause: str) -> BadManifest:
+    return BadManifest(
+        f"{quoted(name)} is not what the set's manifest says",
+        at=quoted(name),
+        cause=printable(cause),
+        fix="convert the checkpoint again; a manifest is never edited by hand",
+    )

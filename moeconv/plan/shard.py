@@ -1,0 +1,155 @@
+"""Planning an expert-parallel set: each rank's slots in its own files, everything else once.
+
+Slot p of a stack's P slots is on rank p // (P / ep_size). Source of the rule: sglang's expert
+location, and every engine that follows DeepSeek's EPLB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.errors import NotVirtual, quoted
+from moeconv.layout.axes import IN, OUT
+from moeconv.layout.detect import Detection
+from moeconv.layout.recipe import Layout
+from moeconv.layout.stack import Stack
+from moeconv.manifest import rank_name
+from moeconv.plan.convert import (
+    FUSE,
+    copied_fates,
+    notes_of,
+    prove,
+    recipes_of,
+    refuse_no_experts,
+    stack_entry,
+    target_of,
+)
+from moeconv.plan.draft import Draft, Kind, copied, fates, kinds_of
+from moeconv.plan.pack import pack
+from moeconv.plan.values import Fate, OutputFile, Plan, WeaveTile
+
+COMMON = "common"
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How stacks are shared out among ranks.
+
+    rows: physical_to_logical [P] by stack name; a stack without a row stays in the common files.
+    """
+
+    ep_size: int
+    rows: dict[str, tuple[int, ...]]
+
+
+def plan_shards(
+    detection: Detection,
+    sharding: Sharding,
+    *,
+    layout: str | None,
+    max_shard_size: int,
+    origin_layouts: dict[str, str],
+    virtual: bool,
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """One set of files a rank and one for all ranks, stacks in `layout` or the family's fused one.
+
+    Raises NoExperts, UnknownLayout, StraddlingBlock, NameCollision, SubByteAxis, NotVirtual.
+    """
+    refuse_no_experts(detection)
+    stacks = detection.stacks
+    targets = {s.name: target_of(s, FUSE, layout) for s in stacks}
+    common, ranks = drafts_of(detection, sharding, targets)
+    files = list(pack(common, max_shard_size=max_shard_size, prefix=COMMON))
+    for rank, drafts in enumerate(ranks):
+        prefix = rank_name(rank, sharding.ep_size)
+        files += pack(drafts, max_shard_size=max_shard_size, prefix=prefix, rank=rank)
+    ledger = copied_fates(detection)
+    for stack in stacks:
+        ledger += _fates(stack, targets[stack.name], sharding)
+    plan = Plan(
+        files=tuple(files),
+        index_name=None,
+        index=b"",
+        stacks=tuple(
+            stack_entry(s, targets[s.name], origin_layouts, sharding.rows.get(s.name))
+            for s in stacks
+        ),
+        recipes=recipes_of(stacks),
+        ledger=tuple(ledger),
+        notes=(*notes, *notes_of(stacks, [targets[s.name] for s in stacks])),
+        ep_size=sharding.ep_size,
+        virtual=virtual,
+    )
+    prove(plan, detection)
+    if virtual:
+        _refuse_woven(plan.files)
+    return plan
+
+
+def drafts_of(
+    detection: Detection, sharding: Sharding, targets: dict[str, Layout]
+) -> tuple[list[Draft], list[list[Draft]]]:
+    """The tensors of the common files, and those of each rank's."""
+    common = [copied(t) for t in detection.others]
+    ranks: list[list[Draft]] = [[] for _ in range(sharding.ep_size)]
+    for number, stack in enumerate(detection.stacks):
+        row = sharding.rows.get(stack.name)
+        for kind in kinds_of(stack, number, targets[stack.name]):
+            if row is None or is_global(kind):
+                common += kind.for_all(local=row is not None)
+                continue
+            share = len(row) // sharding.ep_size
+            for rank in range(sharding.ep_size):
+                ranks[rank] += _slots(kind, row, rank * share, share)
+    return common, ranks
+
+
+def is_global(kind: Kind) -> bool:
+    """Whether a component says one thing of a whole matrix: runtimes reduce it over all experts."""
+    return not kind.component.axes.letters & {OUT, IN}
+
+
+def _slots(kind: Kind, row: tuple[int, ...], first: int, share: int) -> list[Draft]:
+    """A rank's tensors of one kind: one for each slot, or one with all of them."""
+    if not kind.line.per_expert:
+        slots = (first, first + share)
+        experts = row[first : first + share]
+        return [kind.draft(kind.name(None), kind.geometry(share), experts, slots=slots)]
+    geometry = kind.geometry(1)
+    return [
+        kind.draft(kind.name(s), geometry, (row[first + s],), slots=(first + s, first + s + 1))
+        for s in range(share)
+    ]
+
+
+def _fates(stack: Stack, layout: Layout, sharding: Sharding) -> list[Fate]:
+    row = sharding.rows.get(stack.name)
+    if row is None:
+        return fates(stack, layout)
+    share = len(row) // sharding.ep_size
+    numbers: list[list[int]] = [[] for _ in range(stack.sizes.experts)]
+    for slot, expert in enumerate(row):
+        numbers[expert].append(slot % share)
+    return fates(stack, layout, numbers=numbers, replicated=not_global(stack))
+
+
+def not_global(stack: Stack) -> frozenset[str]:
+    """The components that stand once in every slot, by name."""
+    return frozenset(
+        m.component.name for m in stack.members if m.component.axes.letters & {OUT, IN}
+    )
+
+
+def _refuse_woven(files: tuple[OutputFile, ...]) -> None:
+    for file in files:
+        for tile in file.tiles:
+            if isinstance(tile, WeaveTile):
+                name = file.tensors[tile.tensor].name
+                raise NotVirtual(
+                    f"{quoted(name)} cannot be a run of the source's bytes",
+                    at=quoted(name),
+                    cause="in this layout its values stand in another order than in the source",
+                    fix="choose the layout that the source has with `--layout`, "
+                    "or leave `--virtual` away",
+                )
