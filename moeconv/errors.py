@@ -104,6 +104,19 @@ class AmbiguousLayout(UsageProblem):
     code = "ambiguous-layout"
 
 
+class BadPlacement(MoeconvError):
+    """A well-formed placement map that does not fit the checkpoint or the ranks."""
+
+    code = "bad-placement"
+    exit_code = 2
+
+
+class TorchNeeded(UsageProblem):
+    """Something that only torch can read, and it is not installed."""
+
+    code = "torch-needed"
+
+
 # --- 3: input/output ---------------------------------------------------------------------------
 class IoFailed(MoeconvError):
     """The operating system refused a read or a write."""
@@ -340,6 +353,12 @@ class Damaged(Malformed):
     """A file of a moeconv set that is not the one that was written."""
 
     code = "damaged"
+
+
+class BadPlacementFile(Malformed):
+    """A placement map that breaks the rules of its own format."""
+
+    code = "bad-placement-file"
 
 
 # --- 5: unsupported ----------------------------------------------------------------------------
