@@ -11,6 +11,7 @@ from moeconv.cli.demo import demo
 from moeconv.cli.diff import diff
 from moeconv.cli.fingerprint import fingerprint
 from moeconv.cli.inspect import inspect
+from moeconv.cli.placement import placement
 from moeconv.cli.recipes import recipes
 from moeconv.cli.verify import verify
 from moeconv.version import __version__
@@ -29,6 +30,7 @@ app.command()(unfuse)
 app.command()(verify)
 app.command()(diff)
 app.command()(fingerprint)
+app.add_typer(placement, name="placement")
 app.add_typer(recipes, name="recipes")
 app.command()(demo)
 
