@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,7 +120,10 @@ _READERS: Final[dict[str, Callable[[bytes, str], tuple[Json, str]]]] = {
 def _foreign(name: str, reader: str) -> Iterator[None]:
     """Whatever another library says about a file is our own error."""
     try:
-        yield
+        # a library must not talk about the file on our streams
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except MoeconvError:
         raise
     except Exception as problem:  # noqa: BLE001 - these readers fail with any class at all

@@ -155,7 +155,7 @@ def _ascend(top: Table, problems: Problems) -> RawMap:
         table.finish()
     top.finish()
     if said != len(tables):
-        top.problem("moe_layer_count", f"is {said}, but there are {counted(len(tables), 'layer')}")
+        top.problem("moe_layer_count", f"is {said}, the list has {counted(len(tables), 'layer')}")
     if not tables:
         top.problem(ASCEND_KEY, "has no layers")
     for size, place in list(sizes.items())[1:]:
@@ -180,7 +180,7 @@ def _devices(layer: Table, problems: Problems) -> tuple[int, tuple[int, ...]]:
         held[number] = row
         device.finish()
     if len(devices) != said:
-        layer.problem("device_count", f"is {said}, but {len(devices)} are listed")
+        layer.problem("device_count", f"is {said}, the list has {counted(len(devices), 'device')}")
     elif sorted(held) != list(range(said)):
         layer.problem("device_list", f"must have the device ids 0 to {said - 1}")
     return said, tuple(expert for _, row in sorted(held.items()) for expert in row)
