@@ -11,13 +11,16 @@ if TYPE_CHECKING:
     from moeconv.api import fuse, open_source, unfuse
     from moeconv.checks import diff, fingerprint, verify
     from moeconv.errors import MoeconvError
+    from moeconv.sharding import merge, shard
 
 # PEP 562: `import moeconv` costs nothing until something of it is used
 _HOMES = {
     "diff": "moeconv.checks",
     "fingerprint": "moeconv.checks",
     "fuse": "moeconv.api",
+    "merge": "moeconv.sharding",
     "open_source": "moeconv.api",
+    "shard": "moeconv.sharding",
     "unfuse": "moeconv.api",
     "verify": "moeconv.checks",
     "MoeconvError": "moeconv.errors",
@@ -29,7 +32,9 @@ __all__ = [
     "diff",
     "fingerprint",
     "fuse",
+    "merge",
     "open_source",
+    "shard",
     "unfuse",
     "verify",
 ]

@@ -18,11 +18,12 @@ from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.engine.commit import commit, refuse_collisions, room_needed
 from moeconv.engine.crew import Limits
 from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
-from moeconv.errors import UnknownFamily, quoted
+from moeconv.errors import NotASet, UnknownFamily, quoted
 from moeconv.layout.detect import Detection, detect
+from moeconv.layout.fromset import set_detection
 from moeconv.layout.recipe import Recipe
 from moeconv.library import fitting, load_recipe, manifest_recipes, shipped_recipes
-from moeconv.manifest import Manifest
+from moeconv.manifest import ROOT_NAME, Manifest
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion
 from moeconv.plan.existing import plan_restore
 from moeconv.plan.values import Plan
@@ -75,6 +76,10 @@ def open_source(
     checkpoint = open_checkpoint(path, without=without)
     manifest = checkpoint.manifest
     names = tuple(f.name for f in checkpoint.files)
+    if manifest is not None and manifest.root.ep_size is not None:
+        recipes = manifest_recipes(manifest.root)
+        detection = set_detection(manifest, checkpoint.stored, recipes)
+        return Opened(path, checkpoint, recipes, detection)
     if manifest is not None:
         recipes = manifest_recipes(manifest.root)
         known = {s.name: s for s in manifest.root.stacks}
@@ -133,8 +138,8 @@ def fuse(
     Sizes are bytes; `progress(done, total)` is called with bytes of tensors, from workers.
     """
     source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
-    plan = _planned(source, FUSE, layout, max_shard_size)
-    return _carry_out(
+    plan = planned(source, FUSE, layout, max_shard_size)
+    return carry_out(
         source,
         Path(out),
         plan,
@@ -165,11 +170,11 @@ def unfuse(
     With `layout`, an output of moeconv is converted like any other checkpoint.
     """
     source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
-    if source.checkpoint.own is not None and layout is None:
-        plan = _restored(source)
+    if source.checkpoint.origin is not None and layout is None:
+        plan = restored(source)
     else:
-        plan = _planned(source, UNFUSE, layout, max_shard_size)
-    return _carry_out(
+        plan = planned(source, UNFUSE, layout, max_shard_size)
+    return carry_out(
         source,
         Path(out),
         plan,
@@ -180,29 +185,41 @@ def unfuse(
     )
 
 
-def _planned(source: Opened, verb: str, layout: str | None, max_shard_size: int) -> Plan:
-    manifest = source.checkpoint.manifest
+def planned(source: Opened, verb: str, layout: str | None, max_shard_size: int) -> Plan:
+    """The plan of a whole output in `layout`, or in what the verb means for each family."""
     return plan_conversion(
         source.detection.whole(),
         verb=verb,
         layout=layout,
         max_shard_size=max_shard_size,
-        origin_layouts={s.name: s.origin_layout for s in manifest.root.stacks} if manifest else {},
+        origin_layouts=origin_layouts(source.checkpoint),
     )
 
 
-def _restored(source: Opened) -> Plan:
-    own = source.checkpoint.own
+def origin_layouts(checkpoint: Checkpoint) -> dict[str, str]:
+    """For a set of ours, by stack: the layout of its first foreign source."""
+    own = checkpoint.origin
+    return {s.name: s.origin_layout for s in own.manifest.root.stacks} if own else {}
+
+
+def restored(source: Opened) -> Plan:
+    """The plan of the origin, bit for bit. Raises NotASet for what is no set of moeconv."""
+    own = source.checkpoint.origin
     if own is None:
-        raise TypeError("only a set of moeconv has an origin")
+        raise NotASet(
+            f"{quoted(str(source.path))} was not written by moeconv",
+            cause=f"it has no `{ROOT_NAME}`, so nothing says what it was made from",
+            fix="`moeconv unfuse` splits the experts of any checkpoint",
+        )
     tensors = tuple(t for f in own.origin.files for t in f.header.tensors)
     known = {s.name: replace(s, layout=s.origin_layout) for s in own.manifest.root.stacks}
     names = tuple(f.name for f in own.origin.files)
-    original = detect(tensors, source.checkpoint.config, source.recipes, files=names, known=known)
+    recipes = manifest_recipes(own.manifest.root)
+    original = detect(tensors, source.checkpoint.config, recipes, files=names, known=known)
     return plan_restore(source.detection.whole(), original.whole(), own.origin)
 
 
-def _carry_out(
+def carry_out(
     source: Opened,
     out: Path,
     plan: Plan,
@@ -212,8 +229,11 @@ def _carry_out(
     dry_run: bool,
     progress: Progress | None,
 ) -> Result:
+    """Refuse what must be refused, then write the plan, or in a dry run do not."""
     checkpoint = source.checkpoint
     refuse_overlap(source.path, out)
+    if checkpoint.virtual is not None:
+        refuse_overlap(checkpoint.root, out)  # where its bytes are
     # a dangling link is refused; a link to a directory stands for that directory
     place = out if out.is_symlink() and not out.exists() else Path(os.path.realpath(out))
     refuse_existing(place, overwrite=overwrite)
@@ -222,7 +242,7 @@ def _carry_out(
     if dry_run:
         return Result(source, out, plan, room, None, dry_run=True)
     refuse_short(place, room)
-    meter = Meter(plan.tensor_bytes, progress)
+    meter = Meter(0 if plan.virtual else plan.tensor_bytes, progress)
     manifest = commit(
         plan, checkpoint, place, limits=limits, overwrite=overwrite, progress=meter.advance
     )

@@ -14,6 +14,7 @@ from moeconv.api import (
 )
 from moeconv.checkpoint.source import locate, open_checkpoint
 from moeconv.engine.crew import Limits
+from moeconv.engine.fill import fill_digests
 from moeconv.errors import MoeconvError, NotASet, UsageProblem, quoted
 from moeconv.manifest import ROOT_NAME, Manifest
 from moeconv.proof.diff import Difference, differences
@@ -29,6 +30,7 @@ from moeconv.proof.digests import (
 from moeconv.proof.report import DIGEST, LEVELS, SOURCE, STRUCTURE, Report
 from moeconv.proof.source import compare_source
 from moeconv.proof.structure import check_structure
+from moeconv.proof.virtual import digests_missing, virtual_problems
 
 
 def verify(
@@ -38,13 +40,15 @@ def verify(
     source: str | Path | None = None,
     recipe: str | Path | None = None,
     from_layout: str | None = None,
+    fill: bool = False,
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Prove an output of moeconv: `structure`, `digest` (all re-read), or `source` (against SRC).
 
-    level `source` needs `source`; it also works for OUT that moeconv did not write.
+    level `source` needs `source`; it also works for OUT that moeconv did not write. fill: where
+    all is well, add to a virtual set the digests that it lacks.
     Damage is in the report, not raised.
     """
     if level not in LEVELS or (level == SOURCE) != (source is not None):
@@ -52,6 +56,12 @@ def verify(
             f"level {quoted(level)} and source {quoted(str(source))} do not go together",
             cause=f"the levels are {', '.join(LEVELS)}; only `{SOURCE}` takes a source",
             fix="say `--level source --source SRC`, or leave `--source` away",
+        )
+    if fill and level != SOURCE:
+        raise UsageProblem(
+            "`--fill` belongs to the level `source`",
+            cause="digests are added only after every byte was compared",
+            fix="say `--level source --source SRC --fill`",
         )
     place = locate(out)
     manifest, problems = _structure(place, level)
@@ -71,6 +81,8 @@ def verify(
             pairs = [(side.checkpoint, side.detection.whole()) for side in sides]
             meter.total = sides[0].checkpoint.tensor_bytes
             problems += compare_source(*pairs, limits=limits, progress=meter.advance)
+            if fill and manifest is not None and not manifest.complete and not problems:
+                manifest = _filled(place, manifest, sides[0], limits, meter)
     except MoeconvError as problem:
         # damage that the structure does not show is an answer, too; a missing SRC is none
         if manifest is None or source is not None:
@@ -88,14 +100,31 @@ def _fresh_problems(
         return []
     opened = open_source(place)
     checkpoint, detection = opened.checkpoint, opened.detection.whole()
+    if not manifest.complete:
+        return [digests_missing(manifest, checkpoint)]
     meter.total = checkpoint.tensor_bytes
     fresh = rehash(checkpoint, detection, limits=limits, progress=meter.advance)
-    return compare_digests(manifest, fresh, stack_entries(detection))
+    return compare_digests(manifest, fresh, stack_entries(checkpoint, detection))
+
+
+def _filled(
+    place: Path, manifest: Manifest, side: Opened, limits: Limits, meter: Meter
+) -> Manifest:
+    """The set with the digests of its source's bytes."""
+    meter.total += side.checkpoint.tensor_bytes
+    found = matrices(side.checkpoint, side.detection.whole(), limits=limits, progress=meter.advance)
+    return fill_digests(place, manifest, {address: m.digest for address, m in found.items()})
 
 
 def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvError]]:
     if (place / ROOT_NAME).exists():
-        return check_structure(place)
+        manifest, problems = check_structure(place)
+        if manifest is None or manifest.root.source is None or problems:
+            return manifest, problems
+        try:
+            return manifest, virtual_problems(open_source(place).detection.whole(), manifest)
+        except MoeconvError as problem:
+            return manifest, [problem]
     if level == SOURCE:
         return None, []
     open_checkpoint(place)
@@ -113,7 +142,7 @@ def _report(
     return Report(
         level=level,
         problems=tuple(problems),
-        files=len(parts),
+        files=sum(bool(p.file) for p in parts),
         tensors=sum(len(p.tensors) for p in parts),
         bytes_read=bytes_read,
         fingerprint=manifest.root.fingerprint if manifest else None,

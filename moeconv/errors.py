@@ -104,6 +104,19 @@ class AmbiguousLayout(UsageProblem):
     code = "ambiguous-layout"
 
 
+class BadPlacement(MoeconvError):
+    """A well-formed placement map that does not fit the checkpoint or the ranks."""
+
+    code = "bad-placement"
+    exit_code = 2
+
+
+class TorchNeeded(UsageProblem):
+    """Something that only torch can read, and it is not installed."""
+
+    code = "torch-needed"
+
+
 # --- 3: input/output ---------------------------------------------------------------------------
 class IoFailed(MoeconvError):
     """The operating system refused a read or a write."""
@@ -346,6 +359,12 @@ class DigestsMissing(Malformed):
     """A set whose bytes nobody has read yet: there is nothing to hold them against."""
 
     code = "digests-missing"
+
+
+class BadPlacementFile(Malformed):
+    """A placement map that breaks the rules of its own format."""
+
+    code = "bad-placement-file"
 
 
 # --- 5: unsupported ----------------------------------------------------------------------------

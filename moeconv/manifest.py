@@ -245,10 +245,9 @@ def rank_name(rank: int, ep_size: int) -> str:
     return f"rank-{rank:05d}-of-{ep_size:05d}"
 
 
-def part_names(root: Root) -> dict[str, int | None]:
+def part_names(ep_size: int) -> dict[str, int | None]:
     """The parts of an expert-parallel set, in order, and whose they are (None: common)."""
-    size = root.ep_size or 0
-    ranks = {f"{PARTS_DIR}/{rank_name(r, size)}.json": r for r in range(size)}
+    ranks = {f"{PARTS_DIR}/{rank_name(r, ep_size)}.json": r for r in range(ep_size)}
     return {COMMON_PART: None, **ranks}
 
 

@@ -153,7 +153,8 @@ def _check_placements(root: Root, problems: Problems) -> None:
 
 
 def _check_part_names(root: Root, problems: Problems) -> None:
-    wanted, held = list(part_names(root)), [p.name for p in root.parts]
+    wanted = list(part_names(root.ep_size or 0))
+    held = [p.name for p in root.parts]
     if held != wanted:
         problems.add("parts", f"must be {quoted(wanted[0])}, then one for each of the ranks")
 
@@ -244,7 +245,7 @@ def parse_parts(raw: bytes, root: Root, *, where: str) -> tuple[Part, ...]:
     problems = Problems(lenient=root.minor > MINOR)
     top = Table(loads(raw, where=quoted(where), floats=False), "", problems)
     rank = top.integer("rank") if top.has("rank") else None
-    if rank != part_names(root).get(where, rank):
+    if rank != part_names(root.ep_size).get(where, rank):
         top.problem("rank", "is not the one in the part's name")
     parts = tuple(_part(t, root, rank) for t in top.tables("files"))
     names = [p.file for p in parts]

@@ -23,18 +23,20 @@ from moeconv.checkpoint.sidecars import (
     sidecar,
     sidecars,
 )
+from moeconv.digest import digest
 from moeconv.errors import (
     BadIndex,
     DuplicateTensor,
     MoeconvError,
     NoCheckpoint,
+    SourceChanged,
     SourceMissing,
     TensorNotInFile,
     TensorNotInIndex,
     Unfinished,
     quoted,
 )
-from moeconv.manifest import ORIGIN_NAME, PARTS_DIR, ROOT_NAME, Manifest
+from moeconv.manifest import ORIGIN_NAME, PARTS_DIR, ROOT_NAME, Manifest, SourceEntry
 from moeconv.names import natural_key
 from moeconv.units import counted, human_size
 
@@ -57,7 +59,10 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint's facts, read from headers only. `own` is set for outputs of moeconv."""
+    """A checkpoint's facts, read from headers only. `own` is set for outputs of moeconv.
+
+    virtual: the set that was opened, where its bytes are those of this checkpoint.
+    """
 
     root: Path
     files: tuple[DataFile, ...]
@@ -66,6 +71,17 @@ class Checkpoint:
     sidecars: tuple[Sidecar, ...]
     warnings: tuple[str, ...]
     own: SetFiles | None = None
+    virtual: SetFiles | None = None
+
+    @property
+    def stored(self) -> dict[tuple[str, str], StoredTensor]:
+        """All tensors by file and name: in an expert-parallel set many have one name."""
+        return {(f.name, t.name): t for f in self.files for t in f.header.tensors}
+
+    @property
+    def origin(self) -> SetFiles | None:
+        """The set that knows the first foreign source: this one, or what points into it."""
+        return self.virtual or self.own
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
@@ -143,11 +159,30 @@ def _open_file(path: Path) -> Checkpoint:
 
 def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
     own = open_set(root)
+    if own.manifest.root.source is not None:
+        return _open_virtual(own, own.manifest.root.source, without)
     files = _data_files([(p.file, inside(root, p.file)) for p in own.manifest.parts])
     own.check_headers(tuple((f.name, f.size, f.header.raw) for f in files))
     kept = tuple(s for s in own.sidecars if not _matches(s.name, without))
     config = read_config(inside(root, CONFIG_NAME))
     return Checkpoint(root, files, own.index, config, kept, _strangers(root, own), own)
+
+
+def _open_virtual(own: SetFiles, source: SourceEntry, without: tuple[str, ...]) -> Checkpoint:
+    """What a virtual set points into, which must be what it was. Raises SourceChanged."""
+    found = open_checkpoint(locate(source.directory))
+    pinned = {(f.name, f.size, f.mtime_ns, f.header_digest) for f in source.files}
+    there = {(f.name, f.size, f.mtime_ns, digest(f.header.raw)) for f in found.files}
+    changed = sorted({name for name, *_ in pinned ^ there}, key=natural_key)
+    if changed:
+        raise SourceChanged(
+            f"the source of the virtual set has changed: {quoted(changed[0])}",
+            at=quoted(source.directory),
+            cause=f"{counted(len(changed), 'file')} of it were written to, replaced or removed",
+            fix="make the virtual set again",
+        )
+    kept = tuple(s for s in own.sidecars if not _matches(s.name, without))
+    return replace(found, sidecars=kept, virtual=own)
 
 
 def _strangers(root: Path, own: SetFiles) -> tuple[str, ...]:

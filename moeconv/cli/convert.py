@@ -58,7 +58,7 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
                 ui.warn("SRC carries its own recipes; --recipe and --from-layout were not used")
             if result.plan.restores and without:
                 ui.warn("what --without left out is missing from the restored origin")
-            _show(ui, verb, result)
+            show_result(ui, verb, result)
 
     command.__name__ = verb
     command.__doc__ = help_text
@@ -69,7 +69,8 @@ fuse = _command("fuse", "Write every expert stack in its family's fused layout."
 unfuse = _command("unfuse", "Write experts one by one; our own outputs go back to their origin.")
 
 
-def _show(ui: Ui, verb: str, result: Result) -> None:
+def show_result(ui: Ui, verb: str, result: Result) -> None:
+    """What a writing verb did, or in a dry run would do: notes, warnings, and the result."""
     from moeconv.cli.show import plan_document, plan_summary, plan_table
 
     for stack in result.source.detection.stacks:

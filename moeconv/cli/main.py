@@ -11,7 +11,10 @@ from moeconv.cli.demo import demo
 from moeconv.cli.diff import diff
 from moeconv.cli.fingerprint import fingerprint
 from moeconv.cli.inspect import inspect
+from moeconv.cli.merge import merge
+from moeconv.cli.placement import placement
 from moeconv.cli.recipes import recipes
+from moeconv.cli.shard import shard
 from moeconv.cli.verify import verify
 from moeconv.version import __version__
 
@@ -26,9 +29,12 @@ app = typer.Typer(
 app.command()(inspect)
 app.command()(fuse)
 app.command()(unfuse)
+app.command()(shard)
+app.command()(merge)
 app.command()(verify)
 app.command()(diff)
 app.command()(fingerprint)
+app.add_typer(placement, name="placement")
 app.add_typer(recipes, name="recipes")
 app.command()(demo)
 

@@ -10,6 +10,7 @@ from moeconv.api import Opened, Result
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.jsonvalue import Json
 from moeconv.layout.stack import Stack
+from moeconv.manifest import Root
 from moeconv.names import natural_key, printable
 from moeconv.units import counted, human_size
 
@@ -36,9 +37,14 @@ def plan_summary(result: Result) -> list[str]:
         f"source: {counted(len(source.files), 'file')}, "
         f"{counted(len(source.tensors), 'tensor')}, {human_size(source.tensor_bytes)} ({fates})",
         f"output: {counted(len(plan.files), 'file')}, "
-        f"{counted(plan.tensor_count, 'tensor')}, {human_size(plan.tensor_bytes)}; "
-        f"{counted(len(source.sidecars), 'sidecar')} copied",
+        f"{counted(plan.tensor_count, 'tensor')}, {human_size(plan.tensor_bytes)}"
+        + (", none of it written" if plan.virtual else "")
+        + f"; {counted(len(source.sidecars), 'sidecar')} copied",
     ]
+    if plan.ep_size is not None:
+        lines.append(
+            f"redundant experts: {human_size(plan.replica_bytes)} beyond the source's bytes"
+        )
     if result.manifest is not None:
         lines.append(f"fingerprint: {result.manifest.root.fingerprint}")
     room = result.room
@@ -65,6 +71,7 @@ def plan_document(verb: str, result: Result) -> Json:
             "files": [
                 {
                     "name": f.name,
+                    "rank": f.rank,
                     "size": f.size,
                     "tensors": [t.name for t in f.tensors],
                     "tiles": len(f.tiles),
@@ -73,6 +80,9 @@ def plan_document(verb: str, result: Result) -> Json:
             ],
             "tensors": plan.tensor_count,
             "bytes": plan.tensor_bytes,
+            "replica_bytes": plan.replica_bytes,
+            "ep_size": plan.ep_size,
+            "virtual": plan.virtual,
         },
         "stacks": [
             {
@@ -83,11 +93,20 @@ def plan_document(verb: str, result: Result) -> Json:
                 "experts": s.experts,
                 "width": s.width,
                 "hidden": s.hidden,
+                "physical_to_logical": None
+                if s.physical_to_logical is None
+                else list(s.physical_to_logical),
             }
             for s in plan.stacks
         ],
         "ledger": [
-            {"source": f.source, "fate": f.verb, "into": list(f.into), "bytes": f.nbytes}
+            {
+                "source": f.source,
+                "fate": f.verb,
+                "into": list(f.into),
+                "bytes": f.nbytes,
+                "added": f.added,
+            }
             for f in plan.ledger
         ],
         "sidecars": [s.name for s in source.sidecars],
@@ -112,11 +131,24 @@ def checkpoint_lines(opened: Opened) -> list[str]:
         f"{printable(str(checkpoint.root))}: {kind}, {counted(len(checkpoint.files), 'file')}, "
         f"{counted(len(checkpoint.tensors), 'tensor')}, {human_size(checkpoint.tensor_bytes)}"
     ]
-    if checkpoint.manifest is not None:
+    if checkpoint.origin is not None:
+        root = checkpoint.origin.manifest.root
         lines.append(
-            f"written by {printable(checkpoint.manifest.root.generator)}, "
-            f"fingerprint {checkpoint.manifest.root.fingerprint}"
+            f"written by {printable(root.generator)}, "
+            f"fingerprint {root.fingerprint or 'unknown: digests are missing'}"
         )
+        lines += _sharding_lines(root)
+    return lines
+
+
+def _sharding_lines(root: Root) -> list[str]:
+    if root.ep_size is None:
+        return []
+    slots = sorted({len(s.physical_to_logical) for s in root.stacks if s.physical_to_logical})
+    shares = ", ".join(f"{n // root.ep_size} of {n}" for n in slots)
+    lines = [f"expert-parallel: {counted(root.ep_size, 'rank')}, slots on each: {shares}"]
+    if root.source is not None:
+        lines.append(f"virtual: the bytes are in {printable(root.source.directory)}")
     return lines
 
 

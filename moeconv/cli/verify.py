@@ -26,6 +26,10 @@ def verify(
     source: Annotated[
         str | None, typer.Option("--source", metavar="SRC", help="What OUT was made from.")
     ] = None,
+    fill: Annotated[
+        bool,
+        typer.Option("--fill", help="Where SRC agrees, add the digests that a virtual set lacks."),
+    ] = False,
     from_layout: options.FromLayout = None,
     recipe: options.RecipeFile = None,
     max_memory: options.Memory = "512MiB",
@@ -46,6 +50,7 @@ def verify(
                 out,
                 level=level or ("source" if source else "digest"),
                 source=source,
+                fill=fill,
                 recipe=recipe,
                 from_layout=from_layout,
                 max_memory=parse_size(max_memory),

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
-from moeconv.checkpoint.origin import Origin, OriginFile, origin_bytes
 from moeconv.checkpoint.reading import file_digest, opened, unreadable
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
-from moeconv.digest import digest, fingerprint, hasher
+from moeconv.digest import digest, hasher
 from moeconv.engine.crew import Limits, Progress, run_tiles
 from moeconv.engine.files import NEW_FILE, DiskTarget, partial_path, writing
 from moeconv.engine.output import Room, room_for
+from moeconv.engine.papers import (
+    documents,
+    expected_digests,
+    origin_of,
+    paper_names,
+    part_of,
+    read_back,
+    source_entry,
+    virtual_parts,
+)
 from moeconv.engine.tiles import BUFFER_BYTES, Digests
 from moeconv.engine.workplace import Workplace, fsync_directory
 from moeconv.errors import Damaged, MoeconvError, NameCollision, SourceChanged, quoted
@@ -25,13 +33,10 @@ from moeconv.manifest import (
     Manifest,
     Part,
     Root,
-    TensorEntry,
     addresses,
-    part_bytes,
     root_bytes,
 )
-from moeconv.manifestreader import parse_part, parse_root
-from moeconv.names import natural_key
+from moeconv.manifestreader import parse_root
 from moeconv.plan.values import OutputFile, Plan
 from moeconv.version import __version__
 
@@ -41,7 +46,9 @@ _PAPER_BYTES_A_UNIT = 512
 
 def room_needed(plan: Plan, checkpoint: Checkpoint, out: Path) -> Room:
     """Bytes the output will take, and how many are free there."""
-    needed = plan.file_bytes + len(plan.index) + sum(s.size for s in checkpoint.sidecars)
+    needed = len(plan.index) + sum(s.size for s in checkpoint.sidecars)
+    if not plan.virtual:
+        needed += plan.file_bytes
     if not plan.restores:
         units = sum(t.units for f in plan.files for t in f.tensors)
         headers = sum(f.header.data_start for f in checkpoint.files)
@@ -95,8 +102,8 @@ def commit(
 
 def _names(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Every file that the run will make, for the journal."""
-    data = [f.name for f in plan.files]
-    papers = [] if plan.restores else [*(f"{PARTS_DIR}/{n}.json" for n in data), ORIGIN_NAME]
+    data = [] if plan.virtual else [f.name for f in plan.files]
+    papers = paper_names(plan)
     index = [plan.index_name] if plan.index_name else []
     return (*data, *papers, *index, *(s.name for s in checkpoint.sidecars))
 
@@ -130,20 +137,24 @@ class _Commit:
         self.limits = limits
         self.progress = progress
         self.parts: dict[str, Part] = {}
-        self.expected = _expected_digests(checkpoint)
+        self.virtual: tuple[Part, ...] = ()
+        self.expected = expected_digests(checkpoint)
         # without an index nothing else marks a restored set as whole: names come all at the end
         self.late = plan.restores and plan.index_name is None
         self.waiting: list[tuple[Path, Path]] = []
 
     def run(self) -> Manifest | None:
         self._refuse_edited()
-        run_tiles(
-            self.plan.files,
-            self.checkpoint.files,
-            lambda file: DiskTarget(file, self.out, self._finished),
-            limits=self.limits,
-            progress=self.progress,
-        )
+        if self.plan.virtual:
+            self.virtual = virtual_parts(self.plan.files, self.plan.stacks, self.expected)
+        else:
+            run_tiles(
+                self.plan.files,
+                self.checkpoint.files,
+                lambda file: DiskTarget(file, self.out, self._finished),
+                limits=self.limits,
+                progress=self.progress,
+            )
         sidecars = tuple(self._sidecar(s) for s in self.checkpoint.sidecars)
         manifest = None if self.plan.restores else self._papers(sidecars)
         for partial, final in self.waiting:
@@ -159,7 +170,7 @@ class _Commit:
 
     def _refuse_edited(self) -> None:
         """Before hours of copying: are the sidecars of one of our sets still its own?"""
-        manifest = self.checkpoint.manifest
+        manifest = self.checkpoint.origin.manifest if self.checkpoint.origin else None
         wanted = {e.name: e.digest for e in manifest.root.sidecars} if manifest else {}
         for sidecar in self.checkpoint.sidecars:
             value = wanted.get(sidecar.name)
@@ -204,31 +215,31 @@ class _Commit:
 
     def _papers(self, sidecars: tuple[FileEntry, ...]) -> Manifest:
         """Parts and origin; the manifest is returned, to be written last."""
-        parts = tuple(self.parts[f.name] for f in self.plan.files)
-        entries = tuple(
-            self._write(f"{PARTS_DIR}/{part.file}.json", part_bytes(part)) for part in parts
-        )
-        origin = self._write(ORIGIN_NAME, _origin_raw(self.checkpoint))
+        raws = documents(self.plan, self.parts, self.virtual)
+        entries = tuple(self._write(name, raw) for name, raw in raws.items())
+        origin = self._write(ORIGIN_NAME, origin_of(self.checkpoint))
         with writing(self.out):
             fsync_directory(self.out / PARTS_DIR)
-        index_name = self.plan.index_name or ""
+        plan, index = self.plan, None
+        if plan.index_name is not None:
+            index = FileEntry(plan.index_name, len(plan.index), digest(plan.index))
         root = Root(
             generator=f"moeconv {__version__}",
-            recipes=self.plan.recipes,
-            stacks=self.plan.stacks,
+            recipes=plan.recipes,
+            stacks=plan.stacks,
             parts=entries,
-            index=FileEntry(index_name, len(self.plan.index), digest(self.plan.index)),
+            index=index,
             origin=origin,
             sidecars=sidecars,
-            tensor_count=self.plan.tensor_count,
-            tensor_bytes=self.plan.tensor_bytes,
-            fingerprint="0" * 32,
+            tensor_count=plan.tensor_count,
+            tensor_bytes=plan.tensor_bytes,
+            fingerprint=None,
+            ep_size=plan.ep_size,
+            source=source_entry(self.checkpoint) if plan.virtual else None,
         )
-        manifest = with_fingerprint(Manifest(root, parts))
+        manifest = read_back(root, raws)
         # what the strict reader would refuse must not be written in the first place
         parse_root(root_bytes(manifest.root))
-        for part, entry in zip(parts, entries, strict=True):
-            parse_part(part_bytes(part), manifest.root, where=entry.name)
         return manifest
 
     def _write(self, name: str, data: bytes) -> FileEntry:
@@ -292,48 +303,3 @@ def _read(reader: int, buffer: memoryview, offset: int, sidecar: Sidecar) -> int
         return os.preadv(reader, [buffer], offset)
     except OSError as problem:
         raise unreadable(sidecar.path, problem, name=sidecar.name) from None
-
-
-def part_of(file: OutputFile, digests: Digests) -> Part:
-    """The manifest part of a data file that was written with these digests."""
-    return Part(
-        file=file.name,
-        size=file.size,
-        header_size=len(file.header),
-        header_digest=digest(file.header),
-        tensors=tuple(
-            TensorEntry(
-                name=t.name,
-                dtype=t.dtype,
-                shape=t.shape,
-                start=t.offset,
-                stop=t.offset + t.nbytes,
-                digests=tuple(values),
-                expert=t.expert,
-            )
-            for t, values in zip(file.tensors, digests, strict=True)
-        ),
-    )
-
-
-def with_fingerprint(manifest: Manifest) -> Manifest:
-    """The manifest with its root's fingerprint filled in."""
-    value = fingerprint(manifest.fingerprint_lines())
-    return Manifest(replace(manifest.root, fingerprint=value), manifest.parts)
-
-
-def _origin_raw(checkpoint: Checkpoint) -> bytes:
-    if checkpoint.own is not None:
-        return checkpoint.own.origin_raw
-    files = tuple(
-        OriginFile(f.name, f.size, f.header)
-        for f in sorted(checkpoint.files, key=lambda f: natural_key(f.name))
-    )
-    return origin_bytes(Origin(files, checkpoint.index))
-
-
-def _expected_digests(checkpoint: Checkpoint) -> dict[str, str]:
-    manifest = checkpoint.manifest
-    if manifest is None:
-        return {}
-    return {address: value for address, _, _, value in manifest.matrices()}

@@ -58,7 +58,7 @@ def sorted_out(
     others: list[StoredTensor] = []
     for part in manifest.parts:
         for entry in part.tensors:
-            place = stored.get((part.file, entry.name))
+            place = stored.get((part.file or str(part.rank), entry.name))
             if place is None:
                 raise _unfit(entry.name, "its part lists it, its file does not hold it")
             if entry.expert is None:

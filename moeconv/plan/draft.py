@@ -179,6 +179,8 @@ def fates(
                 )
             )
             verb = "replica" if not experts else _verb(stack.layout, layout)
+            if verb == "copied" and not member.line.per_expert:
+                verb = "merged" if member.places else "sliced" if many is not own else verb
             if experts and any(_shares(stack, line, component) for line in lines):
                 verb = "shared"
             copies = sum(len(many[e]) - 1 for e in experts)

@@ -17,7 +17,6 @@ from moeconv.manifest import rank_name
 from moeconv.plan.convert import (
     FUSE,
     copied_fates,
-    notes_of,
     prove,
     recipes_of,
     refuse_no_experts,
@@ -57,8 +56,33 @@ def plan_shards(
     Raises NoExperts, UnknownLayout, StraddlingBlock, NameCollision, SubByteAxis, NotVirtual.
     """
     refuse_no_experts(detection)
+    targets = {s.name: target_of(s, FUSE, layout) for s in detection.stacks}
+    plan = shards_in(
+        detection,
+        sharding,
+        targets,
+        max_shard_size=max_shard_size,
+        origin_layouts=origin_layouts,
+        virtual=virtual,
+        notes=notes,
+    )
+    if virtual:
+        _refuse_woven(plan.files)
+    return plan
+
+
+def shards_in(
+    detection: Detection,
+    sharding: Sharding,
+    targets: dict[str, Layout],
+    *,
+    max_shard_size: int,
+    origin_layouts: dict[str, str],
+    virtual: bool,
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """`plan_shards` with a layout for each stack by name."""
     stacks = detection.stacks
-    targets = {s.name: target_of(s, FUSE, layout) for s in stacks}
     common, ranks = drafts_of(detection, sharding, targets)
     files = list(pack(common, max_shard_size=max_shard_size, prefix=COMMON))
     for rank, drafts in enumerate(ranks):
@@ -77,13 +101,11 @@ def plan_shards(
         ),
         recipes=recipes_of(stacks),
         ledger=tuple(ledger),
-        notes=(*notes, *notes_of(stacks, [targets[s.name] for s in stacks])),
+        notes=notes,
         ep_size=sharding.ep_size,
         virtual=virtual,
     )
     prove(plan, detection)
-    if virtual:
-        _refuse_woven(plan.files)
     return plan
 
 

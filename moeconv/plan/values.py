@@ -93,8 +93,8 @@ class OutputFile:
 @dataclass(frozen=True, slots=True)
 class Fate:
     """What became of one source tensor: `verb` is copied, renamed, fused, split, rearranged,
-    shared (one value stored for several matrices, which must be equal), or replica (not read: the
-    same experts stand elsewhere in the source).
+    sliced or merged (cut for ranks, or joined from them), shared (one value stored for several
+    matrices, which must be equal), or replica (not read: its experts stand elsewhere, too).
 
     added: bytes that are written beyond its own, for redundant experts.
     """

@@ -9,8 +9,8 @@ from pathlib import Path
 from moeconv.checkpoint.reading import file_digest
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import fingerprint, fingerprint_line
-from moeconv.engine.commit import part_of
 from moeconv.engine.crew import Limits, Progress, run_tiles
+from moeconv.engine.papers import part_of
 from moeconv.engine.tiles import Digests, Origin
 from moeconv.errors import Damaged, IoFailed, Malformed, MoeconvError, quoted
 from moeconv.layout.detect import Detection
@@ -22,7 +22,7 @@ from moeconv.manifest import (
     addresses,
     canonical_shape,
 )
-from moeconv.plan.existing import PlacedHeader, plan_onto
+from moeconv.plan.existing import PlacedHeader, plan_onto, plan_onto_itself
 from moeconv.plan.values import OutputFile
 
 
@@ -61,14 +61,22 @@ class _Hashing:
 
 def placed_headers(checkpoint: Checkpoint) -> tuple[PlacedHeader, ...]:
     """A checkpoint's data files as places to plan onto."""
-    return tuple(PlacedHeader(f.name, f.size, f.header) for f in checkpoint.files)
+    parts = checkpoint.manifest.parts if checkpoint.manifest else ()
+    ranks = {p.file: p.rank for p in parts}
+    return tuple(
+        PlacedHeader(f.name, f.size, f.header, ranks.get(f.name)) for f in checkpoint.files
+    )
 
 
 def rehash(
     checkpoint: Checkpoint, detection: Detection, *, limits: Limits, progress: Progress
 ) -> tuple[Part, ...]:
     """The digests of every unit, freshly read, as the parts that a manifest would have."""
-    files = plan_onto(detection, detection, placed_headers(checkpoint))
+    headers, manifest = placed_headers(checkpoint), checkpoint.manifest
+    if manifest is not None and manifest.root.ep_size is not None:
+        files = plan_onto_itself(detection, manifest, checkpoint.stored, headers)
+    else:
+        files = plan_onto(detection, detection, headers)
     parts: dict[str, Part] = {}
     run_tiles(
         files,
@@ -80,8 +88,11 @@ def rehash(
     return tuple(parts[f.name] for f in files)
 
 
-def stack_entries(detection: Detection) -> tuple[StackEntry, ...]:
+def stack_entries(checkpoint: Checkpoint, detection: Detection) -> tuple[StackEntry, ...]:
     """The stacks as `rehash`'s parts number them."""
+    manifest = checkpoint.manifest
+    if manifest is not None and manifest.root.ep_size is not None:
+        return manifest.root.stacks
     return tuple(
         StackEntry(
             s.name,
@@ -100,10 +111,11 @@ def matrices(
     checkpoint: Checkpoint, detection: Detection, *, limits: Limits, progress: Progress
 ) -> dict[str, Matrix]:
     """Every logical matrix and other tensor by address: from the manifest, or read and hashed."""
-    if checkpoint.manifest is not None:
-        return {a: Matrix(d, s, v) for a, d, s, v in checkpoint.manifest.matrices()}
+    known = checkpoint.manifest or (checkpoint.virtual.manifest if checkpoint.virtual else None)
+    if known is not None and known.complete:
+        return {a: Matrix(d, s, v) for a, d, s, v in known.matrices()}
     parts = rehash(checkpoint, detection, limits=limits, progress=progress)
-    return dict(_flat(parts, stack_entries(detection)))
+    return dict(_flat(parts, stack_entries(checkpoint, detection)))
 
 
 def _flat(parts: tuple[Part, ...], stacks: tuple[StackEntry, ...]) -> Iterator[tuple[str, Matrix]]:
@@ -124,11 +136,12 @@ def compare_digests(
 ) -> list[MoeconvError]:
     """Every unit whose bytes are not those that the manifest promises."""
     promised = {address: value for address, _, _, value in manifest.matrices()}
-    said = {t.name: t.expert for part in manifest.parts for t in part.tensors}
+    said = {(part.file, t.name): t.expert for part in manifest.parts for t in part.tensors}
+    virtual = manifest.root.source is not None  # its parts are of other files than were read
     problems: list[MoeconvError] = []
     for part in fresh:
         for tensor in part.tensors:
-            if said.get(tensor.name) != tensor.expert:
+            if not virtual and said.get((part.file, tensor.name)) != tensor.expert:
                 problems.append(
                     Damaged(
                         f"{quoted(tensor.name)} is not what its part says",

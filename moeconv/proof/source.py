@@ -16,7 +16,7 @@ from moeconv.engine.crew import Limits, Progress, run_tiles
 from moeconv.engine.tiles import BUFFER_BYTES, Digests, Origin
 from moeconv.errors import Damaged, IoFailed, MoeconvError, TensorNotInFile, quoted
 from moeconv.layout.detect import Detection
-from moeconv.plan.existing import plan_onto
+from moeconv.plan.existing import plan_onto, plan_onto_set
 from moeconv.plan.values import OutputFile, OutputTensor
 from moeconv.proof.digests import placed_headers
 
@@ -35,8 +35,12 @@ def compare_source(
     problems += _different_sidecars(output[0], source[0])
     if any(isinstance(p, TensorNotInFile) for p in problems):
         return problems
-    files = plan_onto(output[1], source[1], placed_headers(source[0]))
-    by_name = {f.name: f for f in source[0].files}
+    # of a set for ranks every replica must be what the source makes it, so it is held against the
+    # source; of any other output each of the source's own bytes must be found again
+    sharded = output[0].manifest is not None and output[0].manifest.root.ep_size is not None
+    (read, detection), (held, target) = (source, output) if sharded else (output, source)
+    files = planned_onto(detection, target, held)
+    by_name = {f.name: f for f in held.files}
     lock = threading.Lock()
 
     def report(problem: MoeconvError) -> None:
@@ -46,12 +50,22 @@ def compare_source(
 
     run_tiles(
         files,
-        output[0].files,
+        read.files,
         lambda file: _Comparing(file, by_name[file.name], report),
         limits=limits,
         progress=progress,
     )
     return problems
+
+
+def planned_onto(
+    detection: Detection, target: Detection, held: Checkpoint
+) -> tuple[OutputFile, ...]:
+    """The data files of `held`, which are `target`'s, as if filled from `detection`."""
+    manifest, headers = held.manifest, placed_headers(held)
+    if manifest is not None and manifest.root.ep_size is not None:
+        return plan_onto_set(detection, target, manifest, headers)
+    return plan_onto(detection, target, headers)
 
 
 def _different_sets(output: Detection, source: Detection) -> list[MoeconvError]:
@@ -161,7 +175,7 @@ class _Comparing:
         self._report(
             Damaged(
                 f"{quoted(tensor.name)} has other bytes in OUT than in SRC",
-                at=f"{quoted(self._file.name)} of SRC, tensor {quoted(tensor.name)}",
+                at=f"{quoted(self._file.name)}, tensor {quoted(tensor.name)}",
                 cause=f"the first difference is at byte {at - tensor.offset:,} of the tensor",
                 fix="convert again from this source",
             )

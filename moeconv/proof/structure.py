@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint.header import LENGTH_BYTES, parse_header
+from moeconv.checkpoint.dtypes import BITS
+from moeconv.checkpoint.header import LENGTH_BYTES, StoredTensor, parse_header
 from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import parse_origin
 from moeconv.checkpoint.papers import damaged, inside, read_entry, read_root
@@ -23,7 +25,9 @@ from moeconv.errors import (
     TruncatedFile,
     quoted,
 )
-from moeconv.layout.recipe import WEIGHT
+from moeconv.layout.detect import Detection
+from moeconv.layout.fromset import set_detection
+from moeconv.layout.recipe import WEIGHT, Recipe
 from moeconv.library import manifest_recipes
 from moeconv.manifest import (
     MAX_PART_BYTES,
@@ -37,7 +41,7 @@ from moeconv.manifest import (
     addresses,
     matrix_address,
 )
-from moeconv.manifestreader import parse_part
+from moeconv.manifestreader import parse_parts
 
 _MAX_MISSING: Final = 20
 
@@ -52,22 +56,25 @@ def check_structure(root: Path) -> tuple[Manifest | None, list[MoeconvError]]:
     except MoeconvError as problem:
         return None, [problem]
     problems: list[MoeconvError] = []
-    parts = list(_parts(root, top, problems))
+    documents = list(_parts(root, top, problems))
+    parts = [part for document in documents for part in document]
     for part in parts:
-        problems += _data_file(root, part)
-    problems += _index(root, top, parts)
+        problems += _data_file(root, part) if part.file else []
+    whole = len(documents) == len(top.parts)
+    problems += _index(root, top, parts if whole else None)
     problems += _papers(root, top)
-    problems += _strangers(root, top, parts)
-    if len(parts) < len(top.parts):
+    if not whole:
         return None, problems
+    problems += _strangers(root, top, parts)
     manifest = Manifest(top, tuple(parts))
     return manifest, problems + _whole(manifest)
 
 
-def _parts(root: Path, top: Root, problems: list[MoeconvError]) -> Iterator[Part]:
+def _parts(root: Path, top: Root, problems: list[MoeconvError]) -> Iterator[tuple[Part, ...]]:
     for entry in top.parts:
         try:
-            yield parse_part(read_entry(root, entry, limit=MAX_PART_BYTES), top, where=entry.name)
+            raw = read_entry(root, entry, limit=MAX_PART_BYTES)
+            yield parse_parts(raw, top, where=entry.name)
         except (Malformed, IoFailed) as problem:
             problems.append(problem)
 
@@ -112,14 +119,14 @@ def _data_file(root: Path, part: Part) -> list[MoeconvError]:
     return problems
 
 
-def _index(root: Path, top: Root, parts: list[Part]) -> list[MoeconvError]:
+def _index(root: Path, top: Root, parts: list[Part] | None) -> list[MoeconvError]:
     if top.index is None:
         return []
     try:
         index = parse_index(read_entry(root, top.index), name=top.index.name)
     except (Malformed, IoFailed) as problem:
         return [problem]
-    if len(parts) < len(top.parts):
+    if parts is None:
         return []
     held = {t.name: p.file for p in parts for t in p.tensors}
     total = sum(p.size - p.header_size for p in parts)
@@ -154,8 +161,6 @@ def _sidecar_size(root: Path, entry: FileEntry) -> list[MoeconvError]:
 def _strangers(root: Path, top: Root, parts: list[Part]) -> list[MoeconvError]:
     """Tensor files that the set does not name: loaders glob, and would take them in."""
     ours = {p.file for p in parts} | {s.name for s in top.sidecars}
-    if len(parts) < len(top.parts):
-        return []
     found = sorted(p.name for p in root.iterdir() if p.name.endswith(SUFFIX))
     return [
         Damaged(
@@ -176,31 +181,92 @@ def _whole(manifest: Manifest) -> list[MoeconvError]:
         recipes = {r.name: r for r in manifest_recipes(root)}
     except MoeconvError as problem:
         return [problem]
-    problems: list[MoeconvError] = []
-    held: Counter[str] = Counter()
-    kinds: dict[int, set[tuple[str, str]]] = {}
-    for part in manifest.parts:
-        for tensor in part.tensors:
-            held.update(addresses(tensor, root.stacks))
-            if tensor.expert is not None:
-                kinds.setdefault(tensor.expert.stack, set()).update(
-                    (p, tensor.expert.component) for p in tensor.expert.projections
-                )
-    for number, stack in enumerate(root.stacks):
-        layout = recipes[stack.recipe].layout(stack.layout)
-        wanted = {(p, WEIGHT) for p in layout.projections} if layout else set()
-        problems += _missing(stack, wanted | kinds.get(number, set()), held)
+    if root.ep_size is None:
+        problems = _all_experts(manifest, recipes)
+    else:
+        problems = _all_slots(manifest, tuple(recipes.values()))
     tensors = sum(len(p.tensors) for p in manifest.parts)
-    nbytes = sum(p.size - p.header_size for p in manifest.parts)
+    nbytes = sum(t.stop - t.start for p in manifest.parts for t in p.tensors)
     if (root.tensor_count, root.tensor_bytes) != (tensors, nbytes):
         cause = (
             f"its totals are {root.tensor_count:,} tensors and {root.tensor_bytes:,} bytes, "
             f"its parts have {tensors:,} and {nbytes:,}"
         )
         problems.append(damaged(ROOT_NAME, cause))
-    if fingerprint(manifest.fingerprint_lines()) != root.fingerprint:
+    known = fingerprint(manifest.fingerprint_lines()) if manifest.complete else None
+    if known != root.fingerprint:
         problems.append(damaged(ROOT_NAME, "its fingerprint is not that of its digests"))
     return problems
+
+
+def _all_experts(manifest: Manifest, recipes: dict[str, Recipe]) -> list[MoeconvError]:
+    """A whole set: each matrix of each expert once."""
+    stacks = manifest.root.stacks
+    held: Counter[str] = Counter()
+    kinds: dict[int, set[tuple[str, str]]] = {}
+    for part in manifest.parts:
+        for tensor in part.tensors:
+            held.update(addresses(tensor, stacks))
+            if tensor.expert is not None:
+                kinds.setdefault(tensor.expert.stack, set()).update(
+                    (p, tensor.expert.component) for p in tensor.expert.projections
+                )
+    problems: list[MoeconvError] = []
+    for number, stack in enumerate(stacks):
+        layout = recipes[stack.recipe].layout(stack.layout)
+        wanted = {(p, WEIGHT) for p in layout.projections} if layout else set()
+        problems += _missing(stack, wanted | kinds.get(number, set()), held)
+    return problems
+
+
+def _all_slots(manifest: Manifest, recipes: tuple[Recipe, ...]) -> list[MoeconvError]:
+    """An expert-parallel set: each slot of each stack once, replicas all alike, names unique."""
+    stored = {
+        (part.file or str(part.rank), t.name): StoredTensor(
+            t.name, t.dtype, t.shape, number, t.start, t.stop - t.start
+        )
+        for number, part in enumerate(manifest.parts)
+        for t in part.tensors
+    }
+    if len(stored) != sum(len(p.tensors) for p in manifest.parts):
+        return [damaged(ROOT_NAME, "a part names a tensor twice")]
+    problems = _sizes(manifest)
+    try:
+        found = set_detection(manifest, stored, recipes)
+    except MoeconvError as problem:
+        return [*problems, problem]
+    known: dict[str, str] = {}
+    differ = {
+        address
+        for address, _, _, value in manifest.matrices()
+        if known.setdefault(address, value) != value
+    }
+    if differ:
+        cause = f"{len(differ)} matrices have replicas with other digests: {quoted(min(differ))}"
+        problems.append(damaged(ROOT_NAME, cause))
+    return [*problems, *found.problems, *_weightless(found)]
+
+
+def _sizes(manifest: Manifest) -> list[MoeconvError]:
+    """Runs are as long as their tensors: of a virtual set no header says so."""
+    return [
+        damaged(
+            f"{PARTS_DIR}/", f"{quoted(t.name)} is {t.dtype} {list(t.shape)}, not so many bytes"
+        )
+        for part in manifest.parts
+        if not part.file
+        for t in part.tensors
+        if t.dtype not in BITS or prod(t.shape) * BITS[t.dtype] != 8 * (t.stop - t.start)
+    ]
+
+
+def _weightless(found: Detection) -> list[MoeconvError]:
+    return [
+        damaged(ROOT_NAME, f"{quoted(s.name)} has no weight of {p}")
+        for s in found.stacks
+        for p in s.layout.projections
+        if s.member(p, WEIGHT) is None
+    ]
 
 
 def _missing(

@@ -29,18 +29,26 @@ SURFACE = {
                 "--color", "--help"},
     "fuse": CONVERT,
     "unfuse": CONVERT,
-    "verify": COMPARE | {"--level", "--source"},
+    "shard": CONVERT | {"--ep", "--placement", "--redundant", "--allow-duplicates", "--virtual"},
+    "merge": CONVERT - {"--from-layout", "--recipe"},
+    "verify": COMPARE | {"--level", "--source", "--fill"},
     "diff": COMPARE,
     "fingerprint": COMPARE,
     "demo": {"--output", "--color", "--help"},
+    "placement": {"--help"},
     "recipes": {"--help"},
+}  # fmt: skip
+PLACEMENT = {
+    "show": {"--source", "--ep", "--json", "--color", "--help"},
+    "convert": {"--to", "--output", "--source", "--ep", "--allow-duplicates", "--json", "--quiet",
+                "--color", "--help"},
 }  # fmt: skip
 
 
-def test_every_flag_is_meant() -> None:
-    group = typer.main.get_command(app)
+def flags(group: typer.core.TyperGroup) -> dict[str, set[str]]:
+    """The long flags of every command of a group."""
     with group.make_context("moeconv", ["inspect"], resilient_parsing=True) as context:
-        found = {
+        return {
             name: {
                 flag
                 for parameter in command.get_params(context)
@@ -49,7 +57,12 @@ def test_every_flag_is_meant() -> None:
             }
             for name, command in group.commands.items()
         }
-    assert found == SURFACE
+
+
+def test_every_flag_is_meant() -> None:
+    group = typer.main.get_command(app)
+    assert flags(group) == SURFACE
+    assert flags(group.commands["placement"]) == PLACEMENT
 
 
 def test_every_command_has_help() -> None:

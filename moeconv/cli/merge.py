@@ -1,0 +1,47 @@
+"""`moeconv merge`: an expert-parallel set back to one plain checkpoint."""
+
+from __future__ import annotations
+
+from moeconv.cli import options
+from moeconv.cli.convert import show_result
+from moeconv.cli.ui import Ui, checked_color, handled
+
+
+def merge(
+    src: options.Source,
+    output: options.Output,
+    layout: options.Layout = None,
+    without: options.Without = None,
+    max_shard_size: options.ShardSize = "5GB",
+    max_memory: options.Memory = "512MiB",
+    jobs: options.Jobs = None,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    color: options.Color = "auto",
+) -> None:
+    """Write a set of moeconv back as the checkpoint it came from; its source is not needed."""
+    with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
+        checked_color(color)
+        from moeconv import sharding
+        from moeconv.units import parse_size
+
+        shard_size, memory = parse_size(max_shard_size), parse_size(max_memory)
+        with ui.progress("merge") as progress:
+            result = sharding.merge(
+                src,
+                output,
+                layout=layout,
+                without=tuple(without or ()),
+                max_shard_size=shard_size,
+                max_memory=memory,
+                jobs=jobs,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                progress=progress,
+            )
+        if result.plan.restores and without:
+            ui.warn("what --without left out is missing from the restored origin")
+        show_result(ui, "merge", result)

@@ -1,0 +1,188 @@
+"""`moeconv placement show|convert`: which slot holds which expert, in the maps of other systems."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from moeconv.cli import options
+from moeconv.cli.ui import Ui, checked_color, handled
+
+if TYPE_CHECKING:
+    from moeconv.jsonvalue import Json
+    from moeconv.placement.documents import RawMap
+    from moeconv.placement.placement import Layers, Placement
+
+_SOURCE_HELP = "The checkpoint that the map is for: a directory, or all else that SRC may be."
+Map: TypeAlias = Annotated[
+    str,
+    typer.Argument(
+        metavar="MAP", help="A .json, .yaml, .pt or .npy file, or the JSON.", show_default=False
+    ),
+]
+Ranks: TypeAlias = Annotated[
+    int | None,
+    typer.Option("--ep", min=1, metavar="N", help="Expert-parallel ranks, to check the map for."),
+]
+
+placement = typer.Typer(
+    help="Expert placement maps: look at one, translate it for another system.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@placement.command()
+def show(
+    map_: Map,
+    source: Annotated[
+        str | None, typer.Option("--source", metavar="SRC", help=_SOURCE_HELP)
+    ] = None,
+    ep: Ranks = None,
+    as_json: options.AsJson = False,
+    color: options.Color = "auto",
+) -> None:
+    """Show a map's format, sizes and ranks; fail with all that is wrong with it."""
+    with handled(Ui(json=as_json, color=color)) as ui:
+        checked_color(color)
+        from moeconv.errors import BadPlacement
+        from moeconv.mapfiles import read_map
+        from moeconv.placement.formats import ep_size_of, resolve
+        from moeconv.placement.placement import check
+
+        raw = read_map(map_)
+        if source is None:
+            layers, found = _alone(raw)
+            assumed = f"{layers.experts} experts, from the largest id; `--source SRC` would tell"
+        else:
+            layers, _ = _layers(source)
+            found, assumed = resolve(raw, layers)
+        ep_size = ep_size_of(raw, ep)
+        problem = None
+        try:
+            check(found, layers, ep_size=ep_size)
+        except BadPlacement as misfit:
+            problem = misfit
+        if as_json:
+            doc = _document(raw.format, found, ep_size, assumed)
+            ui.document({**doc, "ok": problem is None, "map": [list(row) for row in _rows(found)]})
+        else:
+            _describe(ui, raw, found, assumed)
+            if ep_size is not None and problem is None:
+                _show_ranks(ui, found, ep_size)
+        if problem is not None:
+            raise problem
+
+
+@placement.command()
+def convert(
+    map_: Map,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="sglang, vllm, trtllm, ascend or eplb.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="A new file.", show_default=False),
+    ],
+    source: Annotated[
+        str, typer.Option("--source", metavar="SRC", help=_SOURCE_HELP, show_default=False)
+    ],
+    ep: Ranks = None,
+    allow_duplicates: Annotated[
+        bool,
+        typer.Option("--allow-duplicates", help="Let a rank hold the same expert twice."),
+    ] = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    color: options.Color = "auto",
+) -> None:
+    """Write a map in another system's format; systems count layers differently, so SRC tells."""
+    with handled(Ui(json=as_json, quiet=quiet, color=color)) as ui:
+        checked_color(color)
+        from moeconv.engine.output import refuse_overlap
+        from moeconv.engine.single import refuse_file, write_single
+        from moeconv.mapfiles import read_map
+        from moeconv.placement.formats import ep_size_of, resolve, written
+        from moeconv.placement.placement import check
+
+        refuse_file(output)
+        raw = read_map(map_)
+        ep_size = ep_size_of(raw, ep)
+        layers, place = _layers(source)
+        refuse_overlap(place, output)
+        found, assumed = resolve(raw, layers)
+        check(found, layers, ep_size=ep_size, allow_duplicates=allow_duplicates)
+        write_single(output, written(to, found, layers, ep_size=ep_size))
+        ui.say(f"{raw.format}, {assumed}")
+        doc = _document(to, found, ep_size, assumed)
+        ui.result(str(output), {**doc, "source_format": raw.format, "output": str(output)})
+
+
+def _layers(source: str) -> tuple[Layers, Path]:
+    """The checkpoint's layers, and where it is."""
+    from moeconv.api import open_source
+    from moeconv.layout.moelayers import layers_of
+
+    opened = open_source(source)
+    layers, _ = layers_of(opened.detection.whole().stacks, opened.checkpoint.config)
+    return layers, opened.path
+
+
+def _alone(raw: RawMap) -> tuple[Layers, Placement]:
+    """A map without its checkpoint: its own indices and ids are all there is."""
+    from moeconv.placement.placement import Layers, Placement
+
+    indices = tuple(index for index, _ in raw.rows)
+    rows = tuple(row for _, row in raw.rows)
+    experts = 1 + max((expert for row in rows for expert in row), default=0)
+    hidden = max(indices, default=-1) + 1
+    return Layers(experts, indices, (), hidden), Placement(experts, indices, rows)
+
+
+def _rows(found: Placement) -> tuple[tuple[int, ...], ...]:
+    return found.physical_to_logical
+
+
+def _document(name: str, found: Placement, ep_size: int | None, assumed: str) -> dict[str, Json]:
+    return {
+        "type": "placement",
+        "format": name,
+        "layers": list(found.layers),
+        "experts": found.experts,
+        "slots": found.slots,
+        "redundant": found.slots - found.experts,
+        "ep": ep_size,
+        "assumed": assumed,
+    }
+
+
+def _describe(ui: Ui, raw: RawMap, found: Placement, assumed: str) -> None:
+    from moeconv.units import counted
+
+    redundant = found.slots - found.experts
+    ui.data(f"format: {raw.format}, {counted(len(raw.rows), 'row')}, {raw.indexed}")
+    ui.data(f"slots: {found.slots} ({counted(found.experts, 'expert')}, {redundant} redundant)")
+    ui.data(f"assumed: {assumed}")
+    alike = len(set(_rows(found))) == 1
+    ui.data(f"layers: {counted(len(found.layers), 'layer')}, {'' if alike else 'not '}all alike")
+
+
+def _show_ranks(ui: Ui, found: Placement, ep_size: int) -> None:
+    """The first layer's experts, rank by rank."""
+    row, per_rank = _rows(found)[0], found.slots // ep_size
+    ui.data(f"layer {found.layers[0]} on {ep_size} ranks of {per_rank} slots:")
+    ui.table(
+        ["rank", "experts"],
+        [
+            [str(r), " ".join(map(str, row[r * per_rank : (r + 1) * per_rank]))]
+            for r in range(ep_size)
+        ],
+    )

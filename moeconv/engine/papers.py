@@ -1,0 +1,152 @@
+"""The documents of a set: parts from plans and digests, the root, the origin."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+from moeconv.checkpoint.origin import Origin, OriginFile, origin_bytes
+from moeconv.checkpoint.source import Checkpoint
+from moeconv.digest import digest, fingerprint
+from moeconv.engine.tiles import Digests
+from moeconv.manifest import (
+    ORIGIN_NAME,
+    Manifest,
+    Part,
+    Root,
+    Run,
+    SourceEntry,
+    SourceFile,
+    StackEntry,
+    TensorEntry,
+    addresses,
+    part_bytes,
+    part_name,
+    part_names,
+    rank_part_bytes,
+)
+from moeconv.manifestreader import parse_parts
+from moeconv.names import natural_key
+from moeconv.plan.values import CopyTile, OutputFile, OutputTensor, Plan
+
+
+def paper_names(plan: Plan) -> list[str]:
+    """The documents that a set has beside root and index."""
+    if plan.restores:
+        return []
+    if plan.ep_size is not None:
+        return [*part_names(plan.ep_size), ORIGIN_NAME]
+    return [*(part_name(f.name) for f in plan.files), ORIGIN_NAME]
+
+
+def part_of(file: OutputFile, digests: Digests) -> Part:
+    """The manifest's facts of a data file that was written with these digests."""
+    return Part(
+        file=file.name,
+        size=file.size,
+        header_size=len(file.header),
+        header_digest=digest(file.header),
+        tensors=tuple(
+            _entry(t, t.offset, tuple(values))
+            for t, values in zip(file.tensors, digests, strict=True)
+        ),
+        rank=file.rank,
+    )
+
+
+def _entry(
+    t: OutputTensor, start: int, digests: tuple[str, ...], runs: tuple[Run, ...] = ()
+) -> TensorEntry:
+    return TensorEntry(
+        name=t.name,
+        dtype=t.dtype,
+        shape=t.shape,
+        start=start,
+        stop=start + t.nbytes,
+        digests=digests,
+        expert=t.expert,
+        runs=runs,
+    )
+
+
+def virtual_parts(
+    files: tuple[OutputFile, ...], stacks: tuple[StackEntry, ...], known: dict[str, str]
+) -> tuple[Part, ...]:
+    """The parts of a virtual set: for each rank, and for all, runs of the source's files.
+
+    known: digests by address, as far as the source's manifest has them.
+    """
+    tensors: dict[int | None, list[TensorEntry]] = defaultdict(list)
+    for file in files:
+        runs: list[list[Run]] = [[] for _ in file.tensors]
+        for tile in file.tiles:
+            if isinstance(tile, CopyTile):
+                _append(runs[tile.tensor], Run(tile.file, tile.offset, tile.nbytes))
+        for tensor, its in zip(file.tensors, runs, strict=True):
+            bare = _entry(tensor, 0, (), tuple(its))
+            found = [known.get(address) for address in addresses(bare, stacks)]
+            have = tuple(value for value in found if value is not None)
+            entry = replace(bare, digests=have if len(have) == len(found) else ())
+            tensors[file.rank].append(entry)
+    return tuple(Part("", 0, 0, "", tuple(its), rank) for rank, its in tensors.items())
+
+
+def _append(runs: list[Run], run: Run) -> None:
+    last = runs[-1] if runs else None
+    if last and (last.file, last.offset + last.nbytes) == (run.file, run.offset):
+        runs[-1] = Run(last.file, last.offset, last.nbytes + run.nbytes)
+    else:
+        runs.append(run)
+
+
+def documents(plan: Plan, parts: dict[str, Part], virtual: tuple[Part, ...]) -> dict[str, bytes]:
+    """The bytes of each part, by its name, in the order in which the root names them.
+
+    parts: by data file; virtual: of a set that has none.
+    """
+    if plan.ep_size is None:
+        return {part_name(f.name): part_bytes(parts[f.name]) for f in plan.files}
+    every = [*(parts[f.name] for f in plan.files if f.name in parts), *virtual]
+    return {
+        name: rank_part_bytes(rank, tuple(p for p in every if p.rank == rank))
+        for name, rank in part_names(plan.ep_size).items()
+    }
+
+
+def read_back(root: Root, raws: dict[str, bytes]) -> Manifest:
+    """The manifest of a root and the bytes of its parts, with its fingerprint filled in.
+
+    The strict reader reads it: what it would refuse must not be written in the first place.
+    """
+    parts = tuple(p for name, raw in raws.items() for p in parse_parts(raw, root, where=name))
+    manifest = Manifest(root, parts)
+    value = fingerprint(manifest.fingerprint_lines()) if manifest.complete else None
+    return Manifest(replace(root, fingerprint=value), parts)
+
+
+def source_entry(checkpoint: Checkpoint) -> SourceEntry:
+    """How a virtual set finds its bytes, and knows that they are still the same."""
+    files = tuple(
+        SourceFile(f.name, f.size, f.mtime_ns, len(f.header.raw), digest(f.header.raw))
+        for f in checkpoint.files
+    )
+    return SourceEntry(str(checkpoint.root.resolve()), files)
+
+
+def origin_of(checkpoint: Checkpoint) -> bytes:
+    """The origin's document: that of the set at hand, or this checkpoint itself."""
+    if checkpoint.origin is not None:
+        return checkpoint.origin.origin_raw
+    files = tuple(
+        OriginFile(f.name, f.size, f.header)
+        for f in sorted(checkpoint.files, key=lambda f: natural_key(f.name))
+    )
+    return origin_bytes(Origin(files, checkpoint.index))
+
+
+def expected_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the manifest of one of our sets promises, by address."""
+    manifest = checkpoint.manifest
+    if manifest is None:
+        return {}
+    return {address: value for address, _, _, value in manifest.matrices()}

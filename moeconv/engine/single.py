@@ -1,0 +1,41 @@
+"""One small file that stands alone: whole under its name, or not there."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from moeconv.engine.files import NEW_FILE, writing
+from moeconv.engine.workplace import fsync_directory
+from moeconv.errors import WouldOverwrite, quoted
+
+
+def refuse_file(path: Path) -> None:
+    """Raise WouldOverwrite where something has the name already."""
+    if os.path.lexists(path):
+        raise WouldOverwrite(
+            f"{quoted(path.name)} exists",
+            at=quoted(str(path)),
+            cause="a file is never replaced",
+            fix="give another name with `-o`, or remove it first",
+        )
+
+
+def write_single(path: Path, data: bytes) -> None:
+    """Write a new file through a partial one. Raises WouldOverwrite, IoFailed, DiskFull."""
+    refuse_file(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        descriptor = os.open(partial, NEW_FILE, 0o666)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            refuse_file(path)
+            partial.rename(path)
+            fsync_directory(path.parent)
+        finally:
+            with suppress(FileNotFoundError):
+                partial.unlink()

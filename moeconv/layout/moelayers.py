@@ -1,0 +1,69 @@
+"""The layers of a checkpoint that a placement map can speak of."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Final
+
+from moeconv.checkpoint.config import Config
+from moeconv.errors import ConfigMismatch, NoExperts, Unsupported, quoted
+from moeconv.layout.stack import Stack
+from moeconv.placement.placement import Layers, kind_and_layer
+from moeconv.placement.words import spans
+
+_LAYER_COUNTS: Final = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+
+
+def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[Layers, tuple[str, ...]]:
+    """The MoE layers of the main kind of stacks, and those stacks' names in layer order.
+
+    A kind is a name without its layer number; the main one has most stacks, then most bytes.
+    Raises NoExperts, Unsupported (layers of unlike E), ConfigMismatch (no layer below the last).
+    """
+    kinds: dict[tuple[str, str], dict[int, Stack]] = defaultdict(dict)
+    for stack in stacks:
+        if found := kind_and_layer(stack.name):
+            kinds[found[0]][found[1]] = stack
+    if not kinds:
+        raise NoExperts(
+            "no layer of the checkpoint has routed experts",
+            cause=f"{len(stacks)} expert stacks, none of them in a numbered layer",
+            fix="`moeconv inspect SRC` shows what is there",
+        )
+    main = dict(sorted(max(kinds.values(), key=_weight).items()))
+    experts = {s.sizes.experts for s in main.values()}
+    if len(experts) > 1:
+        raise Unsupported(
+            "a placement map is for layers of equally many experts",
+            at=quoted(next(iter(main.values())).name),
+            cause=f"these layers have {', '.join(map(str, sorted(experts)))}",
+            fix="shard this checkpoint without a map",
+        )
+    stated = _hidden(main, config)
+    hidden = max(main) + 1 if stated is None else stated
+    moe = tuple(n for n in main if n < hidden)
+    if not moe:
+        raise ConfigMismatch(
+            "config.json and the tensors disagree on the number of layers",
+            at="config.json",
+            cause=f"it says {hidden}, but the layers with experts are {spans(tuple(main))}",
+            fix="use the config.json that belongs to these tensors",
+        )
+    beyond = tuple(n for n in main if n >= hidden)
+    layers = Layers(experts.pop(), moe, beyond, hidden, stated=stated is not None)
+    return layers, tuple(s.name for s in main.values())
+
+
+def _weight(kind: dict[int, Stack]) -> tuple[int, int]:
+    return len(kind), sum(t.nbytes for s in kind.values() for t in s.tensors)
+
+
+def _hidden(main: dict[int, Stack], config: Config) -> int | None:
+    """The number of layers that config.json says, in the section of these stacks."""
+    stack = next(iter(main.values()))
+    for section in stack.recipe.config.sections_of(stack.name):
+        for key in _LAYER_COUNTS:
+            value = config.at(f"{section}.{key}" if section else key)
+            if type(value) is int and value > 0:
+                return value
+    return None

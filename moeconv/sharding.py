@@ -1,0 +1,144 @@
+"""The library: shard and merge. Nothing here prints or exits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from moeconv.api import (
+    DEFAULT_MEMORY_BYTES,
+    DEFAULT_SHARD_BYTES,
+    Opened,
+    Progress,
+    Result,
+    carry_out,
+    default_jobs,
+    open_source,
+    origin_layouts,
+    planned,
+    restored,
+)
+from moeconv.engine.crew import Limits
+from moeconv.layout.moelayers import layers_of
+from moeconv.mapfiles import read_map
+from moeconv.placement.formats import ep_size_of, resolve
+from moeconv.placement.placement import Placement, by_stack, check
+from moeconv.plan.convert import FUSE
+from moeconv.plan.placing import RULES, TRIVIAL, Wish, placed
+from moeconv.plan.shard import plan_shards
+
+# a rule's name, a map (file or inline JSON), a placement, or rows [P] by stack name
+Placing: TypeAlias = str | Path | Placement | Mapping[str, tuple[int, ...]]
+
+
+def shard(
+    src: str | Path,
+    out: str | Path,
+    *,
+    ep_size: int,
+    placement: Placing = TRIVIAL,
+    redundant: int | None = None,
+    allow_duplicates: bool = False,
+    virtual: bool = False,
+    layout: str | None = None,
+    from_layout: str | None = None,
+    recipe: str | Path | None = None,
+    without: tuple[str, ...] = (),
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Write one file set for each expert-parallel rank, and one with everything else.
+
+    Each rank gets its slots `[S, …]` in the family's fused layout, or in `layout`. placement: a
+    rule (`trivial`, `round-robin`), a map in any of the formats of `moeconv placement`, or rows.
+    redundant: R more slots than experts, where a rule places them. allow_duplicates: one rank may
+    hold an expert twice. virtual: write no tensor bytes, only where they are in SRC.
+    Raises BadPlacement, NotVirtual and what `fuse` raises.
+    """
+    source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
+    wish, told = _wish(source, ep_size, placement, redundant, allow_duplicates=allow_duplicates)
+    detection = source.detection.whole()
+    sharding, words = placed(detection.stacks, wish)
+    plan = plan_shards(
+        detection,
+        sharding,
+        layout=layout,
+        max_shard_size=max_shard_size,
+        origin_layouts=origin_layouts(source.checkpoint),
+        virtual=virtual,
+        notes=(*told, *words),
+    )
+    return carry_out(
+        source,
+        Path(out),
+        plan,
+        limits=Limits(jobs or default_jobs(), max_memory),
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+    )
+
+
+def _wish(
+    source: Opened,
+    ep_size: int,
+    placement: Placing,
+    redundant: int | None,
+    *,
+    allow_duplicates: bool,
+) -> tuple[Wish, tuple[str, ...]]:
+    """The wish that a placement amounts to here, and what was assumed to read it."""
+    if isinstance(placement, str) and placement in RULES:
+        return Wish(ep_size, placement, None, redundant, allow_duplicates), ()
+    stacks = source.detection.whole().stacks
+    if isinstance(placement, Mapping):
+        rows = by_stack(tuple(s.name for s in stacks), placement)
+        return Wish(ep_size, TRIVIAL, rows, redundant, allow_duplicates), ()
+    layers, names = layers_of(stacks, source.checkpoint.config)
+    told: tuple[str, ...] = ()
+    if not isinstance(placement, Placement):
+        raw = read_map(placement)
+        ep_size_of(raw, ep_size)
+        placement, assumed = resolve(raw, layers)
+        told = (f"{raw.format} map, {assumed}",)
+    check(placement, layers, ep_size=ep_size, allow_duplicates=allow_duplicates)
+    by_layer = dict(zip(layers.all_moe, names, strict=True))
+    rows = {by_layer[n]: row for n in placement.layers if (row := placement.row(n)) is not None}
+    return Wish(ep_size, TRIVIAL, rows, redundant, allow_duplicates), told
+
+
+def merge(
+    src: str | Path,
+    out: str | Path,
+    *,
+    layout: str | None = None,
+    without: tuple[str, ...] = (),
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Write a set of moeconv back as the plain checkpoint it was made from, bit for bit.
+
+    With `layout`, as a whole checkpoint in that layout instead. Raises NotASet.
+    """
+    source = open_source(src, without=without)
+    plan = restored(source)
+    if layout is not None:
+        plan = planned(source, FUSE, layout, max_shard_size)
+    return carry_out(
+        source,
+        Path(out),
+        plan,
+        limits=Limits(jobs or default_jobs(), max_memory),
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+    )

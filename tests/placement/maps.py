@@ -1,0 +1,49 @@
+"""Random checkpoints' layers and placements for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from moeconv.placement.placement import Layers, Placement
+
+# as DeepSeek-V3, in small: a dense layer, three MoE layers, one of MTP
+SMALL = Layers(experts=4, moe=(1, 2, 3), beyond=(4,), hidden=4)
+PLAIN = Layers(experts=4, moe=(1, 2), beyond=(), hidden=3)
+
+
+def placed(layers: Layers, *rows: tuple[int, ...]) -> Placement:
+    """A placement whose rows are those of the first MoE layers."""
+    return Placement(layers.experts, layers.all_moe[: len(rows)], rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A placement that fits its layers and its ranks."""
+
+    layers: Layers
+    placement: Placement
+    ep_size: int
+
+
+@st.composite
+def rows(draw: st.DrawFn, experts: int, slots: int) -> tuple[int, ...]:
+    """[P], every expert at least once."""
+    more = draw(st.lists(st.integers(0, experts - 1), min_size=slots - experts, max_size=slots))
+    return tuple(draw(st.permutations([*range(experts), *more[: slots - experts]])))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Dense layers anywhere, MTP layers behind the last, any number of redundant experts."""
+    hidden = draw(st.integers(1, 7))
+    moe = draw(st.sets(st.integers(0, hidden - 1), min_size=1))
+    beyond = tuple(range(hidden, hidden + draw(st.integers(0, 2))))
+    layers = Layers(draw(st.integers(1, 6)), tuple(sorted(moe)), beyond, hidden)
+    ep_size = draw(st.integers(1, 4))
+    least = -(-layers.experts // ep_size)
+    slots = ep_size * draw(st.integers(least, least + 2))
+    covered = draw(st.sampled_from((layers.moe, layers.all_moe)))
+    table = tuple(draw(rows(layers.experts, slots)) for _ in covered)
+    return Case(layers, Placement(layers.experts, covered, table), ep_size)
