@@ -1,0 +1,1 @@
+"""Expert-parallel sets: held against an independent reading, never against the planner."""
