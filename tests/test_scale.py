@@ -137,3 +137,21 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     write_qwen3_30b(tmp_path / "source", layers=1)
     _, peak = measured("fuse", str(tmp_path / "source"), "-o", str(tmp_path / "out"), "--json")
     assert peak < 200_000_000
+
+
+def test_a_virtual_set_of_kimi_k2(tmp_path: Path) -> None:
+    """139,644 tensors, 1 TB: megabytes are written, and every expert of every rank is placed."""
+    write_phantom(tmp_path / "kimi", "kimi-k2")
+    out = tmp_path / "out"
+    doc, peak = measured(
+        "shard", str(tmp_path / "kimi"), "-o", str(out), "--ep", "8", "--virtual", "--json"
+    )
+    source, output = doc["source"], doc["output"]
+    assert isinstance(source, dict)
+    assert isinstance(output, dict)
+    assert source["tensors"] == 139_644
+    assert source["bytes"] == output["bytes"] > 10**12
+    assert sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) < 50_000_000
+    assert peak < GIB
+    proof, _ = measured("verify", str(out), "--level", "structure", "--json")
+    assert proof["ok"]

@@ -74,14 +74,15 @@ def virtual_parts(
 ) -> tuple[Part, ...]:
     """The parts of a virtual set: for each rank, and for all, runs of the source's files.
 
+    files: planned so that no tile changes the order of the source's bytes.
     known: digests by address, as far as the source's manifest has them.
     """
     tensors: dict[int | None, list[TensorEntry]] = defaultdict(list)
     for file in files:
         runs: list[list[Run]] = [[] for _ in file.tensors]
         for tile in file.tiles:
-            if isinstance(tile, CopyTile):
-                _append(runs[tile.tensor], Run(tile.file, tile.offset, tile.nbytes))
+            source = tile if isinstance(tile, CopyTile) else tile.spans[0]
+            _append(runs[tile.tensor], Run(source.file, source.offset, tile.nbytes))
         for tensor, its in zip(file.tensors, runs, strict=True):
             bare = _entry(tensor, 0, (), tuple(its))
             found = [known.get(address) for address in addresses(bare, stacks)]

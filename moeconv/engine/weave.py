@@ -32,7 +32,7 @@ def weave(tile: WeaveTile, read: ReadSpan) -> tuple[memoryview, list[tuple[int, 
     """
     spans = [np.frombuffer(read(span), dtype=f"u{tile.itemsize}") for span in tile.spans]
     units: list[tuple[int, str]] = []
-    if _straight(tile):
+    if tile.straight:
         units = [
             (p.unit, _digest(_view(spans[p.span], p, p.src_offset, p.src_strides)))
             for p in tile.pieces
@@ -53,17 +53,6 @@ def weave(tile: WeaveTile, read: ReadSpan) -> tuple[memoryview, list[tuple[int, 
             _move(target, source)
         units.append((piece.unit, _digest(target)))
     return out.view(np.uint8).data, units
-
-
-def _straight(tile: WeaveTile) -> bool:
-    """Whether the bytes stay as they are and only the digests need the permutation."""
-    return (
-        len(tile.spans) == 1
-        and tile.spans[0].nbytes == tile.nbytes
-        and all(
-            p.src_offset == p.dst_offset and p.src_strides == p.dst_strides for p in tile.pieces
-        )
-    )
 
 
 def _view(items: Items, piece: Piece, offset: int, strides: tuple[int, ...]) -> Items:

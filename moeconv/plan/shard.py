@@ -166,7 +166,7 @@ def not_global(stack: Stack) -> frozenset[str]:
 def _refuse_woven(files: tuple[OutputFile, ...]) -> None:
     for file in files:
         for tile in file.tiles:
-            if isinstance(tile, WeaveTile):
+            if isinstance(tile, WeaveTile) and not tile.straight:
                 name = file.tensors[tile.tensor].name
                 raise NotVirtual(
                     f"{quoted(name)} cannot be a run of the source's bytes",

@@ -61,6 +61,17 @@ class WeaveTile:
     spans: tuple[Span, ...]
     pieces: tuple[Piece, ...]
 
+    @property
+    def straight(self) -> bool:
+        """Whether the bytes stay as they are and only the digests need the permutation."""
+        return (
+            len(self.spans) == 1
+            and self.spans[0].nbytes == self.nbytes
+            and all(
+                p.src_offset == p.dst_offset and p.src_strides == p.dst_strides for p in self.pieces
+            )
+        )
+
 
 Tile = CopyTile | WeaveTile
 

@@ -189,7 +189,22 @@ def _qwen3_30b(layers: int) -> Model:
     return Model({**_QWEN3_30B_CONFIG, "num_hidden_layers": layers}, tensors)
 
 
-def _deepseek_v3() -> Model:
+@dataclass(frozen=True, slots=True)
+class _DeepSeek:
+    """What differs between the models of DeepSeek-V3's architecture."""
+
+    experts: int
+    heads: int
+    dense: int
+    vocabulary: int
+    mtp: int | None  # the MTP layer, where it is published
+    rotary: bool  # whether the layers store their rotary frequencies
+    config: dict[str, object]
+
+
+def _deepseek(which: _DeepSeek) -> Model:
+    vocabulary, heads = which.vocabulary, which.heads
+
     def bf16(name: str, *shape: int) -> Tensor:
         return Tensor(f"{name}.weight", "BF16", shape)
 
@@ -204,47 +219,71 @@ def _deepseek_v3() -> Model:
 
     def layer_tensors(layer: int) -> Iterator[Tensor]:
         p = f"model.layers.{layer}"
-        if layer == _DEEPSEEK_MTP_LAYER:
-            yield bf16(f"{p}.embed_tokens", 129280, 7168)
+        if layer == which.mtp:
+            yield bf16(f"{p}.embed_tokens", vocabulary, 7168)
             yield bf16(f"{p}.enorm", 7168)
             yield bf16(f"{p}.hnorm", 7168)
             yield bf16(f"{p}.eh_proj", 7168, 14336)
         yield from fp8(f"{p}.self_attn.q_a_proj", 1536, 7168)
         yield bf16(f"{p}.self_attn.q_a_layernorm", 1536)
-        yield from fp8(f"{p}.self_attn.q_b_proj", 24576, 1536)
+        yield from fp8(f"{p}.self_attn.q_b_proj", 192 * heads, 1536)
         yield from fp8(f"{p}.self_attn.kv_a_proj_with_mqa", 576, 7168)
         yield bf16(f"{p}.self_attn.kv_a_layernorm", 512)
-        yield from fp8(f"{p}.self_attn.kv_b_proj", 32768, 512)
-        yield from fp8(f"{p}.self_attn.o_proj", 7168, 16384)
-        if layer < _DEEPSEEK_DENSE_LAYERS:
+        yield from fp8(f"{p}.self_attn.kv_b_proj", 256 * heads, 512)
+        yield from fp8(f"{p}.self_attn.o_proj", 7168, 128 * heads)
+        if which.rotary:
+            yield Tensor(f"{p}.self_attn.rotary_emb.inv_freq", "F32", (32,))
+        if layer < which.dense:
             yield from mlp(f"{p}.mlp", 18432)
         else:
-            yield bf16(f"{p}.mlp.gate", 256, 7168)
-            yield Tensor(f"{p}.mlp.gate.e_score_correction_bias", "F32", (256,))
+            yield bf16(f"{p}.mlp.gate", which.experts, 7168)
+            yield Tensor(f"{p}.mlp.gate.e_score_correction_bias", "F32", (which.experts,))
             yield from mlp(f"{p}.mlp.shared_experts", 2048)
-            for expert in range(256):
+            for expert in range(which.experts):
                 yield from mlp(f"{p}.mlp.experts.{expert}", 2048)
         yield bf16(f"{p}.input_layernorm", 7168)
         yield bf16(f"{p}.post_attention_layernorm", 7168)
-        if layer == _DEEPSEEK_MTP_LAYER:
+        if layer == which.mtp:
             yield bf16(f"{p}.shared_head.norm", 7168)
-            yield bf16(f"{p}.shared_head.head", 129280, 7168)
+            yield bf16(f"{p}.shared_head.head", vocabulary, 7168)
 
     def tensors() -> Iterator[Tensor]:
-        yield bf16("model.embed_tokens", 129280, 7168)
-        for layer in range(_DEEPSEEK_MTP_LAYER + 1):
+        yield bf16("model.embed_tokens", vocabulary, 7168)
+        for layer in range(_DEEPSEEK_LAYERS + (which.mtp is not None)):
             yield from layer_tensors(layer)
         yield bf16("model.norm", 7168)
-        yield bf16("lm_head", 129280, 7168)
+        yield bf16("lm_head", vocabulary, 7168)
 
-    return Model(_DEEPSEEK_V3_CONFIG, tensors, count_digits=6)
+    return Model(which.config, tensors, count_digits=6)
 
 
-_DEEPSEEK_DENSE_LAYERS = 3
-_DEEPSEEK_MTP_LAYER = 61
+def _deepseek_v3() -> Model:
+    return _deepseek(_DeepSeek(256, 128, 3, 129280, 61, rotary=False, config=_DEEPSEEK_V3_CONFIG))
+
+
+def _kimi_k2() -> Model:
+    """Kimi-K2: 139,644 tensors, 1 TB. Source: its config.json and index on the Hub."""
+    config = {
+        **_DEEPSEEK_V3_CONFIG,
+        "first_k_dense_replace": 1,
+        "model_type": "kimi_k2",
+        "n_group": 1,
+        "n_routed_experts": 384,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "num_nextn_predict_layers": 0,
+        "routed_scaling_factor": 2.827,
+        "topk_group": 1,
+        "vocab_size": 163840,
+    }
+    return _deepseek(_DeepSeek(384, 64, 1, 163840, None, rotary=True, config=config))
+
+
+_DEEPSEEK_LAYERS = 61
 
 PHANTOMS: dict[str, Callable[[], Model]] = {
     "deepseek-v3": _deepseek_v3,
+    "kimi-k2": _kimi_k2,
     "qwen3-30b-a3b": lambda: _qwen3_30b(QWEN3_30B_LAYERS),
 }
 
