@@ -18,7 +18,7 @@ from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.engine.commit import commit, refuse_collisions, room_needed
 from moeconv.engine.crew import Limits
 from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
-from moeconv.errors import NotASet, UnknownFamily, quoted
+from moeconv.errors import NotASet, UnknownExpertTensor, UnknownFamily, quoted
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.fromset import set_detection
 from moeconv.layout.recipe import Recipe
@@ -89,7 +89,40 @@ def open_source(
     detection = detect(
         checkpoint.tensors, checkpoint.config, recipes, files=names, from_layout=from_layout
     )
+    if recipe is None and recipes and _misnamed(detection):
+        recipes, detection = _by_names(checkpoint, recipes, detection)
     return Opened(path, checkpoint, recipes, detection)
+
+
+def _misnamed(detection: Detection) -> bool:
+    """Whether the tensors do not have the names of the family that config.json says."""
+    if detection.stacks or detection.passed:
+        return False
+    kinds = {type(problem) for problem in detection.problems}
+    return kinds == {UnknownExpertTensor} or (
+        not kinds and any(".experts." in t.name for t in detection.others)
+    )
+
+
+def _by_names(
+    checkpoint: Checkpoint, said: tuple[Recipe, ...], detection: Detection
+) -> tuple[tuple[Recipe, ...], Detection]:
+    """The family whose names the tensors have, where config.json says another one.
+
+    Only among those that publish their experts one by one: these names leave no layout open.
+    """
+    names = tuple(f.name for f in checkpoint.files)
+    others = [r for r in shipped_recipes() if r.unfuse is not None and r not in said]
+    for recipe in sorted(others, key=lambda r: -len(r.model_types)):
+        found = detect(checkpoint.tensors, checkpoint.config, (recipe,), files=names)
+        alone = found.stacks and all(s.layout.name == recipe.unfuse for s in found.stacks)
+        if alone and not found.problems and all(s.layout.per_expert for s in found.stacks):
+            note = (
+                f"config.json says model_type {quoted(checkpoint.config.model_type or '')}, but "
+                f"the tensors have the names of recipe {quoted(recipe.name)}: the names win"
+            )
+            return (recipe,), replace(found, notes=(note, *found.notes))
+    return said, detection
 
 
 def _recipes_for(checkpoint: Checkpoint, recipe: str | Path | None) -> tuple[Recipe, ...]:

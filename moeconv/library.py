@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tomllib
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from moeconv.errors import BadManifest, BadRecipe, quoted
-from moeconv.layout.recipe import Recipe
+from moeconv.layout.recipe import Component, Recipe
 from moeconv.layout.recipefile import MAX_RECIPE_BYTES, parse_recipe
+from moeconv.layout.shared import completed
 from moeconv.manifest import ROOT_NAME, Root
 
 
@@ -24,10 +26,33 @@ def _folder() -> Traversable:
 @cache
 def shipped_recipes() -> tuple[Recipe, ...]:
     """All shipped recipes, by file name."""
-    found = sorted(
-        (f for f in _folder().iterdir() if f.name.endswith(".toml")), key=lambda f: f.name
+    folder = _folder()
+    found = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
+    gated, plain, components = (
+        (folder / "shared" / f"{name}.toml").read_text("utf-8")
+        for name in ("gated", "plain", "components")
     )
-    return tuple(parse_recipe(f.read_text("utf-8"), where=f.name) for f in found)
+    return tuple(
+        completed(
+            f.read_text("utf-8"), gated=gated, plain=plain, components=components, where=f.name
+        )
+        for f in found
+    )
+
+
+def shared_layouts() -> tuple[str, ...]:
+    """The names of the layouts that every family can be written in."""
+    return tuple(tomllib.loads((_folder() / "shared" / "gated.toml").read_text("utf-8"))["layouts"])
+
+
+def parts(recipes: tuple[Recipe, ...]) -> tuple[tuple[Component, tuple[str, ...]], ...]:
+    """What experts are made of, each part once, with the recipes that have it so."""
+    found: dict[tuple[str, str, tuple[str, ...]], tuple[Component, list[str]]] = {}
+    for recipe in recipes:
+        for component in recipe.components:
+            key = (component.name, component.suffix, tuple(map(str, component.readings)))
+            found.setdefault(key, (component, []))[1].append(recipe.name)
+    return tuple((component, tuple(names)) for component, names in found.values())
 
 
 def fitting(
@@ -80,7 +105,19 @@ def manifest_recipes(root: Root) -> tuple[Recipe, ...]:
                     f"{quoted(stack.name)} is in layout {quoted(layout)}, "
                     f"which recipe {quoted(stack.recipe)} does not have"
                 )
-    return tuple(recipes.values())
+    ends = [s.experts for s in root.stacks if _stops(recipes[s.recipe])]
+    return tuple(_in_range(r, max(ends, default=0)) for r in recipes.values())
+
+
+def _stops(recipe: Recipe) -> bool:
+    return recipe.ids is not None and not recipe.ids.first
+
+
+def _in_range(recipe: Recipe, end: int) -> Recipe:
+    """A recipe with its range of expert ids; end: of those who take the first ones."""
+    if recipe.ids is None or not end:
+        return recipe
+    return recipe.taking(0, end) if _stops(recipe) else recipe.taking(end, None)
 
 
 def _bad_recipes(cause: str) -> BadManifest:

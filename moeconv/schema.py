@@ -104,6 +104,13 @@ class Table:
             return least
         return value
 
+    def flag(self, key: str) -> bool:
+        """A boolean; absent is false."""
+        value = self.raw(key)
+        if value is not None and not isinstance(value, bool):
+            self.problem(key, "must be true or false")
+        return value is True
+
     def digest(self, key: str) -> str:
         """32 lower-case hexadecimal digits."""
         return self._formed(key, "a digest of 32 lower-case hexadecimal digits", is_digest)

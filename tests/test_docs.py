@@ -12,7 +12,7 @@ import pytest
 
 from moeconv import errors
 from moeconv.cli.main import app
-from moeconv.library import shipped_recipes
+from moeconv.library import parts, shared_layouts, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -53,12 +53,17 @@ def block(path: Path, name: str, wanted: str) -> str:
 
 def recipes_table() -> str:
     """The README's table of families, from the recipes."""
-    lines = ["| tensors | layouts | components | model types |", "|---|---|---|---|"]
+    shared = shared_layouts()
+    lines = ["| tensors | layouts of its own | model types |", "|---|---|---|"]
     for recipe in shipped_recipes():
-        layouts = ", ".join(f"`{la.name}`" for la in recipe.layouts if la.square is None)
-        components = ", ".join(f"`{c.name}`" for c in recipe.components)
-        types = ", ".join(recipe.model_types)
-        lines.append(f"| `{recipe.title}` | {layouts} | {components} | {types} |")
+        own = [la.name for la in recipe.layouts if la.square is None and la.name not in shared]
+        layouts = ", ".join(f"`{name}`" for name in own)
+        lines.append(f"| `{recipe.title}` | {layouts} | {', '.join(recipe.model_types)} |")
+    lines += ["", "| part | of | axes of one matrix |", "|---|---|---|"]
+    for component, _ in parts(shipped_recipes()):
+        if component.of:
+            axes = ", ".join(f"`{a}`" if str(a) else "one number" for a in component.readings)
+            lines.append(f"| `{component.name}` | {component.of} | {axes} |")
     return "\n".join(lines) + "\n"
 
 

@@ -37,6 +37,8 @@ def inspect(
             listed = [t for t in checkpoint.tensors if fnmatch.fnmatchcase(t.name, tensors)]
         for warning in checkpoint.warnings:
             ui.warn(warning)
+        for note in opened.detection.notes:
+            ui.say(note)
         if as_json:
             ui.document(show.checkpoint_document(opened, listed))
         elif listed is not None:

@@ -22,10 +22,10 @@ recipes = typer.Typer(
 
 @recipes.command("list")
 def list_(as_json: options.AsJson = False, color: options.Color = "auto") -> None:
-    """List the recipes: tensor names, layouts, components, model types."""
+    """List the recipes: tensor names, layouts, model types; and the parts of quantised experts."""
     with handled(Ui(json=as_json, color=color)) as ui:
         checked_color(color)
-        from moeconv.library import shipped_recipes
+        from moeconv.library import parts, shipped_recipes
 
         found = shipped_recipes()
         if as_json:
@@ -36,12 +36,23 @@ def list_(as_json: options.AsJson = False, color: options.Color = "auto") -> Non
                 r.name,
                 r.title,
                 ", ".join(layout.name for layout in r.layouts if layout.square is None),
-                ", ".join(c.name for c in r.components),
                 ", ".join(r.model_types),
             ]
             for r in found
         ]
-        ui.table(["recipe", "names", "layouts", "components", "model types"], rows)
+        ui.table(["recipe", "names", "layouts", "model types"], rows)
+        ui.data("")
+        rows = [
+            [
+                component.name,
+                component.of or "-",
+                " or ".join(str(axes) or "one number" for axes in component.readings),
+                component.suffix or "-",
+                "all" if len(names) > len(found) // 2 else ", ".join(names),
+            ]
+            for component, names in parts(found)
+        ]
+        ui.table(["part", "of", "axes of one matrix", "fused suffix", "recipes"], rows)
 
 
 def _document(recipe: Recipe) -> Json:

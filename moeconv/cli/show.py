@@ -15,6 +15,10 @@ from moeconv.names import natural_key, printable
 from moeconv.units import counted, human_size
 
 _LAYER = re.compile(r"(.*?)([0-9]+)((?:\.[^.0-9][^.]*)*)")
+_COUPLED = re.compile(
+    r"[._](?:gate|router|moe_statics|tid2eid|shared_mlp|e_score_correction_bias|router_bias)(?:[._]|$)"
+    r"|expert"
+)
 Rows = list[list[str]]
 
 
@@ -158,11 +162,26 @@ def other_lines(opened: Opened) -> list[str]:
     size = sum(t.nbytes for t in others)
     sidecars = opened.checkpoint.sidecars
     lines = [f"beside the experts: {counted(len(others), 'tensor')}, {human_size(size)}"]
+    coupled = coupled_names(opened)
+    if coupled:
+        more = f" and {len(coupled) - 12} more" if len(coupled) > 12 else ""
+        lines.append(f"routers and shared experts, left alone: {', '.join(coupled[:12])}{more}")
     if sidecars:
         names = ", ".join(printable(s.name) for s in sidecars[:6])
         more = f" and {len(sidecars) - 6} more" if len(sidecars) > 6 else ""
         lines.append(f"sidecars: {names}{more}")
     return lines
+
+
+def coupled_names(opened: Opened) -> list[str]:
+    """What belongs to a layer's experts without being one, each name once for all layers."""
+    layers = {_split_layer(s.name)[:2] for s in opened.detection.stacks}
+    found: dict[str, None] = {}
+    for tensor in opened.detection.others:
+        head, layer, tail = _split_layer(tensor.name)
+        if (head, layer) in layers and _COUPLED.search(tail):
+            found[printable(tail.removeprefix("."))] = None
+    return sorted(found, key=natural_key)
 
 
 def stack_table(stacks: tuple[Stack, ...]) -> tuple[list[str], Rows]:
@@ -271,7 +290,9 @@ def checkpoint_document(opened: Opened, tensors: Iterable[StoredTensor] | None) 
         "others": {
             "tensors": len(detection.others),
             "bytes": sum(t.nbytes for t in detection.others),
+            "coupled": list(coupled_names(opened)),
         },
+        "notes": list(detection.notes),
         "sidecars": [{"name": s.name, "size": s.size} for s in checkpoint.sidecars],
         "warnings": list(checkpoint.warnings),
         "problems": [p.as_json() for p in detection.problems],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Final
 
@@ -75,6 +76,7 @@ class Axes:
         )
 
 
+@cache
 def parse_axes(text: str) -> Axes:
     """`"E (G O) K"` as a value. Raises AxesSyntax."""
     if _TOKEN.sub("", text).strip():
@@ -108,13 +110,18 @@ def _axis(word: str, text: str) -> Axis:
     return Axis(letter, int(granule) if granule.isdecimal() else granule)
 
 
+@cache
 def derived(own: Axes, line: Axes) -> Axes:
     """A companion's axes in a layout, from its own axes and those of the layout's weight.
 
     It keeps its own order; an axis that the layout flattens into a group takes the whole group
-    with it (`O` becomes `(G O)`); E and G, where still unplaced, come in front (`E G`).
+    with it (`O` becomes `(G O)`); E and G, where still unplaced, come in front (`E G`), and so
+    does an E that would not be outermost (`K O` beside `(E O) K` is `E K O`).
     """
     groups = {axis.letter: dim for dim in line.dims for axis in dim}
+    first = next((axis.letter for axis in own.flat), "")
+    if EXPERT not in (a.letter for a in groups.get(first, ())[:1]):
+        groups = {letter: _without_expert(dim) for letter, dim in groups.items()}
     placed: set[str] = set()
     dims: list[tuple[Axis, ...]] = []
     for dim in own.dims:
@@ -135,6 +142,17 @@ def derived(own: Axes, line: Axes) -> Axes:
         if letter in line.letters and letter not in placed
     ]
     return Axes((*front, *dims))
+
+
+def _without_expert(dim: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    return tuple(axis for axis in dim if axis.letter != EXPERT)
+
+
+@cache
+def recounted(line: Axes, own: Axes) -> Axes:
+    """`line` with its axes counted in the granules of `own`, where that has them."""
+    counted = {axis.letter: axis for axis in own.flat}
+    return Axes(tuple(tuple(counted.get(a.letter, a) for a in dim) for dim in line.dims))
 
 
 @dataclass(frozen=True, slots=True)

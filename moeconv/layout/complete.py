@@ -26,8 +26,8 @@ from moeconv.units import counted
 
 _FETCH = "download the shard again, then `moeconv inspect SRC`"
 _MAX_IDS = 8
-# floating point of less than 16 bits means nothing without its scales
-_QUANTISED = frozenset(dtype for dtype in BITS if dtype.startswith(("F4", "F6", "F8")))
+# floating point of less than 16 bits and integers mean nothing without their scales
+_QUANTISED = frozenset(d for d in BITS if d.startswith(("F4", "F6", "F8", "I", "U")))
 
 
 def completeness(
@@ -40,7 +40,7 @@ def completeness(
     problems: list[MoeconvError] = []
     ids = _expert_ids(found, layout)
     for line in layout.lines:
-        weights = found.tensors.get((line.template, WEIGHT), {})
+        weights = found.weights(line.template)
         if not weights and not ids:
             problems.append(_no_line(stack, found, line))
     if layout.per_expert and ids:
@@ -128,13 +128,14 @@ def _missing_weights(
 ) -> list[MoeconvError]:
     problems: list[MoeconvError] = []
     for line in layout.lines:
-        weights = found.tensors.get((line.template, WEIGHT), {})
+        weights = found.weights(line.template)
         # where the companions are there and the weight is not, `_companions` says it better
         lacking = [i for i in ids if i not in weights and not _companion_of(found, line, i)]
         if not lacking:
             continue
         rest = line.template.removeprefix("{stack}.").removeprefix("{expert}.")
-        rest = rest.replace("{component}", WEIGHT)
+        kind = next((c for t, c in found.tensors if c in found.recipe.weights), WEIGHT)
+        rest = rest.replace("{component}", kind)
         # its other projections say where it should be; they may lie in the next shard
         near = _tensor_of(found, lacking[0])
         problems.append(
@@ -152,7 +153,7 @@ def _missing_weights(
 
 def _companion_of(found: Found, line: Line, expert: int) -> bool:
     return any(
-        template == line.template and component != WEIGHT and expert in tensors
+        template == line.template and component not in found.recipe.weights and expert in tensors
         for (template, component), tensors in found.tensors.items()
     )
 
@@ -160,9 +161,10 @@ def _companion_of(found: Found, line: Line, expert: int) -> bool:
 def _companions(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
     problems: list[MoeconvError] = []
     for (template, component), tensors in found.tensors.items():
-        if component == WEIGHT or template not in (line.template for line in layout.lines):
+        known = template in (line.template for line in layout.lines)
+        if component in found.recipe.weights or not known:
             continue
-        weights = found.tensors.get((template, WEIGHT), {})
+        weights = found.weights(template)
         alone = [i for i in tensors if i not in weights]
         if alone:
             tensor = tensors[alone[0]]
@@ -227,7 +229,11 @@ def _pairs(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
         }
         for line in layout.lines
     }
-    weights = {p: c[WEIGHT] for p, c in held.items() if WEIGHT in c}
+    kinds = {p: [c for c in found.recipe.weights if c in held[p]] for p in held}
+    weights = {p: held[p][kinds[p][0]] for p in held if kinds[p]}
+    two = _two_kinds(stack, found, kinds, held)
+    if two:
+        return [two]
     pair = [t for p, t in weights.items() if DOWN not in p]
     if len({t.dtype for t in pair}) > 1:
         problems.append(
@@ -255,6 +261,27 @@ def _pairs(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
             )
             lost.setdefault((component, lacks), problem)
     return [*problems, *lost.values()]
+
+
+def _two_kinds(
+    stack: str,
+    found: Found,
+    kinds: dict[tuple[str, ...], list[str]],
+    held: dict[tuple[str, ...], dict[str, StoredTensor]],
+) -> MoeconvError | None:
+    """Experts of one stack that are quantised beside others that are not, or in another way."""
+    pair = {c: p for p, names in kinds.items() if DOWN not in p for c in names}
+    down = {c: p for p, names in kinds.items() if DOWN in p for c in names}
+    for side in (pair, down):
+        if len(side) > 1:
+            tensors = [held[p][c] for c, p in side.items()]
+            return ExpertDtype(
+                f"experts of {quoted(stack)} are stored in two ways: {' and '.join(side)}",
+                at=found.place(*tensors),
+                cause="one tensor cannot hold both",
+                fix="convert from a checkpoint whose experts are alike",
+            )
+    return None
 
 
 def contradiction(stack: str, found: Found, reasons: list[str]) -> MoeconvError:

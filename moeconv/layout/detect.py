@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moeconv.checkpoint.config import Config
@@ -19,9 +20,11 @@ from moeconv.errors import (
 )
 from moeconv.layout.axes import geometry
 from moeconv.layout.complete import completeness, contradiction
-from moeconv.layout.fit import fit
+from moeconv.layout.fit import Fit, fit
 from moeconv.layout.layers import lost_stacks, unequal_stacks
 from moeconv.layout.match import Found, collect
+from moeconv.layout.ranges import in_ranges, no_range
+from moeconv.layout.readings import Reading, granule_names, readings
 from moeconv.layout.recipe import Layout, Recipe
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.manifest import StackEntry
@@ -31,12 +34,18 @@ from moeconv.units import counted
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """What detection found: whole stacks, tensors of none, and everything that is wrong."""
+    """What detection found: whole stacks, tensors of none, and everything that is wrong.
+
+    passed: names of stacks whose tensors stay as they are, among the others. damaged: of those
+    that could not be understood.
+    """
 
     stacks: tuple[Stack, ...]
     others: tuple[StoredTensor, ...]
     problems: tuple[MoeconvError, ...]
-    damaged: tuple[str, ...] = ()  # names of stacks that could not be understood
+    damaged: tuple[str, ...] = ()
+    passed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def whole(self) -> Detection:
         """This detection, if nothing is wrong. Raises its problems, the first with the rest."""
@@ -61,14 +70,16 @@ def detect(
     moeconv, what the manifest says of each stack, which then is not judged anew. Problems are
     collected, not raised.
     """
-    collected, others = collect(tensors, recipes, files)
+    collected, others = collect(tensors, in_ranges(recipes, config), files)
+    passed = {name: found for name, found in collected.items() if found.passed}
+    others += tuple(t for found in passed.values() for t in found.all())
     problems: list[MoeconvError] = []
     if from_layout is not None:
         problems += _unknown_from_layout(from_layout, recipes) or _unfit_from_layout(
             from_layout, collected
         )
     stacks, damaged = [], []
-    for name in sorted(collected, key=natural_key):
+    for name in sorted(collected.keys() - passed.keys(), key=natural_key):
         judged = _judge(name, collected[name], config, (known or {}).get(name), from_layout)
         if isinstance(judged, Stack):
             stacks.append(judged)
@@ -77,9 +88,27 @@ def detect(
             damaged.append(name)
     problems += lost_stacks(stacks, others, collected)
     if known is None:
-        told = (s.name for s in stacks if _lookup_experts(s, config))
+        told = (s.name for s in stacks if s.recipe.varying or _lookup_experts(s, config))
         problems += unequal_stacks(stacks, frozenset(told))
-    return Detection(tuple(stacks), others, tuple(problems), tuple(damaged))
+    return Detection(
+        tuple(stacks),
+        others,
+        tuple(problems),
+        tuple(damaged),
+        tuple(sorted(passed, key=natural_key)),
+        tuple(_said_of_passed(passed)),
+    )
+
+
+def _said_of_passed(passed: dict[str, Found]) -> Iterator[str]:
+    reasons: dict[str, int] = {}
+    for found in passed.values():
+        reasons[str(found.passed)] = reasons.get(str(found.passed), 0) + 1
+    for component, count in reasons.items():
+        yield (
+            f"{counted(count, 'stack')} with {quoted(component)}: copied through as they are, "
+            "this format cannot be rearranged"
+        )
 
 
 def _lookup_experts(stack: Stack, config: Config) -> bool:
@@ -123,6 +152,8 @@ def _judge(
 ) -> Stack | list[MoeconvError]:
     if found.unknown:
         return [_unknown(name, found)]
+    if found.recipe.ids and not found.recipe.taken:
+        return [no_range(name, found)]
     candidates = _by_names(found)
     if isinstance(candidates, MoeconvError):
         return [candidates]
@@ -132,24 +163,33 @@ def _judge(
     problems = completeness(name, found, candidates[0], experts=said.get("experts"))
     if problems:
         return problems
-    granules = _granules(name, found, candidates, config)
-    if isinstance(granules, MoeconvError):
-        return [granules]
+    granules, unsaid = _granules(name, found, candidates, config)
     count = _count(found) if candidates[0].per_expert else None
-    fits = [
-        (layout, fit(found, layout, granules=granules, count=count, known=said))
-        for layout in candidates
-    ]
-    survivors = [(layout, f.sizes) for layout, f in fits if f.sizes is not None]
+    fits = [(c, *_first_fit(found, c, granules, count, said)) for c in candidates]
+    survivors = [(layout, reading, f.sizes) for layout, reading, f in fits if f.sizes is not None]
+    if not survivors and unsaid is not None:
+        return [unsaid]
     if not survivors:
-        return [contradiction(name, found, [reason for _, f in fits for reason in f.reasons])]
+        return [contradiction(name, found, [reason for *_, f in fits for reason in f.reasons])]
     if len(survivors) > 1:
-        return [_ambiguous(name, found, [layout for layout, _ in survivors])]
-    layout, sizes = survivors[0]
+        return [_ambiguous(name, found, [layout for layout, *_ in survivors])]
+    layout, reading, sizes = survivors[0]
     if known and sizes_of(known) != (sizes.experts, sizes.width, sizes.hidden):
         return [_against_manifest(name, known, sizes)]
     problems = [] if known else _against_config(name, found.recipe, sizes, config)
-    return problems or _stack(name, found, layout, sizes, granules)
+    return problems or _stack(name, found, layout, sizes, granules, reading)
+
+
+def _first_fit(
+    found: Found, layout: Layout, granules: dict[str, int], count: int | None, said: dict[str, int]
+) -> tuple[Reading, Fit]:
+    """The first reading that fits; where none does, the first and why not."""
+    tried: list[tuple[Reading, Fit]] = []
+    for reading in readings(found, layout, granules):
+        tried.append((reading, fit(found, layout, reading=reading, count=count, known=said)))
+        if tried[-1][1].sizes is not None:
+            return tried[-1]
+    return tried[0] if tried else ({}, Fit())
 
 
 def sizes_of(entry: StackEntry) -> tuple[int, int, int]:
@@ -267,30 +307,26 @@ def _same(said: object, held: int) -> bool:
 
 def _granules(
     stack: str, found: Found, layouts: list[Layout], config: Config
-) -> dict[str, int] | MoeconvError:
-    used: dict[str, str] = {}
-    for layout in layouts:
-        for line in layout.lines:
-            for component in found.recipe.components:
-                if (line.template, component.name) in found.tensors:
-                    names = line.component_axes(component).granules
-                    used.update(dict.fromkeys(names, component.name))
-    out = {}
+) -> tuple[dict[str, int], MoeconvError | None]:
+    """The granules that config.json says, and what to say if one that it does not say is needed."""
+    out: dict[str, int] = {}
+    unsaid: MoeconvError | None = None
     paths = dict(found.recipe.config.granules)  # `block.0` is item 0 of what `block` names
-    for name, owner in sorted(used.items()):
+    for name, owner in sorted(granule_names(found, layouts).items()):
         key, _, index = name.partition(".")
         full = tuple(f"{p}.{index}" if index else p for p in paths[key])
         hit = _lookup(config, found.recipe, stack, full)
         if hit is None or type(hit[1]) is not int or hit[1] < 1:
-            return ConfigMismatch(
+            unsaid = unsaid or ConfigMismatch(
                 f"{quoted(stack)} has {quoted(owner)} tensors, "
                 "but config.json does not say the block size",
                 at=f"config.json, key {quoted(full[0] if full else name)}",
                 cause="a block size is never inferred from shapes",
                 fix="use the config.json that belongs to these tensors",
             )
-        out[name] = hit[1]
-    return out
+        else:
+            out[name] = hit[1]
+    return out, unsaid
 
 
 def _ambiguous(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
@@ -307,16 +343,21 @@ def _ambiguous(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
     )
 
 
-def _stack(
-    name: str, found: Found, layout: Layout, sizes: Sizes, granules: dict[str, int]
+def _stack(  # noqa: PLR0917
+    name: str,
+    found: Found,
+    layout: Layout,
+    sizes: Sizes,
+    granules: dict[str, int],
+    reading: Reading,
 ) -> Stack:
     members = []
     for line in layout.lines:
-        for component in found.recipe.components:
-            tensors = found.tensors.get((line.template, component.name))
-            if not tensors:
+        for key in ((line.template, c.name) for c in found.recipe.components):
+            if key not in reading:
                 continue
-            axes = line.component_axes(component).bound(granules)
+            tensors = found.tensors[key]
+            component, axes = reading[key]
             members.append(
                 Member(
                     line=line,

@@ -9,6 +9,7 @@ from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import quoted
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Axis
 from moeconv.layout.match import Found
+from moeconv.layout.readings import Reading
 from moeconv.layout.recipe import DOWN, Component, Layout, Line
 from moeconv.layout.stack import Sizes
 
@@ -37,17 +38,17 @@ def fit(
     found: Found,
     layout: Layout,
     *,
-    granules: dict[str, int],
+    reading: Reading,
     count: int | None,
     known: dict[str, int],
 ) -> Fit:
-    """Solve E, I, H and the packing axes of a stack stored in `layout`.
+    """Solve E, I, H and the packing axes of a stack stored in `layout`, its axes as in `reading`.
 
     count: the number of per-expert names; known: sizes that config.json says, used only where
     the shapes alone leave one open.
     """
     out = Fit()
-    equations = list(_equations(found, layout, granules, out))
+    equations = list(_equations(found, layout, reading, out))
     values: dict[str, int] = {} if count is None else {_E: count}
     if out.reasons or not _solve(equations, values, out):
         return out
@@ -69,16 +70,13 @@ def fit(
     return out
 
 
-def _equations(
-    found: Found, layout: Layout, granules: dict[str, int], out: Fit
-) -> Iterator[_Equation]:
+def _equations(found: Found, layout: Layout, reading: Reading, out: Fit) -> Iterator[_Equation]:
     for line in layout.lines:
-        for component in found.recipe.components:
-            tensors = found.tensors.get((line.template, component.name))
-            if not tensors:
+        for name in (c.name for c in found.recipe.components):
+            if (line.template, name) not in reading:
                 continue
-            tensor = next(iter(tensors.values()))
-            axes = line.component_axes(component).bound(granules)
+            tensor = next(iter(found.tensors[line.template, name].values()))
+            component, axes = reading[line.template, name]
             if len(axes.dims) != len(tensor.shape):
                 out.reasons.append(
                     f"{layout.name}: {quoted(tensor.name)} is {list(tensor.shape)}, `{axes}` has "

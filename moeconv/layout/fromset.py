@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import BadManifest, MissingExpert, MoeconvError, quoted
-from moeconv.layout.axes import EXPERT, IN, OUT, Axes, AxesSyntax, parse_axes
+from moeconv.layout.axes import EXPERT, IN, OUT, Axes, AxesSyntax, geometry, parse_axes
 from moeconv.layout.detect import Detection
 from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.manifest import ExpertEntry, Manifest, StackEntry, TensorEntry
 from moeconv.names import natural_key, printable
+
+_Home = tuple[Line, Component, Axes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +72,22 @@ def sorted_out(
 
 def self_members(stack: Stack, held: Held) -> tuple[Member, ...]:
     """Members under which a tensor of a set is read from itself, position by position."""
-    line, component = _home(stack.layout, stack.recipe, held)
+    line, component, axes = _home(stack.layout, stack.recipe, held)
     count = len(held.expert.experts)
     member = Member(
         line=line,
         component=component,
         dtype=held.entry.dtype,
-        axes=stack.axes_in(line, component),
-        geometry=stack.geometry_in(line, component, count),
+        axes=axes,
+        geometry=geometry(axes, stack.sizes.of(line, component.name, count)),
         tensors=(held.stored,),
         places=tuple((0, position) for position in range(count)),
     )
     return (member,) * len(line.projections)
 
 
-def _home(layout: Layout, recipe: Recipe, held: Held) -> tuple[Line, Component]:
-    """The line and component that a tensor says it is of. Raises BadManifest."""
+def _home(layout: Layout, recipe: Recipe, held: Held) -> tuple[Line, Component, Axes]:
+    """The line, component and axes that a tensor says it is of. Raises BadManifest."""
     expert = held.expert
     line = next((ln for ln in layout.lines if ln.projections == expert.projections), None)
     component = next((c for c in recipe.components if c.name == expert.component), None)
@@ -95,25 +97,45 @@ def _home(layout: Layout, recipe: Recipe, held: Held) -> tuple[Line, Component]:
             f"recipe {quoted(recipe.name)} has no {expert.component} of "
             f"{' and '.join(expert.projections)} in layout {quoted(layout.name)}",
         )
-    return line, component
+    try:
+        said = parse_axes(expert.axes)
+    except AxesSyntax as problem:
+        raise _unfit(held.entry.name, str(problem)) from None
+    read = [component.read_as(axes) for axes in component.readings]
+    for one in read:
+        if any(_is(form, said) for form in line.forms(one)):
+            return line, one, said
+    forms = " or ".join(f"`{form}`" for one in read for form in line.forms(one))
+    raise _unfit(held.entry.name, f"its axes are `{said}`, the recipe says {forms}")
+
+
+def _is(named: Axes, said: Axes) -> bool:
+    """Whether axes are those of a recipe, with numbers where that has names."""
+    return [len(d) for d in named.dims] == [len(d) for d in said.dims] and all(
+        own.letter == axis.letter
+        and (isinstance(own.granule, str) or own.granule == axis.granule)
+        and isinstance(axis.granule, int)
+        for own, axis in zip(named.flat, said.flat, strict=True)
+    )
 
 
 def _stack(entry: StackEntry, ep_size: int, recipe: Recipe, held: list[Held]) -> Stack:
     layout = recipe.layout(entry.layout)
     if layout is None or not held:
         raise _unfit(entry.name, "no tensor of the set is of this stack")
-    homes: dict[tuple[tuple[str, ...], str], list[Held]] = defaultdict(list)
+    homes: dict[tuple[tuple[str, ...], str], tuple[_Home, list[Held]]] = {}
     granules: dict[str, int] = {}
     packing: dict[tuple[str, bool, str], int] = {}
     for one in held:
-        line, component = _home(layout, recipe, one)
-        homes[line.projections, component.name].append(one)
-        granules |= _granules(one, line.component_axes(component))
+        line, component, axes = home = _home(layout, recipe, one)
+        homes.setdefault((line.projections, component.name), (home, []))[1].append(one)
+        named = next(form for form in line.forms(component) if _is(form, axes))
+        granules |= _granules(named, axes)
         packing |= _packing(one, component)
     sizes = Sizes(entry.experts, entry.width, entry.hidden, tuple(sorted(packing.items())))
     stack = Stack(entry.name, recipe, layout, sizes, tuple(sorted(granules.items())), ())
     members = tuple(
-        _member(stack, entry, ep_size, (line, component), homes[line.projections, component.name])
+        _member(stack, entry, ep_size, *homes[line.projections, component.name])
         for line in layout.lines
         for component in recipe.components
         if (line.projections, component.name) in homes
@@ -121,14 +143,8 @@ def _stack(entry: StackEntry, ep_size: int, recipe: Recipe, held: list[Held]) ->
     return replace(stack, members=members)
 
 
-def _granules(one: Held, named: Axes) -> dict[str, int]:
+def _granules(named: Axes, said: Axes) -> dict[str, int]:
     """The numbers that a tensor's axes have where the recipe's have names."""
-    try:
-        said = parse_axes(one.expert.axes)
-    except AxesSyntax as problem:
-        raise _unfit(one.entry.name, str(problem)) from None
-    if [a.letter for a in said.flat] != [a.letter for a in named.flat]:
-        raise _unfit(one.entry.name, f"its axes are `{said}`, the recipe says `{named}`")
     return {
         own.granule: axis.granule
         for own, axis in zip(named.flat, said.flat, strict=True)
@@ -151,17 +167,16 @@ def _member(
     stack: Stack,
     entry: StackEntry,
     ep_size: int,
-    home: tuple[Line, Component],
+    home: _Home,
     group: list[Held],
 ) -> Member:
-    line, component = home
+    line, component, axes = home
     row = entry.physical_to_logical
     share = len(row) // ep_size if row else 0
-    axes = stack.axes_in(line, component)
     first: dict[int, tuple[int, int]] = {}
     slots: set[int] = set()
     for number, one in enumerate(group):
-        _check(stack, line, component, one, share)
+        _check(stack, home, one, share)
         start = one.expert.slots[0] if one.expert.slots else one.expert.experts[0]
         for position, expert in enumerate(one.expert.experts):
             slots.add(start + position)
@@ -181,23 +196,24 @@ def _member(
         component=component,
         dtype=group[0].entry.dtype,
         axes=axes,
-        geometry=stack.geometry_in(line, component, len(group[0].expert.experts)),
+        geometry=geometry(axes, stack.sizes.of(line, component.name, len(group[0].expert.experts))),
         tensors=tuple(one.stored for one in group),
         places=tuple(first[e] for e in range(entry.experts)),
     )
 
 
-def _check(stack: Stack, line: Line, component: Component, one: Held, share: int) -> None:
+def _check(stack: Stack, home: _Home, one: Held, share: int) -> None:
     """A tensor must be what its recipe makes of its stack. Raises BadManifest."""
+    line, component, axes = home
     expert, slots = one.expert, one.expert.slots
-    here = stack.geometry_in(line, component, len(expert.experts))
+    here = geometry(axes, stack.sizes.of(line, component.name, len(expert.experts)))
     number = None
     if line.per_expert:
         number = slots[0] % share if slots and share else expert.experts[0]
     said = (one.entry.name, expert.axes, expert.matrix, one.stored.shape, one.stored.dtype)
     need = (
         line.name(stack.name, component, number),
-        str(stack.axes_in(line, component)),
+        str(axes),
         here.canonical_shape,
         here.shape,
         one.entry.dtype,

@@ -10,7 +10,7 @@ from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import ConfigMismatch, MissingExpert, MoeconvError, quoted
 from moeconv.layout.stack import Stack
 
-_LAYER = re.compile(r"(.*\.)?([0-9]{1,9})\.(.+)", re.DOTALL)
+_LAYER = re.compile(r"(.*\.)?([0-9]{1,9})(?:\.(.+))?", re.DOTALL)
 
 
 def lost_stacks(
@@ -24,11 +24,11 @@ def lost_stacks(
     groups: dict[tuple[str, str], dict[int, Stack]] = defaultdict(dict)
     for stack in stacks:
         if match := _LAYER.fullmatch(stack.name):
-            groups[match[1] or "", match[3]][int(match[2])] = stack
+            groups[match[1] or "", match[3] or ""][int(match[2])] = stack
     beside: dict[tuple[str, str], dict[int, StoredTensor]] = defaultdict(dict)
     for tensor in others:
         if match := _LAYER.fullmatch(tensor.name):
-            beside[match[1] or "", match[3]][int(match[2])] = tensor
+            beside[match[1] or "", match[3] or ""][int(match[2])] = tensor
     reported = set(known)
     problems: list[MoeconvError] = []
     for (head, tail), layers in groups.items():
@@ -54,7 +54,7 @@ def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[Moec
     for stack in stacks:
         match = _LAYER.fullmatch(stack.name)
         if match and stack.name not in stated:
-            groups[match[1] or "", match[3]].append(stack)
+            groups[match[1] or "", match[3] or ""].append(stack)
     problems: list[MoeconvError] = []
     for alike in groups.values():
         usual = max(s.sizes.experts for s in alike)

@@ -22,6 +22,18 @@ class Found:
     tensors: dict[tuple[str, str], dict[int, StoredTensor]] = field(default_factory=dict)
     unknown: list[StoredTensor] = field(default_factory=list)
 
+    def weights(self, template: str) -> dict[int, StoredTensor]:
+        """The matrices themselves, by expert, whatever component they are."""
+        out: dict[int, StoredTensor] = {}
+        for component in self.recipe.weights:
+            out |= self.tensors.get((template, component), {})
+        return out
+
+    @property
+    def passed(self) -> str | None:
+        """The component for which this stack is copied as it is."""
+        return next((c for _, c in self.tensors if c in self.recipe.passed), None)
+
     def templates(self) -> set[str]:
         """The name templates that occur."""
         return {template for template, _ in self.tensors}
@@ -54,14 +66,14 @@ class _Matcher:
             (
                 template,
                 "{suffix}" in template,
-                re.compile(line.pattern(recipe.components), re.ASCII),
+                re.compile(line.pattern(recipe.components, recipe.passed), re.ASCII),
             )
             for template, line in lines.items()
         ]
         self._by_suffix = {c.suffix: c.name for c in recipe.components}
         stems = "|".join(line.stem() for line in lines.values())
-        heads = "|".join(sorted({re.escape(t.removeprefix("{stack}")[:1]) for t in lines}))
-        self._stack = re.compile(rf"({recipe.stack_pattern})(?=[{heads}])", re.ASCII | re.DOTALL)
+        # a stack that ends in the layer's number is told from other numbers by what follows
+        self._stack = re.compile(rf"({recipe.stack_pattern})(?={stems})", re.ASCII | re.DOTALL)
         self._stem = re.compile(stems, re.ASCII)
         self._memo: dict[str, _Rest | None] = {}
 
@@ -83,8 +95,13 @@ class _Matcher:
             groups = match.groupdict()
             text = groups.get("c")
             component = WEIGHT if text is None else self._by_suffix[text] if by_suffix else text
-            expert = int(groups["e"]) if "e" in groups else SHARED
-            return _Rest(template, component, expert)
+            if "e" not in groups:
+                return _Rest(template, component, SHARED)
+            first, stop = self.recipe.taken or (0, None)
+            expert = int(groups["e"])
+            if first <= expert and (stop is None or expert < stop):
+                return _Rest(template, component, expert - first)
+            return None  # another stack's
         return _Rest("", "", SHARED) if self._stem.match(rest) else None
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Final
 
-from moeconv.layout.axes import Axes, derived
+from moeconv.layout.axes import EXPERT, PAIR, Axes, derived, recounted
 
 GATE: Final = "gate"
 UP: Final = "up"
@@ -17,11 +18,25 @@ _ID = r"(?:0|[1-9][0-9]{0,9})"  # ids of more digits are no ids
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One part of a projection: its own axes, and its suffix where names join projections."""
+    """One part of a projection: its own axes, and its suffix where names join projections.
+
+    readings: all axes that it may have, where a name alone does not tell; `axes` is one of them.
+    weight: whether it is the matrix itself, not a companion of one. of: the formats that have it.
+    note: what to say where it is fused; unequal: where gate's and up's differ in value.
+    """
 
     name: str
     axes: Axes
     suffix: str
+    readings: tuple[Axes, ...]
+    weight: bool = False
+    of: str = ""
+    note: str | None = None
+    unequal: str | None = None
+
+    def read_as(self, axes: Axes) -> Component:
+        """This component with one of its readings."""
+        return replace(self, axes=axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +45,16 @@ class Line:
 
     template: begins with `{stack}`; may hold `{expert}`, and `{component}` or `{suffix}`.
     projections: in the order in which they stand along G.
-    overrides: axes of components that do not follow from the weight's.
+    overrides: axes of components that do not follow from the weight's; of several, the first is
+    written and all are read.
+    first: the number in the names of expert 0, where a stack takes a range of ids.
     """
 
     projections: tuple[str, ...]
     template: str
     axes: Axes
-    overrides: tuple[tuple[str, Axes], ...] = ()
+    overrides: tuple[tuple[str, tuple[Axes, ...]], ...] = ()
+    first: int = 0
 
     @property
     def per_expert(self) -> bool:
@@ -48,21 +66,24 @@ class Line:
         rest = self.template.replace("{component}", component.name)
         rest = rest.replace("{suffix}", component.suffix)
         if expert is not None:
-            rest = rest.replace("{expert}", str(expert))
+            rest = rest.replace("{expert}", str(self.first + expert))
         return stack + rest.removeprefix("{stack}")
 
     def component_axes(self, component: Component) -> Axes:
-        """The axes of a component's tensor, granules still by name."""
-        if component.name == WEIGHT:
-            return self.axes
-        return dict(self.overrides).get(component.name) or derived(component.axes, self.axes)
+        """The axes in which a component's tensor is written, granules still by name."""
+        return self.forms(component)[0]
 
-    def pattern(self, components: tuple[Component, ...]) -> str:
+    def forms(self, component: Component) -> tuple[Axes, ...]:
+        """The axes that a component's tensor may have here, as `component.axes` reads it."""
+        listed = next((axes for name, axes in self.overrides if name == component.name), ())
+        return forms_of(self.axes, component.axes, listed, is_weight=component.name == WEIGHT)
+
+    def pattern(self, components: tuple[Component, ...], passed: tuple[str, ...] = ()) -> str:
         """A regular expression for what follows the stack's name, with groups e and c."""
-        known = "|".join(
-            re.escape(c.suffix if "{suffix}" in self.template else c.name)
-            for c in sorted(components, key=lambda c: -len(c.name))
-        )
+        by_suffix = "{suffix}" in self.template
+        names = [c.suffix if by_suffix else c.name for c in components]
+        names += () if by_suffix else passed
+        known = "|".join(re.escape(n) for n in sorted(names, key=lambda n: -len(n)))
         text = re.escape(self.template.removeprefix("{stack}"))
         text = text.replace(re.escape("{expert}"), f"(?P<e>{_ID})")
         for hole in ("{component}", "{suffix}"):
@@ -75,6 +96,22 @@ class Line:
         text = text.split("{component}")[0].split("{suffix}")[0]
         head, found, _ = text.partition("{expert}")
         return re.escape(head) + (r"[0-9]+\." if found else "")
+
+
+@cache
+def forms_of(
+    line: Axes, own: Axes, listed: tuple[Axes, ...], *, is_weight: bool
+) -> tuple[Axes, ...]:
+    """The axes that a component with `own` may have beside a weight of axes `line`."""
+    if is_weight:
+        return (recounted(line, own),)
+    fitting = tuple(axes for axes in listed if matrix_axes(axes) == set(own.flat))
+    return fitting or (derived(own, line),)
+
+
+def matrix_axes(axes: Axes) -> set[object]:
+    """The axes of one matrix in a stored tensor: all but E and G."""
+    return {a for a in axes.flat if a.letter not in (EXPERT, PAIR)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +158,24 @@ class ConfigKeys:
 
 
 @dataclass(frozen=True, slots=True)
+class Ids:
+    """The range of expert ids that a stack takes: keys of config.json for its ends.
+
+    first: none where it starts at 0; stop: none where it takes all the rest.
+    """
+
+    first: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
-    """One family of layouts. `fuse` and `unfuse` name the layouts of the verbs of that name."""
+    """One family of layouts. `fuse` and `unfuse` name the layouts of the verbs of that name.
+
+    passed: components that make a stack one that is copied as it is. varying: layers may differ in
+    E. ids: where stacks share one row of expert ids; `taken` is the range, once config.json has
+    told it.
+    """
 
     name: str
     title: str
@@ -135,14 +188,27 @@ class Recipe:
     fuse: str | None
     unfuse: str | None
     toml: str
+    passed: tuple[str, ...] = ()
+    varying: bool = False
+    ids: Ids | None = None
+    taken: tuple[int, int | None] | None = None
 
     def layout(self, name: str) -> Layout | None:
         """The layout of that name."""
         return next((layout for layout in self.layouts if layout.name == name), None)
 
-    def component(self, name: str) -> Component:
-        """The component of that name, which must exist."""
-        return next(c for c in self.components if c.name == name)
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the components that are matrices themselves."""
+        return tuple(c.name for c in self.components if c.weight)
+
+    def taking(self, first: int, stop: int | None) -> Recipe:
+        """This recipe for stacks that take the ids from `first` on, up to `stop`."""
+        layouts = tuple(
+            replace(la, lines=tuple(replace(line, first=first) for line in la.lines))
+            for la in self.layouts
+        )
+        return replace(self, layouts=layouts, taken=(first, stop))
 
     @property
     def stack_pattern(self) -> str:

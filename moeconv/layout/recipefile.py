@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from functools import cache
 from typing import Final
 
 from moeconv.errors import BadRecipe, quoted
@@ -15,9 +16,12 @@ from moeconv.layout.recipe import (
     WEIGHT,
     Component,
     ConfigKeys,
+    Ids,
     Layout,
     Line,
     Recipe,
+    forms_of,
+    matrix_axes,
 )
 from moeconv.schema import Problems, Table
 
@@ -55,7 +59,11 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
         fuse=top.optional_text("fuse"),
         unfuse=top.optional_text("unfuse"),
         toml=text,
+        passed=_passed(top.table("passed")) if top.has("passed") else (),
+        varying=top.flag("varying"),
+        ids=_ids(top.table("ids")) if top.has("ids") else None,
     )
+    top.expects(("targets",))  # where the shared layouts go; says nothing once they are here
     top.finish()
     _check_whole(recipe, top)
     if problems.found:
@@ -100,14 +108,47 @@ def _axes(table: Table, key: str, text: str) -> Axes:
         return Axes(())
 
 
+def _readings(table: Table, key: str) -> tuple[Axes, ...]:
+    """Axes, or a list of those that a tensor may have."""
+    listed = table.texts(key) if isinstance(table.raw(key), list) else (table.text(key),)
+    if not listed:
+        table.problem(key, "must be axes, or several")
+    return tuple(_axes(table, key, text) for text in listed) or (Axes(()),)
+
+
+def _passed(table: Table) -> tuple[str, ...]:
+    names = table.texts("components")
+    table.finish()
+    return names
+
+
+def _ids(table: Table) -> Ids:
+    ids = Ids(table.texts("first", default=()), table.texts("stop", default=()))
+    table.finish()
+    return ids
+
+
 def _components(table: Table) -> tuple[Component, ...]:
     out = []
     for name in table.names():
         entry = table.table(name)
-        axes = _axes(entry, "axes", entry.text("axes"))
-        if axes.letters & {EXPERT, PAIR}:
+        readings = _readings(entry, "axes")
+        if any(axes.letters & {EXPERT, PAIR} for axes in readings):
             entry.problem("axes", "are those of one matrix: E and G come from the layout")
-        out.append(Component(name, axes, entry.text("suffix")))
+        if name == WEIGHT and len({axes.letters for axes in readings}) > 1:
+            entry.problem("axes", "of a weight may differ in granules only")
+        out.append(
+            Component(
+                name=name,
+                axes=readings[0],
+                suffix=entry.text("suffix"),
+                readings=readings,
+                weight=name == WEIGHT or entry.flag("weight"),
+                of=entry.text("of", default=""),
+                note=entry.optional_text("note"),
+                unequal=entry.optional_text("unequal"),
+            )
+        )
         entry.finish()
     if WEIGHT not in (c.name for c in out):
         table.problem(WEIGHT, "is missing: every projection has one")
@@ -144,7 +185,7 @@ def _line(entry: Table, key: str, special: Table | None, components: tuple[Compo
     listed = special.table(key) if special and special.has(key) else None
     if listed:
         for name in listed.names():
-            overrides.append((name, _axes(listed, name, listed.text(name))))
+            overrides.append((name, _readings(listed, name)))
             if name not in (c.name for c in components):
                 listed.problem(name, "is no component of this recipe")
     line = Line(_LINES[key], template, axes, tuple(overrides))
@@ -158,11 +199,26 @@ def _line(entry: Table, key: str, special: Table | None, components: tuple[Compo
 def _check_matrices(entry: Table, key: str, line: Line, components: tuple[Component, ...]) -> None:
     """Every layout arranges the same matrices: the axes of a component are its own, E and G."""
     for component in components:
-        axes = line.component_axes(component)
-        if {a for a in axes.flat if a.letter not in (EXPERT, PAIR)} != set(component.axes.flat):
-            entry.problem(key, f"gives {component.name} `{axes}`, its own are `{component.axes}`")
+        listed = dict(line.overrides).get(component.name, ())
+        is_weight = component.name == WEIGHT
+        for text in _misfits(line.axes, component.readings, listed, is_weight=is_weight):
+            entry.problem(key, f"gives {component.name} {text}")
+
+
+@cache  # recipes have most components and many axes in common
+def _misfits(
+    line: Axes, readings: tuple[Axes, ...], listed: tuple[Axes, ...], *, is_weight: bool
+) -> tuple[str, ...]:
+    """What is wrong with the axes of a component beside a weight of axes `line`."""
+    own = [set(axes.flat) for axes in readings]
+    found = []
+    for axes in (*(forms_of(line, r, listed, is_weight=is_weight)[0] for r in readings), *listed):
+        if matrix_axes(axes) not in own:
+            said = ", ".join(f"`{reading}`" for reading in readings)
+            found.append(f"`{axes}`, its own are {said}")
         elif EXPERT in axes.letters and axes.flat[0].letter != EXPERT:
-            entry.problem(key, f"gives {component.name} `{axes}`: E must come first")
+            found.append(f"`{axes}`: E must come first")
+    return tuple(dict.fromkeys(found))
 
 
 def _check_line(entry: Table, key: str, line: Line) -> None:
@@ -176,7 +232,7 @@ def _check_line(entry: Table, key: str, line: Line) -> None:
         entry.problem(key, "must begin with `{stack}` and use each hole once")
     if "component" in holes and "suffix" in holes:
         entry.problem(key, "has both `{component}` and `{suffix}`")
-    for axes in (line.axes, *(a for _, a in line.overrides)):
+    for axes in (line.axes, *(a for _, listed in line.overrides for a in listed)):
         letters = axes.letters
         if (PAIR in letters) and len(line.projections) == 1:
             entry.problem(key, "has an axis G but joins no projections")
@@ -231,12 +287,12 @@ def _check_whole(recipe: Recipe, top: Table) -> None:
         if value is not None and value not in names:
             top.problem(key, f"{quoted(value)} is no layout; there are {', '.join(names)}")
     known = {name for name, _ in recipe.config.granules}
-    used = [a for c in recipe.components for a in c.axes.flat]
+    used = [a for c in recipe.components for axes in c.readings for a in axes.flat]
     used += [
         a
         for layout in recipe.layouts
         for line in layout.lines
-        for axes in (line.axes, *(o for _, o in line.overrides))
+        for axes in (line.axes, *(o for _, listed in line.overrides for o in listed))
         for a in axes.flat
     ]
     for axis in used:

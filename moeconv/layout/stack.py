@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Geometry, geometry
+from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Geometry
 from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe
 
 
@@ -93,12 +93,8 @@ class Stack:
 
     def axes_in(self, line: Line, component: Component) -> Axes:
         """The axes that a component has in a line of any of the family's layouts."""
+        for m in self.members:
+            here = m.component.name == component.name and m.line.template == line.template
+            if here and m.line.axes == line.axes:
+                return m.axes  # as it is stored, which the recipe may leave open
         return line.component_axes(component).bound(dict(self.granules))
-
-    def geometry_in(self, line: Line, component: Component, experts: int | None = None) -> Geometry:
-        """The geometry that a component has in a line of any of the family's layouts.
-
-        experts: how many stand in the tensor, where it is not all of them.
-        """
-        sizes = self.sizes.of(line, component.name, experts)
-        return geometry(self.axes_in(line, component), sizes)

@@ -274,13 +274,13 @@ class Listable(Protocol):
 
 Row: TypeAlias = Sequence[int] | Listable
 Given: TypeAlias = Placement | Mapping[str, Row] | Sequence[Row] | Listable
-_LAYER: Final = re.compile(r"(.*\.)?([0-9]{1,9})\.(.+)", re.DOTALL)
+_LAYER: Final = re.compile(r"(.*\.)?([0-9]{1,9})(?:\.(.+))?", re.DOTALL)
 
 
 def kind_and_layer(stack: str) -> tuple[tuple[str, str], int] | None:
     """A stack's name without its layer number, and that number; None where it has none."""
     match = _LAYER.fullmatch(stack)
-    return ((match[1] or "", match[3]), int(match[2])) if match else None
+    return ((match[1] or "", match[3] or ""), int(match[2])) if match else None
 
 
 def by_stack(names: tuple[str, ...], placement: Given) -> dict[str, tuple[int, ...]]:

@@ -59,7 +59,7 @@ def plan_conversion(
         ),
         recipes=recipes_of(stacks),
         ledger=tuple(ledger),
-        notes=notes_of(stacks, targets),
+        notes=(*detection.notes, *notes_of(stacks, targets)),
     )
     prove(plan, detection)
     return plan
@@ -67,7 +67,7 @@ def plan_conversion(
 
 def refuse_no_experts(detection: Detection) -> None:
     """Raise NoExperts where there is nothing to convert."""
-    if detection.stacks:
+    if detection.stacks or detection.passed:
         return
     likely = next((t.name for t in detection.others if ".experts." in t.name), None)
     hint = f"; {quoted(likely)} may be one under a name no recipe has" if likely else ""
@@ -139,10 +139,23 @@ def notes_of(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str, ...
     for stack, target in zip(stacks, targets, strict=True):
         if stack.layout.name == target.name:
             kept[target.name] = kept.get(target.name, 0) + 1
-    return tuple(
+    already = (
         f"{counted(count, 'stack')} already {quoted(name)}: copied through"
         for name, count in kept.items()
     )
+    return (*already, *format_notes(stacks, targets))
+
+
+def format_notes(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str, ...]:
+    """What the recipes say of formats that are joined here and were not before."""
+    said = {
+        f"{member.component.name}: {member.component.note}": None
+        for stack, target in zip(stacks, targets, strict=True)
+        if stack.layout.per_expert and not target.per_expert
+        for member in stack.members
+        if member.component.note
+    }
+    return tuple(said)
 
 
 def prove(plan: Plan, detection: Detection) -> None:

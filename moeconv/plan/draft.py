@@ -10,7 +10,7 @@ from math import prod
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import StraddlingBlock, quoted
-from moeconv.layout.axes import EXPERT, PAIR, Axes, Geometry
+from moeconv.layout.axes import EXPERT, PAIR, Axes, Geometry, geometry
 from moeconv.layout.recipe import Component, Layout, Line
 from moeconv.layout.stack import Member, Stack
 from moeconv.manifest import ExpertEntry
@@ -66,7 +66,8 @@ class Kind:
 
     def geometry(self, experts: int) -> Geometry:
         """The geometry of a tensor that holds so many experts."""
-        return self.stack.geometry_in(self.line, self.component, experts)
+        sizes = self.stack.sizes.of(self.line, self.component.name, experts)
+        return geometry(self.axes, sizes)
 
     def draft(
         self,
@@ -108,31 +109,38 @@ class Kind:
         return [self.draft(self.name(e), geometry, (e,), local=pattern) for e in range(count)]
 
 
-def laid_out(stack: Stack, number: int, layout: Layout) -> list[Draft]:
+def laid_out(
+    stack: Stack, number: int, layout: Layout, *, like: Stack | None = None
+) -> list[Draft]:
     """All output tensors of a stack in a layout. Raises StraddlingBlock.
 
-    number: the stack's index in the manifest.
+    number: the stack's index in the manifest. like: another form of it, stored in this layout,
+    whose axes count where the recipe allows several.
     """
-    return list(chain.from_iterable(k.for_all() for k in kinds_of(stack, number, layout)))
+    kinds = kinds_of(stack, number, layout, like=like)
+    return list(chain.from_iterable(k.for_all() for k in kinds))
 
 
-def kinds_of(stack: Stack, number: int, layout: Layout) -> Iterator[Kind]:
+def kinds_of(
+    stack: Stack, number: int, layout: Layout, *, like: Stack | None = None
+) -> Iterator[Kind]:
     """What a stack stores in a layout: each line with each component. Raises StraddlingBlock."""
     for line in layout.lines:
-        for component in stack.recipe.components:
-            member = stack.member(line.projections[0], component.name)
+        for name in (c.name for c in stack.recipe.components):
+            member = stack.member(line.projections[0], name)
             if member is None:
                 continue
-            refuse_straddling(stack, member.line, component)
-            refuse_straddling(stack, line, component)
-            members = (stack.member(p, component.name) for p in line.projections)
+            component = member.component
+            axes = (like or stack).axes_in(line, component)
+            refuse_straddling(stack, member.line, component, member.axes)
+            refuse_straddling(stack, line, component, axes)
+            members = (stack.member(p, name) for p in line.projections)
             held = tuple(m for m in members if m is not None)
-            yield Kind(stack, number, line, component, held, stack.axes_in(line, component))
+            yield Kind(stack, number, line, component, held, axes)
 
 
-def refuse_straddling(stack: Stack, line: Line, component: Component) -> None:
+def refuse_straddling(stack: Stack, line: Line, component: Component, axes: Axes) -> None:
     """A granule must not lie across two matrices: then its bytes belong to neither."""
-    axes: Axes = stack.axes_in(line, component)
     sizes = stack.sizes.of(line, component.name)
     for dim in axes.dims:
         for place, axis in enumerate(dim):
@@ -170,6 +178,7 @@ def fates(
         many = numbers if numbers is not None and component.name in replicated else own
         lines = [ln for ln in layout.lines if set(member.line.projections) & set(ln.projections)]
         held = experts_read(member, stack.sizes.experts)
+        shared = any(_shares(stack, line, component) for line in lines)
         for tensor, experts in zip(member.tensors, held, strict=True):
             into = dict.fromkeys(
                 line.name(stack.name, component, n if line.per_expert else None)
@@ -181,7 +190,7 @@ def fates(
             verb = "replica" if not experts else _verb(stack.layout, layout)
             if verb == "copied" and not member.line.per_expert:
                 verb = "merged" if member.places else "sliced" if many is not own else verb
-            if experts and any(_shares(stack, line, component) for line in lines):
+            if experts and shared:
                 verb = "shared"
             copies = sum(len(many[e]) - 1 for e in experts)
             added = copies * matrix_bytes(member) * len(member.line.projections)

@@ -64,7 +64,8 @@ def _drafts_onto(detection: Detection, target: Detection) -> tuple[dict[str, Dra
         source = current.get(stack.name)
         if source is None or source.sizes != stack.sizes:
             raise _foreign(stack.name)
-        drafts.update((d.name, d) for d in laid_out(source, number, stack.layout))
+        made = laid_out(source, number, stack.layout, like=stack)
+        drafts.update((d.name, d) for d in made)
         ledger += fates(source, stack.layout)
     for tensor in target.others:
         if tensor.name not in plain:

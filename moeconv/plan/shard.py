@@ -17,6 +17,7 @@ from moeconv.manifest import rank_name
 from moeconv.plan.convert import (
     FUSE,
     copied_fates,
+    format_notes,
     prove,
     recipes_of,
     refuse_no_experts,
@@ -101,7 +102,7 @@ def shards_in(
         ),
         recipes=recipes_of(stacks),
         ledger=tuple(ledger),
-        notes=notes,
+        notes=(*detection.notes, *format_notes(stacks, [targets[s.name] for s in stacks]), *notes),
         ep_size=sharding.ep_size,
         virtual=virtual,
     )

@@ -213,9 +213,14 @@ def _all_experts(manifest: Manifest, recipes: dict[str, Recipe]) -> list[Moeconv
                 )
     problems: list[MoeconvError] = []
     for number, stack in enumerate(stacks):
-        layout = recipes[stack.recipe].layout(stack.layout)
-        wanted = {(p, WEIGHT) for p in layout.projections} if layout else set()
-        problems += _missing(stack, wanted | kinds.get(number, set()), held)
+        recipe, there = recipes[stack.recipe], kinds.get(number, set())
+        layout = recipe.layout(stack.layout)
+        bare = [
+            p
+            for p in (layout.projections if layout else ())
+            if not any((p, weight) in there for weight in recipe.weights)
+        ]
+        problems += _missing(stack, there | {(p, WEIGHT) for p in bare}, held)
     return problems
 
 
@@ -265,7 +270,7 @@ def _weightless(found: Detection) -> list[MoeconvError]:
         damaged(ROOT_NAME, f"{quoted(s.name)} has no weight of {p}")
         for s in found.stacks
         for p in s.layout.projections
-        if s.member(p, WEIGHT) is None
+        if not any(s.member(p, weight) for weight in s.recipe.weights)
     ]
 
 

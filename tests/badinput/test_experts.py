@@ -201,7 +201,7 @@ def test_an_unknown_rest_inside_an_expert(src: Path, out: Path, rest: str):
     )
 
 
-@pytest.mark.parametrize("suffix", ["_blocks", "_scale", ".weight", "_scale_inv_2", "2"])
+@pytest.mark.parametrize("suffix", ["_blocks", "_scales_2", ".weight", "_scale_inv_2", "2"])
 def test_an_unknown_suffix_of_a_fused_name(src: Path, out: Path, suffix: str):
     name = f"{STACK}.gate_up_proj{suffix}"
     write(src, added(fused(), name))

@@ -96,13 +96,13 @@ def test_a_layout_that_the_family_does_not_have(src: Path, out: Path):
     write(src, qwen())
     refused(
         UnknownLayout,
-        "`megablocks`",
+        "`deepgemm`",
         "qwen3_moe",
         "`fused`",
         STACK,
         src=src,
         out=out,
-        layout="megablocks",
+        layout="deepgemm",
     )
 
 

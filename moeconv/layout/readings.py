@@ -1,0 +1,78 @@
+"""The readings of a stack's tensors: axes that a name leaves open, to be tried on the shapes.
+
+`weight_scale` is one number, one for each row, or one for each group of 16 or 32: which of these
+is decided by the axes that fit all tensors of the stack together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from moeconv.layout.axes import Axes
+from moeconv.layout.match import Found
+from moeconv.layout.recipe import DOWN, Component, Layout, Line
+
+Key = tuple[str, str]  # template and component
+Reading = dict[Key, tuple[Component, Axes]]
+
+
+def granule_names(found: Found, layouts: list[Layout]) -> dict[str, str]:
+    """The named granules in any reading of what is there, each with a component that needs it."""
+    names: dict[str, str] = {}
+    for layout in layouts:
+        for line, component in _held(found, layout):
+            for axes in component.readings:
+                for form in line.forms(component.read_as(axes)):
+                    names.update(dict.fromkeys(form.granules, component.name))
+    return names
+
+
+def readings(found: Found, layout: Layout, granules: dict[str, int]) -> list[Reading]:
+    """All readings of the tensors in `layout`, the recipe's first choices first.
+
+    granules: the numbers of those that config.json says; readings that need others are left out.
+    """
+    groups: dict[tuple[str, bool], list[tuple[Line, Component]]] = {}
+    for line, component in _held(found, layout):
+        # down may be of another precision than gate and up; scales of one name are of one kind
+        side = component.weight and line.projections == (DOWN,)
+        groups.setdefault((component.name, side), []).append((line, component))
+    choices = [list(_choices(found, members, granules)) for members in groups.values()]
+    return [{k: v for part in picked for k, v in part.items()} for picked in product(*choices)]
+
+
+def _held(found: Found, layout: Layout) -> Iterator[tuple[Line, Component]]:
+    for line in layout.lines:
+        for component in found.recipe.components:
+            if found.tensors.get((line.template, component.name)):
+                yield line, component
+
+
+def _choices(
+    found: Found, members: list[tuple[Line, Component]], granules: dict[str, int]
+) -> Iterator[Reading]:
+    """The readings of one component's tensors that have as many dimensions as these."""
+    known = [r for r in _forms(members) if _bindable(r, granules)]
+    fitting = [r for r in known if all(_same_rank(found, key, a) for key, (_, a) in r.items())]
+    for reading in fitting or known[:1]:
+        yield {key: (c, axes.bound(granules)) for key, (c, axes) in reading.items()}
+
+
+def _forms(members: list[tuple[Line, Component]]) -> Iterator[Reading]:
+    for axes in members[0][1].readings:
+        read = [(line, component.read_as(axes)) for line, component in members]
+        forms = [line.forms(component) for line, component in read]
+        for n in range(max(map(len, forms))):
+            yield {
+                (line.template, component.name): (component, options[min(n, len(options) - 1)])
+                for (line, component), options in zip(read, forms, strict=True)
+            }
+
+
+def _bindable(reading: Reading, granules: dict[str, int]) -> bool:
+    return all(axes.granules <= granules.keys() for _, axes in reading.values())
+
+
+def _same_rank(found: Found, key: Key, axes: Axes) -> bool:
+    return len(axes.dims) == len(next(iter(found.tensors[key].values())).shape)

@@ -1,0 +1,1 @@
+"""Families on the Hub: names, layouts, formats."""

@@ -1,0 +1,156 @@
+"""Mixed stacks, gaps, and configs that lie: what hurt others, one test each."""
+
+from pathlib import Path
+
+import pytest
+
+import moeconv
+from moeconv.api import Result
+from moeconv.errors import (
+    AmbiguousLayout,
+    ConfigMismatch,
+    ExpertGap,
+    MissingExpert,
+    MixedLayouts,
+    NoExperts,
+    UnknownFamily,
+)
+from tests.helpers import read_tensors, tree_sha256, write_checkpoint
+from tests.phantoms import Shape, phantom, rows
+
+QWEN = """model.layers.0.mlp.experts.{0-11}.gate_proj.weight BF16 8,16
+model.layers.0.mlp.experts.{0-11}.up_proj.weight BF16 8,16
+model.layers.0.mlp.experts.{0-11}.down_proj.weight BF16 16,8
+model.layers.0.mlp.gate.weight BF16 12,16"""
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 12, "hidden_size": 16}
+
+
+def planned(tmp_path: Path, text: str, config: dict[str, object]) -> Result:
+    """A dry run of fusing a phantom."""
+    src = phantom(tmp_path / "src", rows(text), config)
+    return moeconv.fuse(src, tmp_path / "out", dry_run=True)
+
+
+def test_where_config_json_says_another_family_the_names_win(tmp_path: Path):
+    result = planned(tmp_path, QWEN, MIXTRAL)
+    assert [s.recipe for s in result.plan.stacks] == ["qwen3_moe"]
+    assert any("`mixtral`" in n and "the names win" in n for n in result.plan.notes)
+
+
+def test_names_win_only_where_they_leave_no_layout_open(tmp_path: Path):
+    """`gate_up_proj` is turned in some families: another family's config.json decides nothing."""
+    fused = "transformer.blocks.0.mlp.experts.gate_up_proj BF16 4,16,16\n"
+    fused += "transformer.blocks.0.mlp.experts.down_proj BF16 4,16,8"
+    with pytest.raises(NoExperts):
+        planned(tmp_path, fused, {"model_type": "dbrx"})
+
+
+def test_a_model_type_that_nobody_knows_is_not_guessed(tmp_path: Path):
+    with pytest.raises(UnknownFamily):
+        planned(tmp_path, QWEN, {"model_type": "brand_new"})
+
+
+def test_an_index_of_300_instead_of_3_is_a_gap(tmp_path: Path):
+    """transformers sorts and stacks: it would load this reordered, without a word."""
+    text = QWEN.replace("{0-11}", "{0-10}").splitlines()
+    text += [line.replace("{0-10}", "300") for line in text]
+    with pytest.raises(ExpertGap):
+        planned(tmp_path, "\n".join(text), {"model_type": "qwen3_moe"})
+
+
+def test_experts_are_ordered_as_numbers(tmp_path: Path):
+    src = write_checkpoint(
+        tmp_path / "src",
+        {
+            f"model.layers.0.mlp.experts.{e}.{p}_proj.weight": ("U8", (1, 1), bytes([e]))
+            for e in sorted(range(12), key=str)
+            for p in ("gate", "up", "down")
+        },
+        {"model_type": "qwen3_moe"},
+    )
+    moeconv.fuse(src, tmp_path / "out")
+    down = read_tensors(tmp_path / "out")["model.layers.0.mlp.experts.down_proj"]
+    assert down == ("U8", (12, 1, 1), bytes(range(12)))
+
+
+def test_both_forms_in_one_stack_are_refused(tmp_path: Path):
+    text = QWEN + "\nmodel.layers.0.mlp.experts.gate_up_proj BF16 12,16,16"
+    with pytest.raises(MixedLayouts):
+        planned(tmp_path, text, {"model_type": "qwen3_moe"})
+
+
+def test_one_stack_fused_and_another_not_is_fine(tmp_path: Path):
+    text = QWEN + "\nmtp.layers.0.mlp.experts.gate_up_proj BF16 12,16,16"
+    text += "\nmtp.layers.0.mlp.experts.down_proj BF16 12,16,8"
+    result = planned(tmp_path, text, {"model_type": "qwen3_moe"})
+    assert any("1 stack already `fused`" in note for note in result.plan.notes)
+
+
+def test_half_an_expert_does_not_consume_the_others(tmp_path: Path):
+    tensors = rows(QWEN)
+    del tensors["model.layers.0.mlp.experts.7.up_proj.weight"]
+    src = phantom(tmp_path / "src", tensors, {"model_type": "qwen3_moe"})
+    with pytest.raises(MissingExpert, match="expert 7's"):
+        moeconv.fuse(src, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_turned_form_is_asked_about_where_shapes_leave_it_open(tmp_path: Path):
+    text = "model.layers.0.mlp.experts.gate_up_proj BF16 4,16,16\n"
+    text += "model.layers.0.mlp.experts.down_proj BF16 4,16,8"
+    with pytest.raises(AmbiguousLayout):
+        planned(tmp_path, text, {"model_type": "qwen3_vl_moe"})
+
+
+def test_ernie_without_a_word_on_where_text_ends(tmp_path: Path):
+    with pytest.raises(ConfigMismatch, match="shares its expert ids"):
+        planned(tmp_path, QWEN, {"model_type": "ernie4_5_vl_moe"})
+
+
+def ernie(tmp_path: Path) -> Path:
+    """Five text experts of width 3 and four vision experts of width 2."""
+    count = iter(range(256))
+    shapes: dict[str, Shape] = {}
+    for e in range(9):
+        width = 3 if e < 5 else 2
+        for p, shape in (("gate", (width, 2)), ("up", (width, 2)), ("down", (2, width))):
+            shapes[f"model.layers.1.mlp.experts.{e}.{p}_proj.weight"] = ("U8", shape)
+    tensors = {
+        name: (dtype, shape, bytes([next(count)]) * (shape[0] * shape[1]))
+        for name, (dtype, shape) in shapes.items()
+    }
+    config = {
+        "model_type": "ernie4_5_vl_moe",
+        "text_config": {"moe_num_experts": [5, 4], "moe_intermediate_size": [3, 2]},
+    }
+    return write_checkpoint(tmp_path / "src", tensors, config)
+
+
+def test_ernie_shares_one_row_of_ids(tmp_path: Path):
+    src = ernie(tmp_path)
+    moeconv.fuse(src, tmp_path / "out")
+    source, made = read_tensors(src), read_tensors(tmp_path / "out")
+    assert made.keys() == {
+        f"model.layers.1.mlp.{kind}_moe.experts.{p}_proj"
+        for kind in ("text", "vision")
+        for p in ("gate_up", "down")
+    }
+    down = made["model.layers.1.mlp.vision_moe.experts.down_proj"]
+    name = "model.layers.1.mlp.experts.{}.down_proj.weight"
+    assert down == ("U8", (4, 2, 2), b"".join(source[name.format(e)][2] for e in range(5, 9)))
+    assert moeconv.verify(tmp_path / "out", level="source", source=src).ok
+    moeconv.unfuse(tmp_path / "out", tmp_path / "back")
+    assert tree_sha256(tmp_path / "back") == tree_sha256(src)
+    moeconv.unfuse(tmp_path / "out", tmp_path / "alone", layout="per-expert")
+    assert read_tensors(tmp_path / "alone") == source
+
+
+def test_ernie_by_ranks(tmp_path: Path):
+    src = ernie(tmp_path)
+    for layout in ("fused", "per-expert"):
+        out = tmp_path / layout
+        moeconv.shard(src, out, ep_size=1, layout=layout)
+        assert moeconv.verify(out, level="source", source=src).problems == ()
+        assert moeconv.verify(out, level="structure").problems == ()
+        moeconv.merge(out, tmp_path / f"{layout}-back")
+        assert tree_sha256(tmp_path / f"{layout}-back") == tree_sha256(src)
