@@ -26,6 +26,7 @@ from moeconv.library import fitting, load_recipe, manifest_recipes, shipped_reci
 from moeconv.manifest import ROOT_NAME, Manifest
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion
 from moeconv.plan.existing import plan_restore
+from moeconv.plan.unequal import unequal_notes
 from moeconv.plan.values import Plan
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
@@ -279,6 +280,9 @@ def carry_out(
     manifest = commit(
         plan, checkpoint, place, limits=limits, overwrite=overwrite, progress=meter.advance
     )
+    if manifest is not None:
+        said = unequal_notes(source.detection.stacks, manifest)
+        plan = replace(plan, notes=(*plan.notes, *said))
     return Result(source, out, plan, room, manifest, dry_run=False)
 
 

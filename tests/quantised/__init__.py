@@ -1,0 +1,1 @@
+"""Quantised experts of every format: real packings, exact to the bit."""
