@@ -124,7 +124,7 @@ def test_a_fused_set_says_that_nothing_reads_it(tmp_path: Path):
         src = checkpoint(tmp_path / name, form, experts(form))
         notes = moeconv.fuse(src, tmp_path / f"{name}-out", dry_run=True).plan.notes
         assert any(n.startswith(f"{told}: no engine") for n in notes), name
-    form = FORMATS["block fp8, F32 scales"]
+    form = FORMATS["fp8 by channel"]
     src = checkpoint(tmp_path / "fp8", form, experts(form))
     assert moeconv.fuse(src, tmp_path / "fp8-out", dry_run=True).plan.notes == ()
 
