@@ -47,8 +47,11 @@ def published(model_type: str, root: Path, scale_dtype: torch.dtype) -> Any:
     config["quantization_config"] = {
         "quant_method": "fp8",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": sorted(n for n in linears if ".experts." not in n)
-        + ["lm_head", *(f"model.layers.{n}.mlp.gate" for n in range(4))],
+        "modules_to_not_convert": [
+            *sorted(n for n in linears if ".experts." not in n),
+            "lm_head",
+            *(f"model.layers.{n}.mlp.gate" for n in range(4)),
+        ],
     }
     (root / "config.json").write_text(json.dumps(config))
     return type(model)
