@@ -18,6 +18,7 @@ from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.engine.commit import commit, refuse_collisions, room_needed
 from moeconv.engine.crew import Limits
 from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
+from moeconv.engine.rewrites import with_rewrites
 from moeconv.errors import NotASet, UnknownExpertTensor, UnknownFamily, quoted
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.fromset import set_detection
@@ -265,6 +266,7 @@ def carry_out(
 ) -> Result:
     """Refuse what must be refused, then write the plan, or in a dry run do not."""
     checkpoint = source.checkpoint
+    plan = with_rewrites(plan, checkpoint, source.detection.stacks)
     refuse_overlap(source.path, out)
     if checkpoint.virtual is not None:
         refuse_overlap(checkpoint.root, out)  # where its bytes are

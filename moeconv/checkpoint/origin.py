@@ -1,4 +1,6 @@
-"""The origin: the first foreign source's raw headers and index, enough to rebuild its files.
+"""The origin: the first foreign source's raw headers, index and rewritten sidecars.
+
+That is enough to rebuild its files.
 
 Framing (FORMAT.md §5): one line of JSON, a newline, then the raw bytes it announces, in order.
 """
@@ -28,10 +30,14 @@ class OriginFile:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The first foreign source: data files in natural order, and its index if it had one."""
+    """The first foreign source: data files in natural order, and its index if it had one.
+
+    sidecars: those that were rewritten, as they were.
+    """
 
     files: tuple[OriginFile, ...]
     index: Index | None
+    sidecars: tuple[tuple[str, bytes], ...] = ()
 
 
 def origin_bytes(origin: Origin) -> bytes:
@@ -42,9 +48,12 @@ def origin_bytes(origin: Origin) -> bytes:
     index: Json = None
     if origin.index is not None:
         index = {"name": origin.index.name, "size": len(origin.index.raw)}
-    head = dumps({"files": files, "index": index})
+    doc: dict[str, Json] = {"files": files, "index": index}
+    if origin.sidecars:
+        doc["sidecars"] = [{"name": name, "size": len(raw)} for name, raw in origin.sidecars]
     raws = [f.header.raw for f in origin.files]
-    return b"".join((head, b"\n", *raws, origin.index.raw if origin.index else b""))
+    raws += [origin.index.raw] if origin.index else []
+    return b"".join((dumps(doc), b"\n", *raws, *(raw for _, raw in origin.sidecars)))
 
 
 def parse_origin(raw: bytes) -> Origin:
@@ -59,12 +68,14 @@ def parse_origin(raw: bytes) -> Origin:
         index = (entry.file_name("name"), entry.integer("size"))
         entry.finish()
     top.raw("index")
+    beside = [_sidecar(t) for t in top.tables("sidecars")] if top.has("sidecars") else []
     top.finish()
     names = [name for name, *_ in named]
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         problems.add("files", f"{quoted(twice)} is named twice")
     announced = sum(length for *_, length in named) + (index[1] if index else 0)
+    announced += sum(size for _, size in beside)
     if announced != len(payload):
         problems.add("", f"announces {announced:,} bytes, holds {len(payload):,}")
     if problems.found:
@@ -79,7 +90,21 @@ def parse_origin(raw: bytes) -> Origin:
         header = parse_header(payload[at : at + length], file_size=size, file=number, where=name)
         files.append(OriginFile(name, size, header))
         at += length
-    return Origin(tuple(files), parse_index(payload[at:], name=index[0]) if index else None)
+    first = None
+    if index:
+        first = parse_index(payload[at : at + index[1]], name=index[0])
+        at += index[1]
+    sidecars = []
+    for name, size in beside:
+        sidecars.append((name, payload[at : at + size]))
+        at += size
+    return Origin(tuple(files), first, tuple(sidecars))
+
+
+def _sidecar(t: Table) -> tuple[str, int]:
+    entry = (t.relative_path("name"), t.integer("size"))
+    t.finish()
+    return entry
 
 
 def _file(t: Table) -> tuple[str, int, int]:

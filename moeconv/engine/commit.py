@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moeconv.checkpoint.reading import file_digest, opened, unreadable
+from moeconv.checkpoint.reading import file_digest, opened, read_document, unreadable
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import digest, hasher
@@ -26,6 +26,7 @@ from moeconv.engine.tiles import BUFFER_BYTES, Digests
 from moeconv.engine.workplace import Workplace, fsync_directory
 from moeconv.errors import Damaged, MoeconvError, NameCollision, SourceChanged, quoted
 from moeconv.manifest import (
+    MAX_PAPER_BYTES,
     ORIGIN_NAME,
     PARTS_DIR,
     ROOT_NAME,
@@ -37,7 +38,7 @@ from moeconv.manifest import (
     root_bytes,
 )
 from moeconv.manifestreader import parse_root
-from moeconv.plan.values import OutputFile, Plan
+from moeconv.plan.values import OutputFile, Plan, Rewrite
 from moeconv.version import __version__
 
 # parts, origin and index hold names and digests: a few hundred bytes a unit, plus their headers
@@ -217,7 +218,7 @@ class _Commit:
         """Parts and origin; the manifest is returned, to be written last."""
         raws = documents(self.plan, self.parts, self.virtual)
         entries = tuple(self._write(name, raw) for name, raw in raws.items())
-        origin = self._write(ORIGIN_NAME, origin_of(self.checkpoint))
+        origin = self._write(ORIGIN_NAME, origin_of(self.checkpoint, self.plan))
         with writing(self.out):
             fsync_directory(self.out / PARTS_DIR)
         plan, index = self.plan, None
@@ -256,6 +257,9 @@ class _Commit:
 
     def _sidecar(self, sidecar: Sidecar) -> FileEntry:
         final = self.out / sidecar.name
+        rewrite = next((r for r in self.plan.rewrites if r.name == sidecar.name), None)
+        if rewrite is not None:
+            return self._rewritten(sidecar, rewrite)
         partial = partial_path(self.out, "sidecar")
         with writing(final):
             self.work.folder(final.parent)
@@ -265,6 +269,15 @@ class _Commit:
             with writing(final.parent):
                 fsync_directory(final.parent)
         return FileEntry(sidecar.name, sidecar.size, value)
+
+    def _rewritten(self, sidecar: Sidecar, rewrite: Rewrite) -> FileEntry:
+        now = read_document(sidecar.path, MAX_PAPER_BYTES, name=sidecar.name)
+        if now != rewrite.before:
+            raise _changed(sidecar, f"it is {len(now):,} other bytes now")
+        final = self.out / sidecar.name
+        with writing(final):
+            self.work.folder(final.parent)
+        return self._write(sidecar.name, rewrite.after)
 
 
 def copy_sidecar(sidecar: Sidecar, partial: Path, final: Path) -> str:
@@ -288,14 +301,17 @@ def copy_sidecar(sidecar: Sidecar, partial: Path, final: Path) -> str:
                 os.fsync(descriptor)
         facts = os.fstat(reader)
     if (facts.st_size, facts.st_mtime_ns, done) != (sidecar.size, sidecar.mtime_ns, sidecar.size):
-        raise SourceChanged(
-            f"{quoted(sidecar.name)} changed while SRC was being converted",
-            at=quoted(str(sidecar.path)),
-            cause=f"it had {sidecar.size:,} bytes when the plan was made, and has "
-            f"{facts.st_size:,} now, or it was written to",
-            fix="wait until nothing writes to the source, then run again",
-        )
+        raise _changed(sidecar, f"and has {facts.st_size:,} now, or it was written to")
     return state.hexdigest()
+
+
+def _changed(sidecar: Sidecar, now: str) -> SourceChanged:
+    return SourceChanged(
+        f"{quoted(sidecar.name)} changed while SRC was being converted",
+        at=quoted(str(sidecar.path)),
+        cause=f"it had {sidecar.size:,} bytes when the plan was made, {now}",
+        fix="wait until nothing writes to the source, then run again",
+    )
 
 
 def _read(reader: int, buffer: memoryview, offset: int, sidecar: Sidecar) -> int:

@@ -134,15 +134,24 @@ def source_entry(checkpoint: Checkpoint) -> SourceEntry:
     return SourceEntry(str(checkpoint.root.resolve()), files)
 
 
-def origin_of(checkpoint: Checkpoint) -> bytes:
-    """The origin's document: that of the set at hand, or this checkpoint itself."""
+def origin_of(checkpoint: Checkpoint, plan: Plan) -> bytes:
+    """The origin's document: that of the set at hand, or this checkpoint itself.
+
+    With the sidecars that the plan is the first to rewrite.
+    """
     if checkpoint.origin is not None:
-        return checkpoint.origin.origin_raw
+        origin = checkpoint.origin.origin
+        known = {name for name, _ in origin.sidecars}
+        first = tuple((r.name, r.before) for r in plan.rewrites if r.name not in known)
+        if not first:
+            return checkpoint.origin.origin_raw
+        return origin_bytes(replace(origin, sidecars=(*origin.sidecars, *first)))
     files = tuple(
         OriginFile(f.name, f.size, f.header)
         for f in sorted(checkpoint.files, key=lambda f: natural_key(f.name))
     )
-    return origin_bytes(Origin(files, checkpoint.index))
+    beside = tuple((r.name, r.before) for r in plan.rewrites)
+    return origin_bytes(Origin(files, checkpoint.index, beside))
 
 
 def expected_digests(checkpoint: Checkpoint) -> dict[str, str]:

@@ -118,6 +118,15 @@ class Fate:
 
 
 @dataclass(frozen=True, slots=True)
+class Rewrite:
+    """A sidecar that the output has with other bytes; `before` are those that were planned with."""
+
+    name: str
+    before: bytes
+    after: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A conversion, complete: the same for any number of workers.
 
@@ -136,6 +145,7 @@ class Plan:
     restores: bool = False
     ep_size: int | None = None
     virtual: bool = False
+    rewrites: tuple[Rewrite, ...] = ()
 
     @property
     def replica_bytes(self) -> int:

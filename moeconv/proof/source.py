@@ -11,7 +11,9 @@ from typing import Final
 import numpy as np
 
 from moeconv.checkpoint.reading import file_digest
+from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint, DataFile
+from moeconv.digest import digest
 from moeconv.engine.crew import Limits, Progress, run_tiles
 from moeconv.engine.tiles import BUFFER_BYTES, Digests, Origin
 from moeconv.errors import Damaged, IoFailed, MoeconvError, TensorNotInFile, quoted
@@ -102,15 +104,19 @@ def _facts(detection: Detection) -> dict[str, str]:
     return facts
 
 
+def _original(checkpoint: Checkpoint, sidecar: Sidecar) -> str:
+    """The digest of a sidecar as it was in the first source."""
+    own = checkpoint.origin
+    kept = dict(own.origin.sidecars).get(sidecar.name) if own else None
+    return digest(kept) if kept is not None else file_digest(sidecar.path, name=sidecar.name)
+
+
 def _different_sidecars(output: Checkpoint, source: Checkpoint) -> list[MoeconvError]:
     ours = {s.name: s for s in output.sidecars}
     problems: list[MoeconvError] = []
     for sidecar in source.sidecars:
         mine = ours.get(sidecar.name)
-        name = sidecar.name
-        same = mine is not None and (
-            file_digest(mine.path, name=name) == file_digest(sidecar.path, name=name)
-        )
+        same = mine is not None and _original(output, mine) == _original(source, sidecar)
         if not same:
             problems.append(
                 Damaged(

@@ -15,6 +15,7 @@ from moeconv.errors import (
     NoExperts,
     UnknownFamily,
 )
+from tests.cli import run
 from tests.helpers import read_tensors, tree_sha256, write_checkpoint
 from tests.phantoms import Shape, phantom, rows
 
@@ -154,3 +155,25 @@ def test_ernie_by_ranks(tmp_path: Path):
         assert moeconv.verify(out, level="structure").problems == ()
         moeconv.merge(out, tmp_path / f"{layout}-back")
         assert tree_sha256(tmp_path / f"{layout}-back") == tree_sha256(src)
+
+
+def test_inspect_names_what_belongs_to_the_experts_without_being_one(tmp_path: Path):
+    text = QWEN + "\nmodel.layers.0.mlp.gate.e_score_correction_bias F32 12"
+    text += "\nmodel.layers.0.mlp.shared_experts.gate_proj.weight BF16 8,16"
+    text += "\nmodel.layers.0.self_attn.q_proj.weight BF16 8,16"
+    src = phantom(tmp_path / "src", rows(text), MIXTRAL)
+    done = run.moeconv("inspect", src)
+    assert "the names win" in done.err
+    lines = done.out.splitlines()
+    named = next(line for line in lines if line.startswith("routers and shared experts"))
+    assert named.endswith(
+        "mlp.gate.e_score_correction_bias, mlp.gate.weight, mlp.shared_experts.gate_proj.weight"
+    )
+
+
+def test_recipes_list_has_families_layouts_and_formats():
+    out = run.moeconv("recipes", "list").out
+    rows_of = {line.split()[0]: line for line in out.splitlines() if line}
+    assert "megablocks" in rows_of["deepseek_v4"]
+    assert "NVFP4 of modelopt" in rows_of["weight_scale_2"]
+    assert "per-expert" in rows_of["nllb_moe"]
