@@ -16,7 +16,7 @@ from moeconv.errors import (
     UnknownFamily,
 )
 from tests.cli import run
-from tests.helpers import read_tensors, tree_sha256, write_checkpoint
+from tests.helpers import Spec, read_tensors, tree_sha256, write_checkpoint
 from tests.phantoms import Shape, phantom, rows
 
 QWEN = """model.layers.0.mlp.experts.{0-11}.gate_proj.weight BF16 8,16
@@ -177,3 +177,51 @@ def test_recipes_list_has_families_layouts_and_formats():
     assert "megablocks" in rows_of["deepseek_v4"]
     assert "NVFP4 of modelopt" in rows_of["weight_scale_2"]
     assert "per-expert" in rows_of["nllb_moe"]
+
+
+def test_hunyuan_has_up_before_gate(tmp_path: Path):
+    """`gate_and_up_proj` is cut in two and the second half is gate, whatever its name says."""
+    stack = "model.layers.0.mlp.experts"
+    tensors: dict[str, Spec] = {
+        f"{stack}.0.gate_and_up_proj.weight": ("BF16", (2, 2), b"UP..GATE"),
+        f"{stack}.0.down_proj.weight": ("BF16", (2, 1), b"DOWN"),
+    }
+    src = write_checkpoint(tmp_path / "src", tensors, {"model_type": "hunyuan"})
+    moeconv.fuse(src, tmp_path / "out")
+    made = read_tensors(tmp_path / "out")
+    assert made[f"{stack}.gate_up_proj"] == ("BF16", (1, 2, 2), b"GATEUP..")
+    moeconv.unfuse(tmp_path / "out", tmp_path / "back")
+    assert tree_sha256(tmp_path / "back") == tree_sha256(src)
+
+
+def test_dbrx_has_gate_in_w1_up_in_v1_and_down_turned(tmp_path: Path):
+    stack = "transformer.blocks.0.ffn.experts"
+    tensors: dict[str, Spec] = {
+        f"{stack}.mlp.w1": ("U8", (4, 3), b"g00g01g10g11"),
+        f"{stack}.mlp.v1": ("U8", (4, 3), b"u00u01u10u11"),
+        f"{stack}.mlp.w2": ("U8", (4, 3), b"abcdefABCDEF"),
+    }
+    config = {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 2}}
+    src = write_checkpoint(tmp_path / "src", tensors, config)
+    moeconv.fuse(src, tmp_path / "out", layout="sglang")
+    assert read_tensors(tmp_path / "out") == {
+        f"{stack}.w13_weight": ("U8", (2, 4, 3), b"g00g01u00u01g10g11u10u11"),
+        f"{stack}.w2_weight": ("U8", (2, 3, 2), b"adbecfADBECF"),
+    }
+    moeconv.unfuse(tmp_path / "out", tmp_path / "back")
+    assert tree_sha256(tmp_path / "back") == tree_sha256(src)
+
+
+def test_jetmoe_has_gate_first(tmp_path: Path):
+    jetmoe: dict[str, Spec] = {
+        "model.layers.0.mlp.input_linear.weight": ("BF16", (1, 2, 2), b"GATEUP.."),
+        "model.layers.0.mlp.output_linear.weight": ("BF16", (1, 2, 1), b"DOWN"),
+    }
+    src = write_checkpoint(tmp_path / "jetmoe", jetmoe, {"model_type": "jetmoe"})
+    moeconv.unfuse(src, tmp_path / "out", layout="per-expert")
+    name = "model.layers.0.mlp.experts.0.{}_proj.weight"
+    assert {n: data for n, (_, _, data) in read_tensors(tmp_path / "out").items()} == {
+        name.format("gate"): b"GATE",
+        name.format("up"): b"UP..",
+        name.format("down"): b"DOWN",
+    }

@@ -116,6 +116,44 @@ def test_transformers_own_names_are_read_too(model_type: str, tmp_path: Path):
     assert tree_sha256(tmp_path / "back") == tree_sha256(tmp_path / "fused")
 
 
+FUSED_ONLY = (
+    "aria_text",
+    "diffusion_gemma",
+    "gemma4",
+    "granitemoe_swa",
+    "hy_v4",
+    "mistral4",
+    "muse_spark_text",
+    "openai_privacy_filter",
+    "zaya",
+)
+
+
+@pytest.mark.parametrize("model_type", [*FUSED_ONLY, "llama4_text"])
+def test_each_expert_of_a_fused_family_is_what_transformers_takes_it_for(
+    model_type: str, tmp_path: Path
+):
+    """Which rows are gate and which are up, by what the module says of itself."""
+    model: Any = tiny_model(model_type)
+    model.save_pretrained(tmp_path / "src", save_original_format=False)
+    moeconv.unfuse(tmp_path / "src", tmp_path / "out", layout="per-expert")
+    files = file_tensors(tmp_path / "out")
+    stacks = {n.rpartition(".")[0] for n in file_tensors(tmp_path / "src") if "gate_up_proj" in n}
+    assert stacks
+    for stack in stacks:
+        module: Any = model.get_submodule(stack)
+        # Llama 4 is older than these attributes, and both
+        turned_ = getattr(module, "is_transposed", True)
+        halves = getattr(module, "is_concatenated", True)
+        for e, joined in enumerate(module.gate_up_proj):
+            gate_up = joined.T if turned_ else joined
+            down = module.down_proj[e].T if turned_ else module.down_proj[e]
+            gate, up = gate_up.chunk(2) if halves else (gate_up[::2], gate_up[1::2])
+            assert torch.equal(files[f"{stack}.{e}.gate_proj.weight"], gate)
+            assert torch.equal(files[f"{stack}.{e}.up_proj.weight"], up)
+            assert torch.equal(files[f"{stack}.{e}.down_proj.weight"], down)
+
+
 @pytest.mark.parametrize("model_type", ["gpt_oss", "granitemoe"])
 def test_families_that_are_published_fused_only(model_type: str, tmp_path: Path):
     model: Any = tiny_model(model_type)
