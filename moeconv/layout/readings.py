@@ -53,7 +53,7 @@ def _choices(
     found: Found, members: list[tuple[Line, Component]], granules: dict[str, int]
 ) -> Iterator[Reading]:
     """The readings of one component's tensors that have as many dimensions as these."""
-    known = [r for r in _forms(members) if _bindable(r, granules)]
+    known = [r for r in _forms(members) if _bindable(r, granules) and _packable(found, r)]
     fitting = [r for r in known if all(_same_rank(found, key, a) for key, (_, a) in r.items())]
     for reading in fitting or known[:1]:
         yield {key: (c, axes.bound(granules)) for key, (c, axes) in reading.items()}
@@ -72,6 +72,16 @@ def _forms(members: list[tuple[Line, Component]]) -> Iterator[Reading]:
 
 def _bindable(reading: Reading, granules: dict[str, int]) -> bool:
     return all(axes.granules <= granules.keys() for _, axes in reading.values())
+
+
+def _packable(found: Found, reading: Reading) -> bool:
+    """Only integers hold several values: half a matrix of BF16 is no packed one."""
+    return all(
+        not component.weight
+        or all(axis.granule == 1 for axis in axes.flat)
+        or next(iter(found.tensors[key].values())).dtype.startswith(("I", "U"))
+        for key, (component, axes) in reading.items()
+    )
 
 
 def _same_rank(found: Found, key: Key, axes: Axes) -> bool:

@@ -132,6 +132,15 @@ def test_a_scale_that_fits_no_reading(tmp_path: Path):
         moeconv.fuse(src, tmp_path / "out")
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F32"])
+def test_half_a_matrix_is_not_taken_for_a_packed_one(dtype: str, tmp_path: Path):
+    tensors = per_expert({"weight": f"{dtype} N K"}, width=64)
+    for e in range(2):
+        tensors[f"{STACK}.{e}.down_proj.weight"] = (dtype, (256, 32))
+    config = {"model_type": "qwen3_moe"}
+    refused(LayoutContradiction, tmp_path, tensors, config, "[256, 32]", "64")
+
+
 def test_one_projection_by_tensor_and_another_by_channel(tmp_path: Path):
     tensors = per_expert({"weight": "F8_E4M3 N K", "weight_scale": "F32 N 1"}, width=256)
     for e in range(2):
