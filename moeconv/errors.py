@@ -104,6 +104,25 @@ class AmbiguousLayout(UsageProblem):
     code = "ambiguous-layout"
 
 
+class BadPlacement(MoeconvError):
+    """A well-formed placement map that does not fit the checkpoint or the ranks."""
+
+    code = "bad-placement"
+    exit_code = 2
+
+
+class GeometryMismatch(UsageProblem):
+    """A set of other ranks, of another placement or of other tensors than the caller's."""
+
+    code = "geometry-mismatch"
+
+
+class DoesNotFit(UsageProblem):
+    """A model and a set that do not have the same tensors."""
+
+    code = "does-not-fit"
+
+
 # --- 3: input/output ---------------------------------------------------------------------------
 class IoFailed(MoeconvError):
     """The operating system refused a read or a write."""
@@ -384,6 +403,12 @@ class NotASet(Unsupported):
     """A proof was asked for that only an output of moeconv can give."""
 
     code = "not-a-set"
+
+
+class NoTorchDtype(Unsupported):
+    """A dtype of safetensors that torch lacks."""
+
+    code = "no-torch-dtype"
 
 
 class StraddlingBlock(Unsupported):

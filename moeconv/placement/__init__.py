@@ -1,0 +1,1 @@
+"""Which slot holds which expert: maps, their checks, and other systems' file formats. Pure."""
