@@ -315,8 +315,8 @@ def test_imports():
         "import sys, moeconv; assert 'torch' not in sys.modules; import torch;"
         "before = set(sys.modules); import moeconv.runtime;"
         "bad = {'moeconv.engine', 'moeconv.plan', 'moeconv.layout', 'moeconv.cli', 'moeconv.api',"
-        "'typer', 'rich', 'tqdm', 'huggingface_hub', 'yaml', 'safetensors'} & (sys.modules.keys() - before);"
-        "assert not bad, bad"
+        "'typer', 'rich', 'tqdm', 'huggingface_hub', 'yaml', 'safetensors'};"
+        "bad &= sys.modules.keys() - before; assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
