@@ -150,8 +150,8 @@ def _check_same(known: Bytes, newer: Bytes) -> None:
         problems.append(f"rank {newer.ep_rank} of {newer.ep_size}")
     if known.placement != newer.placement:
         problems.append("another placement")
-    pairs = zip(known.tensors.values(), newer.tensors.values(), strict=False)
-    other = [b.name for a, b in pairs if a.facts() != b.facts()]
+    before = {tensor.facts() for tensor in known.tensors.values()}
+    other = [tensor.name for tensor in newer.tensors.values() if tensor.facts() not in before]
     if other or len(known.tensors) != len(newer.tensors):
         problems.append(f"other tensors{': ' + quoted(other[0]) if other else ''}")
     if problems:
