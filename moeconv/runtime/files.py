@@ -21,6 +21,7 @@ from moeconv.errors import MissingShard, SourceChanged, quoted
 from moeconv.manifest import ROOT_NAME, Part, Run, SourceFile
 from moeconv.runtime.tensors import LocalTensor
 
+_MAX_HEADER: Final = 8 + 100_000_000
 _MAX_READ: Final = 1 << 30  # Linux reads at most 2 GiB - 4 KiB in one call
 
 
@@ -71,7 +72,7 @@ def _existing(home: Path, name: str, named_in: str) -> Path:
 
 def _header_digest(descriptor: int, path: Path, name: str, size: int) -> str:
     try:
-        return digest(read_start(descriptor, size))
+        return digest(read_start(descriptor, min(size, _MAX_HEADER)))
     except OSError as problem:
         raise unreadable(path, problem, name=name) from None
 

@@ -52,12 +52,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A target, the tensor of the set that goes there, and how."""
+    """A target, the tensor of the set that goes there, and how. kind: what it must still be."""
 
     target: Target
     source: str
-    shape: tuple[int, ...]  # of this rank's tensor
-    dtype: torch.dtype
+    kind: tuple[object, ...]
     steps: tuple[Step, ...]
 
     def local(self) -> torch.Tensor:
@@ -65,7 +64,7 @@ class Filled:
         tensor = self.target.now()
         local = local_tensor(tensor)
         straight = local.is_contiguous() or not any(s.direct for s in self.steps)
-        if tuple(local.shape) != self.shape or local.dtype != self.dtype or not straight:
+        if kind_of(tensor) != self.kind or not straight:
             raise _moved(self.target.names[0])
         return local.detach()
 
@@ -88,6 +87,22 @@ def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A DTensor's own memory, or the tensor itself. Under no_grad this communicates nothing."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def kind_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Shape and dtype of this rank's memory, and of what it is a slice."""
+    spec = (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
+    return tuple(local_tensor(tensor).shape), tensor.dtype, spec
+
+
+def _unsharded(module: torch.nn.Module) -> bool:
+    """Whether FSDP2 shows gathered parameters now: what is written to these, it throws away."""
+    find = getattr(module, "_get_fsdp_state", None)
+    state = find() if find is not None else None
+    groups = getattr(state, "_fsdp_param_groups", None) or [
+        getattr(state, "_fsdp_param_group", None)
+    ]
+    return not all(getattr(group, "is_sharded", True) for group in groups)
 
 
 def _moved(name: str) -> DoesNotFit:
@@ -140,6 +155,9 @@ def _targets(model: torch.nn.Module, problems: _Problems) -> list[Target]:
     found: dict[tuple[object, ...], list[tuple[str, Place, bool]]] = defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):
         before = f"{path}." if path else ""
+        if _unsharded(module):
+            text = f"{quoted(path)} of FSDP2; call its `reshard()`"
+            problems.kinds["unsharded at present"].append(text)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 found[_storage(parameter)].append((before + name, (module, name), False))
@@ -207,9 +225,7 @@ def fit(
         for name in given:
             steps = _steps(tensor, tensors[name], problems, cast=cast, slots=slots)
             if name == given[0]:
-                local = local_tensor(tensor)
-                shape, dtype = tuple(local.shape), local.dtype
-                filled.append(Filled(target, name, shape, dtype, steps))
+                filled.append(Filled(target, name, kind_of(tensor), steps))
         twins += [(given[0], other) for other in given[1:]]
         tied += [name for name in target.names if name not in used]
     left = [quoted(name) for name in by_target.values()]

@@ -83,7 +83,7 @@ def local_selection(
         if kind == "Replicate":
             continue
         if kind not in ("Shard", "_StridedShard"):
-            return f"a placement {placement} holds no part of the values"
+            return f"a DTensor placed as {placement!r} cannot be filled from files"
         dim = cast("Placed", placement).dim
         factor = getattr(placement, "split_factor", 1)
         out[dim] = strided_chunk(out[dim], factor, parts, number)

@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from moeconv.errors import DoesNotFit, GeometryMismatch, quoted
 from moeconv.manifest import Run
-from moeconv.runtime.files import DataFile, Reader
+from moeconv.runtime.files import Reader
 from moeconv.runtime.fill import Filler, portions
 from moeconv.runtime.fit import Filled, Fit, fit, is_dtensor, local_tensor
 from moeconv.runtime.slices import BLOCK_BYTES, Block, counts
@@ -20,32 +20,9 @@ from moeconv.runtime.tensors import LocalTensor
 
 if TYPE_CHECKING:
     from moeconv.runtime.fit import Rename
+    from moeconv.runtime.shard import Shard
 
-Found = tuple[tuple[tuple[Block, tuple[Run, ...]], ...], ...]  # blocks of each step
-
-
-class Bytes(Protocol):
-    """What an updater needs of a shard: its geometry, its tensors, their files."""
-
-    @property
-    def ep_rank(self) -> int:
-        """Which rank."""
-
-    @property
-    def ep_size(self) -> int:
-        """Of how many."""
-
-    @property
-    def placement(self) -> dict[str, tuple[int, ...]]:
-        """Rows by stack."""
-
-    @property
-    def tensors(self) -> Mapping[str, LocalTensor]:
-        """This rank's tensors by name."""
-
-    @property
-    def files(self) -> Mapping[int, DataFile]:
-        """The files their runs speak of."""
+Found: TypeAlias = tuple[tuple[tuple[Block, tuple[Run, ...]], ...], ...]  # blocks of each step
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +55,13 @@ class Report:
 class Updater:
     """A model and where each tensor of a set goes in it: made by `Shard.updater`."""
 
-    shard: Bytes
+    shard: Shard
     fitted: Fit
     device: torch.device | None
     _filler: Filler = field(default_factory=Filler)
     _found: dict[str, tuple[tuple[Run, ...], Found]] = field(default_factory=dict)
 
-    def load(self, newer: Bytes) -> Report:
+    def load(self, newer: Shard) -> Report:
         """Read a set of the same geometry into the model: the same memory, no names matched.
 
         Offsets are taken over where they are the same, and found again where they are not.
@@ -98,17 +75,20 @@ class Updater:
         began = time.perf_counter()
         _check_same(self.shard, newer)
         with torch.no_grad(), Reader(newer.files) as reader:
+            # apart, since what is only compared is not counted
+            with Reader(newer.files) as comparing:
+                check_twins(self.fitted, newer.tensors, comparing)
+            targets = self.fitted.filled
+            made = sum([_materialise(f, self.device) for f in targets])
+            memory = [f.local() for f in targets]
             with self._filler as filler:
-                check_twins(self.fitted, newer.tensors, reader)
-                targets = self.fitted.filled
-                made = sum(_materialise(f, self.device) for f in targets)
-                for item in targets:
-                    tensor, into = newer.tensors[item.source], item.local()
+                for item, into in zip(targets, memory, strict=True):
+                    tensor = newer.tensors[item.source]
                     dtype = tensor.torch_dtype
                     for step, blocks in zip(item.steps, self._blocks(item, tensor), strict=True):
                         filler.step(into, step, blocks, dtype, reader)
-                    # memory was written behind autograd's back
-                    torch.autograd.graph.increment_version(into)
+                    if not into.is_inference():  # memory was written behind autograd's back
+                        torch.autograd.graph.increment_version((into, item.target.now()))
             return Report(
                 tensors=len(targets),
                 bytes_read=reader.bytes_read,
@@ -129,7 +109,7 @@ class Updater:
 
 
 def make_updater(
-    shard: Bytes,
+    shard: Shard,
     model: torch.nn.Module,
     *,
     rename: Rename,
@@ -144,7 +124,7 @@ def make_updater(
     return Updater(shard, fitted, None if device is None else torch.device(device))
 
 
-def _check_same(known: Bytes, newer: Bytes) -> None:
+def _check_same(known: Shard, newer: Shard) -> None:
     problems = []
     if (known.ep_rank, known.ep_size) != (newer.ep_rank, newer.ep_size):
         problems.append(f"rank {newer.ep_rank} of {newer.ep_size}")
