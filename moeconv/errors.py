@@ -117,6 +117,18 @@ class TorchNeeded(UsageProblem):
     code = "torch-needed"
 
 
+class GeometryMismatch(UsageProblem):
+    """A set of other ranks, of another placement or of other tensors than the caller's."""
+
+    code = "geometry-mismatch"
+
+
+class DoesNotFit(UsageProblem):
+    """A model and a set that do not have the same tensors."""
+
+    code = "does-not-fit"
+
+
 # --- 3: input/output ---------------------------------------------------------------------------
 class IoFailed(MoeconvError):
     """The operating system refused a read or a write."""
@@ -409,6 +421,12 @@ class NotASet(Unsupported):
     """A proof was asked for that only an output of moeconv can give."""
 
     code = "not-a-set"
+
+
+class NoTorchDtype(Unsupported):
+    """A dtype of safetensors that torch lacks."""
+
+    code = "no-torch-dtype"
 
 
 class StraddlingBlock(Unsupported):
