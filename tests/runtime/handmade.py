@@ -284,7 +284,7 @@ def write_set(out: Path, made: Made, *, split: bool = False) -> Path:
     origin = _document(out, ORIGIN_NAME, b"{}\n")
     entries = []
     root = _root(made, [], origin, made.ep)
-    for document, rank in part_names(root).items():
+    for document, rank in part_names(root.ep_size).items():
         stem = "common" if rank is None else rank_name(rank, made.ep)
         named = _named(made, rank)
         halves = [named[::2], named[1::2]] if split and rank is not None else [named]
@@ -332,7 +332,7 @@ def write_virtual(out: Path, source: Path, made: Made, *, shift: int = 0) -> Pat
     origin = _document(out, ORIGIN_NAME, b"{}\n")
     root = replace(_root(made, [], origin, made.ep), source=SourceEntry(str(source), (pinned,)))
     entries = []
-    for document, rank in part_names(root).items():
+    for document, rank in part_names(root.ep_size).items():
         tensors = []
         for t in _named(made, rank):
             at, experts = where[t.name], t.expert.experts if t.expert else ()
