@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import moeconv.runtime
-from moeconv.errors import DoesNotFit, GeometryMismatch, IoFailed
+from moeconv.errors import DoesNotFit, GeometryMismatch, IoFailed, SourceChanged
 from tests.runtime.handmade import (
     STACK,
     Made,
@@ -373,6 +373,16 @@ def test_a_file_that_went_away(opened: Opened, tmp_path: Path):
     for file in tmp_path.rglob("rank-00000*.safetensors"):
         file.unlink()
     with pytest.raises(IoFailed):
+        shard.load_into(TinyMoe(3))
+
+
+def test_a_file_replaced_after_open(opened: Opened, tmp_path: Path):
+    shard = opened(checkpoint())
+    (file,) = tmp_path.rglob("rank-00000*.safetensors")
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data)
+    with pytest.raises(SourceChanged):
         shard.load_into(TinyMoe(3))
 
 

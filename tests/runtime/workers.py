@@ -280,15 +280,16 @@ def all_slots_along_dimension_0(rank: int, directory: Path) -> None:
     model = TinyMoe(3)
     experts = model.model.layers[0].mlp.experts
     full = {n: made.experts[f"{STACK}.{n}"].value[list(row)] for n in ("gate_up_proj", "down_proj")}
-    for name, value in full.items():
-        setattr(experts, name, nn.Parameter(blank(value, mesh, (Shard(0), Shard(1)))))
     shard = moeconv.runtime.open(directory / "all", ep_rank=ep_rank, ep_size=2)
-    with silence() as said:
-        shard.load_into(model)
-    assert not said, said
-    for name, value in full.items():
-        found = getattr(experts, name).to_local().detach()
-        assert same(found, split(value, mesh, (Shard(0), Shard(1))).contiguous())
+    for placements in ((Shard(0), Shard(0)), (Shard(0), Replicate()), (Shard(0), Shard(1))):
+        for name, value in full.items():
+            setattr(experts, name, nn.Parameter(blank(value, mesh, placements)))
+        with silence() as said:
+            shard.load_into(model)
+        assert not said, said
+        for name, value in full.items():
+            found = getattr(experts, name).to_local().detach()
+            assert same(found, split(value, mesh, placements).contiguous())
     other = moeconv.runtime.open(directory / "all", ep_rank=1 - ep_rank, ep_size=2)
     with pytest.raises(DoesNotFit) as caught:
         other.load_into(model)
