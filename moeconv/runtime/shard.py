@@ -74,7 +74,7 @@ def open_shard(
     >>> shard.logical_experts("model.layers.0.mlp.experts")
     (2, 0, 1)
     """
-    where, root, data = find(Path(path), source=None if source is None else Path(source))
+    where, root, data = find(Path(path).absolute(), source=None if source is None else Path(source))
     home = Home(where, root, data, ep_rank)
     if ep_size != home.ep_size or not 0 <= ep_rank < ep_size:
         raise GeometryMismatch(

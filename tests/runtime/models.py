@@ -62,3 +62,20 @@ class TinyMoe(nn.Module):
         for layer in self.model.layers:
             x = x + layer.mlp.experts(x) * layer.mlp.gate(x).softmax(-1)[:, :1]
         return self.head(x) if hasattr(self, "head") else x
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers, as plain tensors."""
+    return {n: t.detach().clone() for n, t in model.state_dict().items()}
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """Parameters on meta, ties kept, buffers real."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            new = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+            module._parameters[name] = moved.setdefault(id(p), new)
+    return model

@@ -23,7 +23,7 @@ import moeconv.runtime
 from moeconv.errors import DoesNotFit
 from moeconv.runtime import ep_rank_of
 from tests.runtime.handmade import STACK, Made, checkpoint, numbers, same, write_set
-from tests.runtime.models import TinyMoe
+from tests.runtime.models import TinyMoe, on_meta
 
 WORLD = 4
 COLLECTIVES = [
@@ -74,15 +74,6 @@ def silence() -> Iterator[list[str]]:
     finally:
         for name, function in real.items():
             setattr(dist, name, function)
-
-
-def on_meta(model: nn.Module) -> nn.Module:
-    """Parameters on meta, buffers real."""
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(p.detach().to("meta"))
-    return model
 
 
 def local_bytes(model: nn.Module) -> int:
