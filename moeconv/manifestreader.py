@@ -28,11 +28,14 @@ from moeconv.manifest import (
     StackEntry,
     TensorEntry,
     data_name,
+    files_name,
+    numbered,
     part_name,
     part_names,
+    rank_part,
     units_of,
 )
-from moeconv.names import file_name_problem, relative_path_problem
+from moeconv.names import file_name_problem, natural_key, relative_path_problem
 from moeconv.schema import Problems, Table, is_digest
 from moeconv.strictjson import loads
 
@@ -75,17 +78,16 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
         recipes=tuple(_recipe(t) for t in top.tables("recipes")),
         stacks=tuple(_stack(t, sharded=sharded) for t in top.tables("stacks")),
         parts=tuple(_file(t) for t in top.tables("parts")),
-        index=None if sharded else _file(top.table("index")),
+        index=None if sharded and top.null("index") else _file(top.table("index")),
         origin=_file(top.table("origin")),
         sidecars=tuple(_file(t) for t in top.tables("sidecars")),
         tensor_count=totals.integer("tensors"),
         tensor_bytes=totals.integer("bytes"),
-        fingerprint=top.digest("fingerprint") if top.has("fingerprint") or not virtual else None,
+        fingerprint=None if virtual and top.null("fingerprint") else top.digest("fingerprint"),
         ep_size=_ep_size(top.table("sharding")) if sharded else None,
         source=_source(top.table("source")) if virtual else None,
         minor=minor,
     )
-    top.has("index")
     totals.finish()
     top.finish()
     known = {r.name for r in root.recipes}
@@ -94,7 +96,7 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
         for n, s in enumerate(root.stacks)
         if s.recipe not in known
     ]
-    if sharded and top.has("index"):
+    if sharded and root.index is not None:
         top.problem("index", "must be null: one name stands in the files of many ranks")
     _check_placements(root, problems)
     if sharded and root.ep_size and not problems.found:
@@ -115,6 +117,11 @@ def _ep_size(t: Table) -> int:
 
 def _source(t: Table) -> SourceEntry:
     entry = SourceEntry(t.word("directory"), tuple(_source_file(f) for f in t.tables("files")))
+    if not entry.directory.startswith("/"):
+        t.problem("directory", "must be the absolute path of a directory")
+    names = [f.name for f in entry.files]
+    if names != sorted(set(names), key=natural_key):
+        t.problem("files", "must be in natural order, each once: runs go by their numbers")
     t.finish()
     return entry
 
@@ -153,10 +160,13 @@ def _check_placements(root: Root, problems: Problems) -> None:
 
 
 def _check_part_names(root: Root, problems: Problems) -> None:
-    wanted = list(part_names(root.ep_size or 0))
-    held = [p.name for p in root.parts]
-    if held != wanted:
-        problems.add("parts", f"must be {quoted(wanted[0])}, then one for each of the ranks")
+    wanted = part_names(root.ep_size or 0)
+    for number, (name, part) in enumerate(zip(wanted, root.parts, strict=False)):
+        if part.name != name:
+            problems.add(f"parts[{number}].name", f"must be {quoted(name)}")
+            break
+    if len(root.parts) != len(wanted):
+        problems.add("parts", "must be one for the common files and one for each of the ranks")
 
 
 def _check_names(root: Root, problems: Problems) -> None:
@@ -196,6 +206,8 @@ def _check_version(top: Table, where: str) -> tuple[int, tuple[str, ...]]:
             f"this one reads {MAJOR}.x and knows `{EXPERT_PARALLEL}` and `{VIRTUAL}`",
             fix="install a newer moeconv" if major >= MAJOR else "convert the checkpoint again",
         )
+    if len(set(requires)) != len(requires):
+        top.problem("requires", "names a feature twice")
     if VIRTUAL in requires and EXPERT_PARALLEL not in requires:
         top.problem("requires", f"`{VIRTUAL}` sets are `{EXPERT_PARALLEL}` too")
     top.problems.lenient = minor > MINOR
@@ -220,7 +232,7 @@ def _recipe(t: Table) -> RecipeText:
 
 
 def _stack(t: Table, *, sharded: bool) -> StackEntry:
-    has_row = sharded and t.has("physical_to_logical")
+    has_row = sharded and t.given("physical_to_logical")
     entry = StackEntry(
         name=t.text("name"),
         recipe=t.text("recipe"),
@@ -244,20 +256,25 @@ def parse_parts(raw: bytes, root: Root, *, where: str) -> tuple[Part, ...]:
         return (parse_part(raw, root, where=where),)
     problems = Problems(lenient=root.minor > MINOR)
     top = Table(loads(raw, where=quoted(where), floats=False), "", problems)
-    rank = top.integer("rank") if top.has("rank") else None
-    if rank != part_names(root.ep_size).get(where, rank):
+    rank = None if top.null("rank") else top.integer("rank")
+    if rank_part(rank, root.ep_size) != where:
         top.problem("rank", "is not the one in the part's name")
     parts = tuple(_part(t, root, rank) for t in top.tables("files"))
     names = [p.file for p in parts]
-    if len(set(names)) != len(names):
-        top.problem("files", "names a file twice")
+    wanted = numbered(files_name(rank, root.ep_size), len(names))
     if root.source is not None:
         if parts:
             top.problem("files", "must be empty: a virtual set has no data files")
-        listed = top.tables("virtual") if top.has("virtual") else ()
+        listed = top.tables("virtual") if top.given("virtual") else ()
         tensors = tuple(_tensor(t, root, rank) for t in listed)
         parts = (Part("", 0, 0, "", tensors, rank),)
+    elif names != wanted:
+        odd = next(n for n, name in enumerate(names) if name != wanted[n])
+        top.problem(f"files[{odd}].file", f"must be {quoted(wanted[odd])}: {len(names)} are listed")
     top.finish()
+    held = Counter(t.name for p in parts for t in p.tensors)
+    for name in [name for name, count in held.items() if count > 1]:
+        problems.add("", f"tensor {quoted(name)} is there twice")
     _refuse(problems, where)
     return parts
 
@@ -296,7 +313,7 @@ def _tensor(t: Table, root: Root, rank: int | None) -> TensorEntry:
         start=0 if virtual else t.integer("start"),
         stop=sum(r.nbytes for r in runs) if virtual else t.integer("stop"),
         digests=t.texts("digests"),
-        expert=_expert(t.table("expert"), root, rank) if t.has("expert") else None,
+        expert=_expert(t.table("expert"), root, rank) if t.given("expert") else None,
         runs=runs,
     )
     t.finish()
@@ -327,6 +344,8 @@ def _expert(t: Table, root: Root, rank: int | None) -> ExpertEntry:
     stack = t.integer("stack")
     known = root.stacks[stack] if stack < len(root.stacks) else None
     row = known.physical_to_logical if known else None
+    if rank is not None and known is not None and row is None:
+        t.problem("stack", "its experts are in the common files: it has no `physical_to_logical`")
     slots: tuple[int, int] | None = None
     experts: tuple[int, ...] = ()
     if rank is not None:
@@ -345,14 +364,26 @@ def _expert(t: Table, root: Root, rank: int | None) -> ExpertEntry:
         axes=t.text("axes"),
         matrix=t.integers("matrix"),
         slots=slots,
-        local=t.optional_text("local"),
+        local=t.text("local") if t.given("local") else None,
     )
+    if entry.local is not None:
+        _check_local(t, entry, row)
     t.finish()
     if known is None:
         t.problem("stack", f"there are only {len(root.stacks)} stacks")
     if not entry.projections or len(set(entry.projections)) != len(entry.projections):
         t.problem("projections", "must be one or more different names")
     return entry
+
+
+def _check_local(t: Table, entry: ExpertEntry, row: tuple[int, ...] | None) -> None:
+    """The name that a rank gives what is kept for all ranks."""
+    if row is None or entry.slots is not None:
+        t.problem("local", "is only for what the common files hold of a stack that ranks share")
+    elif len(entry.experts) != 1:
+        t.problem("local", f"is only for a tensor of one expert, not of {len(entry.experts)}")
+    if (entry.local or "").count("{slot}") != 1:
+        t.problem("local", "must hold `{slot}` once")
 
 
 def _span(t: Table, key: str, limit: int) -> tuple[int, int]:

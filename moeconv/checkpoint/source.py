@@ -12,7 +12,7 @@ from moeconv.checkpoint import hub
 from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
 from moeconv.checkpoint.header import Header, StoredTensor, read_header
 from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
-from moeconv.checkpoint.papers import inside
+from moeconv.checkpoint.papers import inside, read_root
 from moeconv.checkpoint.reading import LFS_MARK, opened, read_document, read_start
 from moeconv.checkpoint.sets import SetFiles, open_set
 from moeconv.checkpoint.sidecars import (
@@ -170,7 +170,15 @@ def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
 
 def _open_virtual(own: SetFiles, source: SourceEntry, without: tuple[str, ...]) -> Checkpoint:
     """What a virtual set points into, which must be what it was. Raises SourceChanged."""
-    found = open_checkpoint(locate(source.directory))
+    place = locate(source.directory)
+    if (place / ROOT_NAME).exists() and read_root(place).source is not None:
+        raise SourceChanged(
+            "the source of the virtual set has changed: it is a virtual set itself",
+            at=quoted(source.directory),
+            cause="it has no tensor bytes of its own",
+            fix="make the virtual set again",
+        )
+    found = open_checkpoint(place)
     pinned = {(f.name, f.size, f.mtime_ns, f.header_digest) for f in source.files}
     there = {(f.name, f.size, f.mtime_ns, digest(f.header.raw)) for f in found.files}
     changed = sorted({name for name, *_ in pinned ^ there}, key=natural_key)
