@@ -12,7 +12,7 @@ from moeconv.checkpoint import hub
 from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
 from moeconv.checkpoint.header import Header, StoredTensor, read_header
 from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
-from moeconv.checkpoint.papers import inside, read_root
+from moeconv.checkpoint.papers import inside, missing, read_root
 from moeconv.checkpoint.reading import LFS_MARK, opened, read_document, read_start
 from moeconv.checkpoint.sets import SetFiles, open_set
 from moeconv.checkpoint.sidecars import (
@@ -161,7 +161,11 @@ def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
     own = open_set(root)
     if own.manifest.root.source is not None:
         return _open_virtual(own, own.manifest.root.source, without)
-    files = _data_files([(p.file, inside(root, p.file)) for p in own.manifest.parts])
+    places = [(p.file, inside(root, p.file)) for p in own.manifest.parts]
+    for name, path in places:
+        if not path.exists():
+            raise missing(name)
+    files = _data_files(places)
     own.check_headers(tuple((f.name, f.size, f.header.raw) for f in files))
     kept = tuple(s for s in own.sidecars if not _matches(s.name, without))
     config = read_config(inside(root, CONFIG_NAME))

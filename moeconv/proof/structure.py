@@ -12,7 +12,7 @@ from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import LENGTH_BYTES, StoredTensor, parse_header
 from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import parse_origin
-from moeconv.checkpoint.papers import damaged, inside, read_entry, read_root
+from moeconv.checkpoint.papers import damaged, inside, missing, read_entry, read_root
 from moeconv.checkpoint.reading import opened, read_start, unreadable
 from moeconv.checkpoint.source import SUFFIX
 from moeconv.digest import digest, fingerprint
@@ -85,7 +85,7 @@ def _data_file(root: Path, part: Part) -> list[MoeconvError]:
     try:
         path = inside(root, name)
         if not path.exists():
-            return [damaged(name, "it is not there")]
+            return [missing(name)]
         with opened(path, name=name) as (descriptor, facts):
             size = facts.st_size
             raw = read_start(descriptor, part.header_size)
