@@ -71,7 +71,9 @@ def test_documents_of_a_whole_set_are_taken(tmp_path: Path, layout: str):
 
 def test_the_examples_of_the_text_are_taken():
     shown = dict(EXAMPLE.findall((HERE / "FORMAT.md").read_text()))
-    assert set(shown) >= {"part", "root"}
+    assert set(shown) == {
+        "part", "root", "ep-root", "ep-common", "ep-rank", "virtual-root", "virtual-rank"
+    }  # fmt: skip
     for name, text in shown.items():
         assert not refused(json.loads(text)), name
 
