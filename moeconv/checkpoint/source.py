@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -182,7 +183,9 @@ def _open_virtual(own: SetFiles, source: SourceEntry, without: tuple[str, ...]) 
             cause="it has no tensor bytes of its own",
             fix="make the virtual set again",
         )
-    found = open_checkpoint(place)
+    names = {f.name for f in source.files}
+    others = [p.name for p in place.glob(f"*{SUFFIX}") if p.name not in names]
+    found = open_checkpoint(place, without=tuple(map(glob.escape, others)))
     pinned = {(f.name, f.size, f.mtime_ns, f.header_digest) for f in source.files}
     there = {(f.name, f.size, f.mtime_ns, digest(f.header.raw)) for f in found.files}
     changed = sorted({name for name, *_ in pinned ^ there}, key=natural_key)

@@ -17,12 +17,13 @@ from moeconv.errors import (
     IoFailed,
     MissingShard,
     MoeconvError,
+    NotVirtual,
     SourceChanged,
     SourceMissing,
     TruncatedFile,
     UnsafePath,
 )
-from tests.badinput.checks import holds, within
+from tests.badinput.checks import holds, untouched, within
 from tests.manifest.broken import reported
 from tests.manifest.epsamples import (
     COMMON,
@@ -152,10 +153,48 @@ def test_a_source_file_that_is_gone(virtual: Path):
     _opened(virtual, SourceChanged)
 
 
-def test_a_source_with_one_file_more(virtual: Path):
-    path = _source(virtual) / "more.safetensors"
-    path.write_bytes((2).to_bytes(8, "little") + b"{}")
-    reported(virtual, SourceChanged, path.name)
+@pytest.mark.parametrize("name", ["more.safetensors", "a.safetensors", "[a-z]*.safetensors"])
+def test_a_file_beside_the_source_s_is_none_of_it(virtual: Path, name: str):
+    shutil.copy(_source(virtual) / SOURCE_FILE, _source(virtual) / name)
+    assert moeconv.verify(virtual, level="structure", jobs=1).ok
+
+
+def test_a_virtual_set_of_one_file_among_others(virtual: Path, tmp_path: Path):
+    shutil.copy(_source(virtual) / SOURCE_FILE, _source(virtual) / "other.safetensors")
+    for number, (src, without) in enumerate(
+        [(_source(virtual) / SOURCE_FILE, ()), (_source(virtual), ("other*",))]
+    ):
+        out = tmp_path / f"set{number}"
+        moeconv.shard(
+            src, out, ep_size=1, layout="per-expert", virtual=True, without=without,
+            recipe=tmp_path / "tiny.toml", jobs=1,
+        )  # fmt: skip
+        assert moeconv.verify(out, level="structure", jobs=1).ok
+
+
+def test_a_source_that_an_index_now_describes(virtual: Path):
+    # what a checkpoint's files are is then another question
+    index = {"metadata": {}, "weight_map": {"x": "more.safetensors"}}
+    (_source(virtual) / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not moeconv.verify(virtual, level="structure", jobs=1).ok
+
+
+def test_a_source_last_changed_before_1970(virtual: Path, tmp_path: Path):
+    os.utime(_source(virtual) / SOURCE_FILE, ns=(0, -1))
+    _not_virtual(_source(virtual), tmp_path, SOURCE_FILE, "1970")
+
+
+def test_a_source_whose_path_is_no_text(virtual: Path, tmp_path: Path):
+    place = _source(virtual).rename(tmp_path / os.fsdecode(b"\xff"))
+    _not_virtual(place, tmp_path, "not UTF-8")
+
+
+def _not_virtual(source: Path, tmp_path: Path, *facts: str) -> None:
+    out = tmp_path / "out"
+    recipe = tmp_path / "tiny.toml"
+    with untouched(out), pytest.raises(NotVirtual) as caught:
+        moeconv.shard(source, out, ep_size=1, virtual=True, recipe=recipe, jobs=1)
+    holds(caught.value, NotVirtual, *facts)
 
 
 def test_a_source_directory_that_is_gone(virtual: Path):
