@@ -22,6 +22,7 @@ COMMON_PART: Final = f"{PARTS_DIR}/{COMMON}.json"
 EXPERT_PARALLEL: Final = "expert-parallel"  # features that a reader of such a set must know
 VIRTUAL: Final = "virtual"
 MAX_EP_SIZE: Final = 99_999
+MAX_EXPERTS: Final = 1_048_576  # of a stack; its slots likewise
 MAX_ROOT_BYTES: Final = 64 * 1024 * 1024
 MAX_RECIPE_TEXT: Final = 1024 * 1024
 MAX_PART_BYTES: Final = 256 * 1024 * 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Final
 
 from moeconv.digest import DIGEST_HEX_DIGITS, digest
 from moeconv.errors import BadManifest, Damaged, UnsupportedVersion, quoted
@@ -11,10 +12,9 @@ from moeconv.manifest import (
     FORMAT,
     MAJOR,
     MAX_EP_SIZE,
+    MAX_EXPERTS,
     MAX_RECIPE_TEXT,
     MINOR,
-    ORIGIN_NAME,
-    PARTS_DIR,
     ROOT_NAME,
     VIRTUAL,
     ExpertEntry,
@@ -27,17 +27,17 @@ from moeconv.manifest import (
     SourceFile,
     StackEntry,
     TensorEntry,
-    data_name,
     files_name,
     numbered,
-    part_name,
-    part_names,
     rank_part,
     units_of,
 )
-from moeconv.names import file_name_problem, natural_key, relative_path_problem
+from moeconv.manifestrules import check_root
+from moeconv.names import natural_key
 from moeconv.schema import Problems, Table, is_digest
 from moeconv.strictjson import loads
+
+_FEW: Final = 64  # experts that a tensor may name whatever its digests
 
 
 def _refuse(problems: Problems, where: str) -> None:
@@ -90,18 +90,9 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
     )
     totals.finish()
     top.finish()
-    known = {r.name for r in root.recipes}
-    problems.found += [
-        f"stacks[{n}].recipe: {quoted(s.recipe)} is not among the recipes"
-        for n, s in enumerate(root.stacks)
-        if s.recipe not in known
-    ]
     if sharded and root.index is not None:
         top.problem("index", "must be null: one name stands in the files of many ranks")
-    _check_placements(root, problems)
-    if sharded and root.ep_size and not problems.found:
-        _check_part_names(root, problems)
-    _check_names(root, problems)
+    check_root(root, problems)
     _refuse(problems, where)
     return root
 
@@ -141,52 +132,6 @@ def _source_file(t: Table) -> SourceFile:
     header.finish()
     t.finish()
     return entry
-
-
-def _check_placements(root: Root, problems: Problems) -> None:
-    """Each expert in some slot, no slot without one, the slots of a stack shared out evenly."""
-    for number, stack in enumerate(root.stacks):
-        row = stack.physical_to_logical
-        if row is None:
-            continue
-        place = f"stacks[{number}].physical_to_logical"
-        if root.ep_size and len(row) % root.ep_size:
-            problems.add(place, f"has {len(row)} slots, which {root.ep_size} ranks cannot share")
-        held = set(row)
-        if max(held, default=0) >= stack.experts:
-            problems.add(place, f"names an expert {max(held)} of {stack.experts}")
-        elif len(held) != stack.experts:
-            problems.add(place, f"has a slot for {len(held)} of {stack.experts} experts only")
-
-
-def _check_part_names(root: Root, problems: Problems) -> None:
-    wanted = part_names(root.ep_size or 0)
-    for number, (name, part) in enumerate(zip(wanted, root.parts, strict=False)):
-        if part.name != name:
-            problems.add(f"parts[{number}].name", f"must be {quoted(name)}")
-            break
-    if len(root.parts) != len(wanted):
-        problems.add("parts", "must be one for the common files and one for each of the ranks")
-
-
-def _check_names(root: Root, problems: Problems) -> None:
-    """Each file once, and each where this format puts it."""
-    for number, part in enumerate(root.parts if root.ep_size is None else ()):
-        data = data_name(part.name)
-        fits = part.name == part_name(data) and not file_name_problem(data)
-        if not fits and not relative_path_problem(part.name):
-            problems.add(f"parts[{number}].name", f"must be `{PARTS_DIR}/NAME.json`")
-    if root.origin.name != ORIGIN_NAME:
-        problems.add("origin.name", f"must be `{ORIGIN_NAME}`")
-    index = [root.index.name] if root.index else []
-    if index and file_name_problem(index[0]):
-        problems.add("index.name", "must be a plain file name")
-    files = [data_name(p.name) for p in root.parts]
-    others = [*index, *(s.name for s in root.sidecars)]
-    reserved = [n for n in others if n.partition("/")[0] in (PARTS_DIR, ROOT_NAME)]
-    twice = [name for name, count in Counter([*files, *others]).items() if count > 1]
-    for name in dict.fromkeys([*twice, *reserved]):
-        problems.add("", f"{quoted(name)} is named twice, or as two things")
 
 
 def _check_version(top: Table, where: str) -> tuple[int, tuple[str, ...]]:
@@ -313,7 +258,7 @@ def _tensor(t: Table, root: Root, rank: int | None) -> TensorEntry:
         start=0 if virtual else t.integer("start"),
         stop=sum(r.nbytes for r in runs) if virtual else t.integer("stop"),
         digests=t.texts("digests"),
-        expert=_expert(t.table("expert"), root, rank) if t.given("expert") else None,
+        expert=_expert(t, root, rank) if t.given("expert") else None,
         runs=runs,
     )
     t.finish()
@@ -340,7 +285,11 @@ def _runs(t: Table, root: Root) -> tuple[Run, ...]:
     return tuple(out)
 
 
-def _expert(t: Table, root: Root, rank: int | None) -> ExpertEntry:
+def _expert(tensor: Table, root: Root, rank: int | None) -> ExpertEntry:
+    t, digests = tensor.table("expert"), tensor.raw("digests")
+    # a few words must not make a long list: never many more experts than there are digests
+    most = max(len(digests), _FEW) if isinstance(digests, list) else _FEW
+    most = MAX_EXPERTS if root.source is not None and digests == [] else most + 1
     stack = t.integer("stack")
     known = root.stacks[stack] if stack < len(root.stacks) else None
     row = known.physical_to_logical if known else None
@@ -350,12 +299,13 @@ def _expert(t: Table, root: Root, rank: int | None) -> ExpertEntry:
     experts: tuple[int, ...] = ()
     if rank is not None:
         slots = _span(t, "slots", len(row or ()))
-        experts = row[slots[0] : slots[1]] if row else ()
+        experts = row[slots[0] : min(slots[1], slots[0] + most)] if row else ()
         share = len(row or ()) // (root.ep_size or 1)
         if not rank * share <= slots[0] < slots[1] <= (rank + 1) * share:
             t.problem("slots", f"are not among those of rank {rank}")
     else:
-        experts = tuple(range(*_span(t, "experts", known.experts if known else 0)))
+        first, stop = _span(t, "experts", known.experts if known else 0)
+        experts = tuple(range(first, min(stop, first + most)))
     entry = ExpertEntry(
         stack=stack,
         experts=experts,

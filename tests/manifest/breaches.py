@@ -201,6 +201,12 @@ ROOTS: Final = (
     # a placement that moves experts under the bytes that are there
     root("another placement", put(*ROW, [1, 3, 0, 2, 1, 3]), "replicas", error=Damaged, by=VERIFY,
          expressed=False),
+    root("more experts than anybody can count", put("stacks", 1, "experts", 2**53 - 1),
+         "stacks[1]", "1,048,576"),
+    root("more experts than there are", put("stacks", 1, "experts", 2**20),
+         "3 of 1048576 slots", error=MissingExpert, by=OPENING, expressed=False),
+    root("more ranks than there are", lambda d: (
+        put(*SIZE, 99_999)(d), drop(*ROW)(d)), "parts: must be one", expressed=False),
     # --- source ---
     virtual("source absent", drop("source"), "source"),
     virtual("directory absent", drop("source", "directory"), "source.directory", "missing"),
