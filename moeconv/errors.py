@@ -436,7 +436,7 @@ class StraddlingBlock(Unsupported):
 
 
 class NotVirtual(Unsupported):
-    """A virtual set in a layout whose tensors are not runs of the source."""
+    """A virtual set of a source that it cannot point into, or whose bytes are in another order."""
 
     code = "not-virtual"
 

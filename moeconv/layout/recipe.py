@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from moeconv.layout.axes import Axes, derived
+from moeconv.layout.axes import IN, OUT, Axes, derived
 
 GATE: Final = "gate"
 UP: Final = "up"
@@ -22,6 +22,11 @@ class Component:
     name: str
     axes: Axes
     suffix: str
+
+    @property
+    def is_global(self) -> bool:
+        """Whether it says one thing of a whole matrix: runtimes reduce it over all experts."""
+        return not self.axes.letters & {OUT, IN}
 
 
 @dataclass(frozen=True, slots=True)
