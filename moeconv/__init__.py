@@ -41,6 +41,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "runtime":  # needs torch, and is no name of `import *`
+        return import_module("moeconv.runtime")
     if name not in _HOMES:
         raise AttributeError(f"module 'moeconv' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -82,9 +82,13 @@ def open_source(
         recipes = manifest_recipes(manifest.root)
         detection = set_detection(manifest, checkpoint.stored, recipes)
         return Opened(path, checkpoint, recipes, detection)
-    if manifest is not None:
-        recipes = manifest_recipes(manifest.root)
-        known = {s.name: s for s in manifest.root.stacks}
+    said = manifest or (checkpoint.virtual.manifest if checkpoint.virtual else None)
+    if said is not None:
+        recipes = manifest_recipes(said.root)
+        # of a virtual set the layouts are the ranks'; its source has those of the origin
+        known = {
+            s.name: s if manifest else replace(s, layout=s.origin_layout) for s in said.root.stacks
+        }
         detection = detect(checkpoint.tensors, checkpoint.config, recipes, files=names, known=known)
         return Opened(path, checkpoint, recipes, detection)
     recipes = _recipes_for(checkpoint, recipe)

@@ -117,6 +117,18 @@ class TorchNeeded(UsageProblem):
     code = "torch-needed"
 
 
+class GeometryMismatch(UsageProblem):
+    """A set of other ranks, of another placement or of other tensors than the caller's."""
+
+    code = "geometry-mismatch"
+
+
+class DoesNotFit(UsageProblem):
+    """A model and a set that do not have the same tensors."""
+
+    code = "does-not-fit"
+
+
 # --- 3: input/output ---------------------------------------------------------------------------
 class IoFailed(MoeconvError):
     """The operating system refused a read or a write."""
@@ -411,6 +423,12 @@ class NotASet(Unsupported):
     code = "not-a-set"
 
 
+class NoTorchDtype(Unsupported):
+    """A dtype of safetensors that torch lacks."""
+
+    code = "no-torch-dtype"
+
+
 class StraddlingBlock(Unsupported):
     """A quantisation block that would lie across two projections."""
 
@@ -418,7 +436,7 @@ class StraddlingBlock(Unsupported):
 
 
 class NotVirtual(Unsupported):
-    """A virtual set in a layout whose tensors are not runs of the source."""
+    """A virtual set of a source that it cannot point into, or whose bytes are in another order."""
 
     code = "not-virtual"
 

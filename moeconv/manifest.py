@@ -17,10 +17,12 @@ MINOR: Final = 1
 ROOT_NAME: Final = "moeconv.json"
 PARTS_DIR: Final = "moeconv"
 ORIGIN_NAME: Final = "moeconv/origin"
-COMMON_PART: Final = "moeconv/common.json"
+COMMON: Final = "common"  # how the files for all ranks begin
+COMMON_PART: Final = f"{PARTS_DIR}/{COMMON}.json"
 EXPERT_PARALLEL: Final = "expert-parallel"  # features that a reader of such a set must know
 VIRTUAL: Final = "virtual"
 MAX_EP_SIZE: Final = 99_999
+MAX_EXPERTS: Final = 1_048_576  # of a stack; its slots likewise
 MAX_ROOT_BYTES: Final = 64 * 1024 * 1024
 MAX_RECIPE_TEXT: Final = 1024 * 1024
 MAX_PART_BYTES: Final = 256 * 1024 * 1024
@@ -245,10 +247,24 @@ def rank_name(rank: int, ep_size: int) -> str:
     return f"rank-{rank:05d}-of-{ep_size:05d}"
 
 
+def files_name(rank: int | None, ep_size: int) -> str:
+    """How the files of a rank (None: the common ones) begin; ranks count from 0."""
+    return COMMON if rank is None else rank_name(rank, ep_size)
+
+
+def numbered(prefix: str, count: int) -> list[str]:
+    """The names of data files that begin alike; files count from 1."""
+    return [f"{prefix}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+
+
+def rank_part(rank: int | None, ep_size: int) -> str:
+    """The part of a rank (None: of the common files) of an expert-parallel set."""
+    return f"{PARTS_DIR}/{files_name(rank, ep_size)}.json"
+
+
 def part_names(ep_size: int) -> dict[str, int | None]:
     """The parts of an expert-parallel set, in order, and whose they are (None: common)."""
-    ranks = {f"{PARTS_DIR}/{rank_name(r, ep_size)}.json": r for r in range(ep_size)}
-    return {COMMON_PART: None, **ranks}
+    return {rank_part(r, ep_size): r for r in (None, *range(ep_size))}
 
 
 def _file_doc(entry: FileEntry) -> Json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Final
 
 from moeconv.digest import DIGEST_HEX_DIGITS, digest
 from moeconv.errors import BadManifest, Damaged, UnsupportedVersion, quoted
@@ -11,10 +12,9 @@ from moeconv.manifest import (
     FORMAT,
     MAJOR,
     MAX_EP_SIZE,
+    MAX_EXPERTS,
     MAX_RECIPE_TEXT,
     MINOR,
-    ORIGIN_NAME,
-    PARTS_DIR,
     ROOT_NAME,
     VIRTUAL,
     ExpertEntry,
@@ -27,14 +27,17 @@ from moeconv.manifest import (
     SourceFile,
     StackEntry,
     TensorEntry,
-    data_name,
-    part_name,
-    part_names,
+    files_name,
+    numbered,
+    rank_part,
     units_of,
 )
-from moeconv.names import file_name_problem, relative_path_problem
+from moeconv.manifestrules import check_root
+from moeconv.names import natural_key
 from moeconv.schema import Problems, Table, is_digest
 from moeconv.strictjson import loads
+
+_FEW: Final = 64  # experts that a tensor may name whatever its digests
 
 
 def _refuse(problems: Problems, where: str) -> None:
@@ -75,31 +78,21 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
         recipes=tuple(_recipe(t) for t in top.tables("recipes")),
         stacks=tuple(_stack(t, sharded=sharded) for t in top.tables("stacks")),
         parts=tuple(_file(t) for t in top.tables("parts")),
-        index=None if sharded else _file(top.table("index")),
+        index=None if sharded and top.null("index") else _file(top.table("index")),
         origin=_file(top.table("origin")),
         sidecars=tuple(_file(t) for t in top.tables("sidecars")),
         tensor_count=totals.integer("tensors"),
         tensor_bytes=totals.integer("bytes"),
-        fingerprint=top.digest("fingerprint") if top.has("fingerprint") or not virtual else None,
+        fingerprint=None if virtual and top.null("fingerprint") else top.digest("fingerprint"),
         ep_size=_ep_size(top.table("sharding")) if sharded else None,
         source=_source(top.table("source")) if virtual else None,
         minor=minor,
     )
-    top.has("index")
     totals.finish()
     top.finish()
-    known = {r.name for r in root.recipes}
-    problems.found += [
-        f"stacks[{n}].recipe: {quoted(s.recipe)} is not among the recipes"
-        for n, s in enumerate(root.stacks)
-        if s.recipe not in known
-    ]
-    if sharded and top.has("index"):
+    if sharded and root.index is not None:
         top.problem("index", "must be null: one name stands in the files of many ranks")
-    _check_placements(root, problems)
-    if sharded and root.ep_size and not problems.found:
-        _check_part_names(root, problems)
-    _check_names(root, problems)
+    check_root(root, problems)
     _refuse(problems, where)
     return root
 
@@ -115,6 +108,11 @@ def _ep_size(t: Table) -> int:
 
 def _source(t: Table) -> SourceEntry:
     entry = SourceEntry(t.word("directory"), tuple(_source_file(f) for f in t.tables("files")))
+    if not entry.directory.startswith("/"):
+        t.problem("directory", "must be the absolute path of a directory")
+    names = [f.name for f in entry.files]
+    if names != sorted(set(names), key=natural_key):
+        t.problem("files", "must be in natural order, each once: runs go by their numbers")
     t.finish()
     return entry
 
@@ -136,49 +134,6 @@ def _source_file(t: Table) -> SourceFile:
     return entry
 
 
-def _check_placements(root: Root, problems: Problems) -> None:
-    """Each expert in some slot, no slot without one, the slots of a stack shared out evenly."""
-    for number, stack in enumerate(root.stacks):
-        row = stack.physical_to_logical
-        if row is None:
-            continue
-        place = f"stacks[{number}].physical_to_logical"
-        if root.ep_size and len(row) % root.ep_size:
-            problems.add(place, f"has {len(row)} slots, which {root.ep_size} ranks cannot share")
-        held = set(row)
-        if max(held, default=0) >= stack.experts:
-            problems.add(place, f"names an expert {max(held)} of {stack.experts}")
-        elif len(held) != stack.experts:
-            problems.add(place, f"has a slot for {len(held)} of {stack.experts} experts only")
-
-
-def _check_part_names(root: Root, problems: Problems) -> None:
-    wanted = list(part_names(root.ep_size or 0))
-    held = [p.name for p in root.parts]
-    if held != wanted:
-        problems.add("parts", f"must be {quoted(wanted[0])}, then one for each of the ranks")
-
-
-def _check_names(root: Root, problems: Problems) -> None:
-    """Each file once, and each where this format puts it."""
-    for number, part in enumerate(root.parts if root.ep_size is None else ()):
-        data = data_name(part.name)
-        fits = part.name == part_name(data) and not file_name_problem(data)
-        if not fits and not relative_path_problem(part.name):
-            problems.add(f"parts[{number}].name", f"must be `{PARTS_DIR}/NAME.json`")
-    if root.origin.name != ORIGIN_NAME:
-        problems.add("origin.name", f"must be `{ORIGIN_NAME}`")
-    index = [root.index.name] if root.index else []
-    if index and file_name_problem(index[0]):
-        problems.add("index.name", "must be a plain file name")
-    files = [data_name(p.name) for p in root.parts]
-    others = [*index, *(s.name for s in root.sidecars)]
-    reserved = [n for n in others if n.partition("/")[0] in (PARTS_DIR, ROOT_NAME)]
-    twice = [name for name, count in Counter([*files, *others]).items() if count > 1]
-    for name in dict.fromkeys([*twice, *reserved]):
-        problems.add("", f"{quoted(name)} is named twice, or as two things")
-
-
 def _check_version(top: Table, where: str) -> tuple[int, tuple[str, ...]]:
     if top.text("format") != FORMAT:
         top.problem("format", f"must be `{FORMAT}`")
@@ -196,6 +151,8 @@ def _check_version(top: Table, where: str) -> tuple[int, tuple[str, ...]]:
             f"this one reads {MAJOR}.x and knows `{EXPERT_PARALLEL}` and `{VIRTUAL}`",
             fix="install a newer moeconv" if major >= MAJOR else "convert the checkpoint again",
         )
+    if len(set(requires)) != len(requires):
+        top.problem("requires", "names a feature twice")
     if VIRTUAL in requires and EXPERT_PARALLEL not in requires:
         top.problem("requires", f"`{VIRTUAL}` sets are `{EXPERT_PARALLEL}` too")
     top.problems.lenient = minor > MINOR
@@ -220,7 +177,7 @@ def _recipe(t: Table) -> RecipeText:
 
 
 def _stack(t: Table, *, sharded: bool) -> StackEntry:
-    has_row = sharded and t.has("physical_to_logical")
+    has_row = sharded and t.given("physical_to_logical")
     entry = StackEntry(
         name=t.text("name"),
         recipe=t.text("recipe"),
@@ -244,20 +201,25 @@ def parse_parts(raw: bytes, root: Root, *, where: str) -> tuple[Part, ...]:
         return (parse_part(raw, root, where=where),)
     problems = Problems(lenient=root.minor > MINOR)
     top = Table(loads(raw, where=quoted(where), floats=False), "", problems)
-    rank = top.integer("rank") if top.has("rank") else None
-    if rank != part_names(root.ep_size).get(where, rank):
+    rank = None if top.null("rank") else top.integer("rank")
+    if rank_part(rank, root.ep_size) != where:
         top.problem("rank", "is not the one in the part's name")
     parts = tuple(_part(t, root, rank) for t in top.tables("files"))
     names = [p.file for p in parts]
-    if len(set(names)) != len(names):
-        top.problem("files", "names a file twice")
+    wanted = numbered(files_name(rank, root.ep_size), len(names))
     if root.source is not None:
         if parts:
             top.problem("files", "must be empty: a virtual set has no data files")
-        listed = top.tables("virtual") if top.has("virtual") else ()
+        listed = top.tables("virtual") if top.given("virtual") else ()
         tensors = tuple(_tensor(t, root, rank) for t in listed)
         parts = (Part("", 0, 0, "", tensors, rank),)
+    elif names != wanted:
+        odd = next(n for n, name in enumerate(names) if name != wanted[n])
+        top.problem(f"files[{odd}].file", f"must be {quoted(wanted[odd])}: {len(names)} are listed")
     top.finish()
+    held = Counter(t.name for p in parts for t in p.tensors)
+    for name in [name for name, count in held.items() if count > 1]:
+        problems.add("", f"tensor {quoted(name)} is there twice")
     _refuse(problems, where)
     return parts
 
@@ -296,7 +258,7 @@ def _tensor(t: Table, root: Root, rank: int | None) -> TensorEntry:
         start=0 if virtual else t.integer("start"),
         stop=sum(r.nbytes for r in runs) if virtual else t.integer("stop"),
         digests=t.texts("digests"),
-        expert=_expert(t.table("expert"), root, rank) if t.has("expert") else None,
+        expert=_expert(t, root, rank) if t.given("expert") else None,
         runs=runs,
     )
     t.finish()
@@ -323,20 +285,27 @@ def _runs(t: Table, root: Root) -> tuple[Run, ...]:
     return tuple(out)
 
 
-def _expert(t: Table, root: Root, rank: int | None) -> ExpertEntry:
+def _expert(tensor: Table, root: Root, rank: int | None) -> ExpertEntry:
+    t, digests = tensor.table("expert"), tensor.raw("digests")
+    # a few words must not make a long list: never many more experts than there are digests
+    most = max(len(digests), _FEW) if isinstance(digests, list) else _FEW
+    most = MAX_EXPERTS if root.source is not None and digests == [] else most + 1
     stack = t.integer("stack")
     known = root.stacks[stack] if stack < len(root.stacks) else None
     row = known.physical_to_logical if known else None
+    if rank is not None and known is not None and row is None:
+        t.problem("stack", "its experts are in the common files: it has no `physical_to_logical`")
     slots: tuple[int, int] | None = None
     experts: tuple[int, ...] = ()
     if rank is not None:
         slots = _span(t, "slots", len(row or ()))
-        experts = row[slots[0] : slots[1]] if row else ()
+        experts = row[slots[0] : min(slots[1], slots[0] + most)] if row else ()
         share = len(row or ()) // (root.ep_size or 1)
         if not rank * share <= slots[0] < slots[1] <= (rank + 1) * share:
             t.problem("slots", f"are not among those of rank {rank}")
     else:
-        experts = tuple(range(*_span(t, "experts", known.experts if known else 0)))
+        first, stop = _span(t, "experts", known.experts if known else 0)
+        experts = tuple(range(first, min(stop, first + most)))
     entry = ExpertEntry(
         stack=stack,
         experts=experts,
@@ -345,14 +314,26 @@ def _expert(t: Table, root: Root, rank: int | None) -> ExpertEntry:
         axes=t.text("axes"),
         matrix=t.integers("matrix"),
         slots=slots,
-        local=t.optional_text("local"),
+        local=t.text("local") if t.given("local") else None,
     )
+    if entry.local is not None:
+        _check_local(t, entry, row)
     t.finish()
     if known is None:
         t.problem("stack", f"there are only {len(root.stacks)} stacks")
     if not entry.projections or len(set(entry.projections)) != len(entry.projections):
         t.problem("projections", "must be one or more different names")
     return entry
+
+
+def _check_local(t: Table, entry: ExpertEntry, row: tuple[int, ...] | None) -> None:
+    """The name that a rank gives what is kept for all ranks."""
+    if row is None or entry.slots is not None:
+        t.problem("local", "is only for what the common files hold of a stack that ranks share")
+    elif len(entry.experts) != 1:
+        t.problem("local", f"is only for a tensor of one expert, not of {len(entry.experts)}")
+    if (entry.local or "").count("{slot}") != 1:
+        t.problem("local", "must hold `{slot}` once")
 
 
 def _span(t: Table, key: str, limit: int) -> tuple[int, int]:

@@ -58,6 +58,15 @@ class Table:
         self._read.add(key)
         return self._members.get(key) is not None
 
+    def given(self, key: str) -> bool:
+        """Whether the member is there, be it null."""
+        self._read.add(key)
+        return key in self._members
+
+    def null(self, key: str) -> bool:
+        """Whether the member is there and null."""
+        return self.given(key) and self._members[key] is None
+
     def names(self) -> tuple[str, ...]:
         """The member names, in document order."""
         return tuple(self._members)

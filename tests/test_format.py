@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from pathlib import Path
@@ -19,6 +20,8 @@ from tests.test_docs import ROOT, block
 
 FORMAT = ROOT / "moeconv" / "FORMAT.md"
 CONFIG = {"model_type": "qwen3_moe", "num_experts": 2, "moe_intermediate_size": 1, "hidden_size": 1}
+STACK = "model.layers.0.mlp.experts"
+WIDTH = 100
 
 
 def xxh3(data: bytes) -> str:
@@ -44,38 +47,81 @@ def read_root(out: Path) -> Any:
 
 def read_parts(out: Path, root: Any) -> list[Any]:
     """§4: every named document under its size and digest."""
-    for entry in (*root["parts"], root["index"], root["origin"], *root["sidecars"]):
+    index = [] if root["index"] is None else [root["index"]]
+    for entry in (*root["parts"], *index, root["origin"], *root["sidecars"]):
         data = (out / entry["name"]).read_bytes()
         assert (len(data), xxh3(data)) == (entry["size"], entry["digest"])
     return [read_json((out / p["name"]).read_bytes().rstrip(b"\n")) for p in root["parts"]]
 
 
 def matrices(out: Path, root: Any, part: Any) -> dict[str, tuple[str, list[int], bytes]]:
-    """§4: address -> dtype, canonical shape, bytes; for `E (G O) K`, `E O K`, and no experts."""
+    """§4: address -> dtype, canonical shape, bytes; for axes with E before O, and no experts."""
     raw = (out / part["file"]).read_bytes()
     assert len(raw) == part["size"]
     assert part["header"]["size"] % 4096 == 0
     assert xxh3(raw[: part["header"]["size"]]) == part["header"]["digest"]
-    found = {}
+    found: dict[str, tuple[str, list[int], bytes]] = {}
     for tensor in part["tensors"]:
-        data = raw[tensor["start"] : tensor["stop"]]
-        held = tensor.get("expert")
-        if held is None:
-            found[tensor["name"]] = (tensor["dtype"], tensor["shape"], data)
-            assert tensor["digests"] == [xxh3(data)]
-            continue
-        assert held["axes"] in ("E (G O) K", "E O K")
-        addresses = [
-            f"{root['stacks'][held['stack']]['name']}.{e}.{p}.{held['component']}"
-            for e in range(*held["experts"])
-            for p in held["projections"]
-        ]
-        size = len(data) // len(addresses)
-        for number, address in enumerate(addresses):
-            matrix = data[number * size : (number + 1) * size]
-            assert tensor["digests"][number] == xxh3(matrix)
-            found[address] = (tensor["dtype"], held["matrix"], matrix)
+        take(root, tensor, raw[tensor["start"] : tensor["stop"]], found)
     return found
+
+
+def take(
+    root: Any, tensor: Any, data: bytes, found: dict[str, tuple[str, list[int], bytes]]
+) -> None:
+    """§4: the matrices of one tensor, which are replicas of those that are there already."""
+    held = tensor.get("expert")
+    if held is None:
+        found[tensor["name"]] = (tensor["dtype"], tensor["shape"], data)
+        assert tensor["digests"] in ([xxh3(data)], [])
+        return
+    assert held["axes"] in ("E (G O) K", "E O K", "O K")
+    stack = root["stacks"][held["stack"]]
+    if "slots" in held:
+        experts = stack["physical_to_logical"][slice(*held["slots"])]
+    else:
+        experts = range(*held["experts"])
+    addresses = [
+        f"{stack['name']}.{e}.{p}.{held['component']}" for e in experts for p in held["projections"]
+    ]
+    size = len(data) // len(addresses)
+    for number, address in enumerate(addresses):
+        matrix = data[number * size : (number + 1) * size]
+        assert not tensor["digests"] or tensor["digests"][number] == xxh3(matrix)
+        fact = (tensor["dtype"], held["matrix"], matrix)
+        assert found.setdefault(address, fact) == fact
+
+
+def of_ranks(out: Path, root: Any) -> dict[str, tuple[str, list[int], bytes]]:
+    """§4, Expert-parallel sets and Virtual sets: the matrices of all ranks."""
+    ep_size = root["sharding"]["ep_size"]
+    names = ["common", *(f"rank-{r:05d}-of-{ep_size:05d}" for r in range(ep_size))]
+    assert [p["name"] for p in root["parts"]] == [f"moeconv/{name}.json" for name in names]
+    found: dict[str, tuple[str, list[int], bytes]] = {}
+    for rank, name, part in zip([None, *range(ep_size)], names, read_parts(out, root), strict=True):
+        assert part["rank"] == rank
+        count = len(part["files"])
+        for number, file in enumerate(part["files"], start=1):
+            assert file["file"] == f"{name}-{number:05d}-of-{count:05d}.safetensors"
+            for address, fact in matrices(out, root, file).items():
+                assert found.setdefault(address, fact) == fact
+        for tensor in part.get("virtual", []):
+            take(root, tensor, pointed(root["source"], tensor["runs"]), found)
+    return found
+
+
+def pointed(source: Any, runs: list[list[int]]) -> bytes:
+    """§4: the bytes of a virtual set's tensor, out of files that are what they were."""
+    data = b""
+    for file, offset, count in runs:
+        entry = source["files"][file]
+        path = Path(source["directory"]) / entry["name"]
+        raw = path.read_bytes()
+        assert len(raw) == entry["size"]
+        assert [*divmod(path.stat().st_mtime_ns, 10**9)] == entry["mtime"]
+        assert xxh3(raw[: entry["header"]["size"]]) == entry["header"]["digest"]
+        data += raw[offset : offset + count]
+    return data
 
 
 def fingerprint(found: dict[str, tuple[str, list[int], bytes]]) -> str:
@@ -122,33 +168,131 @@ def test_a_reader_made_from_the_text_alone(tmp_path: Path) -> None:
     assert tree_sha256(tmp_path / "rebuilt") == tree_sha256(tmp_path / "source")
 
 
-@pytest.fixture
-def smallest(tmp_path: Path) -> Path:
+@pytest.mark.parametrize("layout", ["fused", "per-expert"])
+@pytest.mark.parametrize("virtual", [False, True])
+def test_ranks_read_from_the_text_alone(tmp_path: Path, layout: str, *, virtual: bool) -> None:
+    make_checkpoint(tmp_path / "source")
+    out = tmp_path / "out"
+    moeconv.shard(
+        tmp_path / "source",
+        out,
+        ep_size=3,
+        redundant=8,
+        layout=layout,
+        virtual=virtual,
+        max_shard_size=600_000,
+    )
+    root = read_root(out)
+    found = of_ranks(out, root)
+    assert fingerprint(found) == moeconv.fingerprint(tmp_path / "source")
+    assert root["fingerprint"] == (None if virtual else fingerprint(found))
+    (tmp_path / "rebuilt").mkdir()
+    rebuild(out, root, found, tmp_path / "rebuilt")
+    assert tree_sha256(tmp_path / "rebuilt") == tree_sha256(tmp_path / "source")
+
+
+def smallest_source(tmp_path: Path, **others: float) -> Path:
     """Two experts, H = I = 1, F32: the values are 1 to 6."""
     names = [f"{e}.{p}_proj" for e in (0, 1) for p in ("gate", "up", "down")]
-    tensors = {
-        f"model.layers.0.mlp.experts.{name}.weight": ("F32", (1, 1), struct.pack("<f", value))
-        for value, name in enumerate(names, start=1)
-    }
-    write_checkpoint(tmp_path / "source", tensors, CONFIG)
-    moeconv.fuse(tmp_path / "source", tmp_path / "out")
+    values = {f"{STACK}.{name}.weight": value for value, name in enumerate(names, start=1)}
+    tensors = {n: ("F32", (1, 1), struct.pack("<f", value)) for n, value in values.items()}
+    tensors |= {n: ("F32", (1,), struct.pack("<f", value)) for n, value in others.items()}
+    return write_checkpoint(tmp_path / "source", tensors, CONFIG)
+
+
+@pytest.fixture
+def smallest(tmp_path: Path) -> Path:
+    """The smallest set."""
+    moeconv.fuse(smallest_source(tmp_path), tmp_path / "out")
     return tmp_path / "out"
 
 
-def test_the_examples_are_real(smallest: Path) -> None:
-    part = (smallest / "moeconv" / "model-00001-of-00001.safetensors.json").read_bytes()
-    pretty = json.dumps(json.loads(part), indent=1, sort_keys=True)
-    wanted = f"```json\n{pretty}\n```\n"
-    assert block(FORMAT, "part", wanted) == wanted
-    body, mark, _ = (smallest / "moeconv.json").read_text().split("\n")
-    shown = json.loads(body)
+@pytest.fixture
+def for_ranks(tmp_path: Path) -> dict[str, Path]:
+    """The same experts and a norm for two ranks, with bytes and without."""
+    source = smallest_source(tmp_path, **{"model.norm.weight": 7})
+    os.utime(source / "model.safetensors", ns=(0, 1_760_000_000_123_456_789))
+    sets = {"ep": tmp_path / "ep", "virtual": tmp_path / "virtual"}
+    rows = {STACK: (1, 0)}
+    moeconv.shard(source, sets["ep"], ep_size=2, placement=rows)
+    moeconv.shard(
+        source, sets["virtual"], ep_size=2, placement=rows, layout="per-expert", virtual=True
+    )
+    return sets
+
+
+def pretty(doc: Any, indent: int = 0, before: int = 0) -> str:
+    """JSON for reading: what fits in a line stands in one."""
+    line = json.dumps(doc, sort_keys=True, ensure_ascii=False)
+    if indent + before + len(line) < WIDTH or not isinstance(doc, dict | list):
+        return line
+    pad = " " * (indent + 1)
+    items = [pretty(item, indent + 1) for item in doc]
+    if isinstance(doc, dict):
+        keys = [json.dumps(key) + ": " for key in sorted(doc)]
+        items = [k + pretty(doc[json.loads(k[:-2])], indent + 1, len(k)) for k in keys]
+    ends = "{}" if isinstance(doc, dict) else "[]"
+    return ends[0] + "\n" + ",\n".join(pad + item for item in items) + "\n" + pad[1:] + ends[1]
+
+
+def holds_example(name: str, doc: Any) -> None:
+    """The example of that name in the text is this document."""
+    wanted = f"```json\n{pretty(doc)}\n```\n"
+    assert json.loads(wanted[8:-4]) == doc
+    assert block(FORMAT, name, wanted) == wanted
+
+
+def shown_root(made: Path) -> Any:
+    """A root as the text shows it: without what is long or moves."""
+    shown = read_root(made)
     assert shown["recipes"][0]["toml"].startswith("# The large class")
-    # the recipe's text is long and the version in `generator` moves: the rest is the example
     shown["recipes"][0]["toml"] = "…"
     shown["generator"] = "moeconv …"
-    wanted = f"```json\n{json.dumps(shown, indent=1, sort_keys=True, ensure_ascii=False)}\n```\n"
-    assert block(FORMAT, "root", wanted) == wanted
+    if "source" in shown:
+        assert shown["source"]["directory"] == str(made.with_name("source").resolve())
+        shown["source"]["directory"] = "/models/smallest"
+    return shown
+
+
+def shown_part(made: Path, name: str) -> Any:
+    """A part as the text shows it: all of it."""
+    return json.loads((made / "moeconv" / f"{name}.json").read_bytes())
+
+
+def test_the_examples_are_real(smallest: Path) -> None:
+    holds_example("part", shown_part(smallest, "model-00001-of-00001.safetensors"))
+    holds_example("root", shown_root(smallest))
+    body, mark, _ = (smallest / "moeconv.json").read_text().split("\n")
     assert mark == xxh3(body.encode())
+
+
+def test_the_examples_for_ranks_are_real(for_ranks: dict[str, Path]) -> None:
+    made = for_ranks["ep"]
+    holds_example("ep-root", shown_root(made))
+    holds_example("ep-common", shown_part(made, "common"))
+    holds_example("ep-rank", shown_part(made, "rank-00000-of-00002"))
+
+
+def test_the_virtual_examples_are_real(for_ranks: dict[str, Path]) -> None:
+    made = for_ranks["virtual"]
+    holds_example("virtual-root", shown_root(made))
+    holds_example("virtual-rank", shown_part(made, "rank-00000-of-00002"))
+
+
+@pytest.mark.parametrize("kind", ["ep", "virtual"])
+def test_the_values_of_the_examples_for_ranks(for_ranks: dict[str, Path], kind: str) -> None:
+    root = read_root(for_ranks[kind])
+    (rank,) = read_parts(for_ranks[kind], root)[1:2]
+    found: dict[str, tuple[str, list[int], bytes]] = {}
+    for file in rank["files"]:
+        found |= matrices(for_ranks[kind], root, file)
+    for tensor in rank.get("virtual", []):
+        take(root, tensor, pointed(root["source"], tensor["runs"]), found)
+    values = {
+        a.removeprefix(f"{STACK}."): np.frombuffer(d, "<f4")[0] for a, (_, _, d) in found.items()
+    }
+    assert values == {"1.gate.weight": 4, "1.up.weight": 5, "1.down.weight": 6}
+    assert len(of_ranks(for_ranks[kind], root)) == 7
 
 
 def test_the_values_of_the_example(smallest: Path) -> None:

@@ -46,15 +46,20 @@ def damaged(name: str, cause: str) -> Damaged:
     )
 
 
+def missing(name: str) -> MissingShard:
+    """The error for a file of a set that is not there."""
+    return MissingShard(
+        f"{quoted(name)} is not there",
+        at=quoted(ROOT_NAME),
+        cause="the set's manifest names it",
+        fix="fetch that file of the set again, or convert again",
+    )
+
+
 def read_bounded(path: Path, limit: int, *, name: str) -> bytes:
     """All bytes of a file of the set, at most `limit`. Raises MissingShard, Malformed, IoFailed."""
     if not path.exists():
-        raise MissingShard(
-            f"{quoted(name)} is not there",
-            at=quoted(ROOT_NAME),
-            cause="the set's manifest names it",
-            fix="fetch that file of the set again, or convert again",
-        )
+        raise missing(name)
     return read_document(path, limit, name=name)
 
 

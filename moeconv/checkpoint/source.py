@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from moeconv.checkpoint import hub
 from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
 from moeconv.checkpoint.header import Header, StoredTensor, read_header
 from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
-from moeconv.checkpoint.papers import inside
+from moeconv.checkpoint.papers import inside, missing, read_root
 from moeconv.checkpoint.reading import LFS_MARK, opened, read_document, read_start
 from moeconv.checkpoint.sets import SetFiles, open_set
 from moeconv.checkpoint.sidecars import (
@@ -161,7 +162,11 @@ def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
     own = open_set(root)
     if own.manifest.root.source is not None:
         return _open_virtual(own, own.manifest.root.source, without)
-    files = _data_files([(p.file, inside(root, p.file)) for p in own.manifest.parts])
+    places = [(p.file, inside(root, p.file)) for p in own.manifest.parts]
+    for name, path in places:
+        if not path.exists():
+            raise missing(name)
+    files = _data_files(places)
     own.check_headers(tuple((f.name, f.size, f.header.raw) for f in files))
     kept = tuple(s for s in own.sidecars if not _matches(s.name, without))
     config = read_config(inside(root, CONFIG_NAME))
@@ -170,7 +175,17 @@ def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
 
 def _open_virtual(own: SetFiles, source: SourceEntry, without: tuple[str, ...]) -> Checkpoint:
     """What a virtual set points into, which must be what it was. Raises SourceChanged."""
-    found = open_checkpoint(locate(source.directory))
+    place = locate(source.directory)
+    if (place / ROOT_NAME).exists() and read_root(place).source is not None:
+        raise SourceChanged(
+            "the source of the virtual set has changed: it is a virtual set itself",
+            at=quoted(source.directory),
+            cause="it has no tensor bytes of its own",
+            fix="make the virtual set again",
+        )
+    names = {f.name for f in source.files}
+    others = [p.name for p in place.glob(f"*{SUFFIX}") if p.name not in names]
+    found = open_checkpoint(place, without=tuple(map(glob.escape, others)))
     pinned = {(f.name, f.size, f.mtime_ns, f.header_digest) for f in source.files}
     there = {(f.name, f.size, f.mtime_ns, digest(f.header.raw)) for f in found.files}
     changed = sorted({name for name, *_ in pinned ^ there}, key=natural_key)

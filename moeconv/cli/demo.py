@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -14,6 +14,8 @@ from moeconv.cli.ui import Ui, checked_color, handled
 
 if TYPE_CHECKING:
     from moeconv.api import Result
+
+_RANKS: Final = 8
 
 
 def demo(
@@ -25,7 +27,7 @@ def demo(
     ] = None,
     color: options.Color = "auto",
 ) -> None:
-    """Make a small checkpoint, fuse it, verify it, take it back, load it: see it work."""
+    """Make a small checkpoint; fuse, verify, unfuse, shard, merge and load it: see it work."""
     with handled(Ui(color=color)) as ui:
         checked_color(color)
         from moeconv.engine.output import refuse_existing
@@ -43,7 +45,7 @@ def demo(
 
 
 def _run(ui: Ui, folder: Path) -> None:
-    from moeconv import api, checks
+    from moeconv import api, checks, sharding
     from moeconv.demo import make_checkpoint
     from moeconv.units import counted, human_size
 
@@ -68,11 +70,22 @@ def _run(ui: Ui, folder: Path) -> None:
     api.unfuse(fused, back)
     same = _same_tree(source, back)
     ui.data(f"unfused   back to the original files, bit for bit: {'yes' if same else 'NO'}")
+    ranks, merged = folder / "ranks", folder / "merged"
+    shared = sharding.shard(source, ranks, ep_size=_RANKS, redundant=_RANKS).plan
+    ui.data(
+        f"sharded   for {_RANKS} ranks of {(stack.sizes.experts + _RANKS) // _RANKS} slots each; "
+        f"the {_RANKS} redundant experts of a layer add {human_size(shared.replica_bytes)}"
+    )
+    sharding.merge(ranks, merged)
+    same &= _same_tree(source, merged)
+    ui.data(f"merged    back to the original files, bit for bit: {'yes' if same else 'NO'}")
     loaded = _load(source, fused, stack.name, stack.sizes.experts)
+    if loaded == "yes":
+        loaded = _load_rank(source, ranks, stack.name)
     if loaded is None:
         ui.data("loaded    skipped: torch is not installed (`pip install 'moeconv[torch]'`)")
     else:
-        ui.data(f"loaded    with torch, equal to stacking the experts by hand: {loaded}")
+        ui.data(f"loaded    whole and by rank, equal to stacking the experts by hand: {loaded}")
     if not (report.ok and same and len(prints) == 1) or loaded == "NO":
         raise typer.Exit(1)
 
@@ -97,8 +110,7 @@ def _load(source: Path, fused: Path, stack: str, experts: int) -> str | None:
         from safetensors.torch import load_file
     except ImportError:
         return None
-    parts = [load_file(f) for f in sorted(source.glob("*.safetensors"))]
-    before = {name: tensor for part in parts for name, tensor in part.items()}
+    before = {n: t for f in sorted(source.glob("*.safetensors")) for n, t in load_file(f).items()}
     after = {n: t for f in sorted(fused.glob("*.safetensors")) for n, t in load_file(f).items()}
     wanted = torch.stack(
         [
@@ -107,3 +119,17 @@ def _load(source: Path, fused: Path, stack: str, experts: int) -> str | None:
         ]
     )
     return "yes" if torch.equal(after[f"{stack}.gate_up_proj"], wanted) else "NO"
+
+
+def _load_rank(source: Path, ranks: Path, stack: str) -> str:
+    """Load the last rank with our own loader, and hold each slot against its expert."""
+    import torch
+    from safetensors.torch import load_file
+
+    from moeconv import runtime
+
+    before = {n: t for f in sorted(source.glob("*.safetensors")) for n, t in load_file(f).items()}
+    shard = runtime.open(ranks, ep_rank=_RANKS - 1, ep_size=_RANKS)
+    slots = shard.load()[f"{stack}.down_proj"]
+    wanted = [before[f"{stack}.{e}.down_proj.weight"] for e in shard.logical_experts(stack)]
+    return "yes" if torch.equal(slots, torch.stack(wanted)) else "NO"

@@ -9,6 +9,7 @@ from moeconv.checkpoint.origin import Origin, OriginFile, origin_bytes
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import digest, fingerprint
 from moeconv.engine.tiles import Digests
+from moeconv.errors import NotVirtual, quoted
 from moeconv.manifest import (
     ORIGIN_NAME,
     Manifest,
@@ -28,6 +29,8 @@ from moeconv.manifest import (
 from moeconv.manifestreader import parse_parts
 from moeconv.names import natural_key
 from moeconv.plan.values import CopyTile, OutputFile, OutputTensor, Plan
+from moeconv.schema import MAX_TEXT_BYTES
+from moeconv.strictjson import encodable
 
 
 def paper_names(plan: Plan) -> list[str]:
@@ -126,12 +129,30 @@ def read_back(root: Root, raws: dict[str, bytes]) -> Manifest:
 
 
 def source_entry(checkpoint: Checkpoint) -> SourceEntry:
-    """How a virtual set finds its bytes, and knows that they are still the same."""
+    """How a virtual set finds its bytes, and knows that they are still the same.
+
+    Raises NotVirtual where the manifest has no words for it.
+    """
+    directory = str(checkpoint.root.resolve())
+    if not encodable(directory) or len(directory.encode()) > MAX_TEXT_BYTES:
+        raise _unspeakable(directory, "its path is not UTF-8, or longer than 4,096 bytes")
+    early = next((f.name for f in checkpoint.files if f.mtime_ns < 0), None)
+    if early is not None:
+        raise _unspeakable(directory, f"{quoted(early)} was last changed before 1970")
     files = tuple(
         SourceFile(f.name, f.size, f.mtime_ns, len(f.header.raw), digest(f.header.raw))
         for f in checkpoint.files
     )
-    return SourceEntry(str(checkpoint.root.resolve()), files)
+    return SourceEntry(directory, files)
+
+
+def _unspeakable(directory: str, cause: str) -> NotVirtual:
+    return NotVirtual(
+        "a virtual set cannot point into this source",
+        at=quoted(directory),
+        cause=cause,
+        fix="move or touch the source, or leave `--virtual` away",
+    )
 
 
 def origin_of(checkpoint: Checkpoint, plan: Plan) -> bytes:

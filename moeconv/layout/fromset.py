@@ -176,6 +176,8 @@ def _member(
     first: dict[int, tuple[int, int]] = {}
     slots: set[int] = set()
     for number, one in enumerate(group):
+        if one.entry.dtype != group[0].entry.dtype:
+            raise _unfit(one.entry.name, f"it is {one.entry.dtype}, not {group[0].entry.dtype}")
         _check(stack, home, one, share)
         start = one.expert.slots[0] if one.expert.slots else one.expert.experts[0]
         for position, expert in enumerate(one.expert.experts):
@@ -207,9 +209,16 @@ def _check(stack: Stack, home: _Home, one: Held, share: int) -> None:
     line, component, axes = home
     expert, slots = one.expert, one.expert.slots
     here = geometry(axes, stack.sizes.of(line, component.name, len(expert.experts)))
-    number = None
+    number, local = None, None
     if line.per_expert:
         number = slots[0] % share if slots and share else expert.experts[0]
+        pattern = line.name(stack.name, component, None)
+        local = pattern.replace("{expert}", "{slot}") if share and not slots else None
+    if expert.local != local:
+        raise _unfit(one.entry.name, f"`local` is {expert.local}, its recipe makes it {local}")
+    if share and component.is_global == bool(slots):
+        where = "in the common files" if slots else "in the files of ranks"
+        raise _unfit(one.entry.name, f"ranks share its stack: a {component.name} belongs {where}")
     said = (one.entry.name, expert.axes, expert.matrix, one.stored.shape, one.stored.dtype)
     need = (
         line.name(stack.name, component, number),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
-from moeconv.layout.axes import EXPERT, PAIR, Axes, derived, recounted
+from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, derived, recounted
 
 GATE: Final = "gate"
 UP: Final = "up"
@@ -37,6 +37,11 @@ class Component:
     def read_as(self, axes: Axes) -> Component:
         """This component with one of its readings."""
         return replace(self, axes=axes)
+
+    @property
+    def is_global(self) -> bool:
+        """Whether it says one thing of a whole matrix: runtimes reduce it over all experts."""
+        return not self.axes.letters & {OUT, IN}
 
 
 @dataclass(frozen=True, slots=True)

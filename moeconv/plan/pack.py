@@ -14,6 +14,7 @@ from moeconv.checkpoint.dtypes import alignment
 from moeconv.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from moeconv.errors import NameCollision, quoted
 from moeconv.jsonvalue import Json
+from moeconv.manifest import numbered
 from moeconv.names import natural_key
 from moeconv.plan.draft import Draft
 from moeconv.plan.tiles import tiles_of
@@ -53,8 +54,8 @@ def pack(
         size += draft.nbytes + entry
         header = grown
     return tuple(
-        placed(_ordered(shard), f"{prefix}-{n:05d}-of-{len(shards):05d}.safetensors", rank=rank)
-        for n, shard in enumerate(shards, start=1)
+        placed(_ordered(shard), name, rank=rank)
+        for name, shard in zip(numbered(prefix, len(shards)), shards, strict=True)
     )
 
 

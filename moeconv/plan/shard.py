@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeconv.errors import NotVirtual, quoted
-from moeconv.layout.axes import IN, OUT
 from moeconv.layout.detect import Detection
 from moeconv.layout.recipe import Layout
 from moeconv.layout.stack import Stack
-from moeconv.manifest import rank_name
+from moeconv.manifest import files_name
 from moeconv.plan.convert import (
     FUSE,
     copied_fates,
@@ -27,8 +26,6 @@ from moeconv.plan.convert import (
 from moeconv.plan.draft import Draft, Kind, copied, fates, kinds_of
 from moeconv.plan.pack import pack
 from moeconv.plan.values import Fate, OutputFile, Plan, WeaveTile
-
-COMMON = "common"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +82,9 @@ def shards_in(
     """`plan_shards` with a layout for each stack by name."""
     stacks = detection.stacks
     common, ranks = drafts_of(detection, sharding, targets)
-    files = list(pack(common, max_shard_size=max_shard_size, prefix=COMMON))
-    for rank, drafts in enumerate(ranks):
-        prefix = rank_name(rank, sharding.ep_size)
+    files: list[OutputFile] = []
+    for rank, drafts in ((None, common), *enumerate(ranks)):
+        prefix = files_name(rank, sharding.ep_size)
         files += pack(drafts, max_shard_size=max_shard_size, prefix=prefix, rank=rank)
     ledger = copied_fates(detection)
     for stack in stacks:
@@ -119,18 +116,13 @@ def drafts_of(
     for number, stack in enumerate(detection.stacks):
         row = sharding.rows.get(stack.name)
         for kind in kinds_of(stack, number, targets[stack.name]):
-            if row is None or is_global(kind):
+            if row is None or kind.component.is_global:
                 common += kind.for_all(local=row is not None)
                 continue
             share = len(row) // sharding.ep_size
             for rank in range(sharding.ep_size):
                 ranks[rank] += _slots(kind, row, rank * share, share)
     return common, ranks
-
-
-def is_global(kind: Kind) -> bool:
-    """Whether a component says one thing of a whole matrix: runtimes reduce it over all experts."""
-    return not kind.component.axes.letters & {OUT, IN}
 
 
 def _slots(kind: Kind, row: tuple[int, ...], first: int, share: int) -> list[Draft]:
@@ -159,9 +151,7 @@ def _fates(stack: Stack, layout: Layout, sharding: Sharding) -> list[Fate]:
 
 def not_global(stack: Stack) -> frozenset[str]:
     """The components that stand once in every slot, by name."""
-    return frozenset(
-        m.component.name for m in stack.members if m.component.axes.letters & {OUT, IN}
-    )
+    return frozenset(m.component.name for m in stack.members if not m.component.is_global)
 
 
 def _refuse_woven(files: tuple[OutputFile, ...]) -> None:

@@ -12,7 +12,7 @@ from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import LENGTH_BYTES, StoredTensor, parse_header
 from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import parse_origin
-from moeconv.checkpoint.papers import damaged, inside, read_entry, read_root
+from moeconv.checkpoint.papers import damaged, inside, missing, read_entry, read_root
 from moeconv.checkpoint.reading import opened, read_start, unreadable
 from moeconv.checkpoint.source import SUFFIX
 from moeconv.digest import digest, fingerprint
@@ -40,6 +40,7 @@ from moeconv.manifest import (
     StackEntry,
     addresses,
     matrix_address,
+    rank_part,
 )
 from moeconv.manifestreader import parse_parts
 
@@ -84,7 +85,7 @@ def _data_file(root: Path, part: Part) -> list[MoeconvError]:
     try:
         path = inside(root, name)
         if not path.exists():
-            return [damaged(name, "it is not there")]
+            return [missing(name)]
         with opened(path, name=name) as (descriptor, facts):
             size = facts.st_size
             raw = read_start(descriptor, part.header_size)
@@ -235,7 +236,7 @@ def _all_slots(manifest: Manifest, recipes: tuple[Recipe, ...]) -> list[MoeconvE
     }
     if len(stored) != sum(len(p.tensors) for p in manifest.parts):
         return [damaged(ROOT_NAME, "a part names a tensor twice")]
-    problems = _sizes(manifest)
+    problems = [*_sizes(manifest), *_both(manifest)]
     try:
         found = set_detection(manifest, stored, recipes)
     except MoeconvError as problem:
@@ -256,12 +257,24 @@ def _sizes(manifest: Manifest) -> list[MoeconvError]:
     """Runs are as long as their tensors: of a virtual set no header says so."""
     return [
         damaged(
-            f"{PARTS_DIR}/", f"{quoted(t.name)} is {t.dtype} {list(t.shape)}, not so many bytes"
+            rank_part(part.rank, manifest.root.ep_size or 1),
+            f"{quoted(t.name)} is {t.dtype} {list(t.shape)}, its runs have {t.stop:,} bytes",
         )
         for part in manifest.parts
         if not part.file
         for t in part.tensors
         if t.dtype not in BITS or prod(t.shape) * BITS[t.dtype] != 8 * (t.stop - t.start)
+    ]
+
+
+def _both(manifest: Manifest) -> list[MoeconvError]:
+    """Names that stand in the common files and in those of a rank: a rank has need of both."""
+    common = {t.name for p in manifest.parts if p.rank is None for t in p.tensors}
+    return [
+        damaged(rank_part(part.rank, manifest.root.ep_size or 1), f"{quoted(name)} is common, too")
+        for part in manifest.parts
+        if part.rank is not None
+        for name in sorted(common & {t.name for t in part.tensors})
     ]
 
 

@@ -7,7 +7,7 @@ from moeconv.checkpoint.source import Checkpoint
 from moeconv.engine.papers import virtual_parts
 from moeconv.errors import DigestsMissing, MoeconvError, quoted
 from moeconv.layout.detect import Detection
-from moeconv.manifest import PARTS_DIR, Manifest, Part
+from moeconv.manifest import PARTS_DIR, Manifest, Part, rank_part
 from moeconv.plan.shard import Sharding, shards_in
 
 _MAX_REPORTED = 20
@@ -38,8 +38,11 @@ def virtual_problems(detection: Detection, manifest: Manifest) -> list[MoeconvEr
     wanted = _facts(virtual_parts(plan.files, plan.stacks, {}))
     odd = sorted(key for key in said.keys() | wanted.keys() if said.get(key) != wanted.get(key))
     return [
-        damaged(f"{PARTS_DIR}/", f"{quoted(name)} points to other bytes than its experts'")
-        for _, name in odd[:_MAX_REPORTED]
+        damaged(
+            rank_part(None if rank < 0 else rank, root.ep_size or 1),
+            f"{quoted(name)} points to other bytes than its experts'",
+        )
+        for rank, name in odd[:_MAX_REPORTED]
     ]
 
 

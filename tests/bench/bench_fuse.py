@@ -2,9 +2,10 @@
 
     python -m tests.bench.bench_fuse /fast/disk/folder --layers 3 --pairs 6
 
-Makes a checkpoint of Qwen3-30B-A3B's real shapes (1.25 GB a layer and 1.24 GB beside), then runs
-the contenders in turn, the order reversed from round to round, each as a process of its own; every
-file that a contender wrote is fsynced inside its time. The source stays in the page cache for all.
+Makes a checkpoint of Qwen3-30B-A3B's real shapes (1.25 GB a layer and 1.24 GB beside) in several
+files, as every large checkpoint comes (`--shard-size 5GB`: one file), then runs the contenders in
+turn, the order reversed from round to round, each as a process of its own; every file that a
+contender wrote is fsynced inside its time. The source stays in the page cache for all.
 Prints minima and medians of the times, the ratios to `cp` of the same round, and peak memory.
 """
 
@@ -25,7 +26,7 @@ from pathlib import Path
 SAVE_FUSED = """
 import sys, torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
-model.save_pretrained(sys.argv[2], save_original_format=False, max_shard_size="5GB")
+model.save_pretrained(sys.argv[2], save_original_format=False, max_shard_size=sys.argv[3])
 """
 
 
@@ -38,7 +39,7 @@ class Run:
     peak: int
 
 
-def commands(source: Path, out: Path) -> dict[str, list[str]]:
+def commands(source: Path, out: Path, shard_size: str) -> dict[str, list[str]]:
     """The contenders."""
     return {
         "cp -r": ["cp", "-r", str(source), str(out)],
@@ -51,8 +52,10 @@ def commands(source: Path, out: Path) -> dict[str, list[str]]:
             str(source),
             "-o",
             str(out),
+            "--max-shard-size",
+            shard_size,
         ],
-        "transformers": [sys.executable, "-c", SAVE_FUSED, str(source), str(out)],
+        "transformers": [sys.executable, "-c", SAVE_FUSED, str(source), str(out), shard_size],
     }
 
 
@@ -81,7 +84,7 @@ def run(command: list[str], out: Path) -> Run:
     return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def report(runs: dict[str, list[Run]], size: int) -> str:
+def report(runs: dict[str, list[Run]], size: int, files: int) -> str:
     """The table."""
     lines = [
         "| | min s | median s | ratio to cp (median of pairs) | CPU s | peak RSS |",
@@ -98,7 +101,7 @@ def report(runs: dict[str, list[Run]], size: int) -> str:
             f"{max(r.peak for r in done) / 1e6:,.0f} MB |"
         )
     lines.append(
-        f"\n{size:,} bytes, {len(reference)} rounds, {os.cpu_count()} cores, "
+        f"\n{size:,} bytes in {files} file(s), {len(reference)} rounds, {os.cpu_count()} cores, "
         f"Linux {platform.release()}, Python {platform.python_version()}"
     )
     return "\n".join(lines)
@@ -110,14 +113,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="on the disk to measure; needs 3 x the size")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--shard-size", default="1GB", help="of source and output; default 1GB")
     parser.add_argument("--without-transformers", action="store_true")
     options = parser.parse_args()
     source, out = options.folder / "source", options.folder / "out"
     # in a process of its own: a child's peak memory counts from what its parent has when it forks
     make = [sys.executable, "-m", "tests.bench.make_checkpoint", source, "--layers"]
-    subprocess.run([*make, str(options.layers)], check=True, stdout=subprocess.DEVNULL)
+    make += [str(options.layers), "--shard-size", options.shard_size]
+    subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
     size = sum(f.stat().st_size for f in source.iterdir())
-    contenders = commands(source, out)
+    files = len(list(source.glob("*.safetensors")))
+    contenders = commands(source, out, options.shard_size)
     if options.without_transformers:
         del contenders["transformers"]
     runs: dict[str, list[Run]] = {name: [] for name in contenders}
@@ -129,7 +135,7 @@ def main() -> None:
                 done = run(contenders[name], out)
                 if number:  # the first round only warms the page cache and the imports
                     runs[name].append(done)
-        show(report(runs, size) + "\n")
+        show(report(runs, size, files) + "\n")
     finally:
         shutil.rmtree(source, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)

@@ -93,15 +93,15 @@ def replace_named(root: Path, name: str, raw: bytes) -> None:
 
     def renew(doc: Any) -> None:
         entries = [*doc["parts"], doc["index"], doc["origin"], *doc["sidecars"]]
-        entry = next(e for e in entries if e["name"] == name)
+        entry = next(e for e in entries if e and e["name"] == name)
         entry |= {"size": len(raw), "digest": digest(raw)}
 
     edit_root(root, renew)
 
 
-def edit_part(root: Path, edit: Edit) -> None:
-    """Change the part of a set on disk, and all that vouches for it."""
-    replace_named(root, PART_NAME, edited((root / PART_NAME).read_bytes(), edit) + b"\n")
+def edit_part(root: Path, edit: Edit, name: str = PART_NAME) -> None:
+    """Change a part of a set on disk, and all that vouches for it."""
+    replace_named(root, name, edited((root / name).read_bytes(), edit) + b"\n")
 
 
 ROOT: Final = tiny_set()[ROOT_NAME]

@@ -7,19 +7,31 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from tests.manifest.samples import DATA, FILES, tiny_set
+from tests.manifest import epsamples
+from tests.manifest.samples import FILES
 
 SEED = 20_251_122
 FLIPS = 150
+EP_FILES = (
+    epsamples.COMMON_FILE,
+    epsamples.RANK_0_FILE,
+    epsamples.RANK_1_FILE,
+    epsamples.COMMON,
+    epsamples.RANK_1,
+    "moeconv.json",
+    "moeconv/origin",
+    "config.json",
+    "tokenizer.json",
+)
 
 
-def _places(name: str) -> Iterator[tuple[int, int]]:
+def _places(name: str, raw: bytes) -> Iterator[tuple[int, int]]:
     """Positions and bits, the same in every run; a data file's padding gets its share only."""
     chance = random.Random(f"{SEED} {name}")
-    size = len(tiny_set()[name])
+    size = len(raw)
     stretches = [(0, size)]
-    if name == DATA:
-        text = len(tiny_set()[name][:4096].rstrip())
+    if name.endswith(".safetensors"):
+        text = len(raw[:4096].rstrip())
         stretches = [(0, text), (text, 4096), (4096, size)]
     for number in range(FLIPS):
         start, stop = stretches[number % len(stretches)]
@@ -28,10 +40,19 @@ def _places(name: str) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_is_found_and_named(made: Path, name: str):
+    _flip(made, name)
+
+
+@pytest.mark.parametrize("name", EP_FILES)
+def test_a_flipped_bit_of_a_set_for_ranks_is_found_and_named(tmp_path: Path, name: str):
+    _flip(epsamples.fresh(tmp_path, "fused"), name)
+
+
+def _flip(made: Path, name: str) -> None:
     path = made / name
     raw = path.read_bytes()
     unnoticed, unnamed, raised = [], [], []
-    for at, bit in _places(name):
+    for at, bit in _places(name, raw):
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
         try:
             report = moeconv.verify(made, level="digest", jobs=1)

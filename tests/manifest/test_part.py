@@ -1,5 +1,6 @@
 """Parts: one test for each rule; the root vouches for every broken part."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from moeconv.digest import digest, fingerprint
 from moeconv.errors import BadJson, BadManifest, Damaged, DuplicateKey, MissingExpert, MissingShard
 from moeconv.manifest import Manifest, part_bytes
 from moeconv.manifestreader import parse_part, parse_root
+from tests.badinput.checks import within
 from tests.manifest.broken import refused_everywhere, reported
 from tests.manifest.samples import (
     DATA,
@@ -17,9 +19,12 @@ from tests.manifest.samples import (
     PART_NAME,
     ROOT,
     Edit,
+    body_of,
+    dump,
     edit_part,
     edit_root,
     replace_named,
+    signed,
 )
 
 
@@ -156,6 +161,18 @@ def test_a_stack_that_the_root_does_not_have(made: Path):
 @pytest.mark.parametrize("experts", [[0, 3], [1, 1], [1, 0], [0], [0, 1, 2], [-1, 1], []])
 def test_experts_that_the_stack_does_not_have(made: Path, experts: object):
     _refused(made, lambda doc: _expert(doc)["expert"].update(experts=experts), "experts: must")
+
+
+def test_few_words_do_not_make_long_lists():
+    # a million experts, said ten thousand times in a part of two megabytes
+    root = json.loads(body_of(ROOT))
+    root["stacks"][0]["experts"] = 2**20
+    part = json.loads(PART)
+    tensor = _expert(part)
+    tensor["expert"] |= {"experts": [0, 2**20], "stack": 0}
+    part["tensors"] = [tensor] * 10_000
+    with within(10), pytest.raises(BadManifest, match="one for each logical matrix"):
+        parse_part(dump(part), parse_root(signed(dump(root))), where="p")
 
 
 @pytest.mark.parametrize("projections", [[], ["gate", "gate"], [1], "gate"])

@@ -44,7 +44,7 @@ def _flip(path: Path, at: int) -> None:
 # --- data files --------------------------------------------------------------------------------
 def test_a_data_file_that_is_not_there(made: Path):
     (made / DATA).unlink()
-    reported(made, Damaged, DATA, "not there")
+    reported(made, MissingShard, DATA, "not there")
     with pytest.raises(MoeconvError) as caught:
         moeconv.unfuse(made, made.with_name("out"))
     assert DATA in str(caught.value)

@@ -49,7 +49,7 @@ def tiny_model(model_type: str, *, seed: int = 0) -> nn.Module:
     config = transformers.CONFIG_MAPPING[model_type].from_dict(_runnable(family["config"]))
     model_class: Any = getattr(transformers, family["class"])
     model: nn.Module = model_class._from_config(config, dtype=torch.bfloat16)
-    _keep_in_float32(model)
+    keep_in_float32(model)
     _randomize(model, seed)
     return model.eval()
 
@@ -103,7 +103,7 @@ def _runnable(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _keep_in_float32(model: nn.Module) -> None:
+def keep_in_float32(model: nn.Module) -> None:
     """Upcast what `from_pretrained` upcasts; building a model from its config does not."""
     patterns: set[str] = getattr(model, "_keep_in_fp32_modules_strict", None) or set()
     strict = [re.compile(pattern.replace("*", ".*")) for pattern in sorted(patterns)]

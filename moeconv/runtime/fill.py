@@ -1,0 +1,173 @@
+"""Bytes of files into memory: straight where they lie as wanted, through a buffer otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final
+
+import torch
+
+from moeconv.manifest import Run
+from moeconv.runtime.files import DataFile, Mappings, Reader
+from moeconv.runtime.slices import BLOCK_BYTES, Block, Selection, blocks, moves
+from moeconv.runtime.tensors import LocalTensor, cut
+
+RING_BUFFERS: Final = 3
+RING_BYTES: Final = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Rows of one destination and the part of a local tensor that belongs there.
+
+    wanted, read: selections of the local tensor; they differ where whole rows are read around
+    small pieces. direct: the bytes lie in the destination as in the file.
+    """
+
+    wanted: Selection
+    read: Selection
+    rows: tuple[int, int]
+    direct: bool
+
+    def blocks(self, tensor: LocalTensor) -> tuple[tuple[Block, tuple[Run, ...]], ...]:
+        """What to read, where it is now."""
+        item, limit = tensor.torch_dtype.itemsize, None if self.direct else BLOCK_BYTES
+        found = blocks(tensor.torch_shape, item, self.read, self.rows, limit)
+        return tuple((block, cut(tensor.runs, block.pieces)) for block in found)
+
+
+def portions(runs: tuple[Run, ...], limit: int) -> Iterator[tuple[int, tuple[Run, ...]]]:
+    """(bytes before, runs) of portions of at most `limit` bytes."""
+    total = sum(r.nbytes for r in runs)
+    for start in range(0, total, limit):
+        yield start, cut(runs, [(start, min(start + limit, total))])
+
+
+class Ring:
+    """Pinned buffers between files and one GPU: one is read into while others are copied."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._buffers = [
+            torch.empty(RING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(RING_BUFFERS)
+        ]
+        self._copied: list[torch.cuda.Event | None] = [None] * RING_BUFFERS
+        self._stream = torch.cuda.Stream(device)
+        self._device = device
+        self._turn = 0
+
+    def copy(self, into: torch.Tensor, runs: tuple[Run, ...], reader: Reader) -> None:
+        """Fill a flat uint8 tensor of the GPU; returns before the last copies are done."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        for start, portion in portions(runs, RING_BYTES):
+            size = sum(r.nbytes for r in portion)
+            buffer, copied = self._buffers[self._turn], self._copied[self._turn]
+            if copied is not None:
+                copied.synchronize()
+            reader.into(buffer.data_ptr(), portion)
+            with torch.cuda.stream(self._stream):
+                into[start : start + size].copy_(buffer[:size], non_blocking=True)
+                event = torch.cuda.Event()
+                event.record(self._stream)
+            self._copied[self._turn] = event
+            self._turn = (self._turn + 1) % RING_BUFFERS
+
+    def finish(self) -> None:
+        """Wait until everything has arrived."""
+        self._stream.synchronize()
+
+
+class Filler:
+    """Fills tensors; a context manager, on leaving which every byte has arrived.
+
+    It keeps its buffers, so that the next use of it allocates nothing.
+    """
+
+    def __init__(self) -> None:
+        self._rings: dict[torch.device, Ring] = {}
+        self._staging = torch.empty(0, dtype=torch.uint8)
+
+    def __enter__(self) -> Filler:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for ring in self._rings.values():
+            ring.finish()
+
+    def _staged(self, runs: tuple[Run, ...], reader: Reader) -> torch.Tensor:
+        size = sum(r.nbytes for r in runs)
+        if self._staging.numel() < size:
+            self._staging = torch.empty(size, dtype=torch.uint8)
+        reader.into(self._staging.data_ptr(), runs)
+        return self._staging[:size]
+
+    def straight(
+        self, into: torch.Tensor, start: int, runs: tuple[Run, ...], reader: Reader
+    ) -> None:
+        """Fill the bytes of a contiguous tensor from byte `start` on."""
+        if not runs:
+            return
+        if into.device.type == "cpu":
+            reader.into(into.data_ptr() + start, runs)
+            return
+        flat = into.view(-1).view(torch.uint8)[start:]
+        if into.device.type == "cuda":
+            if into.device not in self._rings:
+                self._rings[into.device] = Ring(into.device)
+            self._rings[into.device].copy(flat, runs, reader)
+            return
+        for before, portion in portions(runs, BLOCK_BYTES):
+            data = self._staged(portion, reader)
+            flat[before : before + data.numel()].copy_(data)
+
+    def step(
+        self,
+        into: torch.Tensor,
+        step: Step,
+        found: tuple[tuple[Block, tuple[Run, ...]], ...],
+        dtype: torch.dtype,
+        reader: Reader,
+    ) -> None:
+        """Fill the rows of one destination, converting from `dtype` where it has another."""
+        target = into if into.dim() else into.view(1)
+        row_bytes = target[0].numel() * target.dtype.itemsize if target.shape[0] else 0
+        for block, runs in found:
+            if step.direct:
+                self.straight(target, block.start * row_bytes, runs, reader)
+                continue
+            data = self._staged(runs, reader).view(dtype).view(block.read)
+            rows = target[block.start : block.stop]
+            for to, source in moves(step.wanted, step.read):
+                _within(rows, to).copy_(_within(data, source))
+
+
+def _within(tensor: torch.Tensor, spans: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    for dim, (start, stop) in enumerate(spans, start=1):
+        if (start, stop) != (0, tensor.shape[dim]):
+            tensor = tensor.narrow(dim, start, stop - start)
+    return tensor
+
+
+def loaded(
+    tensors: Iterable[LocalTensor],
+    files: Mapping[int, DataFile],
+    device: torch.device | str | None,
+) -> dict[str, torch.Tensor]:
+    """Tensors by name: views of mapped files where that can be, else read. Raises NoTorchDtype."""
+    where = torch.device("cpu" if device is None else device)
+    maps = Mappings(files)
+    out: dict[str, torch.Tensor] = {}
+    with torch.no_grad(), Reader(files) as reader, Filler() as filler:
+        for tensor in tensors:
+            view = maps.view(tensor) if where.type == "cpu" else None
+            if view is None:
+                view = torch.empty(tensor.torch_shape, dtype=tensor.torch_dtype, device=where)
+                filler.straight(view, 0, tensor.runs, reader)
+            out[tensor.name] = view
+    return out

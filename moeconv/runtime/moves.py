@@ -1,0 +1,208 @@
+"""A new placement of the same slots: which slots change, and where their bytes are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from moeconv.errors import GeometryMismatch, Unsupported, quoted
+from moeconv.manifest import Run, part_names
+from moeconv.placement.placement import Given, by_stack, row_problems, unfit
+from moeconv.runtime.fill import loaded
+from moeconv.runtime.fit import Rename, fit
+from moeconv.runtime.opening import Files, Home, Key, Rows, Stored, bad, is_stacked, key_of
+from moeconv.runtime.tensors import LocalTensor, cut, in_slot, joined
+from moeconv.runtime.update import Report, Updater
+
+if TYPE_CHECKING:
+    from moeconv.runtime.shard import Shard
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Moves:
+    """What a new placement changes on one rank. changed: (local slot, expert) by stack.
+
+    shard: the rank under the new placement; what it lacks comes out of other ranks' files.
+    """
+
+    shard: Shard
+    changed: dict[str, tuple[tuple[int, int], ...]]
+
+    def _slots(self) -> dict[int, frozenset[int]]:
+        number = {name: n for n, name in enumerate(self.shard.stacks)}
+        return {
+            number[s]: frozenset(slot for slot, _ in pairs) for s, pairs in self.changed.items()
+        }
+
+    def _touched(self) -> dict[LocalTensor, tuple[int, ...]]:
+        slots = self._slots()
+        out = {}
+        for tensor in self.shard.tensors.values():
+            held = tensor.held
+            mine = slots.get(held.stack, frozenset()) & set(held.local) if held else frozenset()
+            if mine:
+                out[tensor] = tuple(sorted(mine))
+        return out
+
+    def load(
+        self, device: torch.device | str | None = None
+    ) -> dict[str, tuple[tuple[int, ...], torch.Tensor]]:
+        """The changed slots only: {name: (local slots, their values in that order)}.
+
+        Where a layout names each slot, the tensor is that of the one slot.
+        Raises SourceChanged, IoFailed, NoTorchDtype.
+
+        >>> moves = shard.replace({"model.layers.0.mlp.experts": (2, 0, 3, 4, 1, 0)})
+        >>> slots, values = moves.load()["model.layers.0.mlp.experts.down_proj"]
+        >>> slots, values.shape
+        ((2,), torch.Size([1, 8, 4]))
+        """
+        parts = {t.name: (slots, _slots_of(t, slots)) for t, slots in self._touched().items()}
+        values = loaded((part for _, part in parts.values()), self.shard.files, device)
+        return {name: (slots, values[name]) for name, (slots, _) in parts.items()}
+
+    def load_into(
+        self,
+        model: torch.nn.Module,
+        *,
+        rename: Rename = None,
+        ignore: Iterable[str] = (),
+        cast: bool = False,
+    ) -> Report:
+        """Read the changed slots into the model that holds the old placement, nothing else.
+
+        Options are those of `Shard.load_into`; the model may have other tensors. Raises DoesNotFit
+        before the first byte is written, SourceChanged, IoFailed.
+        """
+        touched = {tensor.name: tensor for tensor in self._touched()}
+        with torch.no_grad():
+            fitted = fit(
+                model, touched, rename=rename, ignore=ignore, cast=cast, slots=self._slots()
+            )
+        return Updater(self.shard, fitted, None).load(self.shard)
+
+
+def _slots_of(tensor: LocalTensor, slots: Sequence[int]) -> LocalTensor:
+    held = tensor.held
+    if held is None or not held.stacked:
+        return tensor
+    count = len(held.local)
+    size, rows = tensor.nbytes // count, tensor.shape[0] // count
+    at = [n - held.local.start for n in slots]
+    runs = cut(tensor.runs, [(n * size, (n + 1) * size) for n in at])
+    return LocalTensor(tensor.name, tensor.dtype, (rows * len(at), *tensor.shape[1:]), runs)
+
+
+# --- where the bytes are -----------------------------------------------------------------------
+def new_rows(home: Home, rows: Rows, placement: Given) -> dict[int, tuple[int, ...]]:
+    """All rows under a new placement. Raises GeometryMismatch, BadPlacement."""
+    names = tuple(s.name for s in home.root.stacks)
+    out, problems = dict(rows), []
+    for name, row in by_stack(names, placement).items():
+        number = names.index(name)
+        if number not in rows or len(row) != len(rows[number]):
+            have = (
+                f"{len(rows[number])} slots" if number in rows else "no slots, each rank all of it"
+            )
+            raise GeometryMismatch(
+                f"{quoted(name)} cannot have {len(row)} slots",
+                at=quoted(str(home.path)),
+                cause=f"in the set it has {have}",
+                fix="shard again for another number of slots",
+            )
+        experts = home.root.stacks[number].experts
+        problems += row_problems(
+            row,
+            experts=experts,
+            ep_size=home.ep_size,
+            where=quoted(name),
+            allow_duplicates=True,  # a rank may fill two slots alike
+        )
+        out[number] = row
+    if problems:
+        raise unfit(problems)
+    return out
+
+
+def changed_slots(home: Home, old: Rows, new: Rows) -> dict[str, tuple[tuple[int, int], ...]]:
+    """(local slot, expert) of this rank's slots that have another expert now, by stack."""
+    out = {}
+    for number, row in new.items():
+        share = len(row) // home.ep_size
+        mine = range(home.rank * share, (home.rank + 1) * share)
+        found = tuple((p - mine.start, row[p]) for p in mine if row[p] != old[number][p])
+        if found:
+            out[home.root.stacks[number].name] = found
+    return out
+
+
+@dataclass(slots=True)
+class Catalog:
+    """Where the bytes of each expert are, by the files' own placement; other ranks' on demand."""
+
+    home: Home
+    files: Files
+    _found: dict[tuple[Key, int], tuple[str, tuple[Run, ...]]] = field(default_factory=dict)
+    _ranks: set[int] = field(default_factory=set)
+
+    def add(self, rank: int, several: Iterable[Stored]) -> None:
+        """Note what a rank's part holds; what was noted before stays."""
+        self._ranks.add(rank)
+        for stored in several:
+            expert = stored.entry.expert
+            if expert is None or expert.slots is None:
+                continue
+            count = len(expert.experts)
+            if count > 1 and not is_stacked(expert):
+                raise Unsupported(
+                    f"{quoted(stored.entry.name)} cannot be moved slot by slot",
+                    cause=f"its axes {quoted(expert.axes)} have no E, but it has {count} slots",
+                    fix="shard again with the new placement",
+                )
+            for n, e in enumerate(expert.experts):
+                runs = in_slot(stored.runs, n, count)
+                self._found.setdefault((key_of(expert), e), (stored.entry.dtype, runs))
+
+    def runs(self, key: Key, expert: int, like: Stored) -> tuple[Run, ...]:
+        """The bytes of an expert's tensor. Raises MissingShard, Damaged, BadManifest."""
+        if (key, expert) not in self._found:
+            row = self.home.rows[key[0]]
+            share = len(row) // self.home.ep_size
+            holders = {p // share for p, e in enumerate(row) if e == expert}
+            # every holder read so far lacks it: then the first other one must have it
+            for rank in sorted(holders - self._ranks)[:1]:
+                names = {whose: name for name, whose in part_names(self.home.ep_size).items()}
+                part = next(p for p in self.home.root.parts if p.name == names[rank])
+                self.add(rank, self.home.read_part(part, self.files))
+        dtype, runs = self._found.get((key, expert), ("", ()))
+        count = len(like.entry.expert.experts) if like.entry.expert else 1
+        size = (like.entry.stop - like.entry.start) // count
+        if dtype != like.entry.dtype or sum(r.nbytes for r in runs) != size:
+            raise bad(like.entry.name, f"expert {expert} has no tensor like it on another rank")
+        return runs
+
+
+def placed_anew(catalog: Catalog, own: Iterable[Stored], rows: Rows) -> list[Stored]:
+    """This rank's tensors with the bytes of the experts that `rows` puts into their slots."""
+    own, home = tuple(own), catalog.home
+    moving = [s for s in own if _experts(s, rows) != _experts(s, home.rows)]
+    stacks = {s.entry.expert.stack for s in moving if s.entry.expert}
+    catalog.add(home.rank, (s for s in own if s.entry.expert and s.entry.expert.stack in stacks))
+    out = []
+    for stored in own:
+        expert, experts = stored.entry.expert, _experts(stored, rows)
+        if expert is None or experts == _experts(stored, home.rows):
+            out.append(stored)
+            continue
+        key = key_of(expert)
+        runs = [run for e in experts for run in catalog.runs(key, e, stored)]
+        out.append(Stored(stored.entry, joined(runs)))
+    return out
+
+
+def _experts(stored: Stored, rows: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
+    expert = stored.entry.expert
+    return () if expert is None else rows[expert.stack][slice(*(expert.slots or (0, 0)))]

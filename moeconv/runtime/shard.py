@@ -1,0 +1,282 @@
+"""One rank's part of a set: what it has, and its tensors as views, on a device or in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moeconv.errors import GeometryMismatch, UsageProblem, quoted
+from moeconv.placement.placement import Given, by_stack
+from moeconv.runtime.files import DataFile
+from moeconv.runtime.fill import loaded
+from moeconv.runtime.fit import Rename
+from moeconv.runtime.moves import Catalog, Moves, changed_slots, new_rows, placed_anew
+from moeconv.runtime.opening import (
+    Files,
+    Home,
+    Rows,
+    Stored,
+    find,
+    is_global,
+    plain,
+    rank_tensors,
+    wanted_parts,
+)
+from moeconv.runtime.tensors import LocalTensor
+from moeconv.runtime.update import Report, Updater, make_updater
+
+
+def ep_rank_of(rank: int, world: int, ep: int, order: str = "sglang") -> int:
+    """The expert-parallel rank of a process.
+
+    "sglang" (and transformers): EP neighbours are adjacent processes. "twinkle": the mesh is
+    (ep, ep_fsdp), so FSDP neighbours are. Raises GeometryMismatch.
+
+    >>> [moeconv.runtime.ep_rank_of(rank, 4, 2) for rank in range(4)]
+    [0, 1, 0, 1]
+    >>> [moeconv.runtime.ep_rank_of(rank, 4, 2, order="twinkle") for rank in range(4)]
+    [0, 0, 1, 1]
+    """
+    if order not in ("sglang", "twinkle"):
+        raise UsageProblem(f"{quoted(order)} is no order of ranks", fix='"sglang" or "twinkle"')
+    if ep < 1 or world < 1 or world % ep or not 0 <= rank < world:
+        raise GeometryMismatch(
+            f"process {rank} of {world} has no place in {ep} expert-parallel ranks",
+            cause="ep must divide the number of processes, and ranks count from 0",
+            fix="start as many processes as a multiple of ep",
+        )
+    return rank % ep if order == "sglang" else rank // (world // ep)
+
+
+def open_shard(
+    path: str | Path,
+    *,
+    ep_rank: int,
+    ep_size: int,
+    placement: Given | None = None,
+    source: str | Path | None = None,
+) -> Shard:
+    """One rank's part of a set, checked: the root, its own part and files, the common ones.
+
+    Other ranks' files may be absent. placement: what the caller believes, as {stack: [P]}, as
+    rows, or as a Placement. source: where the files of a virtual set are, if not where it says.
+    A whole set opens as rank 0 of 1.
+
+    Raises GeometryMismatch (another ep_size, rank or placement), Unfinished, NotASet, MissingShard,
+    Damaged, SourceChanged, UnsafePath, BadManifest, DuplicateTensor, UnsupportedVersion.
+
+    >>> shard = moeconv.runtime.open(OUT, ep_rank=0, ep_size=2)
+    >>> shard.stacks
+    ('model.layers.0.mlp.experts',)
+    >>> shard.logical_experts("model.layers.0.mlp.experts")
+    (2, 0, 1)
+    """
+    where, root, data = find(Path(path).absolute(), source=None if source is None else Path(source))
+    home = Home(where, root, data, ep_rank)
+    if ep_size != home.ep_size or not 0 <= ep_rank < ep_size:
+        raise GeometryMismatch(
+            f"rank {ep_rank} of {ep_size} was asked for, the set is for {home.ep_size}",
+            at=quoted(str(path)),
+            cause=f"it was written with `--ep {home.ep_size}`",
+            fix=f"start {home.ep_size} expert-parallel ranks, or shard again",
+        )
+    files: Files = {}
+    common: list[Stored] = []
+    own: list[Stored] = []
+    for part in wanted_parts(root, ep_rank):
+        for stored in home.read_part(part, files):
+            expert = stored.entry.expert
+            (own if expert is not None and expert.slots is not None else common).append(stored)
+    tensors = rank_tensors(home, common, own, home.rows)
+    shard = Shard(home, tuple(common), tuple(own), home.rows, tensors, files)
+    if placement is not None:
+        shard.check_placement(placement)
+    return shard
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Shard:
+    """One rank's part of a set. Immutable: it knows where bytes are, and keeps no file open."""
+
+    home: Home
+    common: tuple[Stored, ...]
+    own: tuple[Stored, ...]
+    rows: Rows
+    tensors: Mapping[str, LocalTensor]
+    files: Mapping[int, DataFile]
+
+    def __repr__(self) -> str:
+        size = f"{len(self.tensors):,} tensors"
+        return f"<Shard {self.ep_rank} of {self.ep_size}: {size}, {str(self.home.path)!r}>"
+
+    @property
+    def ep_rank(self) -> int:
+        """Which rank it is, from 0."""
+        return self.home.rank
+
+    @property
+    def ep_size(self) -> int:
+        """How many ranks share the experts."""
+        return self.home.ep_size
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of what `load()` gives."""
+        return tuple(self.tensors)
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The names of the expert stacks."""
+        return tuple(s.name for s in self.home.root.stacks)
+
+    @property
+    def placement(self) -> dict[str, tuple[int, ...]]:
+        """The expert in each slot, [P], of each stack that the ranks share."""
+        return {self.stacks[number]: row for number, row in self.rows.items()}
+
+    def logical_experts(self, stack: str) -> tuple[int, ...]:
+        """The expert in each of this rank's slots: [S]; all of a stack that every rank has whole.
+
+        Raises UsageProblem.
+        """
+        if stack not in self.stacks:
+            raise UsageProblem(f"{quoted(stack)} is no stack of the set", fix="see `Shard.stacks`")
+        number = self.stacks.index(stack)
+        row = self.rows.get(number)
+        if row is None:
+            return tuple(range(self.home.root.stacks[number].experts))
+        share = len(row) // self.ep_size
+        return row[self.ep_rank * share : (self.ep_rank + 1) * share]
+
+    def check_placement(self, placement: Given) -> None:
+        """Hold a caller's placement against the set's. Raises GeometryMismatch, BadPlacement."""
+        have = self.placement
+        other = []
+        for name, row in by_stack(self.stacks, placement).items():
+            experts = self.logical_experts(name)
+            # a stack that is not shared is in the trivial placement of one rank
+            if row != have.get(name, experts if self.ep_size == 1 else None):
+                other.append(name)
+        if other:
+            raise GeometryMismatch(
+                f"the set is in another placement than yours, in {len(other):,} stack(s)",
+                at=quoted(str(self.home.path)),
+                cause=f"{quoted(other[0])} is one of them",
+                fix="shard again with your placement, or take the set's from `Shard.placement`",
+            )
+
+    # --- tensors -------------------------------------------------------------------------------
+    def load(
+        self,
+        device: torch.device | str | None = None,
+        names: Iterable[str] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """This rank's experts, [S, ...] in slot order, and every common tensor; or just `names`.
+
+        On the CPU they are views of privately mapped files where that can be: nothing is copied,
+        and writing to one never reaches the file. The files must not be cut short meanwhile.
+        Small tensors that are kept for all experts are gathered to this rank's slots.
+        Raises UsageProblem (an unknown name), NoTorchDtype, SourceChanged, IoFailed.
+
+        >>> loaded = shard.load()
+        >>> loaded["model.layers.0.mlp.experts.down_proj"].shape
+        torch.Size([3, 8, 4])
+        """
+        chosen = self.names if names is None else tuple(names)
+        if unknown := [name for name in chosen if name not in self.tensors]:
+            raise UsageProblem(
+                f"{quoted(unknown[0])} is no tensor of this rank", fix="see `Shard.names`"
+            )
+        return loaded([self.tensors[name] for name in chosen], self.files, device)
+
+    def global_tensors(self) -> dict[str, torch.Tensor]:
+        """The small tensors (scales) of all experts, as the common files have them: [E, ...].
+
+        In logical order; where a layout names each expert, one tensor for each, by the
+        checkpoint's names. Runtimes reduce over these, whichever experts they hold.
+
+        >>> shard.global_tensors()["model.layers.0.mlp.experts.down_proj_scale"]
+        tensor([0., 1., 2., 3., 4.])
+        """
+        kept = [plain(s) for s in self.common if is_global(s, self.rows)]
+        return loaded(kept, self.files, None)
+
+    def load_into(
+        self,
+        model: torch.nn.Module,
+        *,
+        rename: Rename = None,
+        ignore: Iterable[str] = (),
+        cast: bool = False,
+        device: torch.device | str | None = None,
+    ) -> Report:
+        """Read straight into a model's parameters and persistent buffers, whole or DTensors.
+
+        Strict: each of them must be covered, by any name of its storage, and nothing of the set
+        left over; another shape or dtype is an error. All problems are raised together, as one
+        DoesNotFit, before the first byte is written. A set in several names of one storage must
+        have the same bytes under all of them.
+
+        rename: a function, or a mapping of dotted prefixes (the longest that fits counts). ignore:
+        patterns of names of the set that have no place in the model. cast: convert between float
+        dtypes. Of a DTensor, only this process's slice is read, and nothing is communicated;
+        dimension 0 of an expert tensor is S, or P where EP is a dimension of the mesh.
+
+        Parameters on meta get memory on `device` (the CPU, or a DTensor's own kind of device), and
+        keep their ties and requires_grad. A buffer on meta is refused: build the model with
+        parameters on meta only (`accelerate.init_empty_weights(include_buffers=False)`).
+        `model.to_empty()` is no way out: it leaves buffers that no checkpoint has, such as the
+        `inv_freq` of rotary embeddings, as whatever was in memory.
+
+        Raises DoesNotFit, IoFailed, SourceChanged.
+
+        >>> report = shard.load_into(model)
+        >>> report.tensors, report.bytes_overread
+        (5, 0)
+        """
+        return self.updater(model, rename=rename, ignore=ignore, cast=cast, device=device).load(
+            self
+        )
+
+    def updater(
+        self,
+        model: torch.nn.Module,
+        *,
+        rename: Rename = None,
+        ignore: Iterable[str] = (),
+        cast: bool = False,
+        device: torch.device | str | None = None,
+    ) -> Updater:
+        """Match this set with a model once, to load newer sets of its geometry again and again.
+
+        Nothing is read yet. Options and errors are those of `load_into`.
+
+        >>> updater = shard.updater(model)
+        >>> updater.load(shard).bytes_read == updater.load(shard).bytes_read
+        True
+        """
+        return make_updater(self, model, rename=rename, ignore=ignore, cast=cast, device=device)
+
+    def replace(self, placement: Given) -> Moves:
+        """What changes on this rank under a new placement of as many slots: to be read and filled.
+
+        placement: as for `open`; stacks that it does not name stay. Experts that this rank's files
+        lack come out of other ranks' parts and files, which must be there then.
+        Raises GeometryMismatch, BadPlacement, MissingShard, Damaged, SourceChanged.
+
+        >>> moves = shard.replace({"model.layers.0.mlp.experts": (2, 0, 3, 4, 1, 0)})
+        >>> moves.changed
+        {'model.layers.0.mlp.experts': ((2, 3),)}
+        >>> moves.load_into(model).tensors
+        3
+        """
+        rows = new_rows(self.home, self.rows, placement)
+        catalog = Catalog(self.home, dict(self.files))
+        own = placed_anew(catalog, self.own, rows)
+        tensors = rank_tensors(self.home, self.common, own, rows)
+        # `own` stays as the files have it: the next placement is found from there too
+        shard = Shard(self.home, self.common, self.own, rows, tensors, catalog.files)
+        return Moves(shard, changed_slots(self.home, self.rows, rows))
