@@ -17,6 +17,7 @@ from moeconv.checkpoint.header import StoredTensor
 from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.engine.commit import commit, refuse_collisions, room_needed
 from moeconv.engine.crew import Limits
+from moeconv.engine.methods import Methods
 from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
 from moeconv.errors import NotASet, UnknownFamily, quoted
 from moeconv.layout.detect import Detection, detect
@@ -53,6 +54,7 @@ class Result:
     room: Room
     manifest: Manifest | None
     dry_run: bool
+    methods: Methods | None = None
 
 
 def default_jobs() -> int:
@@ -247,10 +249,18 @@ def carry_out(
         return Result(source, out, plan, room, None, dry_run=True)
     refuse_short(place, room)
     meter = Meter(0 if plan.virtual else plan.tensor_bytes, progress)
+    methods = Methods(place)
     manifest = commit(
-        plan, checkpoint, place, limits=limits, overwrite=overwrite, progress=meter.advance
+        plan,
+        checkpoint,
+        place,
+        limits=limits,
+        methods=methods,
+        overwrite=overwrite,
+        later=False,
+        progress=meter.advance,
     )
-    return Result(source, out, plan, room, manifest, dry_run=False)
+    return Result(source, out, plan, room, manifest, dry_run=False, methods=methods)
 
 
 class Meter:

@@ -10,10 +10,12 @@ from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import digest, hasher
 from moeconv.engine.crew import Limits, Progress, run_tiles
-from moeconv.engine.files import NEW_FILE, DiskTarget, partial_path, writing
+from moeconv.engine.files import NEW_FILE, partial_path, writing
+from moeconv.engine.methods import Methods
 from moeconv.engine.output import Room, room_for
 from moeconv.engine.papers import (
     documents,
+    entry_of,
     expected_digests,
     origin_of,
     paper_names,
@@ -22,7 +24,8 @@ from moeconv.engine.papers import (
     source_entry,
     virtual_parts,
 )
-from moeconv.engine.tiles import BUFFER_BYTES, Digests
+from moeconv.engine.target import DiskTarget
+from moeconv.engine.tiles import BUFFER_BYTES, Digests, Promised
 from moeconv.engine.workplace import Workplace, fsync_directory
 from moeconv.errors import Damaged, MoeconvError, NameCollision, SourceChanged, quoted
 from moeconv.manifest import (
@@ -78,18 +81,29 @@ def commit(
     out: Path,
     *,
     limits: Limits,
+    methods: Methods,
     overwrite: bool,
+    later: bool,
     progress: Progress,
 ) -> Manifest | None:
     """Carry out a plan. OUT is as it was before if anything goes wrong.
 
+    methods: to be filled with how bytes went. later: take no digests of data now.
     Returns the manifest that was written, or None for a restored origin, which has none.
     Raises IoFailed, DiskFull, SourceChanged, Damaged (a set of ours whose bytes are not its own).
     """
     work = Workplace(out)
     try:
         work.prepare(_names(plan, checkpoint), overwrite=overwrite)
-        manifest = _Commit(plan, checkpoint, work, limits, progress).run()
+        manifest = _Commit(
+            plan,
+            checkpoint,
+            work,
+            limits=limits,
+            methods=methods,
+            progress=progress,
+            later=later,
+        ).run()
         work.done(restored=plan.restores)
     except BaseException as problem:
         _take_back(work, problem)
@@ -127,14 +141,19 @@ class _Commit:
         plan: Plan,
         checkpoint: Checkpoint,
         work: Workplace,
+        *,
         limits: Limits,
+        methods: Methods,
         progress: Progress,
+        later: bool,
     ) -> None:
         self.plan = plan
         self.checkpoint = checkpoint
         self.work = work
         self.out = work.out
         self.limits = limits
+        self.methods = methods
+        self.later = later
         self.progress = progress
         self.parts: dict[str, Part] = {}
         self.virtual: tuple[Part, ...] = ()
@@ -148,12 +167,14 @@ class _Commit:
         if self.plan.virtual:
             self.virtual = virtual_parts(self.plan.files, self.plan.stacks, self.expected)
         else:
+            self.methods.ask(f.path for f in self.checkpoint.files)
             run_tiles(
                 self.plan.files,
                 self.checkpoint.files,
-                lambda file: DiskTarget(file, self.out, self._finished),
+                lambda file: DiskTarget(file, self.out, self.methods, self._finished),
                 limits=self.limits,
                 progress=self.progress,
+                promised=self._promised,
             )
         sidecars = tuple(self._sidecar(s) for s in self.checkpoint.sidecars)
         manifest = None if self.plan.restores else self._papers(sidecars)
@@ -167,6 +188,22 @@ class _Commit:
             self._write(ROOT_NAME, root_bytes(manifest.root))
             self._settle()
         return manifest
+
+    def _promised(self, file: OutputFile) -> Promised:
+        """Digests that the source's manifest has, or none at all if they are to come later."""
+        if self.later:
+            return lambda tensor, unit: ""
+        known: dict[int, tuple[str | None, ...]] = {}
+
+        def promise(tensor: int, unit: int) -> str | None:
+            if not self.expected:
+                return None
+            if tensor not in known:
+                held = addresses(entry_of(file.tensors[tensor]), self.plan.stacks)
+                known[tensor] = tuple(map(self.expected.get, held))
+            return known[tensor][unit]
+
+        return promise
 
     def _refuse_edited(self) -> None:
         """Before hours of copying: are the sidecars of one of our sets still its own?"""
@@ -198,7 +235,7 @@ class _Commit:
 
     def _refuse_damage(self, part: Part) -> None:
         """The bytes of one of our sets must be those that its manifest promises."""
-        if not self.expected:
+        if not self.expected or self.later:
             return
         for tensor in part.tensors:
             for address, value in zip(

@@ -9,7 +9,7 @@ from pathlib import Path
 from moeconv.checkpoint.reading import file_digest
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import fingerprint, fingerprint_line
-from moeconv.engine.crew import Limits, Progress, run_tiles
+from moeconv.engine.crew import Limits, Progress, Reader, run_tiles
 from moeconv.engine.papers import part_of
 from moeconv.engine.tiles import Digests, Origin
 from moeconv.errors import Damaged, IoFailed, Malformed, MoeconvError, quoted
@@ -35,7 +35,7 @@ class Matrix:
     digest: str
 
 
-class _Hashing:
+class _Hashing(Reader):
     """A target that keeps nothing but the digests."""
 
     def __init__(self, file: OutputFile, parts: dict[str, Part]) -> None:
@@ -47,9 +47,6 @@ class _Hashing:
 
     def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
         """Nothing to write: the digest was taken in passing."""
-
-    def settle(self, offset: int, nbytes: int) -> None:
-        """Nothing to settle."""
 
     def finish(self, digests: Digests) -> None:
         """Keep the file's digests."""
