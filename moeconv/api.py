@@ -19,18 +19,22 @@ from moeconv.engine.commit import commit, refuse_collisions, room_needed
 from moeconv.engine.crew import Limits
 from moeconv.engine.methods import Methods
 from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
-from moeconv.errors import NotASet, UnknownFamily, quoted
+from moeconv.errors import NotASet, UnknownFamily, UsageProblem, quoted
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.fromset import set_detection
 from moeconv.layout.recipe import Recipe
 from moeconv.library import fitting, load_recipe, manifest_recipes, shipped_recipes
 from moeconv.manifest import ROOT_NAME, Manifest
+from moeconv.plan.align import ALIGNS, PAGE_ALIGNED
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion
 from moeconv.plan.existing import plan_restore
+from moeconv.plan.pack import Packing
 from moeconv.plan.values import Plan
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 DEFAULT_MEMORY_BYTES: Final = 512 * 1024 * 1024
+NOW: Final = "now"
+LATER: Final = "later"
 Progress = Callable[[int, int], None]
 
 
@@ -55,6 +59,31 @@ class Result:
     manifest: Manifest | None
     dry_run: bool
     methods: Methods | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How a plan is carried out. digests: `now`, or `later` for a set that gets them by `verify`.
+
+    Raises UsageProblem for a word that is none of these.
+    """
+
+    jobs: int | None
+    max_memory: int
+    overwrite: bool
+    digests: str
+    dry_run: bool
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        one_of("--digests", self.digests, (NOW, LATER))
+
+
+def one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
+    """The value, if it is one of the choices. Raises UsageProblem."""
+    if value not in choices:
+        raise UsageProblem(f"{quoted(value)} is no choice for `{flag}`", fix=" or ".join(choices))
+    return value
 
 
 def default_jobs() -> int:
@@ -133,6 +162,8 @@ def fuse(
     recipe: str | Path | None = None,
     without: tuple[str, ...] = (),
     max_shard_size: int = DEFAULT_SHARD_BYTES,
+    align: str = PAGE_ALIGNED,
+    digests: str = NOW,
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     overwrite: bool = False,
@@ -144,16 +175,9 @@ def fuse(
     Sizes are bytes; `progress(done, total)` is called with bytes of tensors, from workers.
     """
     source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
-    plan = planned(source, FUSE, layout, max_shard_size)
-    return carry_out(
-        source,
-        Path(out),
-        plan,
-        limits=Limits(jobs or default_jobs(), max_memory),
-        overwrite=overwrite,
-        dry_run=dry_run,
-        progress=progress,
-    )
+    plan = planned(source, FUSE, layout, packing_of(max_shard_size, align))
+    run = Run(jobs, max_memory, overwrite, digests, dry_run, progress)
+    return carry_out(source, Path(out), plan, run)
 
 
 def unfuse(
@@ -165,6 +189,8 @@ def unfuse(
     recipe: str | Path | None = None,
     without: tuple[str, ...] = (),
     max_shard_size: int = DEFAULT_SHARD_BYTES,
+    align: str = PAGE_ALIGNED,
+    digests: str = NOW,
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     overwrite: bool = False,
@@ -179,25 +205,23 @@ def unfuse(
     if source.checkpoint.origin is not None and layout is None:
         plan = restored(source)
     else:
-        plan = planned(source, UNFUSE, layout, max_shard_size)
-    return carry_out(
-        source,
-        Path(out),
-        plan,
-        limits=Limits(jobs or default_jobs(), max_memory),
-        overwrite=overwrite,
-        dry_run=dry_run,
-        progress=progress,
-    )
+        plan = planned(source, UNFUSE, layout, packing_of(max_shard_size, align))
+    run = Run(jobs, max_memory, overwrite, digests, dry_run, progress)
+    return carry_out(source, Path(out), plan, run)
 
 
-def planned(source: Opened, verb: str, layout: str | None, max_shard_size: int) -> Plan:
+def packing_of(max_shard_size: int, align: str) -> Packing:
+    """Raises UsageProblem."""
+    return Packing(max_shard_size, one_of("--align", align, ALIGNS))
+
+
+def planned(source: Opened, verb: str, layout: str | None, packing: Packing) -> Plan:
     """The plan of a whole output in `layout`, or in what the verb means for each family."""
     return plan_conversion(
         source.detection.whole(),
         verb=verb,
         layout=layout,
-        max_shard_size=max_shard_size,
+        packing=packing,
         origin_layouts=origin_layouts(source.checkpoint),
     )
 
@@ -225,16 +249,7 @@ def restored(source: Opened) -> Plan:
     return plan_restore(source.detection.whole(), original.whole(), own.origin)
 
 
-def carry_out(
-    source: Opened,
-    out: Path,
-    plan: Plan,
-    *,
-    limits: Limits,
-    overwrite: bool,
-    dry_run: bool,
-    progress: Progress | None,
-) -> Result:
+def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
     """Refuse what must be refused, then write the plan, or in a dry run do not."""
     checkpoint = source.checkpoint
     refuse_overlap(source.path, out)
@@ -242,22 +257,22 @@ def carry_out(
         refuse_overlap(checkpoint.root, out)  # where its bytes are
     # a dangling link is refused; a link to a directory stands for that directory
     place = out if out.is_symlink() and not out.exists() else Path(os.path.realpath(out))
-    refuse_existing(place, overwrite=overwrite)
+    refuse_existing(place, overwrite=run.overwrite)
     refuse_collisions(plan, checkpoint)
     room = room_needed(plan, checkpoint, place)
-    if dry_run:
+    if run.dry_run:
         return Result(source, out, plan, room, None, dry_run=True)
     refuse_short(place, room)
-    meter = Meter(0 if plan.virtual else plan.tensor_bytes, progress)
+    meter = Meter(0 if plan.virtual else plan.tensor_bytes, run.progress)
     methods = Methods(place)
     manifest = commit(
         plan,
         checkpoint,
         place,
-        limits=limits,
+        limits=Limits(run.jobs or default_jobs(), run.max_memory),
         methods=methods,
-        overwrite=overwrite,
-        later=False,
+        overwrite=run.overwrite,
+        later=run.digests == LATER,
         progress=meter.advance,
     )
     return Result(source, out, plan, room, manifest, dry_run=False, methods=methods)

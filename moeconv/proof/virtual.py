@@ -8,6 +8,7 @@ from moeconv.engine.papers import virtual_parts
 from moeconv.errors import DigestsMissing, MoeconvError, quoted
 from moeconv.layout.detect import Detection
 from moeconv.manifest import PARTS_DIR, Manifest, Part, rank_part
+from moeconv.plan.pack import Packing
 from moeconv.plan.shard import Sharding, shards_in
 
 _MAX_REPORTED = 20
@@ -30,7 +31,7 @@ def virtual_problems(detection: Detection, manifest: Manifest) -> list[MoeconvEr
         detection,
         Sharding(root.ep_size or 1, rows),
         targets,
-        max_shard_size=1 << 62,
+        packing=Packing(1 << 62),
         origin_layouts={},
         virtual=True,
     )
