@@ -273,6 +273,7 @@ class _Commit:
             fingerprint=None,
             ep_size=plan.ep_size,
             source=source_entry(self.checkpoint) if plan.virtual else None,
+            unread=self.later,
         )
         manifest = read_back(root, raws)
         # what the strict reader would refuse must not be written in the first place
