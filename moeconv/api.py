@@ -14,11 +14,13 @@ from typing import Final
 
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.checkpoint.papers import read_root
 from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.engine.commit import commit, refuse_collisions, room_needed
 from moeconv.engine.crew import Limits
 from moeconv.engine.methods import Methods
 from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
+from moeconv.engine.resume import refuse_other_set
 from moeconv.errors import NotASet, UnknownFamily, UsageProblem, quoted
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.fromset import set_detection
@@ -71,12 +73,19 @@ class Run:
     jobs: int | None
     max_memory: int
     overwrite: bool
+    resume: bool
     digests: str
     dry_run: bool
     progress: Progress | None
 
     def __post_init__(self) -> None:
         one_of("--digests", self.digests, (NOW, LATER))
+        if self.resume and self.overwrite:
+            raise UsageProblem(
+                "`--resume` and `--overwrite` do not go together",
+                cause="one goes on with what is there, the other starts anew",
+                fix="choose one",
+            )
 
 
 def one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
@@ -167,6 +176,7 @@ def fuse(
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -176,7 +186,7 @@ def fuse(
     """
     source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
     plan = planned(source, FUSE, layout, packing_of(max_shard_size, align))
-    run = Run(jobs, max_memory, overwrite, digests, dry_run, progress)
+    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
     return carry_out(source, Path(out), plan, run)
 
 
@@ -194,6 +204,7 @@ def unfuse(
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -206,7 +217,7 @@ def unfuse(
         plan = restored(source)
     else:
         plan = planned(source, UNFUSE, layout, packing_of(max_shard_size, align))
-    run = Run(jobs, max_memory, overwrite, digests, dry_run, progress)
+    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
     return carry_out(source, Path(out), plan, run)
 
 
@@ -257,12 +268,16 @@ def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
         refuse_overlap(checkpoint.root, out)  # where its bytes are
     # a dangling link is refused; a link to a directory stands for that directory
     place = out if out.is_symlink() and not out.exists() else Path(os.path.realpath(out))
-    refuse_existing(place, overwrite=run.overwrite)
+    refuse_existing(place, overwrite=run.overwrite, resume=run.resume)
     refuse_collisions(plan, checkpoint)
     room = room_needed(plan, checkpoint, place)
     if run.dry_run:
         return Result(source, out, plan, room, None, dry_run=True)
-    refuse_short(place, room)
+    if not run.resume:
+        refuse_short(place, room)
+    if run.resume and (place / ROOT_NAME).exists():
+        refuse_other_set(place, plan)
+        return Result(source, out, plan, room, Manifest(read_root(place), ()), dry_run=False)
     meter = Meter(0 if plan.virtual else plan.tensor_bytes, run.progress)
     methods = Methods(place)
     manifest = commit(
@@ -272,6 +287,7 @@ def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
         limits=Limits(run.jobs or default_jobs(), run.max_memory),
         methods=methods,
         overwrite=run.overwrite,
+        resume=run.resume,
         later=run.digests == LATER,
         progress=meter.advance,
     )

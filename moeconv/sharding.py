@@ -53,6 +53,7 @@ def shard(
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -77,7 +78,7 @@ def shard(
         virtual=virtual,
         notes=(*told, *words),
     )
-    run = Run(jobs, max_memory, overwrite, digests, dry_run, progress)
+    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
     return carry_out(source, Path(out), plan, run)
 
 
@@ -121,6 +122,7 @@ def merge(
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -132,5 +134,5 @@ def merge(
     plan = restored(source)
     if layout is not None:
         plan = planned(source, FUSE, layout, packing_of(max_shard_size, align))
-    run = Run(jobs, max_memory, overwrite, digests, dry_run, progress)
+    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
     return carry_out(source, Path(out), plan, run)

@@ -29,6 +29,7 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
         jobs: options.Jobs = None,
         dry_run: options.DryRun = False,
         overwrite: options.Overwrite = False,
+        resume: options.Resume = False,
         as_json: options.AsJson = False,
         quiet: options.Quiet = False,
         verbose: options.Verbose = False,
@@ -55,6 +56,7 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
                     max_memory=memory,
                     jobs=jobs,
                     overwrite=overwrite,
+                    resume=resume,
                     dry_run=dry_run,
                     progress=progress,
                 )

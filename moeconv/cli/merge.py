@@ -19,6 +19,7 @@ def merge(
     jobs: options.Jobs = None,
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -43,6 +44,7 @@ def merge(
                 max_memory=memory,
                 jobs=jobs,
                 overwrite=overwrite,
+                resume=resume,
                 dry_run=dry_run,
                 progress=progress,
             )

@@ -79,6 +79,10 @@ Overwrite: TypeAlias = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace OUT if moeconv made it."),
 ]
+Resume: TypeAlias = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on where a run was killed; keep what is finished."),
+]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result on stdout.")]
 Verbose: TypeAlias = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]

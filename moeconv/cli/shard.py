@@ -59,6 +59,7 @@ def shard(
     jobs: options.Jobs = None,
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -90,6 +91,7 @@ def shard(
                 max_memory=memory,
                 jobs=jobs,
                 overwrite=overwrite,
+                resume=resume,
                 dry_run=dry_run,
                 progress=progress,
             )

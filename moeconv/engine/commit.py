@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from moeconv.checkpoint.reading import file_digest, opened, unreadable
@@ -11,6 +12,7 @@ from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import digest, hasher
 from moeconv.engine.crew import Limits, Progress, run_tiles
 from moeconv.engine.files import NEW_FILE, partial_path, writing
+from moeconv.engine.journal import plan_digest, resumable
 from moeconv.engine.methods import Methods
 from moeconv.engine.output import Room, room_for
 from moeconv.engine.papers import (
@@ -24,6 +26,7 @@ from moeconv.engine.papers import (
     source_entry,
     virtual_parts,
 )
+from moeconv.engine.resume import finished_before, identity
 from moeconv.engine.target import DiskTarget
 from moeconv.engine.tiles import BUFFER_BYTES, Digests, Promised
 from moeconv.engine.workplace import Workplace, fsync_directory
@@ -83,18 +86,29 @@ def commit(
     limits: Limits,
     methods: Methods,
     overwrite: bool,
+    resume: bool,
     later: bool,
     progress: Progress,
 ) -> Manifest | None:
-    """Carry out a plan. OUT is as it was before if anything goes wrong.
+    """Carry out a plan. OUT is as it was before if anything goes wrong, unless it is to be resumed.
 
-    methods: to be filled with how bytes went. later: take no digests of data now.
+    methods: to be filled with how bytes went. later: take no digests of data now. resume: go on
+    where an earlier run of the same plan ended, and if this one fails, keep what is finished.
     Returns the manifest that was written, or None for a restored origin, which has none.
     Raises IoFailed, DiskFull, SourceChanged, Damaged (a set of ours whose bytes are not its own).
     """
-    work = Workplace(out)
+    work = Workplace(out, keeps=resume)
+    mark = plan_digest(plan, identity(checkpoint))
+    kept: dict[str, Digests] = {}
+    journal = None
+    if resume and out.exists() and any(out.iterdir()):
+        journal = resumable(out, mark)
+        kept = finished_before(out, plan, journal, limits)
     try:
-        work.prepare(_names(plan, checkpoint), overwrite=overwrite)
+        if journal is not None:
+            work.reopen(journal, kept)
+        else:
+            work.prepare(mark, _names(plan, checkpoint), overwrite=overwrite)
         manifest = _Commit(
             plan,
             checkpoint,
@@ -103,6 +117,7 @@ def commit(
             methods=methods,
             progress=progress,
             later=later,
+            kept=kept,
         ).run()
         work.done(restored=plan.restores)
     except BaseException as problem:
@@ -146,6 +161,7 @@ class _Commit:
         methods: Methods,
         progress: Progress,
         later: bool,
+        kept: dict[str, Digests],
     ) -> None:
         self.plan = plan
         self.checkpoint = checkpoint
@@ -154,6 +170,7 @@ class _Commit:
         self.limits = limits
         self.methods = methods
         self.later = later
+        self.kept = kept
         self.progress = progress
         self.parts: dict[str, Part] = {}
         self.virtual: tuple[Part, ...] = ()
@@ -161,6 +178,7 @@ class _Commit:
         # without an index nothing else marks a restored set as whole: names come all at the end
         self.late = plan.restores and plan.index_name is None
         self.waiting: list[tuple[Path, Path]] = []
+        self.noting = threading.Lock()
 
     def run(self) -> Manifest | None:
         self._refuse_edited()
@@ -168,8 +186,12 @@ class _Commit:
             self.virtual = virtual_parts(self.plan.files, self.plan.stacks, self.expected)
         else:
             self.methods.ask(f.path for f in self.checkpoint.files)
+            for file in self.plan.files:
+                if file.name in self.kept:
+                    self.parts[file.name] = part_of(file, self.kept[file.name])
+                    self.progress(file.size - len(file.header))
             run_tiles(
-                self.plan.files,
+                tuple(f for f in self.plan.files if f.name not in self.kept),
                 self.checkpoint.files,
                 lambda file: DiskTarget(file, self.out, self.methods, self._finished),
                 limits=self.limits,
@@ -232,6 +254,10 @@ class _Commit:
             self.waiting.append((partial, final))
         else:
             self.work.rename(partial, final)
+            self._settle()
+            if self.work.journal is not None:
+                with self.noting:
+                    self.work.journal.finished(file, digests)
 
     def _refuse_damage(self, part: Part) -> None:
         """The bytes of one of our sets must be those that its manifest promises."""
