@@ -22,7 +22,7 @@ BUFFER_BYTES: Final = 1024 * 1024
 LARGE_TILE_BYTES: Final = 256 * 1024
 
 # a clone costs as much as a small copy
-CLONED_TILE_BYTES: Final = 32 * 1024
+CLONED_TILE_BYTES: Final = 16 * 1024
 
 # in the kernel, unread: large enough to cost few calls, small enough to be stopped between two
 UNSEEN_BYTES: Final = 64 * 1024 * 1024
