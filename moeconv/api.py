@@ -27,7 +27,7 @@ from moeconv.layout.fromset import set_detection
 from moeconv.layout.recipe import Recipe
 from moeconv.library import fitting, load_recipe, manifest_recipes, shipped_recipes
 from moeconv.manifest import ROOT_NAME, Manifest
-from moeconv.plan.align import ALIGNS, PAGE_ALIGNED
+from moeconv.plan.align import ALIGNS, PAGE, PAGE_ALIGNED
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion
 from moeconv.plan.existing import plan_restore
 from moeconv.plan.pack import Packing
@@ -61,6 +61,11 @@ class Result:
     manifest: Manifest | None
     dry_run: bool
     methods: Methods | None = None
+
+    @property
+    def aligned_to_page(self) -> bool:
+        """Whether all data sections start on a page."""
+        return all(len(f.header) % PAGE == 0 for f in self.plan.files)
 
 
 @dataclass(frozen=True, slots=True)

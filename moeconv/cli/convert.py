@@ -77,7 +77,7 @@ unfuse = _command("unfuse", "Write experts one by one; our own outputs go back t
 
 def show_result(ui: Ui, verb: str, result: Result) -> None:
     """What a writing verb did, or in a dry run would do: notes, warnings, and the result."""
-    from moeconv.cli.show import plan_document, plan_summary, plan_table
+    from moeconv.cli.show import copying_lines, plan_document, plan_summary, plan_table
 
     for stack in result.source.detection.stacks:
         ui.debug(f"{stack.name}: {stack.layout.name} by recipe {stack.recipe.name}, {stack.sizes}")
@@ -99,4 +99,8 @@ def show_result(ui: Ui, verb: str, result: Result) -> None:
         return
     for line in plan_summary(result)[:-1]:
         ui.say(line)
+    counts, *hints = copying_lines(result) or [""]
+    ui.debug(counts)
+    for hint in hints:
+        ui.say(hint)
     ui.result(str(result.out), plan_document(verb, result))

@@ -26,16 +26,14 @@ class Tally:
     cloned: int = 0
     copied: int = 0  # in the kernel
     written: int = 0  # from a buffer
-    read: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, *, cloned: int = 0, copied: int = 0, written: int = 0, read: int = 0) -> None:
+    def add(self, *, cloned: int = 0, copied: int = 0, written: int = 0) -> None:
         """Count."""
         with self._lock:
             self.cloned += cloned
             self.copied += copied
             self.written += written
-            self.read += read
 
 
 @dataclass(slots=True)
