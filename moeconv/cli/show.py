@@ -130,7 +130,7 @@ def _copying(result: Result) -> Json:
         return None
     tally = methods.tally
     return {
-        "methods": sorted(set(methods.found.values())),
+        "methods": [*sorted(set(methods.found.values()))],
         "cloned": tally.cloned,
         "copied_in_kernel": tally.copied,
         "written": tally.written,
