@@ -14,24 +14,31 @@ from typing import Final
 
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.checkpoint.papers import read_root
 from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.engine.commit import commit, refuse_collisions, room_needed
 from moeconv.engine.crew import Limits
+from moeconv.engine.methods import Methods
 from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
+from moeconv.engine.resume import refuse_other_set
 from moeconv.engine.rewrites import with_rewrites
-from moeconv.errors import NotASet, UnknownExpertTensor, UnknownFamily, quoted
+from moeconv.errors import NotASet, UnknownExpertTensor, UnknownFamily, UsageProblem, quoted
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.fromset import set_detection
 from moeconv.layout.recipe import Recipe
 from moeconv.library import fitting, load_recipe, manifest_recipes, shipped_recipes
 from moeconv.manifest import ROOT_NAME, Manifest
+from moeconv.plan.align import ALIGNS, PAGE, PAGE_ALIGNED
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion
 from moeconv.plan.existing import plan_restore
+from moeconv.plan.pack import Packing
 from moeconv.plan.unequal import unequal_notes
 from moeconv.plan.values import Plan
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 DEFAULT_MEMORY_BYTES: Final = 512 * 1024 * 1024
+NOW: Final = "now"
+LATER: Final = "later"
 Progress = Callable[[int, int], None]
 
 
@@ -55,6 +62,44 @@ class Result:
     room: Room
     manifest: Manifest | None
     dry_run: bool
+    methods: Methods | None = None
+
+    @property
+    def aligned_to_page(self) -> bool:
+        """Whether all data sections start on a page."""
+        return all(len(f.header) % PAGE == 0 for f in self.plan.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How a plan is carried out. digests: `now`, or `later` for a set that gets them by `verify`.
+
+    Raises UsageProblem for a word that is none of these.
+    """
+
+    jobs: int | None
+    max_memory: int
+    overwrite: bool
+    resume: bool
+    digests: str
+    dry_run: bool
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        one_of("--digests", self.digests, (NOW, LATER))
+        if self.resume and self.overwrite:
+            raise UsageProblem(
+                "`--resume` and `--overwrite` do not go together",
+                cause="one goes on with what is there, the other starts anew",
+                fix="choose one",
+            )
+
+
+def one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
+    """The value, if it is one of the choices. Raises UsageProblem."""
+    if value not in choices:
+        raise UsageProblem(f"{quoted(value)} is no choice for `{flag}`", fix=" or ".join(choices))
+    return value
 
 
 def default_jobs() -> int:
@@ -166,9 +211,12 @@ def fuse(
     recipe: str | Path | None = None,
     without: tuple[str, ...] = (),
     max_shard_size: int = DEFAULT_SHARD_BYTES,
+    align: str = PAGE_ALIGNED,
+    digests: str = NOW,
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -177,16 +225,9 @@ def fuse(
     Sizes are bytes; `progress(done, total)` is called with bytes of tensors, from workers.
     """
     source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
-    plan = planned(source, FUSE, layout, max_shard_size)
-    return carry_out(
-        source,
-        Path(out),
-        plan,
-        limits=Limits(jobs or default_jobs(), max_memory),
-        overwrite=overwrite,
-        dry_run=dry_run,
-        progress=progress,
-    )
+    plan = planned(source, FUSE, layout, packing_of(max_shard_size, align))
+    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
+    return carry_out(source, Path(out), plan, run)
 
 
 def unfuse(
@@ -198,9 +239,12 @@ def unfuse(
     recipe: str | Path | None = None,
     without: tuple[str, ...] = (),
     max_shard_size: int = DEFAULT_SHARD_BYTES,
+    align: str = PAGE_ALIGNED,
+    digests: str = NOW,
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -212,25 +256,23 @@ def unfuse(
     if source.checkpoint.origin is not None and layout is None:
         plan = restored(source)
     else:
-        plan = planned(source, UNFUSE, layout, max_shard_size)
-    return carry_out(
-        source,
-        Path(out),
-        plan,
-        limits=Limits(jobs or default_jobs(), max_memory),
-        overwrite=overwrite,
-        dry_run=dry_run,
-        progress=progress,
-    )
+        plan = planned(source, UNFUSE, layout, packing_of(max_shard_size, align))
+    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
+    return carry_out(source, Path(out), plan, run)
 
 
-def planned(source: Opened, verb: str, layout: str | None, max_shard_size: int) -> Plan:
+def packing_of(max_shard_size: int, align: str) -> Packing:
+    """Raises UsageProblem."""
+    return Packing(max_shard_size, one_of("--align", align, ALIGNS))
+
+
+def planned(source: Opened, verb: str, layout: str | None, packing: Packing) -> Plan:
     """The plan of a whole output in `layout`, or in what the verb means for each family."""
     return plan_conversion(
         source.detection.whole(),
         verb=verb,
         layout=layout,
-        max_shard_size=max_shard_size,
+        packing=packing,
         origin_layouts=origin_layouts(source.checkpoint),
     )
 
@@ -258,16 +300,7 @@ def restored(source: Opened) -> Plan:
     return plan_restore(source.detection.whole(), original.whole(), own.origin)
 
 
-def carry_out(
-    source: Opened,
-    out: Path,
-    plan: Plan,
-    *,
-    limits: Limits,
-    overwrite: bool,
-    dry_run: bool,
-    progress: Progress | None,
-) -> Result:
+def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
     """Refuse what must be refused, then write the plan, or in a dry run do not."""
     checkpoint = source.checkpoint
     plan = with_rewrites(plan, checkpoint, source.detection.stacks)
@@ -276,20 +309,33 @@ def carry_out(
         refuse_overlap(checkpoint.root, out)  # where its bytes are
     # a dangling link is refused; a link to a directory stands for that directory
     place = out if out.is_symlink() and not out.exists() else Path(os.path.realpath(out))
-    refuse_existing(place, overwrite=overwrite)
+    refuse_existing(place, overwrite=run.overwrite, resume=run.resume)
     refuse_collisions(plan, checkpoint)
     room = room_needed(plan, checkpoint, place)
-    if dry_run:
+    if run.dry_run:
         return Result(source, out, plan, room, None, dry_run=True)
-    refuse_short(place, room)
-    meter = Meter(0 if plan.virtual else plan.tensor_bytes, progress)
+    if not run.resume:
+        refuse_short(place, room)
+    if run.resume and (place / ROOT_NAME).exists():
+        refuse_other_set(place, plan)
+        return Result(source, out, plan, room, Manifest(read_root(place), ()), dry_run=False)
+    meter = Meter(0 if plan.virtual else plan.tensor_bytes, run.progress)
+    methods = Methods(place)
     manifest = commit(
-        plan, checkpoint, place, limits=limits, overwrite=overwrite, progress=meter.advance
+        plan,
+        checkpoint,
+        place,
+        limits=Limits(run.jobs or default_jobs(), run.max_memory),
+        methods=methods,
+        overwrite=run.overwrite,
+        resume=run.resume,
+        later=run.digests == LATER,
+        progress=meter.advance,
     )
     if manifest is not None:
         said = unequal_notes(source.detection.stacks, manifest)
         plan = replace(plan, notes=(*plan.notes, *said))
-    return Result(source, out, plan, room, manifest, dry_run=False)
+    return Result(source, out, plan, room, manifest, dry_run=False, methods=methods)
 
 
 class Meter:

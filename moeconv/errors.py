@@ -455,6 +455,12 @@ class WouldOverwrite(MoeconvError):
     exit_code = 6
 
 
+class CannotResume(WouldOverwrite):
+    """A half-done OUT that is of another plan or another source."""
+
+    code = "cannot-resume"
+
+
 # --- 70: a bug in moeconv ----------------------------------------------------------------------
 class InternalError(MoeconvError):
     """A plan that fails its own proof: moeconv's fault, never the user's."""

@@ -21,6 +21,8 @@ COMMON: Final = "common"  # how the files for all ranks begin
 COMMON_PART: Final = f"{PARTS_DIR}/{COMMON}.json"
 EXPERT_PARALLEL: Final = "expert-parallel"  # features that a reader of such a set must know
 VIRTUAL: Final = "virtual"
+DIGESTS_LATER: Final = "digests-later"
+FEATURES: Final = (EXPERT_PARALLEL, VIRTUAL, DIGESTS_LATER)
 MAX_EP_SIZE: Final = 99_999
 MAX_EXPERTS: Final = 1_048_576  # of a stack; its slots likewise
 MAX_ROOT_BYTES: Final = 64 * 1024 * 1024
@@ -166,13 +168,19 @@ class Root:
     fingerprint: str | None  # None where digests are missing
     ep_size: int | None = None  # None for a whole set
     source: SourceEntry | None = None  # of a virtual set
+    unread: bool = False  # digests of data are to come later
     minor: int = MINOR
 
     @property
     def requires(self) -> tuple[str, ...]:
         """The features that a reader of this set must know."""
-        needed = (EXPERT_PARALLEL,) if self.ep_size is not None else ()
-        return (*needed, VIRTUAL) if self.source is not None else needed
+        has = (self.ep_size is not None, self.source is not None, self.unread)
+        return tuple(name for name, wanted in zip(FEATURES, has, strict=True) if wanted)
+
+    @property
+    def may_lack_digests(self) -> bool:
+        """Whether tensors may have none."""
+        return self.unread or self.source is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,9 @@ from typing import Final
 from moeconv.digest import DIGEST_HEX_DIGITS, digest
 from moeconv.errors import BadManifest, Damaged, UnsupportedVersion, quoted
 from moeconv.manifest import (
+    DIGESTS_LATER,
     EXPERT_PARALLEL,
+    FEATURES,
     FORMAT,
     MAJOR,
     MAX_EP_SIZE,
@@ -72,6 +74,8 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
     top = Table(doc, "", problems)
     minor, requires = _check_version(top, where)
     sharded, virtual = EXPERT_PARALLEL in requires, VIRTUAL in requires
+    unread = DIGESTS_LATER in requires
+    lacking = virtual or unread
     totals = top.table("totals")
     root = Root(
         generator=top.text("generator"),
@@ -83,9 +87,10 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
         sidecars=tuple(_file(t) for t in top.tables("sidecars")),
         tensor_count=totals.integer("tensors"),
         tensor_bytes=totals.integer("bytes"),
-        fingerprint=None if virtual and top.null("fingerprint") else top.digest("fingerprint"),
+        fingerprint=None if lacking and top.null("fingerprint") else top.digest("fingerprint"),
         ep_size=_ep_size(top.table("sharding")) if sharded else None,
         source=_source(top.table("source")) if virtual else None,
+        unread=unread,
         minor=minor,
     )
     totals.finish()
@@ -142,13 +147,13 @@ def _check_version(top: Table, where: str) -> tuple[int, tuple[str, ...]]:
     requires = top.texts("requires")
     # what is no version at all must not send anybody looking for a newer moeconv
     _refuse(top.problems, where)
-    unknown = [name for name in requires if name not in (EXPERT_PARALLEL, VIRTUAL)]
+    unknown = [name for name in requires if name not in FEATURES]
     if major != MAJOR or unknown:
         raise UnsupportedVersion(
             f"{quoted(where)} is of a kind this moeconv cannot read",
             at=quoted(where),
             cause=f"it has format version {major}.{minor} and requires {list(requires)}; "
-            f"this one reads {MAJOR}.x and knows `{EXPERT_PARALLEL}` and `{VIRTUAL}`",
+            f"this one reads {MAJOR}.x and knows {', '.join(f'`{name}`' for name in FEATURES)}",
             fix="install a newer moeconv" if major >= MAJOR else "convert the checkpoint again",
         )
     if len(set(requires)) != len(requires):
@@ -265,7 +270,7 @@ def _tensor(t: Table, root: Root, rank: int | None) -> TensorEntry:
     if not all(map(is_digest, entry.digests)):
         t.problem("digests", "must be digests of 32 lower-case hexadecimal digits")
     expected = units_of(entry)
-    if len(entry.digests) != expected and (entry.digests or not virtual):
+    if len(entry.digests) != expected and (entry.digests or not root.may_lack_digests):
         t.problem("digests", f"must be {expected}, one for each logical matrix")
     if entry.stop < entry.start:
         t.problem("stop", "lies before `start`")
@@ -289,7 +294,7 @@ def _expert(tensor: Table, root: Root, rank: int | None) -> ExpertEntry:
     t, digests = tensor.table("expert"), tensor.raw("digests")
     # a few words must not make a long list: never many more experts than there are digests
     most = max(len(digests), _FEW) if isinstance(digests, list) else _FEW
-    most = MAX_EXPERTS if root.source is not None and digests == [] else most + 1
+    most = MAX_EXPERTS if root.may_lack_digests and digests == [] else most + 1
     stack = t.integer("stack")
     known = root.stacks[stack] if stack < len(root.stacks) else None
     row = known.physical_to_logical if known else None

@@ -188,6 +188,16 @@ class Table:
                 self.problems.add(place, f"must be {length} integers between 0 and 2^53-1")
         return tuple(out)
 
+    def text_lists(self, key: str) -> tuple[tuple[str, ...], ...]:
+        """A list of lists of texts."""
+        out = []
+        for place, item in self._items(key):
+            row = tuple(t for t in item if isinstance(t, str)) if isinstance(item, list) else ()
+            if not isinstance(item, list) or len(row) != len(item):
+                self.problems.add(place, "must be a list of texts")
+            out.append(row)
+        return tuple(out)
+
     def table(self, key: str) -> Table:
         """A member that is an object."""
         value = self.raw(key)

@@ -9,21 +9,23 @@ from typing import TypeAlias
 from moeconv.api import (
     DEFAULT_MEMORY_BYTES,
     DEFAULT_SHARD_BYTES,
+    NOW,
     Opened,
     Progress,
     Result,
+    Run,
     carry_out,
-    default_jobs,
     open_source,
     origin_layouts,
+    packing_of,
     planned,
     restored,
 )
-from moeconv.engine.crew import Limits
 from moeconv.layout.moelayers import layers_of
 from moeconv.mapfiles import read_map
 from moeconv.placement.formats import ep_size_of, resolve
 from moeconv.placement.placement import Placement, by_stack, check
+from moeconv.plan.align import PAGE_ALIGNED
 from moeconv.plan.convert import FUSE
 from moeconv.plan.placing import RULES, TRIVIAL, Wish, placed
 from moeconv.plan.shard import plan_shards
@@ -46,9 +48,12 @@ def shard(
     recipe: str | Path | None = None,
     without: tuple[str, ...] = (),
     max_shard_size: int = DEFAULT_SHARD_BYTES,
+    align: str = PAGE_ALIGNED,
+    digests: str = NOW,
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -68,20 +73,13 @@ def shard(
         detection,
         sharding,
         layout=layout,
-        max_shard_size=max_shard_size,
+        packing=packing_of(max_shard_size, align),
         origin_layouts=origin_layouts(source.checkpoint),
         virtual=virtual,
         notes=(*told, *words),
     )
-    return carry_out(
-        source,
-        Path(out),
-        plan,
-        limits=Limits(jobs or default_jobs(), max_memory),
-        overwrite=overwrite,
-        dry_run=dry_run,
-        progress=progress,
-    )
+    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
+    return carry_out(source, Path(out), plan, run)
 
 
 def _wish(
@@ -119,9 +117,12 @@ def merge(
     layout: str | None = None,
     without: tuple[str, ...] = (),
     max_shard_size: int = DEFAULT_SHARD_BYTES,
+    align: str = PAGE_ALIGNED,
+    digests: str = NOW,
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -132,13 +133,6 @@ def merge(
     source = open_source(src, without=without)
     plan = restored(source)
     if layout is not None:
-        plan = planned(source, FUSE, layout, max_shard_size)
-    return carry_out(
-        source,
-        Path(out),
-        plan,
-        limits=Limits(jobs or default_jobs(), max_memory),
-        overwrite=overwrite,
-        dry_run=dry_run,
-        progress=progress,
-    )
+        plan = planned(source, FUSE, layout, packing_of(max_shard_size, align))
+    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
+    return carry_out(source, Path(out), plan, run)

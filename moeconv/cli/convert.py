@@ -23,10 +23,13 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
         recipe: options.RecipeFile = None,
         without: options.Without = None,
         max_shard_size: options.ShardSize = "5GB",
+        align: options.Align = "page",
+        digests: options.Digests = "now",
         max_memory: options.Memory = "512MiB",
         jobs: options.Jobs = None,
         dry_run: options.DryRun = False,
         overwrite: options.Overwrite = False,
+        resume: options.Resume = False,
         as_json: options.AsJson = False,
         quiet: options.Quiet = False,
         verbose: options.Verbose = False,
@@ -48,9 +51,12 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
                     recipe=recipe,
                     without=tuple(without or ()),
                     max_shard_size=shard_size,
+                    align=align,
+                    digests=digests,
                     max_memory=memory,
                     jobs=jobs,
                     overwrite=overwrite,
+                    resume=resume,
                     dry_run=dry_run,
                     progress=progress,
                 )
@@ -71,7 +77,7 @@ unfuse = _command("unfuse", "Write experts one by one; our own outputs go back t
 
 def show_result(ui: Ui, verb: str, result: Result) -> None:
     """What a writing verb did, or in a dry run would do: notes, warnings, and the result."""
-    from moeconv.cli.show import plan_document, plan_summary, plan_table
+    from moeconv.cli.show import copying_lines, plan_document, plan_summary, plan_table
 
     for stack in result.source.detection.stacks:
         ui.debug(f"{stack.name}: {stack.layout.name} by recipe {stack.recipe.name}, {stack.sizes}")
@@ -93,4 +99,8 @@ def show_result(ui: Ui, verb: str, result: Result) -> None:
         return
     for line in plan_summary(result)[:-1]:
         ui.say(line)
+    counts, *hints = copying_lines(result) or [""]
+    ui.debug(counts)
+    for hint in hints:
+        ui.say(hint)
     ui.result(str(result.out), plan_document(verb, result))

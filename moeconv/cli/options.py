@@ -47,6 +47,20 @@ ShardSize: TypeAlias = Annotated[
         "--max-shard-size", metavar="SIZE", help="Largest output file: 5GB (10^9) or 5GiB (2^30)."
     ),
 ]
+Align: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--align",
+        metavar="WHERE",
+        help="page: data starts on one; source: where most of it can be cloned from SRC.",
+    ),
+]
+Digests: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--digests", metavar="WHEN", help="now, or later: then `verify --fill` adds them."
+    ),
+]
 Memory: TypeAlias = Annotated[
     str,
     typer.Option("--max-memory", metavar="SIZE", help="Bytes for permuting tensors, all workers."),
@@ -64,6 +78,10 @@ DryRun: TypeAlias = Annotated[
 Overwrite: TypeAlias = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace OUT if moeconv made it."),
+]
+Resume: TypeAlias = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on where a run was killed; keep what is finished."),
 ]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result on stdout.")]

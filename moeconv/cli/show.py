@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from moeconv.api import Opened, Result
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.engine.methods import REFLINK
 from moeconv.jsonvalue import Json
 from moeconv.layout.stack import Stack
 from moeconv.manifest import Root
@@ -122,7 +123,37 @@ def plan_document(verb: str, result: Result) -> Json:
             "enough": result.room.enough,
         },
         "fingerprint": result.manifest.root.fingerprint if result.manifest else None,
+        "copying": _copying(result),
     }
+
+
+def _copying(result: Result) -> Json:
+    """How the bytes went, for those who count them."""
+    methods = result.methods
+    if methods is None:
+        return None
+    tally = methods.tally
+    return {
+        "methods": [*sorted(set(methods.found.values()))],
+        "cloned": tally.cloned,
+        "copied_in_kernel": tally.copied,
+        "written": tally.written,
+    }
+
+
+def copying_lines(result: Result) -> list[str]:
+    """The same in words, and what would have copied less."""
+    methods = result.methods
+    if methods is None or not methods.found:
+        return []
+    tally, total = methods.tally, result.plan.tensor_bytes
+    lines = [
+        f"{' and '.join(sorted(set(methods.found.values())))}: {human_size(tally.cloned)} cloned, "
+        f"{human_size(tally.copied)} copied in the kernel, {human_size(tally.written)} written"
+    ]
+    if REFLINK in methods.found.values() and tally.cloned < total // 2 and result.aligned_to_page:
+        lines.append("this file system can clone: `--align source` may copy next to nothing")
+    return lines
 
 
 # --- checkpoints -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from moeconv.checkpoint.reading import file_digest, opened, read_document, unreadable
@@ -10,10 +11,13 @@ from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import digest, hasher
 from moeconv.engine.crew import Limits, Progress, run_tiles
-from moeconv.engine.files import NEW_FILE, DiskTarget, partial_path, writing
+from moeconv.engine.files import NEW_FILE, partial_path, writing
+from moeconv.engine.journal import plan_digest, resumable
+from moeconv.engine.methods import Methods
 from moeconv.engine.output import Room, room_for
 from moeconv.engine.papers import (
     documents,
+    entry_of,
     expected_digests,
     origin_of,
     paper_names,
@@ -22,7 +26,9 @@ from moeconv.engine.papers import (
     source_entry,
     virtual_parts,
 )
-from moeconv.engine.tiles import BUFFER_BYTES, Digests
+from moeconv.engine.resume import finished_before, identity
+from moeconv.engine.target import DiskTarget
+from moeconv.engine.tiles import BUFFER_BYTES, Digests, Promised
 from moeconv.engine.workplace import Workplace, fsync_directory
 from moeconv.errors import Damaged, MoeconvError, NameCollision, SourceChanged, quoted
 from moeconv.manifest import (
@@ -79,18 +85,41 @@ def commit(
     out: Path,
     *,
     limits: Limits,
+    methods: Methods,
     overwrite: bool,
+    resume: bool,
+    later: bool,
     progress: Progress,
 ) -> Manifest | None:
-    """Carry out a plan. OUT is as it was before if anything goes wrong.
+    """Carry out a plan. OUT is as it was before if anything goes wrong, unless it is to be resumed.
 
+    methods: to be filled with how bytes went. later: take no digests of data now. resume: go on
+    where an earlier run of the same plan ended, and if this one fails, keep what is finished.
     Returns the manifest that was written, or None for a restored origin, which has none.
     Raises IoFailed, DiskFull, SourceChanged, Damaged (a set of ours whose bytes are not its own).
     """
-    work = Workplace(out)
+    work = Workplace(out, keeps=resume)
+    mark = plan_digest(plan, identity(checkpoint))
+    kept: dict[str, Digests] = {}
+    journal = None
+    if resume and out.exists() and any(out.iterdir()):
+        journal = resumable(out, mark)
+        kept = finished_before(out, plan, journal, limits)
     try:
-        work.prepare(_names(plan, checkpoint), overwrite=overwrite)
-        manifest = _Commit(plan, checkpoint, work, limits, progress).run()
+        if journal is not None:
+            work.reopen(journal, kept)
+        else:
+            work.prepare(mark, _names(plan, checkpoint), overwrite=overwrite)
+        manifest = _Commit(
+            plan,
+            checkpoint,
+            work,
+            limits=limits,
+            methods=methods,
+            progress=progress,
+            later=later,
+            kept=kept,
+        ).run()
         work.done(restored=plan.restores)
     except BaseException as problem:
         _take_back(work, problem)
@@ -128,14 +157,21 @@ class _Commit:
         plan: Plan,
         checkpoint: Checkpoint,
         work: Workplace,
+        *,
         limits: Limits,
+        methods: Methods,
         progress: Progress,
+        later: bool,
+        kept: dict[str, Digests],
     ) -> None:
         self.plan = plan
         self.checkpoint = checkpoint
         self.work = work
         self.out = work.out
         self.limits = limits
+        self.methods = methods
+        self.later = later
+        self.kept = kept
         self.progress = progress
         self.parts: dict[str, Part] = {}
         self.virtual: tuple[Part, ...] = ()
@@ -143,18 +179,25 @@ class _Commit:
         # without an index nothing else marks a restored set as whole: names come all at the end
         self.late = plan.restores and plan.index_name is None
         self.waiting: list[tuple[Path, Path]] = []
+        self.noting = threading.Lock()
 
     def run(self) -> Manifest | None:
         self._refuse_edited()
         if self.plan.virtual:
             self.virtual = virtual_parts(self.plan.files, self.plan.stacks, self.expected)
         else:
+            self.methods.ask(f.path for f in self.checkpoint.files)
+            for file in self.plan.files:
+                if file.name in self.kept:
+                    self.parts[file.name] = part_of(file, self.kept[file.name])
+                    self.progress(file.size - len(file.header))
             run_tiles(
-                self.plan.files,
+                tuple(f for f in self.plan.files if f.name not in self.kept),
                 self.checkpoint.files,
-                lambda file: DiskTarget(file, self.out, self._finished),
+                lambda file: DiskTarget(file, self.out, self.methods, self._finished),
                 limits=self.limits,
                 progress=self.progress,
+                promised=self._promised,
             )
         sidecars = tuple(self._sidecar(s) for s in self.checkpoint.sidecars)
         manifest = None if self.plan.restores else self._papers(sidecars)
@@ -168,6 +211,22 @@ class _Commit:
             self._write(ROOT_NAME, root_bytes(manifest.root))
             self._settle()
         return manifest
+
+    def _promised(self, file: OutputFile) -> Promised:
+        """Digests that the source's manifest has, or none at all if they are to come later."""
+        if self.later:
+            return lambda tensor, unit: ""
+        known: dict[int, tuple[str | None, ...]] = {}
+
+        def promise(tensor: int, unit: int) -> str | None:
+            if not self.expected:
+                return None
+            if tensor not in known:
+                held = addresses(entry_of(file.tensors[tensor]), self.plan.stacks)
+                known[tensor] = tuple(map(self.expected.get, held))
+            return known[tensor][unit]
+
+        return promise
 
     def _refuse_edited(self) -> None:
         """Before hours of copying: are the sidecars of one of our sets still its own?"""
@@ -196,10 +255,14 @@ class _Commit:
             self.waiting.append((partial, final))
         else:
             self.work.rename(partial, final)
+            self._settle()
+            if self.work.journal is not None:
+                with self.noting:
+                    self.work.journal.finished(file, digests)
 
     def _refuse_damage(self, part: Part) -> None:
         """The bytes of one of our sets must be those that its manifest promises."""
-        if not self.expected:
+        if not self.expected or self.later:
             return
         for tensor in part.tensors:
             for address, value in zip(
@@ -237,6 +300,7 @@ class _Commit:
             fingerprint=None,
             ep_size=plan.ep_size,
             source=source_entry(self.checkpoint) if plan.virtual else None,
+            unread=self.later,
         )
         manifest = read_back(root, raws)
         # what the strict reader would refuse must not be written in the first place

@@ -10,7 +10,7 @@ from typing import Final, Protocol, TypeAlias
 from moeconv.checkpoint.source import DataFile
 from moeconv.digest import EMPTY_DIGEST
 from moeconv.engine.sources import Sources, opened
-from moeconv.engine.tiles import Budget, Digests, Origin, Stopped, TileRunner
+from moeconv.engine.tiles import Budget, Bytes, Digests, Promised, Stopped, TileRunner
 from moeconv.plan.values import OutputFile, Tile
 
 BATCH_BYTES: Final = 64 * 1024 * 1024
@@ -25,17 +25,11 @@ class Limits:
     max_memory: int
 
 
-class Target(Protocol):
-    """Where the bytes of one file go: to a disk, to a comparison, or nowhere."""
+class Target(Bytes, Protocol):
+    """A file from its opening to its end."""
 
     def open(self) -> None:
         """Called once before the first byte, by whichever worker comes first."""
-
-    def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
-        """Take bytes that belong at `offset`; several workers may call it at once.
-
-        origin: the descriptor and offset of a source file where the same bytes stand.
-        """
 
     def settle(self, offset: int, nbytes: int) -> None:
         """Called after each batch: this range is written."""
@@ -48,6 +42,29 @@ class Target(Protocol):
 
 
 MakeTarget: TypeAlias = Callable[[OutputFile], Target]
+MakePromise: TypeAlias = Callable[[OutputFile], Promised]
+
+
+class Reader:
+    """What targets have in common that only look at bytes: nothing is cloned or taken unread."""
+
+    clones = False
+
+    def copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
+        """Everything is to be read."""
+        return 0
+
+    def clone(self, source: int, offset: int, at: int, nbytes: int) -> tuple[int, int]:
+        """Nothing is in place yet."""
+        return 0, 0
+
+    def settle(self, offset: int, nbytes: int) -> None:
+        """Nothing to settle."""
+
+
+def nothing_promised(_: OutputFile) -> Promised:
+    """Every digest is to be taken."""
+    return lambda tensor, unit: None
 
 
 @dataclass(slots=True)
@@ -56,6 +73,7 @@ class _Job:
 
     file: OutputFile
     target: Target
+    promised: Promised
     digests: Digests
     waiting: list[tuple[Tile, ...]]  # batches, last first
     pending: int
@@ -70,26 +88,29 @@ def run_tiles(
     *,
     limits: Limits,
     progress: Progress,
+    promised: MakePromise = nothing_promised,
 ) -> None:
     """Carry out all tiles of all files.
 
+    promised: for each file, digests that need not be taken of bytes that need not be read.
     Raises what a worker raised first; KeyboardInterrupt stops the workers before it goes on.
     """
     with opened(sources) as source:
-        _Crew(files, source, make_target, limits.max_memory, progress).work(limits.jobs)
+        jobs = [_job(f, make_target(f), promised(f)) for f in reversed(files)]
+        crew = _Crew(jobs, source, limits.max_memory, progress)
+        crew.work(limits.jobs)
         source.unchanged()
 
 
 class _Crew:
     def __init__(
         self,
-        files: tuple[OutputFile, ...],
+        queue: list[_Job],
         sources: Sources,
-        make_target: MakeTarget,
         max_memory: int,
         progress: Progress,
     ) -> None:
-        self._queue = [_job(file, make_target(file)) for file in reversed(files)]
+        self._queue = queue  # last first
         self._open: list[_Job] = []
         self._sources = sources
         self._budget = Budget(max_memory)
@@ -163,7 +184,7 @@ class _Crew:
                 job.target.open()
                 job.opened = True
         if batch:
-            runner.run(job.file, batch, job.digests, job.target.write)
+            runner.run(job.file, batch, job.digests, job.target, job.promised)
             start, last = batch[0].start, batch[-1]
             job.target.settle(start, last.start + last.nbytes - start)
         with self._lock:
@@ -189,7 +210,7 @@ def _wait_out(thread: threading.Thread, done: threading.Event) -> None:
             continue
 
 
-def _job(file: OutputFile, target: Target) -> _Job:
+def _job(file: OutputFile, target: Target, promised: Promised) -> _Job:
     batches: list[tuple[Tile, ...]] = []
     batch: list[Tile] = []
     size = 0
@@ -202,4 +223,4 @@ def _job(file: OutputFile, target: Target) -> _Job:
     # a file without data still has one batch, so that it is made at all
     batches.append(tuple(batch))
     digests = [[EMPTY_DIGEST] * tensor.units for tensor in file.tensors]
-    return _Job(file, target, digests, batches[::-1], len(batches))
+    return _Job(file, target, promised, digests, batches[::-1], len(batches))

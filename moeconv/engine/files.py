@@ -1,17 +1,15 @@
-"""Data files on disk: made under a partial name, written from many threads, then durable."""
+"""Files of an output on disk: their partial names, and what the system says in our own words."""
 
 from __future__ import annotations
 
 import errno
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from moeconv.engine.syscalls import copy_in_kernel, reserve, start_writeback
-from moeconv.engine.tiles import Digests, Origin
+from moeconv.engine.tiles import Digests
 from moeconv.errors import DiskFull, IoFailed, quoted
 from moeconv.manifest import PARTS_DIR
 from moeconv.plan.values import OutputFile
@@ -24,56 +22,6 @@ _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 def partial_path(out: Path, name: str) -> Path:
     """Where a file is written before it is complete: under OUT, where no source's file can be."""
     return out / PARTS_DIR / f".{name.rpartition('/')[2]}.partial"
-
-
-class DiskTarget:
-    """One output file; `finished` gets it once all of it is on the disk, to name it."""
-
-    def __init__(self, file: OutputFile, out: Path, finished: Finished) -> None:
-        self._file = file
-        self._path = out / file.name
-        self._partial = partial_path(out, file.name)
-        self._finished = finished
-        self._descriptor = -1
-        self._in_kernel = True
-        self._writing = threading.Lock()
-
-    def open(self) -> None:
-        """Create the file at its full size, with its header. Raises IoFailed, DiskFull."""
-        with writing(self._path):
-            self._descriptor = os.open(self._partial, NEW_FILE, 0o666)
-            reserve(self._descriptor, self._file.size)
-        self.write(memoryview(self._file.header), 0)
-
-    def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
-        """Write `view` at `offset`, in the kernel where it can. Raises IoFailed, DiskFull."""
-        # the kernel lets one thread at a time write to a file, and the others spin meanwhile:
-        # here they sleep, or rather read and hash what comes next
-        with self._writing, writing(self._path):
-            done = 0
-            if origin is not None and self._in_kernel:
-                source, start = origin
-                done = copy_in_kernel(source, start, self._descriptor, offset, len(view))
-                # asked once for each file: the answer depends on the two file systems only
-                self._in_kernel = done == len(view)
-            while done < len(view):
-                done += os.pwrite(self._descriptor, view[done:], offset + done)
-
-    def settle(self, offset: int, nbytes: int) -> None:
-        """Let the disk begin on a batch while the next one is copied."""
-        start_writeback(self._descriptor, offset, nbytes)
-
-    def finish(self, digests: Digests) -> None:
-        """Bring it to the disk. Raises IoFailed, DiskFull."""
-        with writing(self._path):
-            os.fsync(self._descriptor)
-        self._finished(self._file, self._partial, digests)
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from moeconv.manifest import (
     ROOT_NAME,
     FileEntry,
     Manifest,
-    Part,
     addresses,
+    part_bytes,
+    part_name,
     part_names,
     rank_part_bytes,
     root_bytes,
@@ -24,7 +25,7 @@ from moeconv.manifest import (
 
 
 def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Manifest:
-    """Write the parts and the root of a virtual set anew, with digests by address from `known`.
+    """Write the parts and the root of a set anew, with digests by address from `known`.
 
     The root comes last; until then the set is refused as damaged, never read half old, half new.
     Raises IoFailed, DiskFull.
@@ -40,22 +41,21 @@ def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Mani
         )
         for part in manifest.parts
     )
-    raws = {
-        name: rank_part_bytes(rank, _of(parts, rank))
-        for name, rank in part_names(root.ep_size or 1).items()
-    }
+    if root.ep_size is None:
+        raws = {part_name(part.file): part_bytes(part) for part in parts}
+    else:
+        raws = {
+            name: rank_part_bytes(rank, tuple(p for p in parts if p.rank == rank))
+            for name, rank in part_names(root.ep_size).items()
+        }
     entries = tuple(FileEntry(name, len(raw), digest(raw)) for name, raw in raws.items())
-    filled = read_back(replace(root, parts=entries), raws)
+    filled = read_back(replace(root, parts=entries, unread=False), raws)
     for name, raw in {**raws, ROOT_NAME: root_bytes(filled.root)}.items():
         _replace(place, name, raw)
     with writing(place):
         fsync_directory(place / PARTS_DIR)
         fsync_directory(place)
     return filled
-
-
-def _of(parts: tuple[Part, ...], rank: int | None) -> tuple[Part, ...]:
-    return tuple(p for p in parts if p.rank == rank)
 
 
 def _replace(place: Path, name: str, raw: bytes) -> None:

@@ -9,6 +9,7 @@ from typing import Final
 
 from moeconv.checkpoint.papers import read_bounded
 from moeconv.checkpoint.reading import file_digest
+from moeconv.engine.journal import JOURNAL_NAME, ours_by_journal
 from moeconv.errors import (
     DiskFull,
     IoFailed,
@@ -27,12 +28,9 @@ from moeconv.manifest import (
     data_name,
 )
 from moeconv.manifestreader import parse_parts, parse_root
-from moeconv.strictjson import loads
 from moeconv.units import human_size
 
 PARTIAL_SUFFIX: Final = ".partial"
-JOURNAL_NAME: Final = "moeconv/journal"
-MAX_JOURNAL_BYTES: Final = 64 * 1024 * 1024
 MAX_COMPARED_BYTES: Final = 64 * 1024 * 1024
 
 
@@ -64,8 +62,8 @@ def refuse_overlap(src: Path, out: Path) -> None:
         )
 
 
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Raise WouldOverwrite unless OUT is absent, empty, or ours and to be overwritten."""
+def refuse_existing(out: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Raise WouldOverwrite unless OUT is absent, empty, or ours and to be replaced or resumed."""
     if not os.path.lexists(out):
         _refuse_below_file(out)
         return
@@ -87,14 +85,18 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
             fix="run it from another directory",
         )
     unfinished = PARTS_DIR in names and ROOT_NAME not in names
+    if resume and (unfinished or ROOT_NAME in names):
+        return
     if not overwrite:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise WouldOverwrite(
-            f"{quoted(str(out))} is not empty",
+            f"{quoted(str(out))} is {'half-done' if unfinished else 'not empty'}",
             at=quoted(str(out)),
             cause=f"it holds {quoted(names[0])}{more}"
-            + (": an unfinished run of moeconv, it seems" if unfinished else ""),
-            fix="give another directory, or `--overwrite` if moeconv made this one",
+            + (": a run of moeconv was killed there" if unfinished else ""),
+            fix="run the same command with `--resume`, or with `--overwrite` to start anew"
+            if unfinished
+            else "give another directory, or `--overwrite` if moeconv made this one",
         )
     strangers = sorted(set(_files_below(out)) - _ours(out))
     if strangers:
@@ -140,15 +142,9 @@ def _ours(out: Path) -> set[str]:
             raw = read_bounded(out / ROOT_NAME, MAX_ROOT_BYTES, name=ROOT_NAME)
             root = parse_root(raw)
             return (mine | set(_named(root)) | _data_files(out, root)) - _edited(out, root)
-        if (out / JOURNAL_NAME).exists():
-            raw = read_bounded(out / JOURNAL_NAME, MAX_JOURNAL_BYTES, name=JOURNAL_NAME)
-            names = loads(raw, where=JOURNAL_NAME)
-            return (
-                mine | {n for n in names if isinstance(n, str)} if isinstance(names, list) else mine
-            )
+        return mine | ours_by_journal(out)
     except MoeconvError:
         return mine
-    return mine
 
 
 def _data_files(out: Path, root: Root) -> set[str]:

@@ -43,23 +43,24 @@ def paper_names(plan: Plan) -> list[str]:
 
 
 def part_of(file: OutputFile, digests: Digests) -> Part:
-    """The manifest's facts of a data file that was written with these digests."""
+    """The manifest's facts of a data file that was written with these digests, empty for none."""
     return Part(
         file=file.name,
         size=file.size,
         header_size=len(file.header),
         header_digest=digest(file.header),
         tensors=tuple(
-            _entry(t, t.offset, tuple(values))
+            entry_of(t, t.offset, tuple(values) if all(values) else ())
             for t, values in zip(file.tensors, digests, strict=True)
         ),
         rank=file.rank,
     )
 
 
-def _entry(
-    t: OutputTensor, start: int, digests: tuple[str, ...], runs: tuple[Run, ...] = ()
+def entry_of(
+    t: OutputTensor, start: int = 0, digests: tuple[str, ...] = (), runs: tuple[Run, ...] = ()
 ) -> TensorEntry:
+    """What the manifest says of an output tensor."""
     return TensorEntry(
         name=t.name,
         dtype=t.dtype,
@@ -87,7 +88,7 @@ def virtual_parts(
             source = tile if isinstance(tile, CopyTile) else tile.spans[0]
             _append(runs[tile.tensor], Run(source.file, source.offset, tile.nbytes))
         for tensor, its in zip(file.tensors, runs, strict=True):
-            bare = _entry(tensor, 0, (), tuple(its))
+            bare = entry_of(tensor, runs=tuple(its))
             found = [known.get(address) for address in addresses(bare, stacks)]
             have = tuple(value for value in found if value is not None)
             entry = replace(bare, digests=have if len(have) == len(found) else ())

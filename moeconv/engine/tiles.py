@@ -21,15 +21,37 @@ BUFFER_BYTES: Final = 1024 * 1024
 # from this size on a tile is copied by itself, in the kernel where that is possible
 LARGE_TILE_BYTES: Final = 256 * 1024
 
+# a clone costs as much as a small copy
+CLONED_TILE_BYTES: Final = 16 * 1024
+
+# in the kernel, unread: large enough to cost few calls, small enough to be stopped between two
+UNSEEN_BYTES: Final = 64 * 1024 * 1024
+
 Origin: TypeAlias = tuple[int, int]
 Digests: TypeAlias = "list[list[str]]"
 
 
-class Write(Protocol):
-    """Takes bytes that belong at `offset`; `origin` says where else they stand."""
+Promised: TypeAlias = Callable[[int, int], "str | None"]  # (tensor, unit) -> its digest
 
-    def __call__(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
-        """Take them."""
+
+class Bytes(Protocol):
+    """Where the bytes of one file go: to a disk, to a comparison, or nowhere."""
+
+    @property
+    def clones(self) -> bool:
+        """Whether `clone` may do anything."""
+
+    def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
+        """Take bytes that belong at `offset`; several workers may call it at once.
+
+        origin: the descriptor and offset of a source file where the same bytes stand.
+        """
+
+    def copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
+        """Take bytes from a source file unread; how many from the first on were taken."""
+
+    def clone(self, source: int, offset: int, at: int, nbytes: int) -> tuple[int, int]:
+        """Take what can be had without a copy: [first, last) of these bytes."""
 
 
 class Stopped(Exception):
@@ -76,29 +98,37 @@ class TileRunner:
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
 
     def run(
-        self, file: OutputFile, tiles: tuple[Tile, ...], digests: Digests, write: Write
+        self,
+        file: OutputFile,
+        tiles: tuple[Tile, ...],
+        digests: Digests,
+        target: Bytes,
+        promised: Promised,
     ) -> None:
         """Carry out consecutive tiles of a file; `digests[tensor][unit]` receives the digests.
 
+        promised: digests that need not be taken again where the bytes are not read anyway; empty
+        ones for whoever wants none.
         Raises IoFailed, SourceChanged, UnequalShared; Stopped when told to.
         """
         at = tiles[0].start
         filled = 0
+        large = CLONED_TILE_BYTES if target.clones else LARGE_TILE_BYTES
         for tile in tiles:
-            if isinstance(tile, CopyTile) and tile.nbytes < LARGE_TILE_BYTES:
+            if isinstance(tile, CopyTile) and tile.nbytes < large:
                 if filled + tile.nbytes > BUFFER_BYTES:
-                    self._flush(write, at, filled)
+                    self._flush(target, at, filled)
                     at, filled = tile.start, 0
                 self._small(tile, digests, filled)
                 filled += tile.nbytes
                 continue
-            self._flush(write, at, filled)
-            if isinstance(tile, WeaveTile):
-                self._weave(file, tile, digests, write)
-            else:
-                self._large(tile, digests, write)
+            self._flush(target, at, filled)
+            if isinstance(tile, CopyTile):
+                self._large(tile, digests, target, promised)
+            elif not (tile.straight and self._straight(tile, digests, target, promised)):
+                self._weave(file, tile, digests, target)
             at, filled = tile.start + tile.nbytes, 0
-        self._flush(write, at, filled)
+        self._flush(target, at, filled)
 
     def _small(self, tile: CopyTile, digests: Digests, filled: int) -> None:
         """Gather: many scales and norms make one write."""
@@ -106,30 +136,74 @@ class TileRunner:
         self._sources.read_into(tile.file, view, tile.offset)
         digests[tile.tensor][tile.unit] = digest(view)
 
-    def _large(self, tile: CopyTile, digests: Digests, write: Write) -> None:
-        """Read a piece, hash it, and copy it while it is still in the cache."""
-        state = hasher()
+    def _large(self, tile: CopyTile, digests: Digests, target: Bytes, promised: Promised) -> None:
+        """Clone what can be cloned; read, hash and copy the rest, a piece at a time."""
         source = self._sources.descriptor(tile.file)
+        first, last = target.clone(source, tile.offset, tile.start, tile.nbytes)
+        value = promised(tile.tensor, tile.unit)
+        # what is copied anyway is held against the promise; what is not, need not be read
+        if value is not None and (last > first or not value):
+            digests[tile.tensor][tile.unit] = value
+            for start, stop in ((0, first), (last, tile.nbytes)):
+                self._move(tile.file, tile.offset + start, tile.start + start, stop - start, target)
+            self._advance(last - first)
+            return
+        state = hasher()
         for done in range(0, tile.nbytes, BUFFER_BYTES):
             self._refuse_stopped()
             view = self._buffer[: min(BUFFER_BYTES, tile.nbytes - done)]
             self._sources.read_into(tile.file, view, tile.offset + done)
             state.update(view)
-            write(view, tile.start + done, (source, tile.offset + done))
+            for start, stop in _outside(done, done + len(view), first, last):
+                place = (source, tile.offset + start)
+                target.write(view[start - done : stop - done], tile.start + start, place)
             self._advance(len(view))
         digests[tile.tensor][tile.unit] = state.hexdigest()
+
+    def _straight(
+        self, tile: WeaveTile, digests: Digests, target: Bytes, promised: Promised
+    ) -> bool:
+        """A weave that changes no byte: cloned or copied as it is, if its digests are promised."""
+        values = [promised(tile.tensor, p.unit) for p in tile.pieces]
+        known = [v for v in values if v is not None]
+        span = tile.spans[0]
+        if len(known) < len(values) or (all(known) and not target.clones):
+            return False
+        source = self._sources.descriptor(span.file)
+        first, last = target.clone(source, span.offset, tile.start, tile.nbytes)
+        for piece, value in zip(tile.pieces, known, strict=True):
+            digests[tile.tensor][piece.unit] = value
+        for start, stop in ((0, first), (last, tile.nbytes)):
+            self._move(span.file, span.offset + start, tile.start + start, stop - start, target)
+        self._advance(last - first)
+        return True
+
+    def _move(self, file: int, offset: int, at: int, nbytes: int, target: Bytes) -> None:
+        """Copy bytes that nobody needs to see."""
+        done = 0
+        source = self._sources.descriptor(file)
+        while done < nbytes:
+            self._refuse_stopped()
+            size = min(UNSEEN_BYTES, nbytes - done)
+            count = target.copy(source, offset + done, at + done, size)
+            if not count:
+                count = min(BUFFER_BYTES, nbytes - done)
+                self._sources.read_into(file, self._buffer[:count], offset + done)
+                target.write(self._buffer[:count], at + done)
+            done += count
+            self._advance(count)
 
     def _refuse_stopped(self) -> None:
         if self._stop.is_set():
             raise Stopped
 
-    def _flush(self, write: Write, at: int, filled: int) -> None:
+    def _flush(self, target: Bytes, at: int, filled: int) -> None:
         self._refuse_stopped()
         if filled:
-            write(self._buffer[:filled], at)
+            target.write(self._buffer[:filled], at)
             self._advance(filled)
 
-    def _weave(self, file: OutputFile, tile: WeaveTile, digests: Digests, write: Write) -> None:
+    def _weave(self, file: OutputFile, tile: WeaveTile, digests: Digests, target: Bytes) -> None:
         with self._budget.hold(memory_of(tile)):
             try:
                 data, units = weave(tile, self._read_span)
@@ -138,7 +212,7 @@ class TileRunner:
                 raise
             for unit, value in units:
                 digests[tile.tensor][unit] = value
-            write(data, tile.start)
+            target.write(data, tile.start)
             self._advance(tile.nbytes)
 
     def _read_span(self, span: Span) -> memoryview:
@@ -146,3 +220,11 @@ class TileRunner:
         view = np.empty(span.nbytes, dtype=np.uint8).data
         self._sources.read_into(span.file, view, span.offset)
         return view
+
+
+def _outside(start: int, stop: int, first: int, last: int) -> list[tuple[int, int]]:
+    """What of [start, stop) is not in [first, last)."""
+    if last <= start or stop <= first:
+        return [(start, stop)]
+    parts = [(start, first), (last, stop)]
+    return [(a, b) for a, b in parts if start <= a < b <= stop]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from moeconv.engine.files import writing
-from moeconv.engine.output import JOURNAL_NAME, PARTIAL_SUFFIX
+from moeconv.engine.journal import JOURNAL_NAME, Journal, JournalFile, busy
+from moeconv.engine.output import PARTIAL_SUFFIX
 from moeconv.errors import IoFailed, WouldOverwrite, quoted
 from moeconv.manifest import PARTS_DIR, ROOT_NAME
-from moeconv.strictjson import dumps
 
 
 def fsync_directory(path: Path) -> None:
@@ -33,9 +34,10 @@ class Workplace:
     made_files: list[tuple[Path, int]] = field(default_factory=list)
     made_folders: list[Path] = field(default_factory=list)
     aside: Path | None = None  # the old output, until the new one stands
-    lock: int = -1  # the open journal; held locked for as long as the run lives
+    journal: JournalFile | None = None
+    keeps: bool = False  # finished files stay when the run fails, to be resumed
 
-    def prepare(self, names: tuple[str, ...], *, overwrite: bool) -> None:
+    def prepare(self, plan: str, names: tuple[str, ...], *, overwrite: bool) -> None:
         """Make OUT with its `moeconv/`, the mark of an unfinished run, and a journal of `names`.
 
         An old output is put aside, not deleted: it comes back if this run fails.
@@ -48,13 +50,26 @@ class Workplace:
             try:
                 (self.out / PARTS_DIR).mkdir()
             except FileExistsError:
-                raise _busy(self.out) from None
+                raise busy(self.out) from None
             self.made_folders.append(self.out / PARTS_DIR)
-            journal = self.out / JOURNAL_NAME
-            self.lock = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            self.made_files.append((journal, os.fstat(self.lock).st_ino))
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(self.lock, dumps(list(names)) + b"\n")
+        self.journal = JournalFile(self.out)
+        self.made_files.append((self.out / JOURNAL_NAME, self.journal.start(plan, names)))
+
+    def reopen(self, journal: Journal, kept: Iterable[str]) -> None:
+        """Go on where another run was killed: everything but the `kept` files is removed.
+
+        Raises WouldOverwrite where that run lives, IoFailed.
+        """
+        self.keeps = True
+        self.journal = JournalFile(self.out)
+        self.journal.reopen()
+        staying = {*kept, JOURNAL_NAME}
+        with writing(self.out):
+            for path in (self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}"):
+                path.unlink()
+            for name in journal.names:
+                if name not in staying:
+                    (self.out / name).unlink(missing_ok=True)
 
     def _put_aside(self) -> None:
         journal = self.out / JOURNAL_NAME
@@ -63,7 +78,7 @@ class Workplace:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise _busy(self.out) from None
+                raise busy(self.out) from None
             finally:
                 os.close(descriptor)
         aside = self.out.with_name(f".{self.out.name}.replaced")
@@ -124,18 +139,19 @@ class Workplace:
 
     def close(self) -> None:
         """Let go of the lock."""
-        if self.lock >= 0:
-            os.close(self.lock)
-            self.lock = -1
+        if self.journal is not None:
+            self.journal.close()
 
     def take_back(self) -> str | None:
         """Remove what this run made and put the old output back; says where it is if it cannot."""
         partials: list[Path] = []
-        if self.out / PARTS_DIR in self.made_folders:
+        if self.keeps or self.out / PARTS_DIR in self.made_folders:
             partials = list((self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}"))
         for path in partials:
             with suppress(OSError):
                 path.unlink()
+        if self.keeps:
+            return "`--resume` goes on from what is finished"
         for path, inode in self.made_files:
             with suppress(OSError):
                 if path.lstat().st_ino == inode:
@@ -150,12 +166,3 @@ class Workplace:
                 self.aside.rename(self.out)
                 return None
         return f"the old output is at {quoted(str(self.aside))}"
-
-
-def _busy(out: Path) -> WouldOverwrite:
-    return WouldOverwrite(
-        f"another run is writing to {quoted(str(out))}",
-        at=quoted(str(out)),
-        cause=f"it holds `{JOURNAL_NAME}`",
-        fix="wait for it, or give another directory",
-    )

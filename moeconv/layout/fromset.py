@@ -70,22 +70,6 @@ def sorted_out(
     return held, tuple(others)
 
 
-def self_members(stack: Stack, held: Held) -> tuple[Member, ...]:
-    """Members under which a tensor of a set is read from itself, position by position."""
-    line, component, axes = _home(stack.layout, stack.recipe, held)
-    count = len(held.expert.experts)
-    member = Member(
-        line=line,
-        component=component,
-        dtype=held.entry.dtype,
-        axes=axes,
-        geometry=geometry(axes, stack.sizes.of(line, component.name, count)),
-        tensors=(held.stored,),
-        places=tuple((0, position) for position in range(count)),
-    )
-    return (member,) * len(line.projections)
-
-
 def _home(layout: Layout, recipe: Recipe, held: Held) -> tuple[Line, Component, Axes]:
     """The line, component and axes that a tensor says it is of. Raises BadManifest."""
     expert = held.expert

@@ -18,7 +18,7 @@ from moeconv.layout.recipe import Layout
 from moeconv.layout.stack import Stack
 from moeconv.manifest import RecipeText, StackEntry
 from moeconv.plan.draft import copied, fates, laid_out, matrix_bytes
-from moeconv.plan.pack import index_bytes, pack
+from moeconv.plan.pack import Packing, index_bytes, pack
 from moeconv.plan.values import Fate, Plan
 from moeconv.units import counted
 
@@ -32,7 +32,7 @@ def plan_conversion(
     *,
     verb: str,
     layout: str | None,
-    max_shard_size: int,
+    packing: Packing,
     origin_layouts: dict[str, str],
 ) -> Plan:
     """Every stack to `layout`, or to the one its family's recipe names for `verb`.
@@ -48,7 +48,7 @@ def plan_conversion(
     for number, (stack, target) in enumerate(zip(stacks, targets, strict=True)):
         drafts += laid_out(stack, number, target)
         ledger += fates(stack, target)
-    files = pack(drafts, max_shard_size=max_shard_size)
+    files = pack(drafts, packing)
     plan = Plan(
         files=files,
         index_name=INDEX_NAME,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moeconv.checkpoint.header import Header, StoredTensor
+from moeconv.checkpoint.header import Header
 from moeconv.checkpoint.origin import Origin
 from moeconv.errors import BadManifest, quoted
 from moeconv.layout.detect import Detection
-from moeconv.layout.fromset import self_members, sorted_out
 from moeconv.manifest import Manifest
 from moeconv.plan.convert import copied_fates, prove, stack_entry
-from moeconv.plan.draft import Draft, Woven, copied, fates, laid_out
+from moeconv.plan.draft import Draft, copied, fates, laid_out
+from moeconv.plan.itself import from_itself
 from moeconv.plan.pack import output_file
 from moeconv.plan.shard import Sharding, drafts_of
 from moeconv.plan.values import Fate, OutputFile, Plan
@@ -131,31 +131,12 @@ def plan_onto_set(
     return tuple(_existing_file(file, by_name[file.rank]) for file in files)
 
 
-def plan_onto_itself(
-    detection: Detection,
-    manifest: Manifest,
-    stored: dict[tuple[str, str], StoredTensor],
-    files: tuple[PlacedHeader, ...],
-) -> tuple[OutputFile, ...]:
-    """The files of an expert-parallel set filled from themselves: every slot from its own bytes.
-
-    stored: the headers' facts by file and tensor name.
-    """
-    stacks = {s.name: s for s in detection.stacks}
-    held, _ = sorted_out(manifest, stored)
-    drafts: dict[tuple[str, str], Draft] = {}
-    for number, group in held.items():
-        stack = stacks[manifest.root.stacks[number].name]
-        for one in group:
-            members = self_members(stack, one)
-            keys = tuple(range(len(one.expert.experts)))
-            woven = Woven(members, keys, members[0].axes, members[0].geometry, one.expert)
-            name = files[one.stored.file].name
-            drafts[name, one.entry.name] = Draft(
-                one.entry.name, one.entry.dtype, one.stored.shape, one.stored.nbytes, None, woven
-            )
-    out = []
-    for file in files:
-        mine = {t.name: drafts.get((file.name, t.name)) or copied(t) for t in file.header.tensors}
-        out.append(_existing_file(file, mine))
-    return tuple(out)
+def plan_onto_itself(manifest: Manifest, files: tuple[PlacedHeader, ...]) -> tuple[OutputFile, ...]:
+    """The files of an expert-parallel set filled from themselves: every slot from its own bytes."""
+    said = {(p.file, t.name): t.expert for p in manifest.parts for t in p.tensors}
+    return tuple(
+        _existing_file(
+            file, {t.name: from_itself(t, said[file.name, t.name]) for t in file.header.tensors}
+        )
+        for file in files
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final
 
 from moeconv.checkpoint.dtypes import alignment
@@ -16,31 +17,55 @@ from moeconv.errors import NameCollision, quoted
 from moeconv.jsonvalue import Json
 from moeconv.manifest import numbered
 from moeconv.names import natural_key
+from moeconv.plan.align import PAGE, PAGE_ALIGNED, by_phase, file_phase, wanted_phase
 from moeconv.plan.draft import Draft
 from moeconv.plan.tiles import tiles_of
 from moeconv.plan.values import OutputFile, OutputTensor, Tile
 from moeconv.strictjson import dumps
 
-PAGE: Final = 4096
 METADATA: Final = {"format": "pt"}
 # an entry's JSON beside name and shape: keys, dtype, two offsets of up to 16 digits
 _ENTRY_BYTES: Final = 96
 
 
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How tensors are cut into files: bytes of the largest one, and where data sections start.
+
+    align: `page`, or `source` (see `align.py`).
+    """
+
+    max_shard_size: int
+    align: str = PAGE_ALIGNED
+
+
 def pack(
-    drafts: Iterable[Draft],
-    *,
-    max_shard_size: int,
-    prefix: str = "model",
-    rank: int | None = None,
+    drafts: Iterable[Draft], packing: Packing, *, prefix: str = "model", rank: int | None = None
 ) -> tuple[OutputFile, ...]:
-    """Output files of at most `max_shard_size` bytes; a larger single tensor stands alone.
+    """Output files of at most the packing's size; a larger single tensor stands alone.
 
     prefix: how their names begin; rank: whose they are, in an expert-parallel set.
     Raises NameCollision where two output tensors would have one name.
     """
     ordered = sorted(drafts, key=lambda d: natural_key(d.name))
     _refuse_collisions(ordered)
+    phases: dict[str, int | None] | None
+    if packing.align == PAGE_ALIGNED:
+        phases = None
+        shards = _filled(ordered, packing.max_shard_size)
+    else:
+        phases = {d.name: wanted_phase(d) for d in ordered}
+        groups = by_phase(ordered, phases)
+        shards = [shard for group in groups for shard in _filled(group, packing.max_shard_size)]
+    out = []
+    for name, shard in zip(numbered(prefix, len(shards)), map(_ordered, shards), strict=True):
+        phase = 0 if phases is None else file_phase(shard, phases)
+        out.append(placed(shard, name, rank=rank, phase=phase))
+    return tuple(out)
+
+
+def _filled(ordered: list[Draft], max_shard_size: int) -> list[list[Draft]]:
+    """Cut into shards, in the order given."""
     shards: list[list[Draft]] = [[]]
     size = header = PAGE
     for draft in ordered:
@@ -53,10 +78,7 @@ def pack(
         shards[-1].append(draft)
         size += draft.nbytes + entry
         header = grown
-    return tuple(
-        placed(_ordered(shard), name, rank=rank)
-        for name, shard in zip(numbered(prefix, len(shards)), shards, strict=True)
-    )
+    return shards
 
 
 def _refuse_collisions(ordered: list[Draft]) -> None:
@@ -77,9 +99,11 @@ def _ordered(shard: list[Draft]) -> list[Draft]:
     return sorted(shard, key=lambda d: (d.nbytes % PAGE != 0, -alignment(d.dtype)))
 
 
-def placed(drafts: list[Draft], name: str, *, rank: int | None = None) -> OutputFile:
-    """One output file with its drafts in the order given."""
-    header = header_bytes(drafts)
+def placed(
+    drafts: list[Draft], name: str, *, rank: int | None = None, phase: int = 0
+) -> OutputFile:
+    """One output file with its drafts in the order given; its data starts `phase` into a page."""
+    header = header_bytes(drafts, phase)
     offsets = []
     at = len(header)
     for draft in drafts:
@@ -110,8 +134,8 @@ def output_file(
     return OutputFile(name, header, size, tuple(tensors), tuple(tiles), rank)
 
 
-def header_bytes(drafts: list[Draft]) -> bytes:
-    """Length and JSON, padded with spaces so that the data starts on a page."""
+def header_bytes(drafts: list[Draft], phase: int = 0) -> bytes:
+    """Length and JSON, padded with spaces so that the data starts `phase` bytes into a page."""
     doc: dict[str, Json] = {"__metadata__": dict(METADATA)}
     at = 0
     for draft in drafts:
@@ -122,7 +146,7 @@ def header_bytes(drafts: list[Draft]) -> bytes:
         }
         at += draft.nbytes
     text = json.dumps(doc, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-(LENGTH_BYTES + len(text)) % PAGE)
+    text += b" " * ((phase - LENGTH_BYTES - len(text)) % PAGE)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 

@@ -24,7 +24,7 @@ from moeconv.plan.convert import (
     target_of,
 )
 from moeconv.plan.draft import Draft, Kind, copied, fates, kinds_of
-from moeconv.plan.pack import pack
+from moeconv.plan.pack import Packing, pack
 from moeconv.plan.values import Fate, OutputFile, Plan, WeaveTile
 
 
@@ -44,7 +44,7 @@ def plan_shards(
     sharding: Sharding,
     *,
     layout: str | None,
-    max_shard_size: int,
+    packing: Packing,
     origin_layouts: dict[str, str],
     virtual: bool,
     notes: tuple[str, ...] = (),
@@ -59,7 +59,7 @@ def plan_shards(
         detection,
         sharding,
         targets,
-        max_shard_size=max_shard_size,
+        packing=packing,
         origin_layouts=origin_layouts,
         virtual=virtual,
         notes=notes,
@@ -74,7 +74,7 @@ def shards_in(
     sharding: Sharding,
     targets: dict[str, Layout],
     *,
-    max_shard_size: int,
+    packing: Packing,
     origin_layouts: dict[str, str],
     virtual: bool,
     notes: tuple[str, ...] = (),
@@ -85,7 +85,7 @@ def shards_in(
     files: list[OutputFile] = []
     for rank, drafts in ((None, common), *enumerate(ranks)):
         prefix = files_name(rank, sharding.ep_size)
-        files += pack(drafts, max_shard_size=max_shard_size, prefix=prefix, rank=rank)
+        files += pack(drafts, packing, prefix=prefix, rank=rank)
     ledger = copied_fates(detection)
     for stack in stacks:
         ledger += _fates(stack, targets[stack.name], sharding)

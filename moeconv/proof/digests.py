@@ -9,9 +9,9 @@ from pathlib import Path
 from moeconv.checkpoint.reading import file_digest
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import fingerprint, fingerprint_line
-from moeconv.engine.crew import Limits, Progress, run_tiles
+from moeconv.engine.crew import Limits, Progress
 from moeconv.engine.papers import part_of
-from moeconv.engine.tiles import Digests, Origin
+from moeconv.engine.rehash import digests_of
 from moeconv.errors import Damaged, IoFailed, Malformed, MoeconvError, quoted
 from moeconv.layout.detect import Detection
 from moeconv.manifest import (
@@ -23,7 +23,6 @@ from moeconv.manifest import (
     canonical_shape,
 )
 from moeconv.plan.existing import PlacedHeader, plan_onto, plan_onto_itself
-from moeconv.plan.values import OutputFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,30 +32,6 @@ class Matrix:
     dtype: str
     shape: tuple[int, ...]
     digest: str
-
-
-class _Hashing:
-    """A target that keeps nothing but the digests."""
-
-    def __init__(self, file: OutputFile, parts: dict[str, Part]) -> None:
-        self._file = file
-        self._parts = parts
-
-    def open(self) -> None:
-        """Nothing to open."""
-
-    def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
-        """Nothing to write: the digest was taken in passing."""
-
-    def settle(self, offset: int, nbytes: int) -> None:
-        """Nothing to settle."""
-
-    def finish(self, digests: Digests) -> None:
-        """Keep the file's digests."""
-        self._parts[self._file.name] = part_of(self._file, digests)
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 def placed_headers(checkpoint: Checkpoint) -> tuple[PlacedHeader, ...]:
@@ -74,18 +49,11 @@ def rehash(
     """The digests of every unit, freshly read, as the parts that a manifest would have."""
     headers, manifest = placed_headers(checkpoint), checkpoint.manifest
     if manifest is not None and manifest.root.ep_size is not None:
-        files = plan_onto_itself(detection, manifest, checkpoint.stored, headers)
+        files = plan_onto_itself(manifest, headers)
     else:
         files = plan_onto(detection, detection, headers)
-    parts: dict[str, Part] = {}
-    run_tiles(
-        files,
-        checkpoint.files,
-        lambda file: _Hashing(file, parts),
-        limits=limits,
-        progress=progress,
-    )
-    return tuple(parts[f.name] for f in files)
+    found = digests_of(files, checkpoint.files, limits=limits, progress=progress)
+    return tuple(part_of(f, found[f.name]) for f in files)
 
 
 def stack_entries(checkpoint: Checkpoint, detection: Detection) -> tuple[StackEntry, ...]:

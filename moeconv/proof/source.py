@@ -14,7 +14,7 @@ from moeconv.checkpoint.reading import file_digest
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.digest import digest
-from moeconv.engine.crew import Limits, Progress, run_tiles
+from moeconv.engine.crew import Limits, Progress, Reader, run_tiles
 from moeconv.engine.tiles import BUFFER_BYTES, Digests, Origin
 from moeconv.errors import Damaged, IoFailed, MoeconvError, TensorNotInFile, quoted
 from moeconv.layout.detect import Detection
@@ -129,7 +129,7 @@ def _different_sidecars(output: Checkpoint, source: Checkpoint) -> list[MoeconvE
     return problems
 
 
-class _Comparing:
+class _Comparing(Reader):
     """A target that holds what would be written against what is there."""
 
     def __init__(
@@ -150,9 +150,6 @@ class _Comparing:
             raise IoFailed(
                 f"cannot open {quoted(self._actual.name)}", cause=problem.strerror
             ) from None
-
-    def settle(self, offset: int, nbytes: int) -> None:
-        """Nothing to settle."""
 
     def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
         """Compare; the first difference of each tensor is reported."""

@@ -8,6 +8,7 @@ from moeconv.engine.papers import virtual_parts
 from moeconv.errors import DigestsMissing, MoeconvError, quoted
 from moeconv.layout.detect import Detection
 from moeconv.manifest import PARTS_DIR, Manifest, Part, rank_part
+from moeconv.plan.pack import Packing
 from moeconv.plan.shard import Sharding, shards_in
 
 _MAX_REPORTED = 20
@@ -30,7 +31,7 @@ def virtual_problems(detection: Detection, manifest: Manifest) -> list[MoeconvEr
         detection,
         Sharding(root.ep_size or 1, rows),
         targets,
-        max_shard_size=1 << 62,
+        packing=Packing(1 << 62),
         origin_layouts={},
         virtual=True,
     )
@@ -61,6 +62,6 @@ def digests_missing(manifest: Manifest, checkpoint: Checkpoint) -> DigestsMissin
         "the set has no digests to verify",
         at=quoted(lacking[0]) if lacking else None,
         cause=f"{len(lacking):,} tensors have none: their bytes in "
-        f"{quoted(str(checkpoint.root))} were never read",
+        f"{quoted(str(checkpoint.root))} were never read for it",
         fix="`moeconv verify OUT --level source --source SRC --fill` compares, then adds them",
     )

@@ -81,6 +81,7 @@ CODES: Final[dict[type[MoeconvError], tuple[str, int]]] = {
     errors.NotASet: ("not-a-set", UNSUPPORTED),
     errors.SubByteAxis: ("sub-byte", UNSUPPORTED),
     errors.WouldOverwrite: ("would-overwrite", OVERWRITE),
+    errors.CannotResume: ("cannot-resume", OVERWRITE),
     errors.InternalError: ("internal", BUG),
 }
 

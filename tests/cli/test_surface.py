@@ -16,7 +16,8 @@ from tests.cli.run import environment, moeconv
 
 CONVERT = {
     "--output", "--layout", "--from-layout", "--recipe", "--without", "--max-shard-size",
-    "--max-memory", "--jobs", "--dry-run", "--overwrite", "--json", "--quiet", "--verbose",
+    "--align", "--digests", "--max-memory", "--jobs", "--dry-run", "--overwrite", "--resume",
+    "--json", "--quiet", "--verbose",
     "--color", "--help",
 }  # fmt: skip
 COMPARE = {

@@ -53,7 +53,7 @@ def forked(work: Callable[[], None]) -> int:
 def write(src: Path, out: Path, limit: int | None, told: Path | None = None) -> None:
     """One run, from the first call to its last one."""
     asked = count_calls(limit)
-    moeconv.shard(src, out, ep_size=2, redundant=2, max_shard_size=20_000, jobs=2)
+    moeconv.shard(src, out, ep_size=2, redundant=2, max_shard_size=150_000, jobs=2)
     if told is not None:
         told.write_text(str(asked()))
 

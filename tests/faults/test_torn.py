@@ -23,7 +23,9 @@ HOW_OFTEN = [pytest.param(30), pytest.param(400, marks=pytest.mark.soak)]
 def test_a_torn_set_never_opens(
     tmp_path: Path, times: int, record_property: Callable[[str, object], None]
 ) -> None:
-    src = write(tmp_path / "src", qwen(6, 8, 24, layers=3), config=config(experts=6))
+    src = write(
+        tmp_path / "src", qwen(6, 64, 96, layers=3), config=config(experts=6, width=64, hidden=96)
+    )
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.killed", src, tmp_path / "out", "7", str(times)],
         cwd=ROOT,

@@ -284,7 +284,8 @@ PARTS: Final = (
          expressed=False),
     part("a digest too few", RANK_1, first(lambda t: t["digests"].pop()), "digests: must be 3",
          expressed=False),
-    part("no digests", RANK_1, first(lambda t: t.update(digests=[])), "digests: must be 3"),
+    part("no digests", RANK_1, first(lambda t: t.update(digests=[])), "digests: must be 3",
+         expressed=False),
     part("replicas of different digests", RANK_1, first(lambda t: t["digests"].reverse()),
          "replicas", error=Damaged, by=VERIFY, expressed=False),
     part("another slot's number in the name", RANK_1, first(

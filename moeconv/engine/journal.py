@@ -1,0 +1,164 @@
+"""The journal of a run: what it will make, of which plan, and which data files are finished.
+
+A line of JSON first, then one for each finished file. It stands in OUT until the manifest does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from moeconv.checkpoint.papers import read_bounded
+from moeconv.digest import hasher
+from moeconv.engine.files import writing
+from moeconv.errors import CannotResume, MoeconvError, WouldOverwrite, quoted
+from moeconv.jsonvalue import Json
+from moeconv.manifest import PARTS_DIR
+from moeconv.plan.values import OutputFile, Plan
+from moeconv.schema import Problems, Table
+from moeconv.strictjson import dumps, loads
+from moeconv.version import __version__
+
+JOURNAL_NAME: Final = "moeconv/journal"
+MAX_JOURNAL_BYTES: Final = 512 * 1024 * 1024
+Finished = dict[str, list[list[str]]]  # data file -> digests by tensor and unit
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """What a journal says; `finished` only where its lines are whole."""
+
+    plan: str
+    names: tuple[str, ...]
+    finished: Finished
+
+
+def plan_digest(plan: Plan, identity: Json) -> str:
+    """One digest of all that decides an output's bytes, the source's identity included."""
+    state = hasher()
+    for doc in (__version__, identity, plan.restores, plan.ep_size, plan.virtual):
+        state.update(dumps(doc) + b"\n")
+    for recipe in plan.recipes:
+        state.update(recipe.toml.encode() + b"\n")
+    for rewrite in plan.rewrites:
+        state.update(rewrite.name.encode() + b"\n" + rewrite.after)
+    for file in plan.files:
+        state.update(file.header)
+        state.update(repr(file.tiles).encode())
+    return state.hexdigest()
+
+
+def read_journal(out: Path) -> Journal | None:
+    """The journal of an unfinished run; None where there is none, or nothing to rely on."""
+    if not (out / JOURNAL_NAME).exists():
+        return None
+    try:
+        lines = read_bounded(out / JOURNAL_NAME, MAX_JOURNAL_BYTES, name=JOURNAL_NAME).split(b"\n")
+        problems = Problems()
+        head = Table(loads(lines[0], where=JOURNAL_NAME), "", problems)
+        plan, names = head.digest("plan"), head.texts("names")
+        if problems.found:
+            return None
+    except MoeconvError:
+        return None
+    finished: Finished = {}
+    for line in lines[1:-1]:  # the last one has no end: it was being written
+        try:
+            entry = Table(loads(line, where=JOURNAL_NAME), "", problems)
+        except MoeconvError:
+            break
+        finished[entry.text("file")] = [list(row) for row in entry.text_lists("digests")]
+    return None if problems.found else Journal(plan, names, finished)
+
+
+class JournalFile:
+    """The open journal: held locked for as long as the run lives."""
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / JOURNAL_NAME
+        self._descriptor = -1
+
+    def start(self, plan: str, names: tuple[str, ...]) -> int:
+        """Make it anew and lock it; its inode. Raises IoFailed, WouldOverwrite."""
+        with writing(self._path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._descriptor = os.open(self._path, flags, 0o666)
+        self._lock()
+        self._append({"plan": plan, "names": list(names)})
+        return os.fstat(self._descriptor).st_ino
+
+    def reopen(self) -> None:
+        """Go on with one that another run left. Raises WouldOverwrite where that run lives."""
+        with writing(self._path):
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        self._lock()
+        with writing(self._path):
+            raw = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+            os.ftruncate(self._descriptor, raw.rfind(b"\n") + 1)
+            os.lseek(self._descriptor, 0, os.SEEK_END)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise busy(self._path.parent.parent) from None
+
+    def finished(self, file: OutputFile, digests: list[list[str]]) -> None:
+        """Note a data file that has its name and is on the disk."""
+        self._append({"file": file.name, "digests": [list(row) for row in digests]})
+
+    def _append(self, doc: Json) -> None:
+        with writing(self._path):
+            os.write(self._descriptor, dumps(doc) + b"\n")
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def busy(out: Path) -> WouldOverwrite:
+    """The error where another run holds the journal."""
+    return WouldOverwrite(
+        f"another run is writing to {quoted(str(out))}",
+        at=quoted(str(out)),
+        cause=f"it holds `{JOURNAL_NAME}`",
+        fix="wait for it, or give another directory",
+    )
+
+
+def resumable(out: Path, plan: str) -> Journal:
+    """The journal to go on with. Raises CannotResume."""
+    journal = read_journal(out)
+    if journal is None:
+        raise CannotResume(
+            f"{quoted(str(out))} cannot be resumed",
+            at=quoted(str(out)),
+            cause=f"it has no `{JOURNAL_NAME}` that says what was being made",
+            fix="give another directory, or `--overwrite` if moeconv made this one",
+        )
+    if journal.plan != plan:
+        raise CannotResume(
+            f"{quoted(str(out))} was begun with another plan",
+            at=quoted(str(out)),
+            cause="the source, a flag, a recipe or the version of moeconv is another one now",
+            fix="use the same ones, or start anew with `--overwrite`",
+        )
+    return journal
+
+
+def ours_by_journal(out: Path) -> set[str]:
+    """The names that an unfinished run announced."""
+    journal = read_journal(out)
+    return set() if journal is None else {JOURNAL_NAME, *journal.names}
+
+
+def is_partial(name: str, suffix: str) -> bool:
+    """Whether it is the name of a file that was being written."""
+    return name.startswith(f"{PARTS_DIR}/.") and name.endswith(suffix)

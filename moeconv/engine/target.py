@@ -1,0 +1,102 @@
+"""A data file on disk: made under a partial name, written from many threads, then durable."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+from moeconv.engine.files import NEW_FILE, partial_path, writing
+from moeconv.engine.methods import KERNEL, REFLINK, Methods
+from moeconv.engine.syscalls import clone_range, copy_in_kernel, reserve, start_writeback
+from moeconv.engine.tiles import Digests, Origin
+from moeconv.plan.values import OutputFile
+
+Finished: TypeAlias = Callable[[OutputFile, Path, Digests], None]
+
+
+class DiskTarget:
+    """One output file; `finished` gets it once all of it is on the disk, to name it."""
+
+    def __init__(self, file: OutputFile, out: Path, methods: Methods, finished: Finished) -> None:
+        self._file = file
+        self._path = out / file.name
+        self._partial = partial_path(out, file.name)
+        self._methods = methods
+        self._finished = finished
+        self._descriptor = -1
+        self._writing = threading.Lock()
+
+    @property
+    def clones(self) -> bool:
+        """Whether blocks of a source can be had without a copy."""
+        return REFLINK in self._methods.found.values()
+
+    def open(self) -> None:
+        """Create the file at its full size, with its header. Raises IoFailed, DiskFull."""
+        with writing(self._path):
+            self._descriptor = os.open(self._partial, NEW_FILE, 0o666)
+            if self.clones:  # blocks of its own would only be thrown away again
+                os.truncate(self._descriptor, self._file.size)
+            else:
+                reserve(self._descriptor, self._file.size)
+        self.write(memoryview(self._file.header), 0)
+
+    def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
+        """Write `view` at `offset`, in the kernel where it can. Raises IoFailed, DiskFull."""
+        done = 0
+        if origin is not None:
+            done = self.copy(origin[0], origin[1], offset, len(view))
+        if done == len(view):
+            return
+        # the kernel lets one thread at a time write to a file, and the others spin meanwhile:
+        # here they sleep, or rather read and hash what comes next
+        with self._writing, writing(self._path):
+            while done < len(view):
+                count = os.pwrite(self._descriptor, view[done:], offset + done)
+                self._methods.tally.add(written=count)
+                done += count
+
+    def copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
+        """Bytes that the kernel copied by itself, all or a first part; 0 where it cannot."""
+        if self._methods.of(source) not in (KERNEL, REFLINK):
+            return 0
+        with self._writing, writing(self._path):
+            done = copy_in_kernel(source, offset, self._descriptor, at, nbytes)
+        self._methods.tally.add(copied=done)
+        return done
+
+    def clone(self, source: int, offset: int, at: int, nbytes: int) -> tuple[int, int]:
+        """What of a run is now in place without a copy: [first, last) of its bytes.
+
+        Whole blocks can be, where both sides stand alike in theirs; the edges are left to write.
+        """
+        block = self._methods.block
+        if not self.clones or (offset - at) % block or self._methods.of(source) != REFLINK:
+            return 0, 0
+        first, last = -at % block, nbytes - (at + nbytes) % block
+        if last <= first:
+            return 0, 0
+        with writing(self._path):
+            if not clone_range(source, offset + first, self._descriptor, at + first, last - first):
+                return 0, 0
+        self._methods.tally.add(cloned=last - first)
+        return first, last
+
+    def settle(self, offset: int, nbytes: int) -> None:
+        """Let the disk begin on a batch while the next one is copied."""
+        start_writeback(self._descriptor, offset, nbytes)
+
+    def finish(self, digests: Digests) -> None:
+        """Bring it to the disk. Raises IoFailed, DiskFull."""
+        with writing(self._path):
+            os.fsync(self._descriptor)
+        self._finished(self._file, self._partial, digests)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

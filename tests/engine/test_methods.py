@@ -1,0 +1,166 @@
+"""Clones, kernel copies and buffers: counted, never timed, and the same bytes whichever it was."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moeconv
+from moeconv.api import Result
+from moeconv.engine import methods, target
+from tests.badinput.builders import config, qwen, write
+from tests.helpers import tree_sha256
+
+MAKE = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}
+IMAGE_BYTES = 400 * 1024 * 1024
+
+
+@pytest.fixture(scope="module", params=sorted(MAKE))
+def cloning(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """A mounted file system that clones."""
+    tool = MAKE[request.param][0]
+    if os.geteuid() or shutil.which(tool) is None:
+        pytest.skip(f"needs root, loop devices and {tool}")
+    folder = tmp_path_factory.mktemp(request.param)
+    image, place = folder / "image", folder / "mounted"
+    place.mkdir()
+    with image.open("wb") as stream:
+        stream.truncate(IMAGE_BYTES)
+    subprocess.run([*MAKE[request.param], str(image)], check=True, capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-o", "loop", image, place], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a loop device")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+        image.unlink()
+
+
+def source(folder: Path) -> Path:
+    """Eight experts in two layers, a matrix 64 KiB."""
+    tensors = qwen(8, 64, 512, layers=2)
+    return write(
+        folder, tensors, config=config(experts=8, width=64, hidden=512, num_hidden_layers=2)
+    )
+
+
+def share(result: Result) -> float:
+    """The part of the data that was cloned."""
+    assert result.methods is not None
+    return result.methods.tally.cloned / result.plan.tensor_bytes
+
+
+def used(result: Result) -> set[str]:
+    """The methods that were found."""
+    assert result.methods is not None
+    return set(result.methods.found.values())
+
+
+def test_our_own_outputs_are_cloned_again_and_again(cloning: Path, tmp_path: Path) -> None:
+    src = source(tmp_path / "src")  # on another file system: nothing can be cloned
+    first = moeconv.fuse(src, cloning / "fused")
+    assert share(first) == 0
+    second = moeconv.shard(cloning / "fused", cloning / "ranks", ep_size=4, redundant=4)
+    assert used(second) == {methods.REFLINK}
+    assert share(second) >= 0.99
+    third = moeconv.shard(cloning / "ranks", cloning / "more", ep_size=2, placement="round-robin")
+    assert share(third) >= 0.99
+    for out in ("fused", "ranks", "more"):
+        report = moeconv.verify(cloning / out, level="source", source=src)
+        assert report.problems == ()
+        assert moeconv.verify(cloning / out).ok
+    # the same bytes where nothing can be cloned
+    moeconv.shard(src, tmp_path / "ranks", ep_size=4, redundant=4)
+    assert tree_sha256(tmp_path / "ranks") == tree_sha256(cloning / "ranks")
+    for out in ("fused", "ranks", "more"):
+        shutil.rmtree(cloning / out)
+
+
+@pytest.mark.parametrize("digests", ["now", "later"])
+def test_align_source_clones_from_a_foreign_one(
+    cloning: Path, tmp_path: Path, digests: str
+) -> None:
+    src = phased(cloning / "src")
+    page = moeconv.fuse(src, cloning / "page", digests=digests)
+    aligned = moeconv.fuse(src, cloning / "aligned", align="source", digests=digests)
+    assert share(page) == 0
+    assert share(aligned) >= 0.9
+    assert aligned.methods is not None
+    tally = aligned.methods.tally
+    assert tally.cloned + tally.copied + tally.written >= aligned.plan.tensor_bytes
+    if digests == "later":
+        assert [p.code for p in moeconv.verify(cloning / "aligned").problems] == ["digests-missing"]
+        moeconv.verify(cloning / "aligned", level="source", source=src, fill=True)
+    assert moeconv.verify(cloning / "aligned").ok
+    # the flag alone decides, not the file system
+    moeconv.fuse(src, tmp_path / "aligned", align="source")
+    assert tree_sha256(tmp_path / "aligned") == tree_sha256(cloning / "aligned")
+    back = moeconv.unfuse(cloning / "aligned", cloning / "back")
+    assert share(back) >= 0.9
+    assert tree_sha256(cloning / "back") == tree_sha256(src)
+    for out in ("src", "page", "aligned", "back"):
+        shutil.rmtree(cloning / out)
+
+
+def phased(folder: Path) -> Path:
+    """A foreign source whose data starts 8 bytes beyond a page's middle, as others' may."""
+    made = source(folder)
+    path = made / "model.safetensors"
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    wanted = size + (2056 - 8 - size) % 4096
+    path.write_bytes(
+        wanted.to_bytes(8, "little") + raw[8 : 8 + size].ljust(wanted) + raw[8 + size :]
+    )
+    return made
+
+
+WAYS = {
+    "kernel": {},
+    "buffer": {"copy_in_kernel": lambda *_: 0},
+    "short": {"copy_in_kernel": None},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("jobs", [1, 2, 5])
+def test_the_same_bytes_by_every_way_and_any_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, jobs: int
+) -> None:
+    src = write(tmp_path / "src", qwen(4, 256, 1024), config=config(width=256, hidden=1024))
+    moeconv.shard(src, tmp_path / "plain", ep_size=2)
+    real = target.copy_in_kernel
+
+    def short(source: int, offset: int, at_file: int, at: int, nbytes: int) -> int:
+        """A kernel that copies a part of what it is asked for, as it may."""
+        return real(source, offset, at_file, at, max(nbytes // 3, 1))
+
+    for name, fake in WAYS[way].items():
+        monkeypatch.setattr(target, name, fake or short)
+    if way == "buffer":
+        monkeypatch.setattr(methods, "copy_in_kernel", lambda *_: 0)
+    result: Any = moeconv.shard(src, tmp_path / "out", ep_size=2, jobs=jobs)
+    assert used(result) == ({methods.BUFFER} if way == "buffer" else {methods.KERNEL})
+    assert tree_sha256(tmp_path / "out") == tree_sha256(tmp_path / "plain")
+
+
+def test_digests_later_reads_nothing_twice(tmp_path: Path) -> None:
+    """The kernel copies; nobody looks at the bytes of a large matrix."""
+    src = write(tmp_path / "src", qwen(4, 256, 1024), config=config(width=256, hidden=1024))
+    result = moeconv.fuse(src, tmp_path / "out", digests="later")
+    assert result.methods is not None
+    tally = result.methods.tally
+    assert tally.copied >= 4 * 3 * 256 * 1024 * 2
+    assert result.manifest is not None
+    assert result.manifest.root.fingerprint is None
+    moeconv.unfuse(tmp_path / "out", tmp_path / "back")
+    assert tree_sha256(tmp_path / "back") == tree_sha256(src)

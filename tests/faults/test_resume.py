@@ -1,0 +1,176 @@
+"""A killed run goes on: what was finished stays, what was damaged is made anew, nothing differs."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import moeconv
+from moeconv.engine.journal import read_journal
+from moeconv.errors import CannotResume, IoFailed, UsageProblem, WouldOverwrite
+from tests.badinput.builders import config, qwen, write
+from tests.badinput.checks import untouched
+from tests.cli.run import ROOT, environment
+from tests.cli.run import moeconv as command
+from tests.helpers import tree_sha256
+
+HOW_OFTEN = [pytest.param(20), pytest.param(200, marks=pytest.mark.soak)]
+SAME = {"ep_size": 2, "redundant": 2, "max_shard_size": 150_000}
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    """Six experts in three layers."""
+    return write(
+        tmp_path / "src", qwen(6, 64, 96, layers=3), config=config(experts=6, width=64, hidden=96)
+    )
+
+
+def killed(src: Path, out: Path, times: int, seed: int = 7) -> list[Path]:
+    """What so many runs left that were killed at some moment; `whole` beside is undisturbed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.killed", src, out, str(seed), str(times)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [Path(json.loads(line)["out"]) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("times", HOW_OFTEN)
+def test_resumed_runs_end_as_undisturbed_ones(src: Path, tmp_path: Path, times: int) -> None:
+    rng = random.Random(3)
+    kept = redone = 0
+    for out in killed(src, tmp_path / "out", times):
+        journal = read_journal(out) if out.exists() else None
+        finished = sorted(journal.finished) if journal else []
+        inodes = {name: (out / name).stat().st_ino for name in finished}
+        victim = rng.choice(finished) if finished and rng.random() < 0.4 else None
+        if victim is not None:
+            flip_last_byte(out / victim)
+        moeconv.shard(src, out, resume=True, **SAME)
+        assert tree_sha256(out) == tree_sha256(tmp_path / "whole")
+        for name, inode in inodes.items():
+            same = (out / name).stat().st_ino == inode
+            assert same == (name != victim)
+            kept, redone = kept + same, redone + (not same)
+        shutil.rmtree(out)
+    assert kept > times / 2
+    assert redone
+
+
+def flip_last_byte(path: Path) -> None:
+    """Damage a file as a bad disk does: its size and name stay."""
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def half_done(src: Path, tmp_path: Path) -> Path:
+    """An output whose run was killed after some files and before the manifest."""
+    for out in killed(src, tmp_path / "out", 12):
+        journal = read_journal(out) if out.exists() else None
+        if journal and journal.finished and not (out / "moeconv.json").exists():
+            return out
+    raise AssertionError("no run was killed in the middle")
+
+
+def test_without_resume_it_is_named_as_such(src: Path, tmp_path: Path) -> None:
+    out = half_done(src, tmp_path)
+    with untouched(out):
+        done = command("shard", src, "-o", out, "--ep", "2", "--redundant", "2")
+    assert done.code == 6
+    assert "half-done" in done.err
+    assert "`--resume`" in done.err
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"redundant": 4},
+        {"placement": "round-robin"},
+        {"max_shard_size": 300_000},
+    ],
+    ids=str,
+)
+def test_another_plan_is_refused(src: Path, tmp_path: Path, other: dict[str, object]) -> None:
+    out = half_done(src, tmp_path)
+    with untouched(out), pytest.raises(CannotResume, match="another plan"):
+        moeconv.shard(src, out, resume=True, **{**SAME, **other})
+
+
+def test_another_source_is_refused(src: Path, tmp_path: Path) -> None:
+    out = half_done(src, tmp_path)
+    flip_last_byte(src / "model.safetensors")
+    with untouched(out), pytest.raises(CannotResume):
+        moeconv.shard(src, out, resume=True, **SAME)
+
+
+def test_a_finished_set_is_done_at_once(src: Path, tmp_path: Path) -> None:
+    moeconv.shard(src, tmp_path / "out", **SAME)
+    with untouched(tmp_path / "out"):
+        moeconv.shard(src, tmp_path / "out", resume=True, **SAME)
+        with pytest.raises(CannotResume, match="finished set of another plan"):
+            moeconv.shard(src, tmp_path / "out", resume=True, ep_size=4, redundant=2)
+
+
+def test_nothing_to_resume_is_a_plain_start(src: Path, tmp_path: Path) -> None:
+    moeconv.shard(src, tmp_path / "a", resume=True, **SAME)
+    moeconv.shard(src, tmp_path / "b", **SAME)
+    assert tree_sha256(tmp_path / "a") == tree_sha256(tmp_path / "b")
+
+
+def test_a_folder_of_somebody_else_is_not_resumed(src: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with untouched(tmp_path / "out"), pytest.raises(WouldOverwrite):
+        moeconv.shard(src, tmp_path / "out", resume=True, **SAME)
+
+
+def test_resume_and_overwrite_are_two_things(src: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageProblem, match="--overwrite"):
+        moeconv.shard(src, tmp_path / "out", resume=True, overwrite=True, **SAME)
+
+
+def test_a_failing_run_keeps_what_can_be_resumed(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `--resume` a full disk costs the file at hand, not the night's work."""
+    out = tmp_path / "out"
+    fail_after(monkeypatch, 3)
+    with pytest.raises(IoFailed):
+        moeconv.shard(src, out, resume=True, jobs=1, **SAME)
+    monkeypatch.undo()
+    journal = read_journal(out)
+    assert journal is not None
+    inodes = {name: (out / name).stat().st_ino for name in journal.finished}
+    assert len(inodes) >= 2
+    assert not (out / "moeconv.json").exists()
+    moeconv.shard(src, out, resume=True, **SAME)
+    assert {name: (out / name).stat().st_ino for name in inodes} == inodes
+    moeconv.shard(src, tmp_path / "whole", **SAME)
+    assert tree_sha256(out) == tree_sha256(tmp_path / "whole")
+
+
+def fail_after(monkeypatch: pytest.MonkeyPatch, files: int) -> None:
+    """The disk fills up when so many data files are finished."""
+    from moeconv.engine import target
+
+    real: Callable[..., None] = target.DiskTarget.open
+    opened = 0
+
+    def open_(self: target.DiskTarget) -> None:
+        nonlocal opened
+        opened += 1
+        if opened > files:
+            raise IoFailed("cannot write", cause="No space left on device", fix="make room")
+        real(self)
+
+    monkeypatch.setattr(target.DiskTarget, "open", open_)
