@@ -6,8 +6,10 @@ Every function raises a class of `moeconv.errors` for what a user can cause.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -15,6 +17,7 @@ from typing import Final
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.checkpoint.papers import read_root
+from moeconv.checkpoint.sets import SetFiles
 from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.engine.commit import commit, refuse_collisions, room_needed
 from moeconv.engine.crew import Limits
@@ -102,11 +105,24 @@ def one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the collector of cycles: plans of half a million tensors have none to find."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def default_jobs() -> int:
     """Worker threads: one a core, at most eight."""
     return min(8, os.cpu_count() or 1)
 
 
+@uncollected()
 def open_source(
     src: str | Path,
     *,
@@ -266,6 +282,7 @@ def packing_of(max_shard_size: int, align: str) -> Packing:
     return Packing(max_shard_size, one_of("--align", align, ALIGNS))
 
 
+@uncollected()
 def planned(source: Opened, verb: str, layout: str | None, packing: Packing) -> Plan:
     """The plan of a whole output in `layout`, or in what the verb means for each family."""
     return plan_conversion(
@@ -283,8 +300,8 @@ def origin_layouts(checkpoint: Checkpoint) -> dict[str, str]:
     return {s.name: s.origin_layout for s in own.manifest.root.stacks} if own else {}
 
 
-def restored(source: Opened) -> Plan:
-    """The plan of the origin, bit for bit. Raises NotASet for what is no set of moeconv."""
+def refuse_foreign(source: Opened) -> SetFiles:
+    """What is known of the origin. Raises NotASet for what is no set of moeconv."""
     own = source.checkpoint.origin
     if own is None:
         raise NotASet(
@@ -292,6 +309,13 @@ def restored(source: Opened) -> Plan:
             cause=f"it has no `{ROOT_NAME}`, so nothing says what it was made from",
             fix="`moeconv unfuse` splits the experts of any checkpoint",
         )
+    return own
+
+
+@uncollected()
+def restored(source: Opened) -> Plan:
+    """The plan of the origin, bit for bit. Raises NotASet."""
+    own = refuse_foreign(source)
     tensors = tuple(t for f in own.origin.files for t in f.header.tensors)
     known = {s.name: replace(s, layout=s.origin_layout) for s in own.manifest.root.stacks}
     names = tuple(f.name for f in own.origin.files)

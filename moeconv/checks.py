@@ -14,7 +14,7 @@ from moeconv.api import (
 )
 from moeconv.checkpoint.source import locate, open_checkpoint
 from moeconv.engine.crew import Limits
-from moeconv.engine.fill import fill_digests
+from moeconv.engine.fill import fill_digests, finish_fill
 from moeconv.errors import MoeconvError, NotASet, UsageProblem, quoted
 from moeconv.manifest import ROOT_NAME, Manifest
 from moeconv.proof.diff import Difference, differences
@@ -64,6 +64,8 @@ def verify(
             fix="say `--level source --source SRC --fill`",
         )
     place = locate(out)
+    if fill:
+        finish_fill(place)
     manifest, problems = _structure(place, level)
     if problems or level == STRUCTURE:
         return _report(level, problems, manifest, bytes_read=0)

@@ -14,7 +14,6 @@ from moeconv.manifest import (
     FORMAT,
     MAJOR,
     MAX_EP_SIZE,
-    MAX_EXPERTS,
     MAX_RECIPE_TEXT,
     MINOR,
     ROOT_NAME,
@@ -294,7 +293,8 @@ def _expert(tensor: Table, root: Root, rank: int | None) -> ExpertEntry:
     t, digests = tensor.table("expert"), tensor.raw("digests")
     # a few words must not make a long list: never many more experts than there are digests
     most = max(len(digests), _FEW) if isinstance(digests, list) else _FEW
-    most = MAX_EXPERTS if root.may_lack_digests and digests == [] else most + 1
+    unread = root.may_lack_digests and digests == []
+    most = tensor.problems.allowance if unread else most + 1
     stack = t.integer("stack")
     known = root.stacks[stack] if stack < len(root.stacks) else None
     row = known.physical_to_logical if known else None
@@ -311,6 +311,10 @@ def _expert(tensor: Table, root: Root, rank: int | None) -> ExpertEntry:
     else:
         first, stop = _span(t, "experts", known.experts if known else 0)
         experts = tuple(range(first, min(stop, first + most)))
+    if unread:
+        tensor.problems.allowance -= len(experts)
+        if len(experts) == most:
+            t.problem("experts", "are more than the tensors of a part may name without digests")
     entry = ExpertEntry(
         stack=stack,
         experts=experts,

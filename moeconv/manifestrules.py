@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+from moeconv.digest import fingerprint
 from moeconv.errors import quoted
 from moeconv.manifest import (
     MAX_EXPERTS,
     ORIGIN_NAME,
     PARTS_DIR,
     ROOT_NAME,
+    Manifest,
     Root,
     data_name,
     part_name,
@@ -17,6 +19,32 @@ from moeconv.manifest import (
 )
 from moeconv.names import file_name_problem, relative_path_problem
 from moeconv.schema import Problems
+
+
+def contradictions(manifest: Manifest) -> list[str]:
+    """Where a root and its parts do not say the same: totals, replicas, the fingerprint."""
+    root, out = manifest.root, []
+    tensors = sum(len(p.tensors) for p in manifest.parts)
+    nbytes = sum(t.stop - t.start for p in manifest.parts for t in p.tensors)
+    if (root.tensor_count, root.tensor_bytes) != (tensors, nbytes):
+        out.append(
+            f"its totals are {root.tensor_count:,} tensors and {root.tensor_bytes:,} bytes, "
+            f"its parts have {tensors:,} and {nbytes:,}"
+        )
+    known: dict[str, str] = {}
+    differ = {
+        address
+        for address, _, _, value in manifest.matrices()
+        if known.setdefault(address, value) != value
+    }
+    if differ:
+        out.append(
+            f"{len(differ)} matrices have replicas with other digests: {quoted(min(differ))}"
+        )
+    value = fingerprint(manifest.fingerprint_lines()) if manifest.complete else None
+    if value != root.fingerprint:
+        out.append("its fingerprint is not that of its digests")
+    return out
 
 
 def check_root(root: Root, problems: Problems) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +17,9 @@ from moeconv.jsonvalue import Json
 from moeconv.placement.documents import EPLB, EPLB_KEY, SGLANG_KEY, VLLM, RawMap, parse_map
 from moeconv.strictjson import loads
 
-MAX_MAP_BYTES: Final = 256 * 1024 * 1024
+MAX_MAP_BYTES: Final = 16 * 1024 * 1024  # of a map for a thousand layers there is 1 MiB
 INLINE: Final = "inline JSON"
+_DECIMAL: Final = re.compile(r"-?(?:0|[1-9][0-9]{0,17})", re.ASCII)
 
 
 def read_map(which: str | Path) -> RawMap:
@@ -60,7 +63,14 @@ def _yaml(raw: bytes, name: str) -> tuple[Json, str]:
             out[key] = self.construct_object(value_node, deep=True)
         return out
 
+    def integer(self: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+        # YAML 1.1 reads 1:0 as sixty and 010 as eight; nobody who writes a map means that
+        if not _DECIMAL.fullmatch(node.value):
+            raise ValueError(f"{quoted(node.value)} is no plain decimal number")
+        return int(node.value)
+
     loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    loader.add_constructor("tag:yaml.org,2002:int", integer)
     with _foreign(name, "YAML"):
         doc: object = yaml.load(raw.decode("utf-8"), Loader=loader)  # noqa: S506 - a safe loader
         return _Plain(len(raw) + 1).of(doc), VLLM
@@ -87,11 +97,21 @@ def _torch(raw: bytes, name: str) -> tuple[Json, str]:
         return _Plain(len(raw) + 1).of(value)
 
     with _foreign(name, "torch"):
+        _refuse_bomb(raw)
         doc: object = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         if not isinstance(doc, dict):
             return plain(doc), EPLB
         maps = (SGLANG_KEY, EPLB_KEY)  # the rest of a record is large, and only its names matter
         return {str(k): plain(v) if k in maps else None for k, v in doc.items()}, EPLB
+
+
+def _refuse_bomb(raw: bytes) -> None:
+    """torch files are zip archives, and a few bytes of one can be gigabytes."""
+    if zipfile.is_zipfile(io.BytesIO(raw)):
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > 4 * MAX_MAP_BYTES:
+            raise ValueError(f"it unpacks to {size:,} bytes")
 
 
 def _numpy(raw: bytes, name: str) -> tuple[Json, str]:

@@ -15,6 +15,7 @@ from moeconv.strictjson import encodable
 
 MAX_TEXT_BYTES: Final = 4096
 MAX_COUNT: Final = 2**53 - 1
+MAX_LISTED: Final = 4 * 1024 * 1024
 _DIGEST = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
@@ -24,6 +25,7 @@ class Problems:
 
     found: list[str] = field(default_factory=list)
     lenient: bool = False  # unknown keys pass: the document is of a later minor version
+    allowance: int = MAX_LISTED  # of items that a few words may make a long list of
 
     def add(self, place: str, text: str) -> None:
         """Note one problem at `place`, a path such as `parts[3].size`."""

@@ -19,16 +19,19 @@ from moeconv.api import (
     origin_layouts,
     packing_of,
     planned,
+    refuse_foreign,
     restored,
+    uncollected,
 )
+from moeconv.errors import UsageProblem, quoted
 from moeconv.layout.moelayers import layers_of
 from moeconv.mapfiles import read_map
 from moeconv.placement.formats import ep_size_of, resolve
 from moeconv.placement.placement import Placement, by_stack, check
 from moeconv.plan.align import PAGE_ALIGNED
-from moeconv.plan.convert import FUSE
+from moeconv.plan.convert import FUSE, refuse_no_experts
 from moeconv.plan.placing import RULES, TRIVIAL, Wish, placed
-from moeconv.plan.shard import plan_shards
+from moeconv.plan.shard import plan_shards, refuse_tensor_sidecars
 
 # a rule's name, a map (file or inline JSON), a placement, or rows [P] by stack name
 Placing: TypeAlias = str | Path | Placement | Mapping[str, tuple[int, ...]]
@@ -68,16 +71,20 @@ def shard(
     source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
     wish, told = _wish(source, ep_size, placement, redundant, allow_duplicates=allow_duplicates)
     detection = source.detection.whole()
+    refuse_no_experts(detection)
+    if virtual:
+        refuse_tensor_sidecars(tuple(s.name for s in source.checkpoint.sidecars))
     sharding, words = placed(detection.stacks, wish)
-    plan = plan_shards(
-        detection,
-        sharding,
-        layout=layout,
-        packing=packing_of(max_shard_size, align),
-        origin_layouts=origin_layouts(source.checkpoint),
-        virtual=virtual,
-        notes=(*told, *words),
-    )
+    with uncollected():
+        plan = plan_shards(
+            detection,
+            sharding,
+            layout=layout,
+            packing=packing_of(max_shard_size, align),
+            origin_layouts=origin_layouts(source.checkpoint),
+            virtual=virtual,
+            notes=(*told, *words),
+        )
     run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
     return carry_out(source, Path(out), plan, run)
 
@@ -94,6 +101,12 @@ def _wish(
     if isinstance(placement, str) and placement in RULES:
         return Wish(ep_size, placement, None, redundant, allow_duplicates), ()
     stacks = source.detection.whole().stacks
+    if isinstance(placement, str) and _no_map(placement):
+        raise UsageProblem(
+            f"{quoted(placement)} is neither a rule nor a map",
+            cause=f"the rules are {', '.join(RULES)}; no file has this name",
+            fix="name one of them, a map's file, or give its JSON",
+        )
     if isinstance(placement, Mapping):
         rows = by_stack(tuple(s.name for s in stacks), placement)
         return Wish(ep_size, TRIVIAL, rows, redundant, allow_duplicates), ()
@@ -107,7 +120,11 @@ def _wish(
     check(placement, layers, ep_size=ep_size, allow_duplicates=allow_duplicates)
     by_layer = dict(zip(layers.all_moe, names, strict=True))
     rows = {by_layer[n]: row for n in placement.layers if (row := placement.row(n)) is not None}
-    return Wish(ep_size, TRIVIAL, rows, redundant, allow_duplicates), told
+    return Wish(ep_size, TRIVIAL, rows, redundant, allow_duplicates, whole=False), told
+
+
+def _no_map(text: str) -> bool:
+    return text.lstrip()[:1] not in ("{", "[") and not Path(text).suffix and not Path(text).exists()
 
 
 def merge(
@@ -131,8 +148,10 @@ def merge(
     With `layout`, as a whole checkpoint in that layout instead. Raises NotASet.
     """
     source = open_source(src, without=without)
-    plan = restored(source)
-    if layout is not None:
+    refuse_foreign(source)
+    if layout is None:
+        plan = restored(source)
+    else:
         plan = planned(source, FUSE, layout, packing_of(max_shard_size, align))
     run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
     return carry_out(source, Path(out), plan, run)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeconv.checkpoint.header import Header
 from moeconv.checkpoint.index import Index, parse_index
 from moeconv.checkpoint.origin import Origin, parse_origin
 from moeconv.checkpoint.papers import damaged, inside, read_entry, read_root
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.digest import digest
-from moeconv.manifest import (
-    MAX_PART_BYTES,
-    Manifest,
-    Part,
-)
+from moeconv.errors import quoted
+from moeconv.manifest import MAX_PART_BYTES, PARTS_DIR, ROOT_NAME, Manifest, Part
 from moeconv.manifestreader import parse_parts
+from moeconv.manifestrules import contradictions
 from moeconv.names import natural_key
 
 
@@ -29,13 +28,17 @@ class SetFiles:
     origin_raw: bytes
     sidecars: tuple[Sidecar, ...]
 
-    def check_headers(self, files: tuple[tuple[str, int, bytes], ...]) -> None:
-        """Hold (name, size, raw header) of the data files against their parts. Raises Damaged."""
-        for (name, size, raw), part in zip(files, self.sorted_parts(), strict=True):
-            if size != part.size or len(raw) != part.header_size:
+    def check_headers(self, files: tuple[tuple[str, int, Header], ...]) -> None:
+        """Hold (name, size, header) of the data files against their parts. Raises Damaged."""
+        for (name, size, header), part in zip(files, self.sorted_parts(), strict=True):
+            if size != part.size or len(header.raw) != part.header_size:
                 raise damaged(name, f"it has {size:,} bytes, its part says {part.size:,}")
-            if digest(raw) != part.header_digest:
+            if digest(header.raw) != part.header_digest:
                 raise damaged(name, "its header is not the one that was written")
+            held = [(t.name, t.dtype, t.shape, t.offset, t.nbytes) for t in header.tensors]
+            said = [(t.name, t.dtype, t.shape, t.start, t.stop - t.start) for t in part.tensors]
+            if sorted(held) != sorted(said):
+                raise damaged(f"{PARTS_DIR}/", f"it lists other tensors than {quoted(name)} has")
 
     def sorted_parts(self) -> tuple[Part, ...]:
         """The parts in the order in which a checkpoint lists its files."""
@@ -52,6 +55,8 @@ def open_set(root: Path) -> SetFiles:
     for entry in top.parts:
         raw = read_entry(root, entry, limit=MAX_PART_BYTES)
         parts += parse_parts(raw, top, where=entry.name)
+    for cause in contradictions(Manifest(top, tuple(parts))):
+        raise damaged(ROOT_NAME, cause)
     origin_raw = read_entry(root, top.origin)
     beside = []
     for entry in top.sidecars:

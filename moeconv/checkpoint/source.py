@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import glob
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,43 +160,66 @@ def _open_file(path: Path) -> Checkpoint:
 def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
     own = open_set(root)
     if own.manifest.root.source is not None:
-        return _open_virtual(own, own.manifest.root.source, without)
+        return _open_virtual(root, own, own.manifest.root.source, without)
     places = [(p.file, inside(root, p.file)) for p in own.manifest.parts]
     for name, path in places:
         if not path.exists():
             raise missing(name)
     files = _data_files(places)
-    own.check_headers(tuple((f.name, f.size, f.header.raw) for f in files))
+    own.check_headers(tuple((f.name, f.size, f.header) for f in files))
     kept = tuple(s for s in own.sidecars if not _matches(s.name, without))
     config = read_config(inside(root, CONFIG_NAME))
     return Checkpoint(root, files, own.index, config, kept, _strangers(root, own), own)
 
 
-def _open_virtual(own: SetFiles, source: SourceEntry, without: tuple[str, ...]) -> Checkpoint:
-    """What a virtual set points into, which must be what it was. Raises SourceChanged."""
-    place = locate(source.directory)
-    if (place / ROOT_NAME).exists() and read_root(place).source is not None:
-        raise SourceChanged(
-            "the source of the virtual set has changed: it is a virtual set itself",
+def _open_virtual(
+    root: Path, own: SetFiles, source: SourceEntry, without: tuple[str, ...]
+) -> Checkpoint:
+    """What a virtual set points into; only the pinned files there matter.
+
+    Raises SourceMissing, SourceChanged.
+    """
+    place = Path(source.directory)
+    if not place.is_dir():
+        raise SourceMissing(
+            f"the source of the virtual set {quoted(str(root))} is gone",
             at=quoted(source.directory),
-            cause="it has no tensor bytes of its own",
-            fix="make the virtual set again",
+            cause="there is no such directory",
+            fix="put it back; a virtual set has no bytes of its own",
         )
-    names = {f.name for f in source.files}
-    others = [p.name for p in place.glob(f"*{SUFFIX}") if p.name not in names]
-    found = open_checkpoint(place, without=tuple(map(glob.escape, others)))
-    pinned = {(f.name, f.size, f.mtime_ns, f.header_digest) for f in source.files}
-    there = {(f.name, f.size, f.mtime_ns, digest(f.header.raw)) for f in found.files}
-    changed = sorted({name for name, *_ in pinned ^ there}, key=natural_key)
+    inner = None
+    if (place / ROOT_NAME).exists():
+        if read_root(place).source is not None:
+            raise _changed(source, "it is a virtual set itself, and has no bytes of its own")
+        found = open_checkpoint(place)
+        inner, files = found.own, found.files
+    else:
+        files = _data_files([(f.name, _pinned(place, f.name, source)) for f in source.files])
+    wanted = {(f.name, f.size, f.mtime_ns, f.header_digest) for f in source.files}
+    there = {(f.name, f.size, f.mtime_ns, digest(f.header.raw)) for f in files}
+    changed = sorted({name for name, *_ in wanted ^ there}, key=natural_key)
     if changed:
-        raise SourceChanged(
-            f"the source of the virtual set has changed: {quoted(changed[0])}",
-            at=quoted(source.directory),
-            cause=f"{counted(len(changed), 'file')} of it were written to, replaced or removed",
-            fix="make the virtual set again",
-        )
+        more = f" and {len(changed) - 1} more" if changed[1:] else ""
+        raise _changed(source, f"{quoted(changed[0])}{more}: written to, replaced or removed")
     kept = tuple(s for s in own.sidecars if not _matches(s.name, without))
-    return replace(found, sidecars=kept, virtual=own)
+    config = read_config(inside(root, CONFIG_NAME))
+    return Checkpoint(place, files, None, config, kept, (), inner, own)
+
+
+def _pinned(place: Path, name: str, source: SourceEntry) -> Path:
+    path = inside(place, name)
+    if not path.is_file():
+        raise _changed(source, f"{quoted(name)} is not there")
+    return path
+
+
+def _changed(source: SourceEntry, cause: str) -> SourceChanged:
+    return SourceChanged(
+        f"the source of the virtual set has changed: {cause.partition(':')[0]}",
+        at=quoted(source.directory),
+        cause=cause,
+        fix="make the virtual set again",
+    )
 
 
 def _strangers(root: Path, own: SetFiles) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
                     dry_run=dry_run,
                     progress=progress,
                 )
-            if result.source.checkpoint.own and (recipe or from_layout):
+            if result.source.checkpoint.origin and (recipe or from_layout):
                 ui.warn("SRC carries its own recipes; --recipe and --from-layout were not used")
             if result.plan.restores and without:
                 ui.warn("what --without left out is missing from the restored origin")

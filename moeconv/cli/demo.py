@@ -77,8 +77,8 @@ def _run(ui: Ui, folder: Path) -> None:
         f"the {_RANKS} redundant experts of a layer add {human_size(shared.replica_bytes)}"
     )
     sharding.merge(ranks, merged)
-    same &= _same_tree(source, merged)
-    ui.data(f"merged    back to the original files, bit for bit: {'yes' if same else 'NO'}")
+    again = _same_tree(source, merged)
+    ui.data(f"merged    back to the original files, bit for bit: {'yes' if again else 'NO'}")
     loaded = _load(source, fused, stack.name, stack.sizes.experts)
     if loaded == "yes":
         loaded = _load_rank(source, ranks, stack.name)
@@ -86,7 +86,7 @@ def _run(ui: Ui, folder: Path) -> None:
         ui.data("loaded    skipped: torch is not installed (`pip install 'moeconv[torch]'`)")
     else:
         ui.data(f"loaded    whole and by rank, equal to stacking the experts by hand: {loaded}")
-    if not (report.ok and same and len(prints) == 1) or loaded == "NO":
+    if not (report.ok and same and again and len(prints) == 1) or loaded == "NO":
         raise typer.Exit(1)
 
 

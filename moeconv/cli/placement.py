@@ -26,6 +26,9 @@ Ranks: TypeAlias = Annotated[
     int | None,
     typer.Option("--ep", min=1, metavar="N", help="Expert-parallel ranks, to check the map for."),
 ]
+Duplicates: TypeAlias = Annotated[
+    bool, typer.Option("--allow-duplicates", help="Let a rank hold the same expert twice.")
+]
 
 placement = typer.Typer(
     help="Expert placement maps: look at one, translate it for another system.",
@@ -41,6 +44,7 @@ def show(
         str | None, typer.Option("--source", metavar="SRC", help=_SOURCE_HELP)
     ] = None,
     ep: Ranks = None,
+    allow_duplicates: Duplicates = False,
     as_json: options.AsJson = False,
     color: options.Color = "auto",
 ) -> None:
@@ -62,7 +66,7 @@ def show(
         ep_size = ep_size_of(raw, ep)
         problem = None
         try:
-            check(found, layers, ep_size=ep_size)
+            check(found, layers, ep_size=ep_size, allow_duplicates=allow_duplicates)
         except BadPlacement as misfit:
             problem = misfit
         if as_json:
@@ -96,10 +100,7 @@ def convert(
         str, typer.Option("--source", metavar="SRC", help=_SOURCE_HELP, show_default=False)
     ],
     ep: Ranks = None,
-    allow_duplicates: Annotated[
-        bool,
-        typer.Option("--allow-duplicates", help="Let a rank hold the same expert twice."),
-    ] = False,
+    allow_duplicates: Duplicates = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     color: options.Color = "auto",

@@ -95,6 +95,6 @@ def shard(
                 dry_run=dry_run,
                 progress=progress,
             )
-        if result.source.checkpoint.own and (recipe or from_layout):
+        if result.source.checkpoint.origin and (recipe or from_layout):
             ui.warn("SRC carries its own recipes; --recipe and --from-layout were not used")
         show_result(ui, "shard", result)

@@ -51,7 +51,8 @@ def plan_summary(result: Result) -> list[str]:
             f"redundant experts: {human_size(plan.replica_bytes)} beyond the source's bytes"
         )
     if result.manifest is not None:
-        lines.append(f"fingerprint: {result.manifest.root.fingerprint}")
+        value = result.manifest.root.fingerprint
+        lines.append(f"fingerprint: {value or 'unknown until the data is read'}")
     room = result.room
     short = "" if room.enough else ": NOT ENOUGH"
     lines.append(f"disk: {human_size(room.needed)} needed, {human_size(room.free)} free{short}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
+from moeconv.checkpoint.papers import read_root
 from moeconv.digest import digest
-from moeconv.engine.files import NEW_FILE, partial_path, writing
+from moeconv.engine.files import NEW_FILE, writing
 from moeconv.engine.papers import read_back
 from moeconv.engine.workplace import fsync_directory
 from moeconv.manifest import (
@@ -23,11 +25,14 @@ from moeconv.manifest import (
     root_bytes,
 )
 
+_FILLED: Final = ".filled"
+
 
 def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Manifest:
     """Write the parts and the root of a set anew, with digests by address from `known`.
 
-    The root comes last; until then the set is refused as damaged, never read half old, half new.
+    New parts wait beside the old ones until the root, replaced in one step, vouches for them: an
+    interruption before that changes nothing, one after it is ended by `finish_fill`.
     Raises IoFailed, DiskFull.
     """
     root = manifest.root
@@ -50,19 +55,48 @@ def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Mani
         }
     entries = tuple(FileEntry(name, len(raw), digest(raw)) for name, raw in raws.items())
     filled = read_back(replace(root, parts=entries, unread=False), raws)
-    for name, raw in {**raws, ROOT_NAME: root_bytes(filled.root)}.items():
-        _replace(place, name, raw)
+    for name, raw in raws.items():
+        _write(place, _beside(name), raw)
     with writing(place):
         fsync_directory(place / PARTS_DIR)
+    _write(place, f"{PARTS_DIR}/.root.filled", root_bytes(filled.root))
+    with writing(place):
+        (place / PARTS_DIR / ".root.filled").replace(place / ROOT_NAME)
         fsync_directory(place)
+    finish_fill(place)
     return filled
 
 
-def _replace(place: Path, name: str, raw: bytes) -> None:
-    partial = partial_path(place, name)
-    with writing(place / name):
-        with os.fdopen(os.open(partial, NEW_FILE, 0o666), "wb") as stream:
+def finish_fill(place: Path) -> None:
+    """End a fill that was interrupted: new parts that the root vouches for get their names.
+
+    Those that it does not know of are of a fill that never came to its root, and go.
+    Raises IoFailed, and what reading the root raises.
+    """
+    waiting = sorted((place / PARTS_DIR).glob(f".*{_FILLED}"))
+    if not waiting:
+        return
+    wanted = {_beside(e.name): e for e in read_root(place).parts}
+    with writing(place):
+        for path in waiting:
+            entry = wanted.get(f"{PARTS_DIR}/{path.name}")
+            if entry is not None and digest(path.read_bytes()) == entry.digest:
+                path.replace(place / entry.name)
+            else:
+                path.unlink()
+        fsync_directory(place / PARTS_DIR)
+
+
+def _beside(name: str) -> str:
+    """Where a new part waits until the root vouches for it."""
+    return f"{PARTS_DIR}/.{name.rpartition('/')[2]}{_FILLED}"
+
+
+def _write(place: Path, name: str, raw: bytes) -> None:
+    path = place / name
+    with writing(path):
+        path.unlink(missing_ok=True)  # of a fill that was interrupted
+        with os.fdopen(os.open(path, NEW_FILE, 0o666), "wb") as stream:
             stream.write(raw)
             stream.flush()
             os.fsync(stream.fileno())
-        partial.replace(place / name)

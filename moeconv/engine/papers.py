@@ -9,7 +9,7 @@ from moeconv.checkpoint.origin import Origin, OriginFile, origin_bytes
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import digest, fingerprint
 from moeconv.engine.tiles import Digests
-from moeconv.errors import NotVirtual, quoted
+from moeconv.errors import InternalError, NotVirtual, quoted
 from moeconv.manifest import (
     ORIGIN_NAME,
     Manifest,
@@ -28,7 +28,7 @@ from moeconv.manifest import (
 )
 from moeconv.manifestreader import parse_parts
 from moeconv.names import natural_key
-from moeconv.plan.values import CopyTile, OutputFile, OutputTensor, Plan
+from moeconv.plan.values import CopyTile, OutputFile, OutputTensor, Plan, WeaveTile
 from moeconv.schema import MAX_TEXT_BYTES
 from moeconv.strictjson import encodable
 
@@ -85,6 +85,8 @@ def virtual_parts(
     for file in files:
         runs: list[list[Run]] = [[] for _ in file.tensors]
         for tile in file.tiles:
+            if isinstance(tile, WeaveTile) and not tile.straight:
+                raise InternalError(f"a run of {file.tensors[tile.tensor].name} would be reordered")
             source = tile if isinstance(tile, CopyTile) else tile.spans[0]
             _append(runs[tile.tensor], Run(source.file, source.offset, tile.nbytes))
         for tensor, its in zip(file.tensors, runs, strict=True):
@@ -178,7 +180,7 @@ def origin_of(checkpoint: Checkpoint, plan: Plan) -> bytes:
 
 def expected_digests(checkpoint: Checkpoint) -> dict[str, str]:
     """What the manifest of one of our sets promises, by address."""
-    manifest = checkpoint.manifest
-    if manifest is None:
+    own = checkpoint.origin
+    if own is None:
         return {}
-    return {address: value for address, _, _, value in manifest.matrices()}
+    return {address: value for address, _, _, value in own.manifest.matrices()}

@@ -14,23 +14,34 @@ from moeconv.placement.words import spans
 _LAYER_COUNTS: Final = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 
+def main_kind(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
+    """The stacks of the kind with most of them, then most bytes, in layer order.
+
+    A kind is a name without its layer number; what has none is a kind of its own.
+    """
+    kinds: dict[object, dict[int, Stack]] = defaultdict(dict)
+    for stack in stacks:
+        kind, layer = kind_and_layer(stack.name) or (stack.name, 0)
+        kinds[kind][layer] = stack
+    main = max(kinds.values(), key=_weight, default={})
+    return tuple(stack for _, stack in sorted(main.items()))
+
+
 def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[Layers, tuple[str, ...]]:
     """The MoE layers of the main kind of stacks, and those stacks' names in layer order.
 
     A kind is a name without its layer number; the main one has most stacks, then most bytes.
     Raises NoExperts, Unsupported (layers of unlike E), ConfigMismatch (no layer below the last).
     """
-    kinds: dict[tuple[str, str], dict[int, Stack]] = defaultdict(dict)
-    for stack in stacks:
-        if found := kind_and_layer(stack.name):
-            kinds[found[0]][found[1]] = stack
-    if not kinds:
+    numbered = tuple(s for s in stacks if kind_and_layer(s.name))
+    if not numbered:
         raise NoExperts(
             "no layer of the checkpoint has routed experts",
             cause=f"{len(stacks)} expert stacks, none of them in a numbered layer",
             fix="`moeconv inspect SRC` shows what is there",
         )
-    main = dict(sorted(max(kinds.values(), key=_weight).items()))
+    found = ((kind_and_layer(s.name), s) for s in main_kind(numbered))
+    main = {kind[1]: stack for kind, stack in found if kind}
     experts = {s.sizes.experts for s in main.values()}
     if len(experts) > 1:
         raise Unsupported(

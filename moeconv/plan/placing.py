@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from moeconv.errors import UsageProblem, quoted
+from moeconv.layout.moelayers import main_kind
 from moeconv.layout.stack import Stack
 from moeconv.placement.placement import (
-    kind_and_layer,
     round_robin,
     row_problems,
     slots_for,
+    slots_problem,
     trivial,
     unfit,
 )
@@ -34,7 +35,8 @@ class Wish:
     """What the user asks for.
 
     rows: of a map, [P] by stack name; rule: for the stacks without a row; redundant: R of the
-    stacks that a rule places, and what a map must have if it is said.
+    stacks that a rule places, and what a map must have if it is said. whole: the main stacks must
+    be shared, whether or not there is a row for them.
     """
 
     ep_size: int
@@ -42,18 +44,21 @@ class Wish:
     rows: dict[str, tuple[int, ...]] | None = None
     redundant: int | None = None
     allow_duplicates: bool = False
+    whole: bool = True
 
 
 def placed(stacks: tuple[Stack, ...], wish: Wish) -> tuple[Sharding, tuple[str, ...]]:
     """The rows of every stack that ranks share, and in words what became of the stacks.
 
     Stacks that a map leaves out are trivial; where their experts do not divide they stay in the
-    common files. Without a map the largest kind of stacks must divide.
+    common files. Without a map of its own the main kind of stacks must divide.
     Raises BadPlacement with all problems, UsageProblem.
     """
     rows = dict(wish.rows or {})
+    if problem := slots_problem(1, wish.ep_size, wish.ep_size):
+        raise unfit([problem])
     _refuse_other_redundancy(stacks, rows, wish)
-    main = () if wish.rows is not None else _largest_kind(stacks)
+    main = {s.name for s in main_kind(stacks)} if wish.whole else set()
     left: dict[int, list[str]] = defaultdict(list)
     for stack in stacks:
         if stack.name in rows:
@@ -71,7 +76,7 @@ def placed(stacks: tuple[Stack, ...], wish: Wish) -> tuple[Sharding, tuple[str, 
             rows[s.name],
             experts=s.sizes.experts,
             ep_size=wish.ep_size,
-            where=s.name,
+            where=quoted(s.name),
             allow_duplicates=wish.allow_duplicates,
         )
     ]
@@ -96,15 +101,6 @@ def _refuse_other_redundancy(
         )
 
 
-def _largest_kind(stacks: tuple[Stack, ...]) -> tuple[str, ...]:
-    kinds: dict[object, list[Stack]] = defaultdict(list)
-    for stack in stacks:
-        found = kind_and_layer(stack.name)
-        kinds[found[0] if found else stack.name].append(stack)
-    largest = max(kinds.values(), key=lambda kind: sum(t.nbytes for s in kind for t in s.tensors))
-    return tuple(s.name for s in largest)
-
-
 def _by_rule(stack: Stack, wish: Wish, *, required: bool) -> tuple[int, ...] | None:
     experts = stack.sizes.experts
     rule = RULES[wish.rule] if wish.rows is None else RULES[TRIVIAL]
@@ -113,7 +109,12 @@ def _by_rule(stack: Stack, wish: Wish, *, required: bool) -> tuple[int, ...] | N
         return rule(experts, slots_for(experts, redundant, wish.ep_size), wish.ep_size)
     for slots in (experts + redundant, experts):
         if slots % wish.ep_size == 0:
-            return rule(experts, slots, wish.ep_size)
+            row = rule(experts, slots, wish.ep_size)
+            # more redundant experts than another kind of stacks has must not fail the whole run
+            if wish.allow_duplicates or not row_problems(
+                row, experts=experts, ep_size=wish.ep_size, where=""
+            ):
+                return row
     return None
 
 
@@ -131,7 +132,7 @@ def _words(
             kinds[how, stack.sizes.experts, len(rows[stack.name])] += 1
     words = [
         f"{counted(count, 'stack')} of {counted(experts, 'expert')} {how}: "
-        f"{slots // wish.ep_size} slots on each of {counted(wish.ep_size, 'rank')}"
+        f"{counted(slots // wish.ep_size, 'slot')} on each of {counted(wish.ep_size, 'rank')}"
         + (f", {slots - experts} redundant" if slots > experts else "")
         for (how, experts, slots), count in kinds.items()
     ]

@@ -65,7 +65,7 @@ def plan_shards(
         notes=notes,
     )
     if virtual:
-        _refuse_woven(plan.files)
+        refuse_woven(plan.files)
     return plan
 
 
@@ -154,7 +154,21 @@ def not_global(stack: Stack) -> frozenset[str]:
     return frozenset(m.component.name for m in stack.members if not m.component.is_global)
 
 
-def _refuse_woven(files: tuple[OutputFile, ...]) -> None:
+def refuse_tensor_sidecars(names: tuple[str, ...]) -> None:
+    """Raise NotVirtual where files of tensors would be copied after all."""
+    found = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))]
+    if found:
+        more = f" and {len(found) - 1} more" if found[1:] else ""
+        raise NotVirtual(
+            f"{quoted(found[0])}{more} would be copied into a set without tensors of its own",
+            at=quoted(found[0]),
+            cause="the index does not name it, so it counts as a file beside the checkpoint",
+            fix=f"leave it out with `--without '{found[0]}'`",
+        )
+
+
+def refuse_woven(files: tuple[OutputFile, ...]) -> None:
+    """Raise NotVirtual where a tensor's values would stand in another order."""
     for file in files:
         for tile in file.tiles:
             if isinstance(tile, WeaveTile) and not tile.straight:

@@ -15,7 +15,7 @@ from moeconv.checkpoint.origin import parse_origin
 from moeconv.checkpoint.papers import damaged, inside, missing, read_entry, read_root
 from moeconv.checkpoint.reading import opened, read_start, unreadable
 from moeconv.checkpoint.source import SUFFIX
-from moeconv.digest import digest, fingerprint
+from moeconv.digest import digest
 from moeconv.errors import (
     Damaged,
     IoFailed,
@@ -43,6 +43,7 @@ from moeconv.manifest import (
     rank_part,
 )
 from moeconv.manifestreader import parse_parts
+from moeconv.manifestrules import contradictions
 
 _MAX_MISSING: Final = 20
 
@@ -186,18 +187,7 @@ def _whole(manifest: Manifest) -> list[MoeconvError]:
         problems = _all_experts(manifest, recipes)
     else:
         problems = _all_slots(manifest, tuple(recipes.values()))
-    tensors = sum(len(p.tensors) for p in manifest.parts)
-    nbytes = sum(t.stop - t.start for p in manifest.parts for t in p.tensors)
-    if (root.tensor_count, root.tensor_bytes) != (tensors, nbytes):
-        cause = (
-            f"its totals are {root.tensor_count:,} tensors and {root.tensor_bytes:,} bytes, "
-            f"its parts have {tensors:,} and {nbytes:,}"
-        )
-        problems.append(damaged(ROOT_NAME, cause))
-    known = fingerprint(manifest.fingerprint_lines()) if manifest.complete else None
-    if known != root.fingerprint:
-        problems.append(damaged(ROOT_NAME, "its fingerprint is not that of its digests"))
-    return problems
+    return problems + [damaged(ROOT_NAME, cause) for cause in contradictions(manifest)]
 
 
 def _all_experts(manifest: Manifest, recipes: dict[str, Recipe]) -> list[MoeconvError]:
@@ -241,15 +231,6 @@ def _all_slots(manifest: Manifest, recipes: tuple[Recipe, ...]) -> list[MoeconvE
         found = set_detection(manifest, stored, recipes)
     except MoeconvError as problem:
         return [*problems, problem]
-    known: dict[str, str] = {}
-    differ = {
-        address
-        for address, _, _, value in manifest.matrices()
-        if known.setdefault(address, value) != value
-    }
-    if differ:
-        cause = f"{len(differ)} matrices have replicas with other digests: {quoted(min(differ))}"
-        problems.append(damaged(ROOT_NAME, cause))
     return [*problems, *found.problems, *_weightless(found)]
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from moeconv.checkpoint.papers import damaged
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.engine.papers import virtual_parts
-from moeconv.errors import DigestsMissing, MoeconvError, quoted
+from moeconv.errors import DigestsMissing, MoeconvError, NotVirtual, quoted
 from moeconv.layout.detect import Detection
 from moeconv.manifest import PARTS_DIR, Manifest, Part, rank_part
 from moeconv.plan.pack import Packing
-from moeconv.plan.shard import Sharding, shards_in
+from moeconv.plan.shard import Sharding, refuse_woven, shards_in
 
 _MAX_REPORTED = 20
 
@@ -35,6 +35,10 @@ def virtual_problems(detection: Detection, manifest: Manifest) -> list[MoeconvEr
         origin_layouts={},
         virtual=True,
     )
+    try:
+        refuse_woven(plan.files)
+    except NotVirtual as problem:
+        return [damaged(f"{PARTS_DIR}/", f"its runs cannot be right: {problem.message}")]
     said = _facts(manifest.parts)
     wanted = _facts(virtual_parts(plan.files, plan.stacks, {}))
     odd = sorted(key for key in said.keys() | wanted.keys() if said.get(key) != wanted.get(key))

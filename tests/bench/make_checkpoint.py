@@ -20,7 +20,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 QWEN3_30B_LAYERS = 48
 
 # safetensors writes the tensors of a file by dtype in this order, then by name.
-_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
+_BYTES = {"U8": 1, "F32": 4, "BF16": 2, "F8_E4M3": 1}
 _FILE_ORDER = {dtype: rank for rank, dtype in enumerate(_BYTES)}
 
 # A prime: windows at different offsets differ, and no tensor's rows repeat in step with the pool.
@@ -279,11 +279,49 @@ def _kimi_k2() -> Model:
     return _deepseek(_DeepSeek(384, 64, 1, 163840, None, rotary=True, config=config))
 
 
+def _kimi_k3() -> Model:
+    """Kimi-K3: 497,220 tensors, 1.56 TB. Its experts as published; the rest fills up the number."""
+    layers, hidden, latent, width = 93, 7168, 3584, 3072
+
+    def packed(name: str, out: int, into: int) -> Iterator[Tensor]:
+        yield Tensor(f"{name}.weight_packed", "U8", (out, into // 2))
+        yield Tensor(f"{name}.weight_scale", "U8", (out, into // 32))
+
+    def layer_tensors(layer: int) -> Iterator[Tensor]:
+        p = f"language_model.model.layers.{layer}"
+        for n in range(28):
+            yield Tensor(f"{p}.self_attn.part{n}.weight", "BF16", (hidden, 512))
+        for expert in range(896) if layer else ():
+            e = f"{p}.block_sparse_moe.experts.{expert}"
+            yield from packed(f"{e}.w1", width, latent)
+            yield from packed(f"{e}.w3", width, latent)
+            yield from packed(f"{e}.w2", latent, width)
+
+    def tensors() -> Iterator[Tensor]:
+        for layer in range(layers):
+            yield from layer_tensors(layer)
+        for n in range(24):
+            yield Tensor(f"vision_tower.part{n}.weight", "BF16", (hidden, 512))
+
+    config: dict[str, object] = {
+        "architectures": ["KimiK3ForConditionalGeneration"],
+        "model_type": "kimi_k3",
+        "text_config": {
+            "hidden_size": hidden,
+            "moe_intermediate_size": width,
+            "num_experts": 896,
+            "num_hidden_layers": layers,
+        },
+    }
+    return Model(config, tensors, count_digits=6)
+
+
 _DEEPSEEK_LAYERS = 61
 
 PHANTOMS: dict[str, Callable[[], Model]] = {
     "deepseek-v3": _deepseek_v3,
     "kimi-k2": _kimi_k2,
+    "kimi-k3": _kimi_k3,
     "qwen3-30b-a3b": lambda: _qwen3_30b(QWEN3_30B_LAYERS),
 }
 

@@ -40,7 +40,7 @@ SURFACE = {
     "recipes": {"--help"},
 }  # fmt: skip
 PLACEMENT = {
-    "show": {"--source", "--ep", "--json", "--color", "--help"},
+    "show": {"--source", "--ep", "--allow-duplicates", "--json", "--color", "--help"},
     "convert": {"--to", "--output", "--source", "--ep", "--allow-duplicates", "--json", "--quiet",
                 "--color", "--help"},
 }  # fmt: skip

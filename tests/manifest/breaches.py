@@ -169,7 +169,7 @@ ROOTS: Final = (
     root("index absent", drop("index"), "index"),
     root("fingerprint null", put("fingerprint", None), "fingerprint"),
     root("two stacks of one name", put("stacks", 1, "name", "model.layers.0.mlp.experts"),
-         "recipe makes it", by=OPENING, expressed=False),
+         "replicas", error=Damaged, by=OPENING, expressed=False),
     # --- parts ---
     root("a part too few", lambda d: d["parts"].pop(), "parts: must be one", expressed=False),
     root("a part too many", lambda d: d["parts"].append(
@@ -287,10 +287,10 @@ PARTS: Final = (
     part("no digests", RANK_1, first(lambda t: t.update(digests=[])), "digests: must be 3",
          expressed=False),
     part("replicas of different digests", RANK_1, first(lambda t: t["digests"].reverse()),
-         "replicas", error=Damaged, by=VERIFY, expressed=False),
+         "replicas", error=Damaged, by=OPENING, expressed=False),
     part("another slot's number in the name", RANK_1, first(
-        lambda t: t["expert"].update(slots=[4, 5]), of="0.down.weight"), "0.down.weight",
-         "recipe makes it", kind="per-expert", by=OPENING, expressed=False),
+        lambda t: t["expert"].update(slots=[4, 5]), of="0.down.weight"),
+         "replicas", error=Damaged, kind="per-expert", by=OPENING, expressed=False),
     # --- local ---
     part("local absent", COMMON, first(lambda t: t["expert"].pop("local")), "`local` is None",
          kind="per-expert", by=OPENING, expressed=False),
