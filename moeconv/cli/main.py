@@ -15,6 +15,7 @@ from moeconv.cli.merge import merge
 from moeconv.cli.placement import placement
 from moeconv.cli.recipes import recipes
 from moeconv.cli.shard import shard
+from moeconv.cli.ui import end_cleanly_when_told
 from moeconv.cli.verify import verify
 from moeconv.version import __version__
 
@@ -59,6 +60,7 @@ def _root(
 
 def main() -> None:
     """The console script."""
+    end_cleanly_when_told()
     app()
 
 

@@ -6,13 +6,15 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol, TextIO
+from types import FrameType
+from typing import Final, NoReturn, Protocol, TextIO
 
 import typer
 
@@ -24,6 +26,7 @@ from moeconv.units import human_size
 HEARTBEAT_SECONDS: Final = 10.0
 EXIT_NO: Final = 1
 EXIT_INTERRUPTED: Final = 130
+EXIT_TERMINATED: Final = 143  # as if SIGTERM had ended us
 EXIT_PIPE: Final = 141  # as if the closed pipe's signal had ended us
 _STYLES: Final = {"error": "31;1", "warning": "33;1", "note": "36"}
 
@@ -203,6 +206,19 @@ class _Heartbeat(Progress):
             )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: schedulers send it, and it must end a run as cleanly as Ctrl-C does."""
+
+
+def end_cleanly_when_told() -> None:
+    """Turn SIGTERM into an exception in the main thread."""
+
+    def told(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, told)
+
+
 @contextmanager
 def handled(ui: Ui) -> Iterator[Ui]:
     """Run a command's body: every way to fail becomes a message and an exit code."""
@@ -214,9 +230,12 @@ def handled(ui: Ui) -> Iterator[Ui]:
     except MoeconvError as problem:
         ui.error(problem)
         raise typer.Exit(problem.exit_code) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what was written is taken back\n")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except KeyboardInterrupt as problem:
+        told = "terminated" if isinstance(problem, Terminated) else "interrupted"
+        kept = [*getattr(problem, "__notes__", [])] or ["what was written is taken back"]
+        sys.stderr.write(f"{told}; {'; '.join(kept)}\n")
+        code = EXIT_TERMINATED if isinstance(problem, Terminated) else EXIT_INTERRUPTED
+        raise typer.Exit(code) from None
     except BrokenPipeError:
         # whoever read us has left; Python would complain once more when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -63,7 +63,7 @@ class Methods:
 
     def _probe(self, source: int) -> str:
         """Try the ways on a scratch file beside the output, best first."""
-        with _scratch(self.out) as target:
+        with _scratch(self.out) as target, writing(self.out):
             self.block = max(os.fstatvfs(target).f_bsize, 4096)
             size = os.fstat(source).st_size
             if size >= self.block:

@@ -27,8 +27,14 @@ main()
 """
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
 @pytest.mark.parametrize("existed", [True, False])
-def test_interrupt_leaves_out_as_it_was(source: Path, tmp_path: Path, existed: bool) -> None:
+def test_interrupt_leaves_out_as_it_was(
+    source: Path, tmp_path: Path, *, existed: bool, number: int, code: int, said: str
+) -> None:
     out = tmp_path / "out"
     if existed:
         out.mkdir()
@@ -44,10 +50,10 @@ def test_interrupt_leaves_out_as_it_was(source: Path, tmp_path: Path, existed: b
     while not (out / "moeconv").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, talk = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "interrupted" in talk
+    assert process.returncode == code
+    assert said in talk
     assert out.exists() == existed
     assert not existed or not list(out.iterdir())
 

@@ -1,0 +1,115 @@
+"""A disk that fails at some call, drawn at random: our own error, and OUT as it was."""
+
+import errno
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moeconv
+from moeconv.errors import DiskFull, IoFailed
+from tests.badinput.builders import config, qwen, write
+from tests.badinput.checks import tree
+
+CALLS = ("open", "pwrite", "copy_file_range", "fsync", "rename", "truncate", "preadv", "mkdir")
+HOW_OFTEN = [pytest.param(40), pytest.param(400, marks=pytest.mark.soak)]
+
+
+class FailingDisk:
+    """Counts the calls of `os` that touch a disk, and lets one of them fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done = 0
+        self.last: int | None = None
+        self.code = errno.EIO
+        for name in CALLS:
+            monkeypatch.setattr(os, name, self.wrapped(getattr(os, name)))
+
+    def wrapped(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """The call, until it is its turn to fail."""
+
+        def call(*args: Any, **more: Any) -> Any:
+            self.done += 1
+            if self.done == self.last:
+                raise OSError(self.code, os.strerror(self.code))
+            return real(*args, **more)
+
+        return call
+
+
+@pytest.mark.parametrize("times", HOW_OFTEN)
+def test_a_disk_that_fails_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    src = write(tmp_path / "src", qwen(4, 64, 96, layers=2), config=config(width=64, hidden=96))
+    before = tree(src)
+    disk = FailingDisk(monkeypatch)
+    moeconv.shard(src, tmp_path / "whole", ep_size=2, max_shard_size=100_000)
+    calls, failed = disk.done, 0
+    rng = random.Random(11)
+    for number in range(times):
+        out = tmp_path / f"out-{number}"
+        disk.done, disk.last = 0, rng.randint(1, calls)
+        disk.code = rng.choice((errno.EIO, errno.ENOSPC))
+        problem = failure(src, out)
+        disk.last = None
+        if problem is None:  # a call whose failure costs nothing, such as cleaning up
+            assert tree(out) == tree(tmp_path / "whole")
+            continue
+        failed += 1
+        assert problem.fix
+        assert isinstance(problem, DiskFull) <= (disk.code == errno.ENOSPC)
+        assert tree(out) is None
+    assert failed > times / 2
+    assert tree(src) == before
+
+
+def failure(src: Path, out: Path) -> IoFailed | None:
+    """What a conversion failed with; anything but our own class goes through."""
+    try:
+        moeconv.shard(src, out, ep_size=2, max_shard_size=100_000)
+    except IoFailed as problem:
+        return problem
+    return None
+
+
+def test_out_that_is_removed_while_it_is_written(tmp_path: Path) -> None:
+    import shutil
+
+    src = write(tmp_path / "src", qwen(4, 64, 96, layers=2), config=config(width=64, hidden=96))
+    out = tmp_path / "out"
+
+    def gone(done: int, total: int) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+
+    with pytest.raises(IoFailed):
+        moeconv.shard(src, out, ep_size=2, progress=gone)
+    assert tree(out) is None
+
+
+@pytest.mark.parametrize("times", [pytest.param(60), pytest.param(1000, marks=pytest.mark.soak)])
+def test_every_flipped_bit_is_found_and_named(tmp_path: Path, times: int) -> None:
+    """Anywhere in a set: data, headers, parts, index, sidecars, the root itself."""
+    src = write(tmp_path / "src", qwen(4, 16, 24, layers=2), config=config(width=16))
+    rng = random.Random(5)
+    sets = [tmp_path / "whole", tmp_path / "ranks"]
+    moeconv.fuse(src, sets[0])
+    moeconv.shard(src, sets[1], ep_size=2, redundant=2)
+    files = [p for out in sets for p in sorted(out.rglob("*")) if p.is_file()]
+    for _ in range(times):
+        path = rng.choice(files)
+        raw = bytearray(path.read_bytes())
+        at = rng.randrange(len(raw))
+        raw[at] ^= 1 << rng.randrange(8)
+        good = path.read_bytes()
+        path.write_bytes(raw)
+        out = next(s for s in sets if path.is_relative_to(s))
+        problems = moeconv.verify(out).problems
+        assert problems, f"bit {at} of {path.name} was not noticed"
+        said = "\n".join(map(str, problems))
+        assert path.name in said, f"{path.name} is not named in\n{said}"
+        path.write_bytes(good)
+    assert all(moeconv.verify(out).ok for out in sets)
