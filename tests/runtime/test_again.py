@@ -28,7 +28,6 @@ def test_updater(opened: Opened, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("moeconv.runtime.update.fit", never)
     monkeypatch.setattr("moeconv.runtime.fit._renamed", never)
-    monkeypatch.setattr("moeconv.runtime.fill.blocks", never)
     monkeypatch.setattr(torch, "empty", never)
     report = updater.load(second)
     assert {n: t.data_ptr() for n, t in model.state_dict().items()} == pointers
