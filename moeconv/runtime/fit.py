@@ -65,11 +65,20 @@ class Filled:
 class Fit:
     """All that is to be filled. twins: what is filled, and another name of the set for it."""
 
+    model: torch.nn.Module
     filled: tuple[Filled, ...]
     ignored: tuple[str, ...]
     tied: tuple[str, ...]
     twins: tuple[tuple[Filled, str], ...]
     cast: tuple[str, ...]
+
+    def check(self) -> None:
+        """Whether the model still has all of it. Raises DoesNotFit."""
+        modules = set(self.model.modules())
+        for item in self.filled:
+            item.local()
+            if not modules.issuperset(module for module, _ in item.target.places):
+                raise moved(item.target.names[0])
 
 
 @dataclass(slots=True)
@@ -200,7 +209,7 @@ def fit(
     )
     order = {name: number for number, name in enumerate(tensors)}
     filled.sort(key=lambda f: order[f.source])  # as they lie in the files
-    return Fit(tuple(filled), tuple(ignored), tuple(tied), tuple(twins), converted)
+    return Fit(model, tuple(filled), tuple(ignored), tuple(tied), tuple(twins), converted)
 
 
 def _may_tie(model: torch.nn.Module) -> bool:

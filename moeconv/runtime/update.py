@@ -85,8 +85,7 @@ class Updater:
             names = [f.source for f in targets] + [other for _, other in self.fitted.twins]
             reader.open(tensors[name] for name in names)
             check_twins(self.fitted, tensors, reader)
-            for item in targets:
-                item.local()
+            self.fitted.check()
             made = sum([_materialise(f, self.device) for f in targets])
             for item in targets:
                 into = item.local()

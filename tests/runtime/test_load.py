@@ -187,8 +187,9 @@ class FakeStream:
     def __init__(self, *_: object) -> None:
         self.pending: list[FakeEvent] = []
 
-    def wait_stream(self, _: object) -> None:
-        """Nothing to wait for."""
+    def wait_stream(self, other: object) -> None:
+        """Note what is waited for."""
+        WAITED.append(other)
 
     def synchronize(self) -> None:
         for event in self.pending:
@@ -210,6 +211,7 @@ class FakeEvent:
 
 
 LATE: list[tuple[torch.Tensor, torch.Tensor]] = []
+WAITED: list[object] = []
 
 
 class Slow(torch.Tensor):
@@ -229,11 +231,12 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
     from moeconv.runtime import fill
     from moeconv.runtime.files import Reader
 
+    WAITED.clear()
     monkeypatch.setattr(fill, "RING_BYTES", 64)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("current of", device))
     empty = torch.empty
     monkeypatch.setattr(
         torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k) if pin_memory else None
@@ -246,8 +249,11 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
     with Reader(shard.files) as reader:
         reader.open([tensor])
         ring.copy(into, tensor.runs, reader)
+        # memory that the caller's stream has just made may still be in use there
+        assert [("current of", torch.device("cpu"))] == WAITED
+        expected = raw(made.expected(0)[tensor.name])
+        assert into.as_subclass(torch.Tensor).numpy().tobytes() != expected
         ring.finish()
-    expected = raw(made.expected(0)[tensor.name])
     assert into.as_subclass(torch.Tensor).numpy().tobytes() == expected
 
 

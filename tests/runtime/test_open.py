@@ -280,6 +280,25 @@ def test_ep_rank_of():
     assert twinkle == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_ep_rank_of_experts_that_are_split():
+    ranks = [moeconv.runtime.ep_rank_of(r, 16, 4, moe_tp=2) for r in range(16)]
+    assert ranks == [0, 0, 1, 1, 2, 2, 3, 3] * 2
+    with pytest.raises(GeometryMismatch):
+        moeconv.runtime.ep_rank_of(0, 12, 4, moe_tp=2)
+    with pytest.raises(GeometryMismatch):
+        moeconv.runtime.ep_rank_of(0, 12, 4, moe_tp=0)
+    with pytest.raises(UsageProblem):
+        moeconv.runtime.ep_rank_of(0, 16, 4, order="twinkle", moe_tp=2)
+
+
+def test_ranks_are_whole_numbers(out: Path):
+    import numpy as np
+
+    assert moeconv.runtime.open(out, ep_rank=np.int64(1), ep_size=2).ep_rank == 1
+    refused(UsageProblem, out, ep_rank=1.0)
+    refused(UsageProblem, out, ep_size="2")
+
+
 @pytest.mark.parametrize("numbers", [(0, 8, 3), (8, 8, 2), (-1, 8, 2), (0, 8, 0), (0, 0, 1)])
 def test_ep_rank_of_what_does_not_divide(numbers: tuple[int, int, int]):
     with pytest.raises(GeometryMismatch):

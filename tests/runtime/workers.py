@@ -299,6 +299,23 @@ def refusals(rank: int, directory: Path) -> None:
     with pytest.raises(DoesNotFit) as caught:
         shard.load_into(model)
     assert "Partial" in str(caught.value)
+    # this process has the right number of rows, but not of this size
+    wrong = DTensor.from_local(
+        torch.zeros(1, 3), mesh, (Shard(0),), run_check=False, shape=value.shape, stride=(2, 1)
+    )
+    with pytest.raises(DoesNotFit) as caught:
+        shard.load_into(nn.ParameterDict({"x": wrong}))
+    assert "this rank holds [1, 3], not [1, 2]" in str(caught.value)
+    from torch.distributed.tensor._dtensor_spec import ShardOrderEntry
+
+    square = init_device_mesh("cpu", (2, 2))
+    turned = blank(value, square, (Shard(0), Shard(0)))
+    turned._spec.shard_order = (ShardOrderEntry(tensor_dim=0, mesh_dims=(1, 0)),)
+    model = nn.Module()
+    model.register_buffer("x", turned)
+    with pytest.raises(DoesNotFit) as caught:
+        shard.load_into(model)
+    assert "in another order" in str(caught.value)
     pair = DeviceMesh("cpu", [0, 1])
     local = DTensor.from_local(
         torch.zeros(2 if rank < 2 else 0, 2), pair, (Shard(0),), run_check=False,
