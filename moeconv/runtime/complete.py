@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Final, TypeAlias
 
@@ -29,12 +30,13 @@ def bad(name: str, cause: str) -> BadManifest:
     )
 
 
-def letters_of(axes: str) -> list[list[str]]:
+@lru_cache(maxsize=256)  # a rank has thousands of tensors and few kinds of them
+def letters_of(axes: str) -> tuple[tuple[str, ...], ...]:
     """The letters of each dimension: `1` has none, granules are left out."""
-    return [
-        [word[0] for word in (group or single).split() if word != "1"]
+    return tuple(
+        tuple(word[0] for word in (group or single).split() if word != "1")
         for group, single in _TOKEN.findall(axes)
-    ]
+    )
 
 
 def is_stacked(expert: ExpertEntry) -> bool:

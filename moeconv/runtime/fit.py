@@ -132,15 +132,12 @@ def _targets(model: torch.nn.Module, problems: _Problems) -> list[Target]:
         meta = [name for name, b in module._buffers.items() if b is not None and b.is_meta]
         if meta:  # nobody but the model's own code knows what such a buffer holds
             problems.kinds["buffers on meta"] += [quoted(before + name) for name in meta]
-    targets, usable = targets_of(model), []
-    for target in targets:
-        reason = no_memory(target.now())
-        if reason is None:
-            usable.append(target)
-        else:
-            problems.kinds["no plain memory"].append(f"{quoted(target.names[0])} {reason}")
+    targets = targets_of(model)
+    problems.kinds["no plain memory"] += [
+        f"{quoted(target.names[0])} {target.trouble}" for target in targets if target.trouble
+    ]
     problems.kinds["different views of one memory"] += [
-        f"{quoted(a)} and {quoted(b)}" for a, b in overlapping(usable)
+        f"{quoted(a)} and {quoted(b)}" for a, b in overlapping(targets)
     ]
     return targets
 
@@ -194,8 +191,8 @@ def fit(
         tensor = target.now()
         if slots is not None and tensor.is_meta:
             problems.kinds["on meta"].append(quoted(target.names[0]))
-        if no_memory(tensor) is not None:
-            continue  # noted above
+        if target.trouble:
+            continue  # noted already
         several = [_steps(tensor, tensors[n], problems, cast=cast, slots=slots) for n in given]
         filled.append(Filled(target, given[0], kind_of(tensor), several[0]))
         twins += [(filled[-1], other) for other in given[1:]]

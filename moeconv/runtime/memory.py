@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeGuard
 
 import torch
@@ -22,11 +21,15 @@ _WRAPPERS: Final = frozenset(("_checkpoint_wrapped_module", "_orig_mod"))
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A parameter or buffer under all its names; `places` are where the model keeps it."""
+    """A parameter or buffer under all its names; `places` are where the model keeps it.
+
+    trouble: why its memory cannot be filled, if so.
+    """
 
     names: tuple[str, ...]
     places: tuple[Place, ...]
     buffer: bool
+    trouble: str | None
 
     def now(self) -> torch.Tensor:
         """The tensor as the model has it at present."""
@@ -121,37 +124,38 @@ def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 def targets_of(model: torch.nn.Module) -> list[Target]:
     """Parameters and persistent buffers; those that are the same view of one memory together."""
-    found: dict[tuple[object, ...], list[tuple[str, Place, bool]]] = defaultdict(list)
+    found: dict[tuple[object, ...], Target] = {}
     for before, module in modules_of(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found[_view(parameter)].append((before + name, (module, name), False))
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[_view(buffer)].append((before + name, (module, name), True))
-    return [
-        Target(tuple(n for n, _, _ in several), tuple(p for _, p, _ in several), several[0][2])
-        for several in found.values()
-    ]
+        passing = module._non_persistent_buffers_set
+        kept = [(n, b, True) for n, b in module._buffers.items() if n not in passing]
+        for name, tensor, buffer in [
+            *((n, p, False) for n, p in module._parameters.items()),
+            *kept,
+        ]:
+            if tensor is None:
+                continue
+            trouble = no_memory(tensor)
+            key = (id(tensor),) if trouble else _view(tensor)
+            known = found.get(key, Target((), (), buffer, trouble))
+            names, places = (*known.names, before + name), (*known.places, (module, name))
+            found[key] = replace(known, names=names, places=places)
+    return list(found.values())
 
 
 def _view(tensor: torch.Tensor) -> tuple[object, ...]:
-    if no_memory(tensor) is not None:
-        return (id(tensor),)
     local = local_tensor(tensor)
     if local.is_meta or not local.numel():
         return (id(tensor),)
-    turned = local.is_conj(), local.is_neg()
-    strides = local.stride()
-    return local.data_ptr(), tuple(local.shape), strides, local.dtype, local.device, turned
+    kind = local.dtype, local.device, local.is_conj(), local.is_neg()
+    return local.data_ptr(), tuple(local.shape), local.stride(), *kind
 
 
 def overlapping(targets: Iterable[Target]) -> Iterator[tuple[str, str]]:
-    """Names of two targets whose memory is the same in part. Call with those that have memory."""
+    """Names of two targets whose memory is, or may be, the same in part."""
     spans = []
     for target in targets:
         local = local_tensor(target.now())
-        if not local.is_meta and local.numel():
+        if target.trouble is None and not local.is_meta and local.numel():
             pairs = zip(local.stride(), local.shape, strict=True)
             last = sum(stride * (size - 1) for stride, size in pairs)
             start = local.data_ptr()

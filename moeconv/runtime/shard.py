@@ -255,6 +255,11 @@ class Shard:
         `model.to_empty()` is no way out: it leaves buffers that no checkpoint has, such as the
         `inv_freq` of rotary embeddings, as whatever was in memory.
 
+        What has no plain memory of its own is refused: views that overlap others or themselves
+        (two names of the same view are tied, disjoint views are fine), wrapper subclasses, sparse
+        and uninitialised parameters, subclasses of Parameter on meta, and what would have to be
+        copied into a tensor of inference mode.
+
         Raises DoesNotFit, UsageProblem, IoFailed, SourceChanged.
 
         >>> report = shard.load_into(model)
