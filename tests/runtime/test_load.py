@@ -257,6 +257,25 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
     assert into.as_subclass(torch.Tensor).numpy().tobytes() == expected
 
 
+def test_a_filler_waits_for_its_rings_each_time():
+    from moeconv.runtime.fill import Filler
+
+    done: list[int] = []
+
+    class Ring:
+        def finish(self) -> None:
+            done.append(len(done))
+
+    filler = Filler()
+    filler._rings[torch.device("cpu")] = Ring()  # type: ignore[assignment]
+    for _ in range(2):
+        with filler:
+            pass
+    with pytest.raises(KeyError), filler:
+        raise KeyError
+    assert done == [0, 1, 2]
+
+
 def test_meta_holds_no_bytes(tmp_path: Path):
     shard = moeconv.runtime.open(write_set(tmp_path / "set", checkpoint()), ep_rank=0, ep_size=2)
     with pytest.raises(UsageProblem):

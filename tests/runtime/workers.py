@@ -316,6 +316,14 @@ def refusals(rank: int, directory: Path) -> None:
     with pytest.raises(DoesNotFit) as caught:
         shard.load_into(model)
     assert "in another order" in str(caught.value)
+    # as many bytes here, but of other rows
+    model = nn.ParameterDict({"x": blank(value, mesh, (Shard(0),))})
+    updater = shard.updater(model)
+    updater.load(shard)
+    model["x"] = nn.Parameter(blank(value, square, (Shard(0), Shard(0))))
+    with pytest.raises(DoesNotFit) as caught:
+        updater.load(shard)
+    assert "not what it was" in str(caught.value)
     pair = DeviceMesh("cpu", [0, 1])
     local = DTensor.from_local(
         torch.zeros(2 if rank < 2 else 0, 2), pair, (Shard(0),), run_check=False,
