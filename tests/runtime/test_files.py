@@ -117,7 +117,7 @@ def test_every_fact_of_a_file_counts(two: dict[int, DataFile], member: int):
     one = two[0]
     identity = tuple(n + (at == member) for at, n in enumerate(one.identity))
     two[0] = DataFile(one.name, one.path, one.size, identity)
-    with pytest.raises(SourceChanged):
+    with pytest.raises(SourceChanged, match="since it was opened"):
         fill(two, RUNS)
 
 
