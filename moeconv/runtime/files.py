@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Final, cast
 
 import torch
 
+from moeconv.checkpoint.header import parse_header
 from moeconv.checkpoint.papers import damaged, inside
 from moeconv.checkpoint.reading import opened, read_start, unreadable
 from moeconv.digest import digest
 from moeconv.errors import MissingShard, SourceChanged, quoted
 from moeconv.manifest import ROOT_NAME, Part, Run, SourceFile
-from moeconv.runtime.tensors import LocalTensor
+from moeconv.runtime.tensors import LocalTensor, portions
 
 _MAX_HEADER: Final = 8 + 100_000_000
 _THREADS: Final = 4
-_PIECE_BYTES: Final = 4 * 1024 * 1024
+_PIECE_BYTES: Final = 4 * 1024 * 1024  # of one read; after a failure the other threads end as soon
+_ALIGNMENT: Final = 16  # what kernels may take for granted of a tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +40,24 @@ class DataFile:
 
 
 def own_file(home: Path, part: Part) -> DataFile:
-    """A data file of the set. Raises MissingShard, Damaged, UnsafePath, IoFailed."""
+    """A data file of the set, its header held against its part.
+
+    Raises MissingShard, Damaged, BadHeader, UnsafePath, IoFailed.
+    """
     path = _existing(home, part.file, ROOT_NAME)
     with opened(path, name=part.file) as (descriptor, facts):
         if facts.st_size != part.size:
             cause = f"it has {facts.st_size:,} bytes, its part says {part.size:,}"
             raise damaged(part.file, cause)
-        if _header_digest(descriptor, path, part.file, part.header_size) != part.header_digest:
+        raw = _header(descriptor, path, part.file, part.header_size)
+        if digest(raw) != part.header_digest:
             raise damaged(part.file, "its header is not the one that was written")
+    header = parse_header(raw, file_size=part.size, file=0, where=part.file)
+    stored = {(t.name, t.dtype, t.shape, t.offset, t.offset + t.nbytes) for t in header.tensors}
+    said = {(t.name, t.dtype, t.shape, t.start, t.stop) for t in part.tensors}
+    if stored != said:
+        name = sorted(str(t[0]) for t in stored ^ said)[0]
+        raise damaged(part.file, f"its part says something else of {quoted(name)}")
     return DataFile(part.file, path, facts.st_size, _identity(facts))
 
 
@@ -54,7 +65,7 @@ def source_file(home: Path, entry: SourceFile) -> DataFile:
     """A file that a virtual set points into. Raises MissingShard, SourceChanged, UnsafePath."""
     path = _existing(home, entry.name, str(home))
     with opened(path, name=entry.name) as (descriptor, facts):
-        found = _header_digest(descriptor, path, entry.name, entry.header_size)
+        found = digest(_header(descriptor, path, entry.name, entry.header_size))
         pinned = (entry.size, entry.mtime_ns, entry.header_digest)
         if (facts.st_size, facts.st_mtime_ns, found) != pinned:
             raise _changed(entry.name, "since the virtual set was made")
@@ -73,9 +84,9 @@ def _existing(home: Path, name: str, named_in: str) -> Path:
     return path
 
 
-def _header_digest(descriptor: int, path: Path, name: str, size: int) -> str:
+def _header(descriptor: int, path: Path, name: str, size: int) -> bytes:
     try:
-        return digest(read_start(descriptor, min(size, _MAX_HEADER)))
+        return read_start(descriptor, min(size, _MAX_HEADER))
     except OSError as problem:
         raise unreadable(path, problem, name=name) from None
 
@@ -93,108 +104,109 @@ def _changed(name: str, when: str) -> SourceChanged:
     )
 
 
-class Reader:
-    """Reads runs of the files of a shard; a context manager that closes what it opened.
+class Reader(ExitStack[bool | None]):
+    """Reads runs of the files of a shard, all of them opened before the first byte is read.
 
     bytes_read counts what came out of files, whatever was asked for.
     """
 
     def __init__(self, files: Mapping[int, DataFile]) -> None:
+        super().__init__()
         self._files = files
-        self._stack = ExitStack()
         self._open: dict[int, int] = {}
+        self._stopped = False
+        self._maps: dict[int, torch.UntypedStorage] = {}
         self.bytes_read = 0
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The files opened so far."""
+        """The files opened."""
         return tuple(self._files[number].name for number in self._open)
 
-    def _descriptor(self, number: int) -> int:
-        if number not in self._open:
+    def open(self, tensors: Iterable[LocalTensor]) -> None:
+        """Open all files of some tensors. Raises IoFailed, SourceChanged."""
+        for number in sorted({r.file for t in tensors for r in t.runs}):
             file = self._files[number]
-            descriptor, facts = self._stack.enter_context(opened(file.path, name=file.name))
-            if _identity(facts) != file.identity:
-                raise _changed(file.name, "since it was opened")
-            self._open[number] = descriptor
-        return self._open[number]
+            self._open[number], _ = self.enter_context(opened(file.path, name=file.name))
+        self.check("since it was opened")
 
-    def into(self, address: int, runs: tuple[Run, ...]) -> None:
-        """Fill memory from `address` on. Raises IoFailed, SourceChanged, Damaged.
-
-        The caller holds the memory: it must be that large and stay alive.
-        """
-        pieces = []
-        for run in runs:
-            descriptor = self._descriptor(run.file)
-            for start in range(0, run.nbytes, _PIECE_BYTES):
-                size = min(_PIECE_BYTES, run.nbytes - start)
-                piece = Run(run.file, run.offset + start, size)
-                pieces.append((descriptor, piece, address + start))
-            address += run.nbytes
-        if len(pieces) < _THREADS:
-            for each in pieces:
-                self._read(*each)
-        else:
-            # one thread is as fast as one core copies; the page cache and most disks are faster
-            all_of_it = [self._threads.submit(self._read, *each) for each in pieces]
-            wait(all_of_it)  # also where one failed: the others still write into this memory
-            for done in all_of_it:
-                done.result()
-        self.bytes_read += sum(run.nbytes for run in runs)
+    def check(self, when: str = "while it was read") -> None:
+        """Whether all open files are still what they were. Raises SourceChanged."""
+        for number, descriptor in self._open.items():
+            file = self._files[number]
+            if _identity(os.fstat(descriptor)) != file.identity:
+                raise _changed(file.name, when)
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        return self._stack.enter_context(ThreadPoolExecutor(_THREADS))
+        pool = ThreadPoolExecutor(_THREADS)
+        # made after all descriptors are open, so that it ends before they are closed
+        self.callback(pool.shutdown, wait=True, cancel_futures=True)
+        return pool
 
-    def _read(self, descriptor: int, piece: Run, address: int) -> None:
-        file = self._files[piece.file]
-        memory = memoryview((ctypes.c_ubyte * piece.nbytes).from_address(address)).cast("B")
-        done = 0
-        while done < piece.nbytes:
+    def into(self, address: int, runs: tuple[Run, ...]) -> None:
+        """Fill memory from `address` on. Raises IoFailed, Damaged.
+
+        The caller holds the memory: it must be that large and stay alive. Whatever is raised, no
+        thread writes into it any more then.
+        """
+        total = sum(r.nbytes for r in runs)
+        share = max(-(-total // _THREADS), _PIECE_BYTES)
+        if total <= share:
+            self._read(address, runs)
+        else:
+            # one thread is as fast as one core copies; the page cache and most disks are faster
+            shares = portions(runs, share)
+            parts = [self._threads.submit(self._read, address + at, part) for at, part in shares]
             try:
-                count = os.preadv(descriptor, [memory[done:]], piece.offset + done)
-            except OSError as problem:
-                raise unreadable(file.path, problem, name=file.name) from None
-            if not count:
-                raise damaged(file.name, f"it ends before byte {piece.offset + piece.nbytes:,}")
-            done += count
+                wait(parts)
+            except BaseException:
+                self._stopped = True
+                wait(parts)
+                raise
+            # where one failed the others just ended: what failed is what is told
+            for problem in filter(None, [part.exception() for part in parts]):
+                raise problem
+        self.bytes_read += total
 
-
-class Mappings:
-    """Views of files, mapped once each and privately: writing to a view never reaches a file."""
-
-    def __init__(self, files: Mapping[int, DataFile]) -> None:
-        self._files = files
-        self._maps: dict[int, torch.UntypedStorage] = {}
+    def _read(self, address: int, runs: tuple[Run, ...]) -> None:
+        size = sum(r.nbytes for r in runs)
+        memory = memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
+        at = 0
+        for run in runs:
+            file, done = self._files[run.file], 0
+            while done < run.nbytes:
+                if self._stopped:
+                    return
+                piece = memory[at : at + min(run.nbytes - done, _PIECE_BYTES)]
+                try:
+                    count = os.preadv(self._open[run.file], [piece], run.offset + done)
+                    if not count:
+                        raise damaged(file.name, f"it ends before byte {run.offset + run.nbytes:,}")
+                except OSError as problem:
+                    self._stopped = True
+                    raise unreadable(file.path, problem, name=file.name) from None
+                except BaseException:
+                    self._stopped = True
+                    raise
+                done, at = done + count, at + count
 
     def view(self, tensor: LocalTensor) -> torch.Tensor | None:
-        """The tensor without a copy, or None where it is not one aligned run."""
-        dtype = tensor.torch_dtype
-        if len(tensor.runs) != 1 or tensor.runs[0].offset % dtype.itemsize:
+        """The tensor without a copy, or None where it is not one aligned run.
+
+        Files are mapped privately: writing to a view never reaches them.
+        """
+        if len(tensor.runs) != 1 or tensor.runs[0].offset % _ALIGNMENT:
             return None
-        run = tensor.runs[0]
+        run, dtype = tensor.runs[0], tensor.torch_dtype
         if run.file not in self._maps:
-            file = self._files[run.file]
-            with opened(file.path, name=file.name) as (descriptor, facts):
-                if _identity(facts) != file.identity:
-                    raise _changed(file.name, "since it was opened")
-                # by descriptor, so that what is mapped is what was looked at
-                found = torch.UntypedStorage.from_file(
-                    f"/proc/self/fd/{descriptor}", shared=False, nbytes=file.size
-                )
-                self._maps[run.file] = cast("torch.UntypedStorage", found)
+            # by descriptor, so that what is mapped is what was looked at
+            found = torch.UntypedStorage.from_file(
+                f"/proc/self/fd/{self._open[run.file]}",
+                shared=False,
+                nbytes=self._files[run.file].size,
+            )
+            self._maps[run.file] = cast("torch.UntypedStorage", found)
         start, shape = run.offset // dtype.itemsize, tensor.torch_shape
         strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
         return torch.empty(0, dtype=dtype).set_(self._maps[run.file], start, shape, strides)

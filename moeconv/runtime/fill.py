@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final
 
 import torch
 
+from moeconv.errors import UsageProblem
 from moeconv.manifest import Run
-from moeconv.runtime.files import DataFile, Mappings, Reader
+from moeconv.runtime.files import DataFile, Reader
 from moeconv.runtime.slices import BLOCK_BYTES, Block, Selection, blocks, moves
-from moeconv.runtime.tensors import LocalTensor, cut
+from moeconv.runtime.tensors import LocalTensor, cut, portions
 
 RING_BUFFERS: Final = 3
 RING_BYTES: Final = 32 * 1024 * 1024
@@ -31,18 +32,12 @@ class Step:
     rows: tuple[int, int]
     direct: bool
 
-    def blocks(self, tensor: LocalTensor) -> tuple[tuple[Block, tuple[Run, ...]], ...]:
+    def blocks(self, tensor: LocalTensor) -> Iterator[tuple[Block, tuple[Run, ...]]]:
         """What to read, where it is now."""
         item, limit = tensor.torch_dtype.itemsize, None if self.direct else BLOCK_BYTES
-        found = blocks(tensor.torch_shape, item, self.read, self.rows, limit)
-        return tuple((block, cut(tensor.runs, block.pieces)) for block in found)
-
-
-def portions(runs: tuple[Run, ...], limit: int) -> Iterator[tuple[int, tuple[Run, ...]]]:
-    """(bytes before, runs) of portions of at most `limit` bytes."""
-    total = sum(r.nbytes for r in runs)
-    for start in range(0, total, limit):
-        yield start, cut(runs, [(start, min(start + limit, total))])
+        sizes = tensor.torch_shape
+        found = blocks(sizes, item, self.wanted, self.read, rows=self.rows, limit=limit)
+        return ((block, cut(tensor.runs, block.pieces)) for block in found)
 
 
 class Ring:
@@ -78,25 +73,22 @@ class Ring:
         self._stream.synchronize()
 
 
-class Filler:
-    """Fills tensors; a context manager, on leaving which every byte has arrived.
+class Filler(ExitStack[bool | None]):
+    """Fills tensors; when it is left, every byte has arrived.
 
     It keeps its buffers, so that the next use of it allocates nothing.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._rings: dict[torch.device, Ring] = {}
         self._staging = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> Filler:
+        self.callback(self._finish)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _finish(self) -> None:
         for ring in self._rings.values():
             ring.finish()
 
@@ -121,37 +113,44 @@ class Filler:
             if into.device not in self._rings:
                 self._rings[into.device] = Ring(into.device)
             self._rings[into.device].copy(flat, runs, reader)
-            return
+        else:
+            self.buffered(flat, runs, reader)
+
+    def buffered(self, flat: torch.Tensor, runs: tuple[Run, ...], reader: Reader) -> None:
+        """Fill flat bytes of any device through a buffer."""
         for before, portion in portions(runs, BLOCK_BYTES):
             data = self._staged(portion, reader)
             flat[before : before + data.numel()].copy_(data)
 
-    def step(
-        self,
-        into: torch.Tensor,
-        step: Step,
-        found: tuple[tuple[Block, tuple[Run, ...]], ...],
-        dtype: torch.dtype,
-        reader: Reader,
-    ) -> None:
-        """Fill the rows of one destination, converting from `dtype` where it has another."""
+    def step(self, into: torch.Tensor, step: Step, source: LocalTensor, reader: Reader) -> None:
+        """Fill the rows of one destination, converting where it has another dtype."""
         target = into if into.dim() else into.view(1)
         row_bytes = target[0].numel() * target.dtype.itemsize if target.shape[0] else 0
-        for block, runs in found:
+        for block, runs in step.blocks(source):
             if step.direct:
-                self.straight(target, block.start * row_bytes, runs, reader)
+                self.straight(target, block.rows[0] * row_bytes, runs, reader)
                 continue
-            data = self._staged(runs, reader).view(dtype).view(block.read)
-            rows = target[block.start : block.stop]
-            for to, source in moves(step.wanted, step.read):
-                _within(rows, to).copy_(_within(data, source))
+            data = self._staged(runs, reader).view(source.torch_dtype).view(block.shape)
+            place = target[slice(*block.rows)]
+            if block.columns is not None:
+                place = place[:, slice(*block.columns)]
+            for to, taken in moves(step.wanted, step.read):
+                _within(place, to).copy_(_within(data, taken))
 
 
 def _within(tensor: torch.Tensor, spans: tuple[tuple[int, int], ...]) -> torch.Tensor:
     for dim, (start, stop) in enumerate(spans, start=1):
-        if (start, stop) != (0, tensor.shape[dim]):
+        if stop >= 0:
             tensor = tensor.narrow(dim, start, stop - start)
     return tensor
+
+
+def device_of(device: torch.device | str | None) -> torch.device | None:
+    """What a caller named. Raises UsageProblem for meta, which holds no bytes."""
+    found = None if device is None else torch.device(device)
+    if found is not None and found.type == "meta":
+        raise UsageProblem("nothing can be loaded onto meta", fix="name a device with memory")
+    return found
 
 
 def loaded(
@@ -159,15 +158,19 @@ def loaded(
     files: Mapping[int, DataFile],
     device: torch.device | str | None,
 ) -> dict[str, torch.Tensor]:
-    """Tensors by name: views of mapped files where that can be, else read. Raises NoTorchDtype."""
-    where = torch.device("cpu" if device is None else device)
-    maps = Mappings(files)
+    """Tensors by name: views of mapped files where that can be, else read.
+
+    Raises NoTorchDtype, UsageProblem, IoFailed, SourceChanged.
+    """
+    tensors, where = tuple(tensors), device_of(device) or torch.device("cpu")
     out: dict[str, torch.Tensor] = {}
     with torch.no_grad(), Reader(files) as reader, Filler() as filler:
+        reader.open(tensors)
         for tensor in tensors:
-            view = maps.view(tensor) if where.type == "cpu" else None
+            view = reader.view(tensor) if where.type == "cpu" else None
             if view is None:
                 view = torch.empty(tensor.torch_shape, dtype=tensor.torch_dtype, device=where)
                 filler.straight(view, 0, tensor.runs, reader)
             out[tensor.name] = view
+        reader.check()
     return out

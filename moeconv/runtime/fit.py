@@ -9,12 +9,25 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeGuard
+from typing import Final, TypeAlias
 
 import torch
 
-from moeconv.errors import DoesNotFit, NoTorchDtype, quoted
+from moeconv.errors import DoesNotFit, NoTorchDtype, UsageProblem, quoted
 from moeconv.runtime.fill import Step
+from moeconv.runtime.memory import (
+    Target,
+    in_order,
+    is_dtensor,
+    kind_of,
+    local_tensor,
+    modules_of,
+    moved,
+    no_memory,
+    overlapping,
+    targets_of,
+    unsharded,
+)
 from moeconv.runtime.slices import (
     Selection,
     Spans,
@@ -25,29 +38,8 @@ from moeconv.runtime.slices import (
 )
 from moeconv.runtime.tensors import LocalTensor
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
-Place: TypeAlias = tuple[torch.nn.Module, str]
 _SHOWN: Final = 8  # problems of one kind that a message lists
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A parameter or buffer under all its names; `places` are where the model keeps it."""
-
-    names: tuple[str, ...]
-    places: tuple[Place, ...]
-    buffer: bool
-
-    def now(self) -> torch.Tensor:
-        """The tensor as the model has it at present."""
-        module, attribute = self.places[0]
-        tensor = (module._buffers if self.buffer else module._parameters)[attribute]
-        if tensor is None:
-            raise _moved(self.names[0])
-        return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,55 +55,30 @@ class Filled:
         """This rank's memory of it. Raises DoesNotFit where the model has changed since."""
         tensor = self.target.now()
         local = local_tensor(tensor)
-        straight = local.is_contiguous() or not any(s.direct for s in self.steps)
-        if kind_of(tensor) != self.kind or not straight:
-            raise _moved(self.target.names[0])
+        straight = in_order(local) or not any(s.direct for s in self.steps)
+        if no_memory(tensor) is not None or kind_of(tensor) != self.kind or not straight:
+            raise moved(self.target.names[0])
         return local.detach()
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """All that is to be filled. twins: pairs of the set's names that one storage has."""
+    """All that is to be filled. twins: what is filled, and another name of the set for it."""
 
+    model: torch.nn.Module
     filled: tuple[Filled, ...]
     ignored: tuple[str, ...]
     tied: tuple[str, ...]
-    twins: tuple[tuple[str, str], ...]
+    twins: tuple[tuple[Filled, str], ...]
+    cast: tuple[str, ...]
 
-
-def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor; that module costs a second to import, so it is not asked."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
-
-
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A DTensor's own memory, or the tensor itself. Under no_grad this communicates nothing."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
-
-
-def kind_of(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Shape and dtype of this rank's memory, and of what it is a slice."""
-    spec = (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
-    return tuple(local_tensor(tensor).shape), tensor.dtype, spec
-
-
-def _unsharded(module: torch.nn.Module) -> bool:
-    """Whether FSDP2 shows gathered parameters now: what is written to these, it throws away."""
-    find = getattr(module, "_get_fsdp_state", None)
-    state = find() if find is not None else None
-    groups = getattr(state, "_fsdp_param_groups", None) or [
-        getattr(state, "_fsdp_param_group", None)
-    ]
-    return not all(getattr(group, "is_sharded", True) for group in groups)
-
-
-def _moved(name: str) -> DoesNotFit:
-    return DoesNotFit(
-        f"{quoted(name)} is not what it was",
-        at=quoted(name),
-        cause="the model changed its tensors since they were matched, or FSDP holds it unsharded",
-        fix="call `model.reshard()` of FSDP2 first, or make a new updater",
-    )
+    def check(self) -> None:
+        """Whether the model still has all of it. Raises DoesNotFit."""
+        modules = set(self.model.modules())
+        for item in self.filled:
+            item.local()
+            if not modules.issuperset(module for module, _ in item.target.places):
+                raise moved(item.target.names[0])
 
 
 @dataclass(slots=True)
@@ -120,11 +87,12 @@ class _Problems:
 
     def refuse(self) -> None:
         """Raise DoesNotFit with everything found."""
-        if not self.kinds:
+        kinds = {kind: found for kind, found in self.kinds.items() if found}
+        if not kinds:
             return
-        total = sum(map(len, self.kinds.values()))
+        total = sum(map(len, kinds.values()))
         lines = []
-        for kind, found in self.kinds.items():
+        for kind, found in kinds.items():
             more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
             lines.append(f"{kind} ({len(found):,}): {'; '.join(found[:_SHOWN])}{more}")
         raise DoesNotFit(
@@ -139,7 +107,12 @@ def _renamed(name: str, rename: Rename) -> str:
     if rename is None:
         return name
     if not isinstance(rename, Mapping):
-        return rename(name)
+        found = rename(name)
+        if not isinstance(found, str):
+            raise UsageProblem(
+                f"`rename` gives {found!r} for {quoted(name)}", fix="return a name, the same or not"
+            )
+        return found
     prefix = name
     while True:
         if prefix in rename:
@@ -151,37 +124,29 @@ def _renamed(name: str, rename: Rename) -> str:
 
 
 def _targets(model: torch.nn.Module, problems: _Problems) -> list[Target]:
-    """Parameters and persistent buffers, those of one storage together."""
-    found: dict[tuple[object, ...], list[tuple[str, Place, bool]]] = defaultdict(list)
-    for path, module in model.named_modules(remove_duplicate=False):
-        before = f"{path}." if path else ""
-        if _unsharded(module):
-            text = f"{quoted(path)} of FSDP2; call its `reshard()`"
+    """What is to be filled; why some of it cannot be is noted."""
+    for before, module in modules_of(model):
+        if unsharded(module):
+            text = f"{quoted(before[:-1])} of FSDP2; call its `reshard()`"
             problems.kinds["unsharded at present"].append(text)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found[_storage(parameter)].append((before + name, (module, name), False))
-        for name, buffer in module._buffers.items():
-            if buffer is None:
-                continue
-            if buffer.is_meta:
-                # nobody but the model's own code knows what such a buffer holds
-                problems.kinds["buffers on meta"].append(quoted(before + name))
-            if name not in module._non_persistent_buffers_set:
-                found[_storage(buffer)].append((before + name, (module, name), True))
-    return [
-        Target(
-            tuple(name for name, _, _ in several), tuple(p for _, p, _ in several), several[0][2]
-        )
-        for several in found.values()
+        meta = [name for name, b in module._buffers.items() if b is not None and b.is_meta]
+        if meta:  # nobody but the model's own code knows what such a buffer holds
+            problems.kinds["buffers on meta"] += [quoted(before + name) for name in meta]
+    targets = targets_of(model)
+    problems.kinds["no plain memory"] += [
+        f"{quoted(target.names[0])} {target.trouble}" for target in targets if target.trouble
     ]
+    problems.kinds["different views of one memory"] += [
+        f"{quoted(a)} and {quoted(b)}" for a, b in overlapping(targets)
+    ]
+    return targets
 
 
-def _storage(tensor: torch.Tensor) -> tuple[object, ...]:
-    local = local_tensor(tensor)
-    if local.is_meta or not local.numel():
-        return (id(tensor),)
-    return local.data_ptr(), tuple(local.shape), local.stride(), local.dtype, local.device
+def patterns_of(texts: Iterable[str], option: str) -> tuple[str, ...]:
+    """Several texts. Raises UsageProblem for one, whose characters nobody means."""
+    if isinstance(texts, str):
+        raise UsageProblem(f"`{option}` takes several texts", fix=f"{option}=[{texts!r}]")
+    return tuple(texts)
 
 
 def fit(
@@ -199,10 +164,14 @@ def fit(
     and none may be on meta.
     """
     problems = _Problems()
-    patterns = tuple(ignore)
-    ignored = tuple(n for n in tensors if any(fnmatchcase(n, p) for p in patterns))
+    patterns = patterns_of(ignore, "ignore")
+    ignored = {n: None for n in tensors if any(fnmatchcase(n, p) for p in patterns)}
+    if slots is not None and ignored:  # the model would be in neither placement
+        problems.kinds["ignored, but its slots change"] += map(quoted, ignored)
     by_target: dict[str, str] = {}
-    for name in [n for n in tensors if n not in set(ignored)] if ignored else tensors:
+    for name in tensors:
+        if name in ignored:
+            continue
         wanted = _renamed(name, rename)
         if wanted in by_target:
             both = f"{quoted(by_target[wanted])} and {quoted(name)} as {quoted(wanted)}"
@@ -210,7 +179,7 @@ def fit(
         by_target[wanted] = name
     filled: list[Filled] = []
     tied: list[str] = []
-    twins: list[tuple[str, str]] = []
+    twins: list[tuple[Filled, str]] = []
     hint = "; call `model.tie_weights()` first if it is tied" if _may_tie(model) else ""
     for target in _targets(model, problems):
         used = [n for n in dict.fromkeys(target.names) if n in by_target]
@@ -222,19 +191,22 @@ def fit(
         tensor = target.now()
         if slots is not None and tensor.is_meta:
             problems.kinds["on meta"].append(quoted(target.names[0]))
-        for name in given:
-            steps = _steps(tensor, tensors[name], problems, cast=cast, slots=slots)
-            if name == given[0]:
-                filled.append(Filled(target, name, kind_of(tensor), steps))
-        twins += [(given[0], other) for other in given[1:]]
+        if target.trouble:
+            continue  # noted already
+        several = [_steps(tensor, tensors[n], problems, cast=cast, slots=slots) for n in given]
+        filled.append(Filled(target, given[0], kind_of(tensor), several[0]))
+        twins += [(filled[-1], other) for other in given[1:]]
         tied += [name for name in target.names if name not in used]
     left = [quoted(name) for name in by_target.values()]
     if left:
         problems.kinds["without a place in the model"] += left
     problems.refuse()
+    converted = tuple(
+        f.source for f in filled if tensors[f.source].torch_dtype != f.target.now().dtype
+    )
     order = {name: number for number, name in enumerate(tensors)}
     filled.sort(key=lambda f: order[f.source])  # as they lie in the files
-    return Fit(tuple(filled), ignored, tuple(tied), tuple(twins))
+    return Fit(model, tuple(filled), tuple(ignored), tuple(tied), tuple(twins), converted)
 
 
 def _may_tie(model: torch.nn.Module) -> bool:
@@ -269,7 +241,10 @@ def _steps(
         problems.kinds["another local shape"].append(both)
         return ()
     read = covering(shape, dtype.itemsize, wanted)
-    direct = read == wanted and dtype == tensor.dtype and (local.is_meta or local.is_contiguous())
+    direct = read == wanted and dtype == tensor.dtype and in_order(local)
+    if not direct and local.is_inference() and not local.is_meta:
+        both = f"{quoted(source.name)}: nothing can be copied into a tensor of inference mode"
+        problems.kinds["no plain memory"].append(both)
     every = (0, local.shape[0] if have else 1)
     held = source.held
     if slots is None or held is None or not held.stacked:

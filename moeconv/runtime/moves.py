@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moeconv.errors import GeometryMismatch, Unsupported, quoted
+from moeconv.errors import GeometryMismatch, MissingShard, Unsupported, quoted
 from moeconv.manifest import Run, part_names
 from moeconv.placement.placement import Given, by_stack, row_problems, unfit
+from moeconv.runtime.complete import Rows, bad, is_stacked
 from moeconv.runtime.fill import loaded
 from moeconv.runtime.fit import Rename, fit
-from moeconv.runtime.opening import Files, Home, Key, Rows, Stored, bad, is_stacked, key_of
+from moeconv.runtime.opening import Files, Home, Key, Stored, key_of
 from moeconv.runtime.tensors import LocalTensor, cut, in_slot, joined
 from moeconv.runtime.update import Report, Updater
 
@@ -172,17 +173,26 @@ class Catalog:
             row = self.home.rows[key[0]]
             share = len(row) // self.home.ep_size
             holders = {p // share for p, e in enumerate(row) if e == expert}
-            # every holder read so far lacks it: then the first other one must have it
-            for rank in sorted(holders - self._ranks)[:1]:
-                names = {whose: name for name, whose in part_names(self.home.ep_size).items()}
-                part = next(p for p in self.home.root.parts if p.name == names[rank])
-                self.add(rank, self.home.read_part(part, self.files))
+            self._read_one_of(sorted(holders - self._ranks))
         dtype, runs = self._found.get((key, expert), ("", ()))
         count = len(like.entry.expert.experts) if like.entry.expert else 1
         size = (like.entry.stop - like.entry.start) // count
         if dtype != like.entry.dtype or sum(r.nbytes for r in runs) != size:
             raise bad(like.entry.name, f"expert {expert} has no tensor like it on another rank")
         return runs
+
+    def _read_one_of(self, ranks: list[int]) -> None:
+        """Read the first of several ranks whose files are there. Raises what the last one does."""
+        names = {whose: name for name, whose in part_names(self.home.ep_size).items()}
+        for rank in ranks:
+            part = next(p for p in self.home.root.parts if p.name == names[rank])
+            try:
+                self.add(rank, self.home.read_part(part, self.files))
+            except MissingShard:
+                if rank == ranks[-1]:
+                    raise
+            else:
+                return
 
 
 def placed_anew(catalog: Catalog, own: Iterable[Stored], rows: Rows) -> list[Stored]:

@@ -6,7 +6,7 @@ No other rank's documents are read, and nothing here grows with the number of th
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.papers import read_entry, read_root
-from moeconv.errors import BadManifest, DuplicateTensor, NotASet, Unfinished, quoted
+from moeconv.errors import DuplicateTensor, NotASet, Unfinished, quoted
 from moeconv.manifest import (
     MAX_PART_BYTES,
     PARTS_DIR,
@@ -28,10 +28,10 @@ from moeconv.manifest import (
     part_names,
 )
 from moeconv.manifestreader import parse_parts
+from moeconv.runtime.complete import Rows, bad, is_stacked
 from moeconv.runtime.files import DataFile, own_file, source_file
 from moeconv.runtime.tensors import Held, LocalTensor, in_slot, joined
 
-Rows: TypeAlias = Mapping[int, tuple[int, ...]]  # stack number -> [P], for stacks that ranks share
 Key: TypeAlias = tuple[int, tuple[str, ...], str]  # stack number, projections, component
 Files: TypeAlias = dict[int, DataFile]
 
@@ -72,10 +72,11 @@ class Home:
         raw = read_entry(self.path, entry, limit=MAX_PART_BYTES)
         out: list[Stored] = []
         for part in parse_parts(raw, self.root, where=entry.name):
-            number = max(files, default=-1) + 1
-            if part.file:
+            known = (n for n, f in files.items() if f.name == part.file)
+            number = next(known, max(files, default=-1) + 1)
+            if part.file and number not in files:
                 files[number] = own_file(self.path, part)
-            elif self.root.source is not None and self.source is not None:
+            elif not part.file and self.root.source is not None and self.source is not None:
                 used = {r.file for t in part.tensors for r in t.runs} - files.keys()
                 listed = self.root.source.files
                 files |= {n: source_file(self.source, listed[n]) for n in sorted(used)}
@@ -120,33 +121,13 @@ def _stored(entry: TensorEntry, part: Part, number: int) -> Stored:
         raise bad(entry.name, f"{entry.dtype} {list(entry.shape)} does not take its bytes")
     if not part.file:
         return Stored(entry, joined(entry.runs))
-    if entry.start < part.header_size or entry.stop > part.size:
-        raise bad(entry.name, f"its bytes lie outside the data of {quoted(part.file)}")
     return Stored(entry, joined([Run(number, entry.start, entry.stop - entry.start)]))
-
-
-def bad(name: str, cause: str) -> BadManifest:
-    """The error for a manifest that says something impossible of a tensor."""
-    return BadManifest(
-        f"the manifest is wrong about {quoted(name)}",
-        at=quoted(name),
-        cause=cause,
-        fix="convert the checkpoint again; a manifest is never edited by hand",
-    )
 
 
 # --- what a rank has ---------------------------------------------------------------------------
 def key_of(expert: ExpertEntry) -> Key:
     """Which of a stack's tensors it is, whatever its slots."""
     return expert.stack, expert.projections, expert.component
-
-
-def is_stacked(expert: ExpertEntry) -> bool:
-    """Whether experts lie along dimension 0. Raises BadManifest where along another."""
-    axes = expert.axes.replace("(", " ").replace(")", " ").split()
-    if "E" in axes[1:]:
-        raise bad(f"stack {expert.stack}", f"axes {quoted(expert.axes)} have E inside")
-    return axes[:1] == ["E"]
 
 
 def is_global(stored: Stored, rows: Rows) -> bool:
@@ -159,7 +140,13 @@ def plain(stored: Stored) -> LocalTensor:
     """A tensor that every rank has as it is stored."""
     entry = stored.entry
     digest = entry.digests[0] if entry.expert is None and entry.digests else None
-    return LocalTensor(entry.name, entry.dtype, entry.shape, stored.runs, digest)
+    return LocalTensor(
+        entry.name, entry.dtype, entry.shape, stored.runs, digest, meaning=_meaning(entry)
+    )
+
+
+def _meaning(entry: TensorEntry) -> tuple[object, ...]:
+    return () if entry.expert is None else (*key_of(entry.expert), entry.expert.axes)
 
 
 def rank_tensors(
@@ -167,7 +154,6 @@ def rank_tensors(
 ) -> dict[str, LocalTensor]:
     """All tensors of a rank by name. Raises BadManifest, DuplicateTensor."""
     out: list[LocalTensor] = []
-    spans: dict[Key, list[tuple[int, int]]] = defaultdict(list)
     globals_: dict[Key, list[Stored]] = defaultdict(list)
     for stored in common:
         expert = stored.entry.expert
@@ -179,9 +165,7 @@ def rank_tensors(
         expert = stored.entry.expert
         if expert is None or expert.slots is None:
             raise bad(stored.entry.name, "a rank's tensor must have slots")
-        spans[key_of(expert)].append(expert.slots)
         out.append(_slot_tensor(home, stored, expert, rows))
-    _check_slots(home, rows, spans)
     for several in globals_.values():
         out += gathered(home, several, rows)
     tensors = {tensor.name: tensor for tensor in out}
@@ -197,32 +181,11 @@ def rank_tensors(
 
 
 def _slot_tensor(home: Home, stored: Stored, expert: ExpertEntry, rows: Rows) -> LocalTensor:
-    entry, row = stored.entry, rows[expert.stack]
+    row = rows[expert.stack]
     start, stop = expert.slots or (0, 0)
     first, stacked = home.rank * (len(row) // home.ep_size), is_stacked(expert)
-    if stacked and (not entry.shape or entry.shape[0] % (stop - start)):
-        raise bad(entry.name, f"{list(entry.shape)} is not {stop - start} slots")
     held = Held(expert.stack, start, stop, len(row), first, stacked)
-    return LocalTensor(entry.name, entry.dtype, entry.shape, stored.runs, None, held)
-
-
-def _check_slots(home: Home, rows: Rows, spans: Mapping[Key, list[tuple[int, int]]]) -> None:
-    """Every slot of the rank once, by slot and never by counting names. Raises BadManifest."""
-    for stack, row in rows.items():
-        share = len(row) // home.ep_size
-        wanted = home.rank * share
-        name = home.root.stacks[stack].name
-        found = [s for key, s in spans.items() if key[0] == stack]
-        if not found:
-            raise bad(name, f"rank {home.rank} has none of its tensors")
-        for several in found:
-            at = wanted
-            for start, stop in sorted(several):
-                if start != at:
-                    raise bad(name, f"slot {min(at, start)} is there twice or not at all")
-                at = stop
-            if at != wanted + share:
-                raise bad(name, f"slot {at} is missing")
+    return replace(plain(stored), held=held)
 
 
 def gathered(home: Home, several: list[Stored], rows: Rows) -> list[LocalTensor]:
@@ -235,26 +198,20 @@ def gathered(home: Home, several: list[Stored], rows: Rows) -> list[LocalTensor]
     share = len(row) // home.ep_size
     start = home.rank * share
     mine = row[start : start + share]
-    experts = home.root.stacks[number].experts
-    if len(several) == 1 and is_stacked(expert):
-        if expert.experts != tuple(range(experts)) or sum(first.shape[:1]) % experts:
-            raise bad(first.name, f"it must hold all {experts} experts in their order")
-        runs = [run for e in mine for run in in_slot(several[0].runs, e, experts)]
-        shape = (first.shape[0] // experts * share, *first.shape[1:])
+    if is_stacked(expert):
+        runs = [run for e in mine for run in in_slot(several[0].runs, e, len(expert.experts))]
         held = Held(number, start, start + share, len(row), start, stacked=True)
-        return [LocalTensor(first.name, first.dtype, shape, joined(runs), None, held)]
-    if len(expert.experts) > 1:
+        whole = plain(several[0])
+        shape = (first.shape[0] // len(expert.experts) * share, *first.shape[1:])
+        return [replace(whole, shape=shape, runs=joined(runs), held=held)]
+    if expert.local is None:
         return [plain(stored) for stored in several]  # one value for several experts
     by_expert = {s.entry.expert.experts[0]: s for s in several if s.entry.expert is not None}
-    if absent := [e for e in mine if e not in by_expert]:
-        raise bad(first.name, f"expert {absent[0]} has no such tensor")
     out = []
     for slot, e in enumerate(mine):
-        entry, stored = by_expert[e].entry, by_expert[e]
-        template = entry.expert.local if entry.expert is not None else None
-        if template is None:
-            raise bad(entry.name, "it lacks `local`, its name on a rank")
+        entry = by_expert[e].entry
+        template = (entry.expert.local if entry.expert else None) or ""
         held = Held(number, start + slot, start + slot + 1, len(row), start, stacked=False)
-        tensor = replace(plain(stored), name=template.replace("{slot}", str(slot)), held=held)
-        out.append(tensor)
+        name = template.replace("{slot}", str(slot))
+        out.append(replace(plain(by_expert[e]), name=name, held=held))
     return out

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 
 import torch
 
 from moeconv.errors import GeometryMismatch, UsageProblem, quoted
 from moeconv.placement.placement import Given, by_stack
+from moeconv.runtime.complete import Rows, check_complete
 from moeconv.runtime.files import DataFile
 from moeconv.runtime.fill import loaded
-from moeconv.runtime.fit import Rename
+from moeconv.runtime.fit import Rename, patterns_of
 from moeconv.runtime.moves import Catalog, Moves, changed_slots, new_rows, placed_anew
 from moeconv.runtime.opening import (
     Files,
     Home,
-    Rows,
     Stored,
     find,
     is_global,
@@ -29,11 +31,12 @@ from moeconv.runtime.tensors import LocalTensor
 from moeconv.runtime.update import Report, Updater, make_updater
 
 
-def ep_rank_of(rank: int, world: int, ep: int, order: str = "sglang") -> int:
+def ep_rank_of(rank: int, world: int, ep: int, order: str = "sglang", *, moe_tp: int = 1) -> int:
     """The expert-parallel rank of a process.
 
-    "sglang" (and transformers): EP neighbours are adjacent processes. "twinkle": the mesh is
-    (ep, ep_fsdp), so FSDP neighbours are. Raises GeometryMismatch.
+    "sglang" (and transformers): EP neighbours are adjacent processes, or `moe_tp` apart where each
+    expert is split over so many. "twinkle": the mesh is (ep, ep_fsdp), so FSDP neighbours are.
+    Raises GeometryMismatch.
 
     >>> [moeconv.runtime.ep_rank_of(rank, 4, 2) for rank in range(4)]
     [0, 1, 0, 1]
@@ -42,13 +45,16 @@ def ep_rank_of(rank: int, world: int, ep: int, order: str = "sglang") -> int:
     """
     if order not in ("sglang", "twinkle"):
         raise UsageProblem(f"{quoted(order)} is no order of ranks", fix='"sglang" or "twinkle"')
-    if ep < 1 or world < 1 or world % ep or not 0 <= rank < world:
+    if order != "sglang" and moe_tp != 1:
+        raise UsageProblem("only sglang splits experts", fix="leave `moe_tp=` out")
+    least = min(ep, world, moe_tp)
+    if least < 1 or world % (ep * moe_tp) or not 0 <= rank < world:
         raise GeometryMismatch(
             f"process {rank} of {world} has no place in {ep} expert-parallel ranks",
-            cause="ep must divide the number of processes, and ranks count from 0",
-            fix="start as many processes as a multiple of ep",
+            cause="ep (times moe_tp) must divide the number of processes; ranks count from 0",
+            fix="start as many processes as a multiple of it",
         )
-    return rank % ep if order == "sglang" else rank // (world // ep)
+    return rank % (ep * moe_tp) // moe_tp if order == "sglang" else rank // (world // ep)
 
 
 def open_shard(
@@ -74,6 +80,7 @@ def open_shard(
     >>> shard.logical_experts("model.layers.0.mlp.experts")
     (2, 0, 1)
     """
+    ep_rank, ep_size = _number(ep_rank, "ep_rank"), _number(ep_size, "ep_size")
     where, root, data = find(Path(path).absolute(), source=None if source is None else Path(source))
     home = Home(where, root, data, ep_rank)
     if ep_size != home.ep_size or not 0 <= ep_rank < ep_size:
@@ -90,11 +97,26 @@ def open_shard(
         for stored in home.read_part(part, files):
             expert = stored.entry.expert
             (own if expert is not None and expert.slots is not None else common).append(stored)
+    check_complete(
+        root.stacks,
+        home.rows,
+        [s.entry for s in common],
+        [s.entry for s in own],
+        rank=ep_rank,
+        ep_size=ep_size,
+    )
     tensors = rank_tensors(home, common, own, home.rows)
     shard = Shard(home, tuple(common), tuple(own), home.rows, tensors, files)
     if placement is not None:
         shard.check_placement(placement)
     return shard
+
+
+def _number(value: int, option: str) -> int:
+    try:
+        return index(value)  # also those of numpy
+    except TypeError:
+        raise UsageProblem(f"`{option}` is {value!r}", fix="give a whole number") from None
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -177,15 +199,17 @@ class Shard:
         """This rank's experts, [S, ...] in slot order, and every common tensor; or just `names`.
 
         On the CPU they are views of privately mapped files where that can be: nothing is copied,
-        and writing to one never reaches the file. The files must not be cut short meanwhile.
+        and writing to one never reaches the file. The files must not be cut short meanwhile. All
+        views of a file share one storage as large as the file: `torch.save` of one writes it all,
+        so clone it first. What does not start at a multiple of 16 bytes is copied.
         Small tensors that are kept for all experts are gathered to this rank's slots.
-        Raises UsageProblem (an unknown name), NoTorchDtype, SourceChanged, IoFailed.
+        Raises UsageProblem (an unknown name, meta), NoTorchDtype, SourceChanged, IoFailed.
 
         >>> loaded = shard.load()
         >>> loaded["model.layers.0.mlp.experts.down_proj"].shape
         torch.Size([3, 8, 4])
         """
-        chosen = self.names if names is None else tuple(names)
+        chosen = self.names if names is None else patterns_of(names, "names")
         if unknown := [name for name in chosen if name not in self.tensors]:
             raise UsageProblem(
                 f"{quoted(unknown[0])} is no tensor of this rank", fix="see `Shard.names`"
@@ -231,15 +255,20 @@ class Shard:
         `model.to_empty()` is no way out: it leaves buffers that no checkpoint has, such as the
         `inv_freq` of rotary embeddings, as whatever was in memory.
 
-        Raises DoesNotFit, IoFailed, SourceChanged.
+        What has no plain memory of its own is refused: views that overlap others or themselves
+        (two names of the same view are tied, disjoint views are fine), wrapper subclasses, sparse
+        and uninitialised parameters, subclasses of Parameter on meta, and what would have to be
+        copied into a tensor of inference mode.
+
+        Raises DoesNotFit, UsageProblem, IoFailed, SourceChanged.
 
         >>> report = shard.load_into(model)
         >>> report.tensors, report.bytes_overread
         (5, 0)
         """
-        return self.updater(model, rename=rename, ignore=ignore, cast=cast, device=device).load(
-            self
-        )
+        began = time.perf_counter()
+        updater = self.updater(model, rename=rename, ignore=ignore, cast=cast, device=device)
+        return updater.load_since(began, self)
 
     def updater(
         self,

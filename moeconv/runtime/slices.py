@@ -15,7 +15,7 @@ from typing import Final, Protocol, TypeAlias, cast
 Spans: TypeAlias = tuple[tuple[int, int], ...]
 Selection: TypeAlias = tuple[Spans, ...]
 
-MIN_PIECE_BYTES: Final = 4096  # a read of less costs as much as one of this
+MIN_PIECE_BYTES: Final = 256 * 1024  # a read of less takes as long as one of this
 FEW_PIECES: Final = 16
 BLOCK_BYTES: Final = 16 * 1024 * 1024
 
@@ -111,62 +111,69 @@ def pieces(sizes: tuple[int, ...], item: int, selection: Selection) -> Iterator[
         yield from ((base + a * strides[dim], base + b * strides[dim]) for a, b in selection[dim])
 
 
-def _tiny(sizes: tuple[int, ...], item: int, selection: Selection) -> bool:
-    dim = _split(sizes, selection)
-    number = prod(counts(selection[:dim])) * len(selection[dim])
-    least = min((b - a for a, b in selection[dim]), default=0)
-    return number > FEW_PIECES and least * prod(sizes[dim + 1 :]) * item < MIN_PIECE_BYTES
-
-
 def covering(sizes: tuple[int, ...], item: int, selection: Selection) -> Selection:
-    """The selection itself, or whole rows around it where its pieces are too small to read."""
-    out = list(selection)
-    for dim in range(len(sizes) - 1, 0, -1):
-        if not all(selection) or not _tiny(sizes, item, tuple(out)):
-            break
-        out[dim] = ((0, sizes[dim]),)
-    return tuple(out)
+    """What to read for a selection: exact along dimensions 0 and 1, whole rows beyond.
+
+    Along dimension 1, too, all is read where its pieces are many and too small.
+    """
+    if len(sizes) < 2 or not all(selection):
+        return selection
+    rows, inner = selection[:2]
+    size = prod(sizes[2:]) * item
+    number = sum(b - a for a, b in rows) * len(inner)
+    if number > FEW_PIECES and min(b - a for a, b in inner) * size < MIN_PIECE_BYTES:
+        inner = ((0, sizes[1]),)
+    return (rows, inner, *whole(sizes[2:]))
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows `start` to before `stop` of a destination, and the bytes of the source to read for them.
+    """Rows of a destination, or columns (along dimension 1) of one, and what to read for them.
 
-    read: the shape that these bytes have. They are more than the rows where `read` covers more.
+    columns: None for all. shape: of the bytes read, which are more than the rows where `read`
+    covers more.
     """
 
-    start: int
-    stop: int
+    rows: tuple[int, int]
+    columns: tuple[int, int] | None
     pieces: tuple[tuple[int, int], ...]
-    read: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 def blocks(
-    sizes: tuple[int, ...], item: int, read: Selection, rows: tuple[int, int], limit: int | None
+    sizes: tuple[int, ...],
+    item: int,
+    wanted: Selection,
+    read: Selection,
+    *,
+    rows: tuple[int, int],
+    limit: int | None,
 ) -> Iterator[Block]:
-    """Cut rows of a destination into blocks of at most `limit` bytes, or of one row."""
+    """Cut rows of a destination into blocks of at most `limit` bytes, or of a column of a row."""
     if not sizes:
-        yield Block(0, 1, ((0, item),), (1,))
+        yield Block((0, 1), None, ((0, item),), (1,))
         return
     shape = counts(read)
     row_bytes = prod(shape[1:]) * item
     step = max(limit // max(row_bytes, 1), 1) if limit else max(rows[1] - rows[0], 1)
+    across: list[tuple[int, int] | None] = [None]
+    if limit and row_bytes > limit and len(sizes) > 1 and wanted[1] == read[1]:
+        width = max(limit // (prod(shape[2:]) * item), 1)
+        across = list(pairwise([*range(0, shape[1], width), shape[1]]))
     for start, stop in pairwise([*range(rows[0], rows[1], step), rows[1]]):
         spans = sub_span(read[0], start, stop)
-        taken = (spans, *read[1:])
-        yield Block(start, stop, tuple(pieces(sizes, item, taken)), (stop - start, *shape[1:]))
+        for columns in across:
+            inner = read[1:] if columns is None else (sub_span(read[1], *columns), *read[2:])
+            taken = (spans, *inner)
+            yield Block((start, stop), columns, tuple(pieces(sizes, item, taken)), counts(taken))
 
 
 def moves(wanted: Selection, read: Selection) -> Iterator[tuple[Spans, Spans]]:
-    """What to copy out of a block into its rows: spans of the destination and of the block.
-
-    Dimension 0 is left out: a block has just the rows wanted.
-    """
+    """What to copy out of a block into its place: spans of both along dimensions 1 and on."""
     options = []
     for want, got in zip(wanted[1:], read[1:], strict=True):
         if want == got:
-            size = sum(b - a for a, b in want)
-            options.append([((0, size), (0, size))])
+            options.append([((0, -1), (0, -1))])  # all of it, however many there are in the block
         else:  # `got` is whole
             ends = list(accumulate((b - a for a, b in want), initial=0))
             options.append(list(zip(pairwise(ends), want, strict=True)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -49,7 +49,8 @@ class Held:
 class LocalTensor:
     """A tensor as this rank has it; `runs` are its bytes in order, by the shard's file numbers.
 
-    digest: of all its bytes, where the manifest has one for the whole tensor.
+    digest: of all its bytes, where the manifest has one for the whole tensor. meaning: of an expert
+    tensor, its stack, projections, component and axes: what its bytes stand for.
     """
 
     name: str
@@ -58,6 +59,7 @@ class LocalTensor:
     runs: tuple[Run, ...]
     digest: str | None = None
     held: Held | None = None
+    meaning: tuple[object, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -86,9 +88,9 @@ class LocalTensor:
         """Its shape in torch, where two F4 values are one element."""
         return (*self.shape[:-1], self.shape[-1] // 2) if self.dtype == "F4" else self.shape
 
-    def facts(self) -> tuple[str, str, tuple[int, ...]]:
+    def facts(self) -> tuple[object, ...]:
         """What another version of the same tensor must share."""
-        return self.name, self.dtype, self.shape
+        return self.name, self.dtype, self.shape, self.meaning
 
 
 def joined(runs: Iterable[Run]) -> tuple[Run, ...]:
@@ -116,6 +118,13 @@ def cut(runs: tuple[Run, ...], pieces: Iterable[tuple[int, int]]) -> tuple[Run, 
             start += size
             at += 1
     return joined(out)
+
+
+def portions(runs: tuple[Run, ...], limit: int) -> Iterator[tuple[int, tuple[Run, ...]]]:
+    """(bytes before, runs) of portions of at most `limit` bytes."""
+    total = sum(r.nbytes for r in runs)
+    for start in range(0, total, limit):
+        yield start, cut(runs, [(start, min(start + limit, total))])
 
 
 def in_slot(runs: tuple[Run, ...], number: int, count: int) -> tuple[Run, ...]:

@@ -6,34 +6,33 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 
 from moeconv.errors import DoesNotFit, GeometryMismatch, quoted
-from moeconv.manifest import Run
 from moeconv.runtime.files import Reader
-from moeconv.runtime.fill import Filler, portions
-from moeconv.runtime.fit import Filled, Fit, fit, is_dtensor, local_tensor
-from moeconv.runtime.slices import BLOCK_BYTES, Block, counts
-from moeconv.runtime.tensors import LocalTensor
+from moeconv.runtime.fill import Filler, device_of
+from moeconv.runtime.fit import Filled, Fit, fit
+from moeconv.runtime.memory import is_dtensor, local_tensor
+from moeconv.runtime.slices import BLOCK_BYTES, counts
+from moeconv.runtime.tensors import LocalTensor, joined, portions
 
 if TYPE_CHECKING:
     from moeconv.runtime.fit import Rename
     from moeconv.runtime.shard import Shard
-
-Found: TypeAlias = tuple[tuple[tuple[Block, tuple[Run, ...]], ...], ...]  # blocks of each step
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a load did.
 
-    tensors: how many of the model were filled. bytes_read: all bytes that came out of files;
-    overread: (name, bytes) of slices around which whole rows were read, because their own pieces
-    were too small; they are among bytes_read. ignored: names of the set. tied: names of the model
-    that another name of the same storage covers. materialised: parameters that were on meta.
-    files: those that were opened.
+    tensors: how many of the model were filled. bytes_read: all bytes that came out of files, those
+    that were only compared (of names that the model ties) among them. overread: (name, bytes) of
+    slices around which whole rows were read; they are among bytes_read. seconds: with the matching
+    of names, where there was any. ignored: names of the set. cast: those whose dtype was converted.
+    tied: names of the model that another name of the same memory covers. materialised: parameters
+    that were on meta. files: those that were opened.
     """
 
     tensors: int
@@ -44,6 +43,7 @@ class Report:
     tied: tuple[str, ...]
     materialised: int
     files: tuple[str, ...]
+    cast: tuple[str, ...]
 
     @property
     def bytes_overread(self) -> int:
@@ -53,59 +53,58 @@ class Report:
 
 @dataclass(slots=True)
 class Updater:
-    """A model and where each tensor of a set goes in it: made by `Shard.updater`."""
+    """A model and where each tensor of a set goes in it: made by `Shard.updater`.
+
+    For one thread at a time: it keeps the buffers that it reads into.
+    """
 
     shard: Shard
     fitted: Fit
     device: torch.device | None
     _filler: Filler = field(default_factory=Filler)
-    _found: dict[str, tuple[tuple[Run, ...], Found]] = field(default_factory=dict)
 
     def load(self, newer: Shard) -> Report:
         """Read a set of the same geometry into the model: the same memory, no names matched.
 
-        Offsets are taken over where they are the same, and found again where they are not.
-        Raises GeometryMismatch (other ranks, placement, names, dtypes or shapes), DoesNotFit (the
-        model changed, or names that it ties have different bytes), IoFailed, SourceChanged.
+        Raises GeometryMismatch (other ranks, placement, names, dtypes, shapes or layouts),
+        DoesNotFit (the model changed, or names that it ties have different bytes), IoFailed,
+        SourceChanged (also where a file changed while it was read: then the model is not whole).
 
         >>> updater = shard.updater(model)
         >>> updater.load(moeconv.runtime.open(OUT, ep_rank=0, ep_size=2)).tensors
         5
         """
-        began = time.perf_counter()
+        return self.load_since(time.perf_counter(), newer)
+
+    def load_since(self, began: float, newer: Shard) -> Report:
+        """As `load`, having begun earlier."""
         _check_same(self.shard, newer)
-        with torch.no_grad(), Reader(newer.files) as reader:
-            # apart, since what is only compared is not counted
-            with Reader(newer.files) as comparing:
-                check_twins(self.fitted, newer.tensors, comparing)
-            targets = self.fitted.filled
+        targets, tensors = self.fitted.filled, newer.tensors
+        with torch.no_grad(), Reader(newer.files) as reader, self._filler as filler:
+            # all that can be refused is, before the first byte is written
+            names = [f.source for f in targets] + [other for _, other in self.fitted.twins]
+            reader.open(tensors[name] for name in names)
+            check_twins(self.fitted, tensors, reader)
+            self.fitted.check()
             made = sum([_materialise(f, self.device) for f in targets])
-            memory = [f.local() for f in targets]
-            with self._filler as filler:
-                for item, into in zip(targets, memory, strict=True):
-                    tensor = newer.tensors[item.source]
-                    dtype = tensor.torch_dtype
-                    for step, blocks in zip(item.steps, self._blocks(item, tensor), strict=True):
-                        filler.step(into, step, blocks, dtype, reader)
-                    if not into.is_inference():  # memory was written behind autograd's back
-                        torch.autograd.graph.increment_version((into, item.target.now()))
+            for item in targets:
+                into = item.local()
+                for step in item.steps:
+                    filler.step(into, step, tensors[item.source], reader)
+                if not into.is_inference():  # memory was written behind autograd's back
+                    torch.autograd.graph.increment_version((into, item.target.now()))
+            reader.check()
             return Report(
                 tensors=len(targets),
                 bytes_read=reader.bytes_read,
-                overread=tuple(o for f in targets if (o := _overread(f, newer.tensors))[1]),
+                overread=tuple(o for f in targets if (o := _overread(f, tensors))[1]),
                 seconds=time.perf_counter() - began,
                 ignored=self.fitted.ignored,
                 tied=self.fitted.tied,
                 materialised=made,
                 files=reader.names,
+                cast=self.fitted.cast,
             )
-
-    def _blocks(self, item: Filled, tensor: LocalTensor) -> Found:
-        known = self._found.get(item.source)
-        if known is None or known[0] != tensor.runs:
-            known = tensor.runs, tuple(step.blocks(tensor) for step in item.steps)
-            self._found[item.source] = known
-        return known[1]
 
 
 def make_updater(
@@ -117,11 +116,11 @@ def make_updater(
     cast: bool,
     device: torch.device | str | None,
 ) -> Updater:
-    """Match a shard with a model; nothing is read but what ties make necessary."""
-    with torch.no_grad(), Reader(shard.files) as reader:
+    """Match a shard with a model; nothing is read."""
+    where = device_of(device)
+    with torch.no_grad():
         fitted = fit(model, shard.tensors, rename=rename, ignore=ignore, cast=cast)
-        check_twins(fitted, shard.tensors, reader)
-    return Updater(shard, fitted, None if device is None else torch.device(device))
+    return Updater(shard, fitted, where)
 
 
 def _check_same(known: Shard, newer: Shard) -> None:
@@ -145,9 +144,9 @@ def _check_same(known: Shard, newer: Shard) -> None:
 def check_twins(fitted: Fit, tensors: Mapping[str, LocalTensor], reader: Reader) -> None:
     """Two names of one storage must have the same bytes. Raises DoesNotFit with all that differ."""
     unequal = [
-        f"{quoted(a)} and {quoted(b)}"
-        for a, b in fitted.twins
-        if not _equal(tensors[a], tensors[b], reader)
+        f"{quoted(item.source)} and {quoted(other)}"
+        for item, other in fitted.twins
+        if not _equal(item, tensors[item.source], tensors[other], reader)
     ]
     if unequal:
         raise DoesNotFit(
@@ -157,18 +156,21 @@ def check_twins(fitted: Fit, tensors: Mapping[str, LocalTensor], reader: Reader)
         )
 
 
-def _equal(a: LocalTensor, b: LocalTensor, reader: Reader) -> bool:
-    if a.facts()[1:] != b.facts()[1:]:
+def _equal(item: Filled, a: LocalTensor, b: LocalTensor, reader: Reader) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     if a.digest is not None and b.digest is not None:
         return a.digest == b.digest
-    sides = zip(portions(a.runs, BLOCK_BYTES), portions(b.runs, BLOCK_BYTES), strict=True)
-    for (_, left), (_, right) in sides:
-        both = [
-            torch.empty(sum(r.nbytes for r in runs), dtype=torch.uint8) for runs in (left, right)
-        ]
-        for buffer, runs in zip(both, (left, right), strict=True):
-            reader.into(buffer.data_ptr(), runs)
+    # no more of them than this process is going to read
+    mine, others = (
+        joined(r for step in item.steps for _, runs in step.blocks(t) for r in runs) for t in (a, b)
+    )
+    sides = zip(portions(mine, BLOCK_BYTES), portions(others, BLOCK_BYTES), strict=True)
+    for pair in sides:
+        both = []
+        for _, runs in pair:
+            both.append(torch.empty(sum(r.nbytes for r in runs), dtype=torch.uint8))
+            reader.into(both[-1].data_ptr(), runs)
         if not torch.equal(*both):
             return False
     return True
@@ -189,15 +191,11 @@ def _materialise(item: Filled, device: torch.device | None) -> bool:
     old = item.target.now()
     if not old.is_meta:
         return False
-    local = local_tensor(old)
     if is_dtensor(old):
         from torch.distributed.tensor import DTensor
 
-        memory = torch.empty(
-            local.shape, dtype=old.dtype, device=device or old.device_mesh.device_type
-        )
         new: torch.Tensor = DTensor.from_local(
-            memory,
+            torch.empty_like(local_tensor(old), device=device or old.device_mesh.device_type),
             old.device_mesh,
             old.placements,
             run_check=False,
@@ -205,9 +203,9 @@ def _materialise(item: Filled, device: torch.device | None) -> bool:
             stride=old.stride(),
         )
     else:
-        new = torch.empty(old.shape, dtype=old.dtype, device=device or "cpu")
+        new = torch.empty_like(old, device=device or "cpu")
     parameter = torch.nn.Parameter(new, requires_grad=old.requires_grad)
     parameter.__dict__.update(old.__dict__)
     for module, name in item.target.places:
-        module._parameters[name] = parameter
+        setattr(module, name, parameter)  # some modules (nn.LSTM) note it elsewhere, too
     return True

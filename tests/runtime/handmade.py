@@ -6,7 +6,7 @@ are told to `Recipe` by stack. Every value differs, so that no wrong slice can l
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -56,6 +56,17 @@ class Fused:
     component: str = "weight"
     small: bool = False
     per_expert: str | None = None
+    everyone: bool = False  # one value for all experts
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The canonical shape of one: this knows only the axes that tests use."""
+        sizes = tuple(self.value.shape[self.axes.startswith("E") or self.per_expert is not None :])
+        if not {"O", "K"} & set(self.axes):
+            return ()
+        turned = self.axes.endswith(("K O", "K (O G)"))
+        out, rest = (sizes[1], sizes[0]) if turned else (sizes[0], sizes[1])
+        return out // (len(self.projections) if "G" in self.axes else 1), rest
 
 
 @dataclass
@@ -72,6 +83,9 @@ class Made:
         """What a rank must load: independent of all code under test."""
         out = dict(self.common) | {n: f.value for n, f in self.unplaced.items()}
         for name, fused in self.experts.items():
+            if fused.everyone:
+                out[name] = fused.value
+                continue
             row = (rows or self.rows)[fused.stack]
             share = len(row) // self.ep
             mine = row[rank * share : (rank + 1) * share]
@@ -122,6 +136,9 @@ def checkpoint(
                 ("gate",),
                 per_expert=f"{stack}.{{}}.gate.weight",
             )
+            made.experts[f"{stack}.u"] = Fused(
+                stack, up[:, width:].clone(), "O K", ("up",), per_expert=f"{stack}.{{}}.up.weight"
+            )
             made.experts[f"{stack}.d"] = Fused(
                 stack, down, "O K", ("down",), per_expert=f"{stack}.{{}}.down.weight"
             )
@@ -163,6 +180,7 @@ class Named:
     name: str
     value: torch.Tensor
     expert: ExpertEntry | None = None
+    digest: bytes = b""  # of what the units' digests are
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -175,7 +193,7 @@ class Named:
         """The true one of a common tensor; of experts any, the loader never compares them."""
         if self.expert is None:
             return (digest(raw(self.value)),)
-        return (digest(b""),) * self.expert.units
+        return (digest(self.digest),) * self.expert.units
 
 
 def write_data(path: Path, tensors: Sequence[Named], rank: int | None) -> Part:
@@ -214,10 +232,10 @@ def _named(made: Made, rank: int | None) -> list[Named]:
     if rank is None:
         out += [Named(name, value) for name, value in made.common.items()]
     for name, fused in {**made.experts, **made.unplaced}.items():
-        placed, count = name in made.experts, len(fused.value)
+        placed, count = name in made.experts, experts_of(made, fused.stack)
         everyone = ExpertEntry(
             numbers_of[fused.stack], tuple(range(count)), fused.projections, fused.component,
-            fused.axes, (), None,
+            fused.axes, fused.matrix, None,
         )  # fmt: skip
         row = made.rows.get(fused.stack, ())
         share = len(row) // made.ep
@@ -247,6 +265,12 @@ def _named(made: Made, rank: int | None) -> list[Named]:
     return out
 
 
+def experts_of(made: Made, stack: str) -> int:
+    """How many experts a stack has."""
+    several = {**made.experts, **made.unplaced}.values()
+    return max(len(f.value) for f in several if f.stack == stack and not f.everyone)
+
+
 def stacks_of(made: Made) -> list[str]:
     """The stacks in order."""
     return list(dict.fromkeys(f.stack for f in {**made.experts, **made.unplaced}.values()))
@@ -255,9 +279,8 @@ def stacks_of(made: Made) -> list[str]:
 def _root(made: Made, parts: list[FileEntry], origin: FileEntry, ep: int | None) -> Root:
     stacks = []
     for name in stacks_of(made):
-        fused = next(f for f in {**made.experts, **made.unplaced}.values() if f.stack == name)
         row = made.rows.get(name) if ep is not None else None
-        stacks.append(StackEntry(name, "r", "fused", "fused", len(fused.value), 1, 1, row))
+        stacks.append(StackEntry(name, "r", "fused", "fused", experts_of(made, name), 1, 1, row))
     return Root(
         generator="by hand",
         recipes=(RecipeText("r", ""),),
@@ -278,15 +301,21 @@ def _document(out: Path, name: str, data: bytes) -> FileEntry:
     return FileEntry(name, len(data), digest(data))
 
 
-def write_set(out: Path, made: Made, *, split: bool = False) -> Path:
-    """An expert-parallel set. split: a rank has two files."""
+def write_set(
+    out: Path,
+    made: Made,
+    *,
+    split: bool = False,
+    edit: Callable[[list[Named], int | None], list[Named]] = lambda named, _: named,
+) -> Path:
+    """An expert-parallel set. split: a rank has two files. edit: what to write instead."""
     (out / "moeconv").mkdir(parents=True)
     origin = _document(out, ORIGIN_NAME, b"{}\n")
     entries = []
     root = _root(made, [], origin, made.ep)
     for document, rank in part_names(root.ep_size).items():
         stem = "common" if rank is None else rank_name(rank, made.ep)
-        named = _named(made, rank)
+        named = edit(_named(made, rank), rank)
         halves = [named[::2], named[1::2]] if split and rank is not None else [named]
         parts = tuple(
             write_data(out / f"{stem}-{n:05d}-of-{len(halves):05d}.safetensors", half, rank)

@@ -1,5 +1,7 @@
 """Into one model again and again: newer sets of the same geometry, then other placements."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,9 @@ import torch
 from torch import nn
 
 from moeconv import runtime
-from moeconv.errors import DoesNotFit, GeometryMismatch, IoFailed, SourceChanged
+from moeconv.errors import DoesNotFit, GeometryMismatch, IoFailed, MissingShard, SourceChanged
 from tests.runtime.conftest import Opened
-from tests.runtime.handmade import STACK, all_same, checkpoint, same, write_set
+from tests.runtime.handmade import STACK, Made, all_same, checkpoint, same, write_set
 from tests.runtime.models import TinyMoe, on_meta, state
 
 
@@ -28,7 +30,6 @@ def test_updater(opened: Opened, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("moeconv.runtime.update.fit", never)
     monkeypatch.setattr("moeconv.runtime.fit._renamed", never)
-    monkeypatch.setattr("moeconv.runtime.fill.blocks", never)
     monkeypatch.setattr(torch, "empty", never)
     report = updater.load(second)
     assert {n: t.data_ptr() for n, t in model.state_dict().items()} == pointers
@@ -75,19 +76,83 @@ def test_updater_compares_ties_again(opened: Opened):
         updater.load(opened(newer))
 
 
-def test_updater_sees_that_the_model_changed(opened: Opened):
+def swapped(made: Made) -> Made:
+    made.experts[f"{STACK}.gate_up_proj"].projections = ("up", "gate")
+    return made
+
+
+def interleaved(made: Made) -> Made:
+    made.experts[f"{STACK}.gate_up_proj"].axes = "E (O G) K"
+    return made
+
+
+@pytest.mark.parametrize("change", [swapped, interleaved])
+def test_updater_refuses_the_same_shapes_of_another_meaning(
+    opened: Opened, change: Callable[[Made], Made]
+):
     made, model = checkpoint(), TinyMoe(3)
     updater = opened(made).updater(model)
-    model.model.embed = nn.Embedding(7, 8)  # another parameter of the same kind is not a change
     updater.load(opened(made))
-    model.to(torch.bfloat16)
-    updater = opened(made).updater(TinyMoe(3))
+    with pytest.raises(GeometryMismatch):
+        updater.load(opened(change(checkpoint(start=1000))))
+    all_same(state(model), made.expected(0))
+
+
+def test_updater_after_another_parameter_or_module_of_the_same_kind(opened: Opened):
+    made, model = checkpoint(), TinyMoe(3)
+    updater = opened(made).updater(model)
+    model.model.embed.weight = nn.Parameter(torch.zeros(7, 8))
     updater.load(opened(made))
-    other = TinyMoe(3)
-    updater = opened(made).updater(other)
-    other.model.embed.weight = nn.Parameter(torch.zeros(7, 9))
-    with pytest.raises(DoesNotFit):
+    all_same(state(model), made.expected(0))
+    model.model.embed = nn.Embedding(7, 8)
+    with pytest.raises(DoesNotFit):  # else it would fill the module that nobody uses any more
         updater.load(opened(made))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(7, 9),
+        torch.zeros(7, 8, dtype=torch.bfloat16),
+        torch.zeros(8, 7).t(),
+        torch.zeros(1, 8).expand(7, 8),
+    ],
+    ids=["shape", "dtype", "order", "expanded"],
+)
+def test_updater_sees_that_the_model_changed(opened: Opened, value: torch.Tensor):
+    made, model = checkpoint(), TinyMoe(3)
+    updater = opened(made).updater(model)
+    updater.load(opened(made))
+    model.model.layers[0].mlp.gate.weight.data.zero_()
+    model.model.embed.weight = nn.Parameter(value)
+    with pytest.raises(DoesNotFit, match="is not what it was"):
+        updater.load(opened(checkpoint(start=50)))
+    assert not value.any()
+    expected = made.expected(0) | {
+        "model.embed.weight": value,
+        "model.layers.0.mlp.gate.weight": torch.zeros(5, 8),
+    }
+    all_same(state(model), expected)
+
+
+@pytest.mark.parametrize("where", [0, -1])
+def test_ties_are_compared_to_their_end_and_counted(
+    opened: Opened, where: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("moeconv.runtime.update.BLOCK_BYTES", 100)
+    made, model = checkpoint(), TinyMoe(3)
+    model.again = nn.Module()
+    model.again.down = model.model.layers[0].mlp.experts.down_proj
+    fused = made.experts[f"{STACK}.down_proj"]
+    made.experts["again.down"] = replace(fused, component="other")
+    report = opened(made).load_into(model)
+    once = sum(t.nbytes for n, t in made.expected(0).items() if n != "again.down")
+    assert report.bytes_read == once + 2 * made.expected(0)["again.down"].nbytes
+    value = fused.value.clone()
+    value[1].view(-1)[where] += 1  # expert 1 has this rank's last slot
+    made.experts["again.down"] = replace(fused, component="other", value=value)
+    with pytest.raises(DoesNotFit, match="bytes differ"):
+        opened(made).load_into(model)
 
 
 def test_a_file_that_went_away(opened: Opened, tmp_path: Path):
@@ -150,6 +215,26 @@ def test_replace_after_a_load(opened: Opened):
     all_same(state(model), made.expected(0))
     first.shard.load_into(model)
     all_same(state(model), expected)
+
+
+def test_chained_placements_open_each_file_once(tmp_path: Path):
+    out = write_set(tmp_path / "set", checkpoint(row=(0, 1, 2, 3, 4, 0), ep=3))
+    shard = runtime.open(out, ep_rank=0, ep_size=3)
+    for row in [(4, 0, 2, 3, 1, 0), (0, 4, 2, 3, 1, 0)] * 3:
+        shard = shard.replace([row]).shard
+    names = [file.name for file in shard.files.values()]
+    assert len(names) == len(set(names)) == 3
+
+
+def test_another_replica_where_one_is_missing(tmp_path: Path):
+    made = checkpoint(row=(0, 1, 2, 3, 2, 4), ep=3)  # expert 2 is on ranks 1 and 2
+    out, new = write_set(tmp_path / "set", made), {STACK: (0, 2, 1, 3, 2, 4)}
+    next(out.glob("rank-00001*.safetensors")).unlink()
+    shard = runtime.open(out, ep_rank=0, ep_size=3)
+    all_same(shard.replace(new).shard.load(), made.expected(0, new))
+    next(out.glob("rank-00002*.safetensors")).unlink()
+    with pytest.raises(MissingShard):
+        shard.replace(new)
 
 
 def test_replace_with_nothing_changed_reads_nothing(opened: Opened):

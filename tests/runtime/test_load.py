@@ -7,8 +7,8 @@ import torch
 
 import moeconv.runtime
 from moeconv.errors import MissingShard, NoTorchDtype, SourceChanged, UsageProblem
-from moeconv.runtime.fill import loaded, portions
-from moeconv.runtime.tensors import LocalTensor, cut, joined
+from moeconv.runtime.fill import loaded
+from moeconv.runtime.tensors import LocalTensor, cut, joined, portions
 from tests.runtime.handmade import (
     _NAMES,
     STACK,
@@ -60,7 +60,8 @@ def test_a_value_that_all_experts_share(tmp_path: Path):
     made = checkpoint()
     made.experts[f"{STACK}.input_scale"] = shared = made.experts[f"{STACK}.down_proj_scale"]
     del made.experts[f"{STACK}.down_proj_scale"]
-    shared.axes, shared.component = "1", "input_scale"
+    shared.axes, shared.component, shared.everyone = "1", "input_scale", True
+    shared.value = torch.tensor([0.5])
     out = write_set(tmp_path / "set", made)
     found = moeconv.runtime.open(out, ep_rank=1, ep_size=2)
     assert same(found.load()[f"{STACK}.input_scale"], shared.value)
@@ -72,8 +73,9 @@ def test_some_names(tmp_path: Path):
     shard = moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=0, ep_size=2)
     name = f"{STACK}.down_proj"
     all_same(shard.load(names=[name]), {name: made.expected(0)[name]})
-    with pytest.raises(UsageProblem):
-        shard.load(names=["no.such"])
+    for unknown in (["no.such"], name):
+        with pytest.raises(UsageProblem):
+            shard.load(names=unknown)
 
 
 # --- views -------------------------------------------------------------------------------------
@@ -97,11 +99,12 @@ def test_views_share_one_mapping_and_no_memory_is_taken(tmp_path: Path):
     bases = {
         name: value.untyped_storage().data_ptr()
         for name, value in loaded.items()
-        if "scale" not in name
+        if name.endswith("_proj")
     }
-    assert len(set(bases.values())) == 2  # the common file and the rank's
-    gathered = loaded[f"{STACK}.down_proj_scale"]
-    assert gathered.untyped_storage().nbytes() == gathered.numel() * 4
+    assert len(set(bases.values())) == 1  # the rank's file
+    for name in (f"{STACK}.down_proj_scale", "model.layers.0.mlp.gate.weight"):
+        copied = loaded[name]  # gathered; not at a multiple of 16 bytes
+        assert copied.untyped_storage().nbytes() == copied.numel() * 4
 
 
 def test_a_misaligned_run_is_copied(tmp_path: Path):
@@ -110,10 +113,11 @@ def test_a_misaligned_run_is_copied(tmp_path: Path):
     # the pad sorts last, so put the file itself out of step
     shard = moeconv.runtime.open(out, ep_rank=0, ep_size=2)
     all_same(shard.load(), made.expected(0))
-    odd = LocalTensor("x", "F32", (2,), (Run(0, 4097, 8),))
-
-    value = loaded([odd], shard.files, None)["x"]
-    assert raw(value) == (tmp_path / "source/model.safetensors").read_bytes()[4097:4105]
+    for at in (4097, 4104):
+        odd = LocalTensor("x", "F32", (2,), (Run(0, at, 8),))
+        value = loaded([odd], shard.files, None)["x"]
+        assert raw(value) == (tmp_path / "source/model.safetensors").read_bytes()[at : at + 8]
+        assert not value.data_ptr() % 16
 
 
 def test_a_file_replaced_after_open(tmp_path: Path):
@@ -183,8 +187,9 @@ class FakeStream:
     def __init__(self, *_: object) -> None:
         self.pending: list[FakeEvent] = []
 
-    def wait_stream(self, _: object) -> None:
-        """Nothing to wait for."""
+    def wait_stream(self, other: object) -> None:
+        """Note what is waited for."""
+        WAITED.append(other)
 
     def synchronize(self) -> None:
         for event in self.pending:
@@ -206,6 +211,7 @@ class FakeEvent:
 
 
 LATE: list[tuple[torch.Tensor, torch.Tensor]] = []
+WAITED: list[object] = []
 
 
 class Slow(torch.Tensor):
@@ -225,11 +231,12 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
     from moeconv.runtime import fill
     from moeconv.runtime.files import Reader
 
+    WAITED.clear()
     monkeypatch.setattr(fill, "RING_BYTES", 64)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("current of", device))
     empty = torch.empty
     monkeypatch.setattr(
         torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k) if pin_memory else None
@@ -240,17 +247,54 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
     into = numbers(tensor.nbytes, dtype=torch.uint8).zero_().as_subclass(Slow)
     ring = fill.Ring(torch.device("cpu"))
     with Reader(shard.files) as reader:
+        reader.open([tensor])
         ring.copy(into, tensor.runs, reader)
+        # memory that the caller's stream has just made may still be in use there
+        assert [("current of", torch.device("cpu"))] == WAITED
+        expected = raw(made.expected(0)[tensor.name])
+        assert into.as_subclass(torch.Tensor).numpy().tobytes() != expected
         ring.finish()
-    expected = raw(made.expected(0)[tensor.name])
     assert into.as_subclass(torch.Tensor).numpy().tobytes() == expected
 
 
-def test_a_device_that_is_neither(tmp_path: Path):
+def test_a_filler_waits_for_its_rings_each_time():
+    from moeconv.runtime.fill import Filler
+
+    done: list[int] = []
+
+    class Ring:
+        def finish(self) -> None:
+            done.append(len(done))
+
+    filler = Filler()
+    filler._rings[torch.device("cpu")] = Ring()  # type: ignore[assignment]
+    for _ in range(2):
+        with filler:
+            pass
+    with pytest.raises(KeyError), filler:
+        raise KeyError
+    assert done == [0, 1, 2]
+
+
+def test_meta_holds_no_bytes(tmp_path: Path):
+    shard = moeconv.runtime.open(write_set(tmp_path / "set", checkpoint()), ep_rank=0, ep_size=2)
+    with pytest.raises(UsageProblem):
+        shard.load(device="meta")
+
+
+def test_a_device_that_is_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from moeconv.runtime import fill
+    from moeconv.runtime.files import Reader
+
+    monkeypatch.setattr(fill, "BLOCK_BYTES", 10)
     made = checkpoint()
     shard = moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=0, ep_size=2)
-    found = shard.load(device="meta")
-    assert all(v.is_meta for v in found.values())
+    tensor = shard.tensors[f"{STACK}.gate_up_proj"]
+    flat = torch.zeros(tensor.nbytes, dtype=torch.uint8)
+    with Reader(shard.files) as reader, fill.Filler() as filler:
+        reader.open([tensor])
+        filler.buffered(flat, tensor.runs, reader)
+    assert raw(flat) == raw(made.expected(0)[tensor.name])
 
 
 # --- a new placement ---------------------------------------------------------------------------

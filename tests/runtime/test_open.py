@@ -172,38 +172,29 @@ def test_a_link_out_of_the_set(out: Path, tmp_path: Path):
     refused(UnsafePath, out)
 
 
-def test_a_slot_that_nobody_has(tmp_path: Path):
-    made = checkpoint(per_expert=True)
-    out = write_set(tmp_path / "set", made)
-
-    def forget(doc: dict[str, object]) -> None:
-        tensors = doc["files"][0]["tensors"]
-        doc["files"][0]["tensors"] = [t for t in tensors if ".1.gate" not in t["name"]]
-
-    _part(out, "moeconv/rank-00001-of-00002.json", forget)
-    assert "slot 4" in str(refused(BadManifest, out))
-
-
 def test_a_part_without_a_stack(out: Path):
     _part(out, "moeconv/rank-00001-of-00002.json", lambda doc: doc.update(files=[]))
     refused(BadManifest, out)
 
 
-def test_bytes_outside_of_the_file(out: Path):
-    def beyond(doc: dict[str, object]) -> None:
-        tensor = doc["files"][0]["tensors"][-1]
-        tensor["start"] += 1 << 20
-        tensor["stop"] += 1 << 20
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"start": 0},
+        {"name": "another"},
+        {"dtype": "I32"},
+        {"shape": [1, 1]},
+        {"shape": [8, 5]},
+    ],
+)
+def test_a_part_that_is_not_its_files_header(out: Path, members: dict[str, object]):
+    _part(out, "moeconv/common.json", lambda doc: doc["files"][0]["tensors"][-1].update(members))
+    refused(Damaged, out)
 
-    _part(out, "moeconv/common.json", beyond)
-    refused(BadManifest, out)
 
-
-def test_bytes_that_do_not_fit_the_shape(out: Path):
-    _part(
-        out, "moeconv/common.json", lambda doc: doc["files"][0]["tensors"][0].update(shape=[1, 1])
-    )
-    refused(BadManifest, out)
+def test_runs_that_do_not_fit_the_shape(virtual: Path):
+    _part(virtual, "moeconv/common.json", lambda doc: doc["virtual"][0].update(shape=[1, 1]))
+    refused(BadManifest, virtual)
 
 
 def _part(out: Path, name: str, edit: object) -> None:
@@ -232,9 +223,10 @@ def test_a_whole_set_is_rank_0_of_1(tmp_path: Path):
 
 def test_a_stack_that_is_not_shared(tmp_path: Path):
     made = checkpoint()
-    made.unplaced["mtp.layers.0.mlp.experts.down_proj"] = Fused(
-        "mtp.layers.0.mlp.experts", numbers(3, 4, 2), "E O K", ("down",)
-    )
+    made.unplaced |= {
+        "mtp.up": Fused("mtp.layers.0.mlp.experts", numbers(3, 2, 4), "E O K", ("up",)),
+        "mtp.down": Fused("mtp.layers.0.mlp.experts", numbers(3, 4, 2), "E O K", ("down",)),
+    }
     out = write_set(tmp_path / "set", made)
     shard = moeconv.runtime.open(out, ep_rank=1, ep_size=2)
     all_same(shard.load(), made.expected(1))
@@ -286,6 +278,25 @@ def test_ep_rank_of():
     assert [moeconv.runtime.ep_rank_of(r, 8, 4) for r in ranks] == [0, 1, 2, 3, 0, 1, 2, 3]
     twinkle = [moeconv.runtime.ep_rank_of(r, 8, 4, order="twinkle") for r in ranks]
     assert twinkle == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_ep_rank_of_experts_that_are_split():
+    ranks = [moeconv.runtime.ep_rank_of(r, 16, 4, moe_tp=2) for r in range(16)]
+    assert ranks == [0, 0, 1, 1, 2, 2, 3, 3] * 2
+    with pytest.raises(GeometryMismatch):
+        moeconv.runtime.ep_rank_of(0, 12, 4, moe_tp=2)
+    with pytest.raises(GeometryMismatch):
+        moeconv.runtime.ep_rank_of(0, 12, 4, moe_tp=0)
+    with pytest.raises(UsageProblem):
+        moeconv.runtime.ep_rank_of(0, 16, 4, order="twinkle", moe_tp=2)
+
+
+def test_ranks_are_whole_numbers(out: Path):
+    import numpy as np
+
+    assert moeconv.runtime.open(out, ep_rank=np.int64(1), ep_size=2).ep_rank == 1
+    refused(UsageProblem, out, ep_rank=1.0)
+    refused(UsageProblem, out, ep_size="2")
 
 
 @pytest.mark.parametrize("numbers", [(0, 8, 3), (8, 8, 2), (-1, 8, 2), (0, 8, 0), (0, 0, 1)])

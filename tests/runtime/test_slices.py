@@ -1,12 +1,11 @@
 """The arithmetic of slices against torch's own chunks and indexing."""
 
-import random
-
 import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
+from moeconv.runtime.fill import _within
 from moeconv.runtime.slices import (
     Selection,
     blocks,
@@ -92,35 +91,47 @@ def test_partial_holds_no_values():
 
 def test_a_scalar():
     assert list(pieces((), 4, ())) == [(0, 4)]
-    assert [b.read for b in blocks((), 4, (), (0, 1), 10)] == [(1,)]
+    assert [b.shape for b in blocks((), 4, (), (), rows=(0, 1), limit=10)] == [(1,)]
 
 
 def test_small_pieces_are_read_with_what_is_around_them():
     sizes = (4, 32, 64)
     rows = (((0, 4),), ((0, 16),), ((0, 64),))
     assert covering(sizes, 2, rows) == rows  # four pieces of 2 KiB: few
-    columns = (((0, 4),), ((0, 32),), ((0, 32),))
-    assert covering(sizes, 2, columns) == whole(sizes)
-    wide = (((0, 4),), ((0, 32),), ((0, 4096),))
-    assert covering((4, 32, 8192), 2, wide) == wide  # many pieces of 8 KiB: worth a read each
+    many = (((0, 17),), ((0, 16),), ((0, 64),))
+    assert covering((17, 32, 64), 2, many) == whole((17, 32, 64))
+    large = (((0, 17),), ((0, 16),), ((0, 8192),))  # many pieces of 256 KiB: worth a read each
+    assert covering((17, 32, 8192), 2, large) == large
+    columns = (((0, 4),), ((1, 3),), ((0, 32),))
+    assert covering(sizes, 2, columns) == (((0, 4),), ((1, 3),), ((0, 64),))
+    lines = (((0, 64),), ((0, 32),))
+    assert covering((64, 64), 2, lines) == whole((64, 64))
+    assert covering((64, 64), 2, (((0, 64),), ())) == (((0, 64),), ())
 
 
-@pytest.mark.parametrize("limit", [1, 100, 1000, 100_000])
-def test_blocks_and_their_moves(limit: int):
-    random.seed(limit)
+WANTED = [
+    (((0, 2), (3, 6)), ((0, 8),), ((0, 2), (5, 9))),
+    (((0, 2), (3, 6)), ((1, 3), (4, 8)), ((0, 10),)),
+    (((0, 5),), ((1, 3), (4, 8)), ((2, 4),)),
+]
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize("limit", [1, 80, 100, 1000, 100_000])
+def test_blocks_and_their_moves(limit: int, wanted: Selection):
     sizes = (6, 8, 10)
     full = numbers(*sizes)
-    wanted = (((0, 2), (3, 6)), ((0, 8),), ((0, 2), (5, 9)))
-    read = (wanted[0], ((0, 8),), ((0, 10),))
+    read = covering(sizes, 4, wanted)
     out = torch.zeros(counts(wanted))
     data = raw(full)
     for rows in ((0, 2), (2, 5)):
-        for block in blocks(sizes, 4, read, rows, limit):
+        for block in blocks(sizes, 4, wanted, read, rows=rows, limit=limit):
             staged = b"".join(data[a:b] for a, b in block.pieces)
-            assert len(staged) <= max(limit, 8 * 10 * 4)
-            values = torch.frombuffer(bytearray(staged), dtype=torch.float32).view(block.read)
+            assert len(staged) <= max(limit, 10 * 4)  # at the least one of dimension 1
+            values = torch.frombuffer(bytearray(staged), dtype=torch.float32).view(block.shape)
+            place = out[slice(*block.rows)]
+            if block.columns is not None:
+                place = place[:, slice(*block.columns)]
             for to, source in moves(wanted, read):
-                (a, b), (c, d) = to
-                (e, f), (g, h) = source
-                out[block.start : block.stop, a:b, c:d] = values[:, e:f, g:h]
+                _within(place, to).copy_(_within(values, source))
     assert out.tolist() == taken(full, wanted).tolist()
