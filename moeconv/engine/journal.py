@@ -81,14 +81,17 @@ class JournalFile:
         self._path = out / JOURNAL_NAME
         self._descriptor = -1
 
-    def start(self, plan: str, names: tuple[str, ...]) -> int:
+    def create(self) -> int:
         """Make it anew and lock it; its inode. Raises IoFailed, WouldOverwrite."""
         with writing(self._path):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._descriptor = os.open(self._path, flags, 0o666)
         self._lock()
-        self._append({"plan": plan, "names": list(names)})
         return os.fstat(self._descriptor).st_ino
+
+    def begin(self, plan: str, names: tuple[str, ...]) -> None:
+        """Its first line: what is to be made, of which plan. Raises IoFailed."""
+        self._append({"plan": plan, "names": list(names)})
 
     def reopen(self) -> None:
         """Go on with one that another run left. Raises WouldOverwrite where that run lives."""

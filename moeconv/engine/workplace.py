@@ -53,7 +53,8 @@ class Workplace:
                 raise busy(self.out) from None
             self.made_folders.append(self.out / PARTS_DIR)
         self.journal = JournalFile(self.out)
-        self.made_files.append((self.out / JOURNAL_NAME, self.journal.start(plan, names)))
+        self.made_files.append((self.out / JOURNAL_NAME, self.journal.create()))
+        self.journal.begin(plan, names)
 
     def reopen(self, journal: Journal, kept: Iterable[str]) -> None:
         """Go on where another run was killed: everything but the `kept` files is removed.
