@@ -108,6 +108,19 @@ def test_ernie_without_a_word_on_where_text_ends(tmp_path: Path):
         planned(tmp_path, QWEN, {"model_type": "ernie4_5_vl_moe"})
 
 
+@pytest.mark.parametrize("other", ["num_experts", "num_local_experts", "moe_num_experts"])
+def test_every_number_of_experts_in_config_json_counts(other: str, tmp_path: Path):
+    config: dict[str, object] = {"model_type": "glm4_moe", "n_routed_experts": 12}
+    planned(tmp_path / "agreeing", QWEN, config | {other: 12})
+    with pytest.raises(ConfigMismatch, match=other):
+        planned(tmp_path / "lying", QWEN, config | {other: 13})
+
+
+def test_the_number_of_experts_may_stand_under_llm_config(tmp_path: Path):
+    with pytest.raises(ConfigMismatch, match="llm_config"):
+        planned(tmp_path, QWEN, {"model_type": "qwen3_moe", "llm_config": {"num_experts": 13}})
+
+
 def ernie(tmp_path: Path) -> Path:
     """Five text experts of width 3 and four vision experts of width 2."""
     count = iter(range(256))

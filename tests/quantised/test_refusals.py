@@ -9,7 +9,10 @@ import moeconv
 from moeconv.errors import (
     ConfigMismatch,
     ExpertDtype,
+    ExpertGap,
+    ExpertOutOfRange,
     LayoutContradiction,
+    MissingExpert,
     MissingScale,
     MoeconvError,
     ScaleWithoutWeight,
@@ -190,14 +193,18 @@ def test_down_may_be_of_another_format(tmp_path: Path):
     assert made[f"{STACK}.down_proj"] == (2, 256, 64)
 
 
+NF4 = {
+    "weight": "U8 N*K//2 1",
+    "weight.absmax": "F32 N*K//64",
+    "weight.quant_map": "F32 16",
+    "weight.quant_state.bitsandbytes__nf4": "U8 90",
+}
+
+
 def test_bitsandbytes_is_passed_through_and_said(tmp_path: Path):
-    parts = {
-        "weight": "U8 N*K//2 1",
-        "weight.absmax": "F32 N*K//64",
-        "weight.quant_map": "F32 16",
-        "weight.quant_state.bitsandbytes__nf4": "U8 90",
-    }
-    tensors = per_expert(parts, width=64)
+    tensors = per_expert(NF4, width=64)
+    blob = f"{STACK}.1.up_proj.weight.quant_state.bitsandbytes__nf4"
+    tensors[blob] = ("U8", (88,))  # a JSON text, as long as its numbers
     src = phantom(tmp_path / "src", tensors, {"model_type": "qwen3_moe"})
     plan = moeconv.fuse(src, tmp_path / "out").plan
     assert any("copied through as they are" in note for note in plan.notes)
@@ -206,6 +213,41 @@ def test_bitsandbytes_is_passed_through_and_said(tmp_path: Path):
     assert moeconv.verify(tmp_path / "out", level="source", source=src).problems == ()
     moeconv.unfuse(tmp_path / "out", tmp_path / "back")
     assert tree_sha256(tmp_path / "back") == tree_sha256(src)
+
+
+def test_one_stray_companion_makes_no_stack_one_that_is_passed(tmp_path: Path):
+    tensors = per_expert({"weight": "BF16 N K"}, width=64)
+    tensors[f"{STACK}.1.up_proj.SCB"] = ("F32", (64,))
+    refused(MissingScale, tmp_path, tensors, {"model_type": "qwen3_moe"}, "`SCB`")
+
+
+@pytest.mark.parametrize(
+    ("lost", "kind"),
+    [
+        ("1.up_proj.", MissingExpert),
+        ("0.", ExpertGap),
+        ("1.up_proj.weight.absmax", MissingScale),
+        ("1.", ConfigMismatch),
+    ],
+)
+def test_experts_that_are_passed_are_counted(lost: str, kind: type[MoeconvError], tmp_path: Path):
+    whole = per_expert(NF4, width=64)
+    tensors = {n: t for n, t in whole.items() if not n.startswith(f"{STACK}.{lost}")}
+    refused(kind, tmp_path, tensors, {"model_type": "qwen3_moe", "num_experts": 2})
+
+
+def test_passed_experts_beyond_those_of_config_json(tmp_path: Path):
+    config = {"model_type": "qwen3_moe", "num_experts": 1}
+    refused(ExpertOutOfRange, tmp_path, per_expert(NF4, width=64), config)
+
+
+def test_passed_experts_are_not_shared_among_ranks_and_that_is_said(tmp_path: Path):
+    tensors = per_expert(NF4, width=64)
+    plain = per_expert({"weight": "BF16 N K"}, width=64)
+    tensors |= {name.replace(".0.mlp", ".1.mlp"): t for name, t in plain.items()}
+    src = phantom(tmp_path / "src", tensors, {"model_type": "qwen3_moe"})
+    notes = moeconv.shard(src, tmp_path / "out", ep_size=2).plan.notes
+    assert any("(56.22 KB): not shared among ranks" in note for note in notes), notes
 
 
 def test_one_scale_for_all_experts_is_expanded_and_restored(tmp_path: Path):
