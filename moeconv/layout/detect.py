@@ -36,7 +36,7 @@ from moeconv.units import counted
 class Detection:
     """What detection found: whole stacks, tensors of none, and everything that is wrong.
 
-    passed: names of stacks whose tensors stay as they are, among the others, and their bytes.
+    passed: names of stacks whose tensors, `untouched`, stay as they are, among the others.
     damaged: names of stacks that could not be understood.
     """
 
@@ -46,7 +46,7 @@ class Detection:
     damaged: tuple[str, ...] = ()
     passed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    passed_bytes: int = 0
+    untouched: tuple[StoredTensor, ...] = ()
 
     def whole(self) -> Detection:
         """This detection, if nothing is wrong. Raises its problems, the first with the rest."""
@@ -71,7 +71,12 @@ def detect(
     moeconv, what the manifest says of each stack, which then is not judged anew. Problems are
     collected, not raised.
     """
-    collected, others = collect(tensors, in_ranges(recipes, config), files)
+    collected, others = collect(
+        tensors,
+        in_ranges(recipes, config),
+        files,
+        owners={name: entry.recipe for name, entry in (known or {}).items()},
+    )
     passed = {name: found for name, found in collected.items() if found.passed}
     as_they_are = tuple(t for found in passed.values() for t in found.all())
     others += as_they_are
@@ -103,7 +108,7 @@ def detect(
         tuple(damaged),
         tuple(sorted(passed, key=natural_key)),
         tuple(_said_of_passed(passed)),
-        sum(t.nbytes for t in as_they_are),
+        as_they_are,
     )
 
 

@@ -18,8 +18,9 @@ def lost_stacks(
 ) -> list[MoeconvError]:
     """Layers that hold what every layer with experts holds beside them, but no experts.
 
-    That is: a tensor of E rows in the experts' own block (`mlp.gate.weight`), under the same name
-    in all layers that have a stack. known: names of stacks that were reported already.
+    That is: a router's tensor, under the same name in all layers that have a stack. It is told by
+    its name, or by E rows in the experts' own block. known: names of stacks that were reported
+    already.
     """
     groups: dict[tuple[str, str], dict[int, Stack]] = defaultdict(dict)
     for stack in stacks:
@@ -32,15 +33,23 @@ def lost_stacks(
     reported = set(known)
     problems: list[MoeconvError] = []
     for (head, tail), layers in groups.items():
-        block = tail.partition(".")[0] + "."
-        for (other_head, rest), tensors in beside.items():
-            if other_head != head or not rest.startswith(block) or not _routes(tensors, layers):
+        routers = [
+            tensors
+            for (other_head, rest), tensors in beside.items()
+            if other_head == head and _routes(rest, tail, tensors, layers)
+        ]
+        kinds = [other for (other_head, _), other in groups.items() if other_head == head]
+        for layer in sorted({n for tensors in routers for n in tensors} - layers.keys()):
+            name = f"{head}{layer}.{tail}".removesuffix(".")
+            there = [tensors[layer] for tensors in routers if layer in tensors]
+            instead = [other for other in kinds if layer in other]
+            # another kind of stacks has routers of its own: all of both must be there
+            alike = all(layers.keys() <= other.keys() for other in instead)
+            if instead and not (alike and len(there) == len(routers)):
                 continue
-            for layer in sorted(tensors.keys() - layers.keys()):
-                name = f"{head}{layer}.{tail}"
-                if name not in reported:
-                    reported.add(name)
-                    problems.append(_lost(name, tensors[layer], len(layers)))
+            if name not in reported:
+                reported.add(name)
+                problems.append(_lost(name, there[0], len(layers)))
     return problems
 
 
@@ -72,8 +81,15 @@ def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[Moec
     return problems
 
 
-def _routes(tensors: dict[int, StoredTensor], layers: dict[int, Stack]) -> bool:
-    return layers.keys() <= tensors.keys() and all(
+def _routes(
+    rest: str, tail: str, tensors: dict[int, StoredTensor], layers: dict[int, Stack]
+) -> bool:
+    if not layers.keys() <= tensors.keys():
+        return False
+    words = rest.split(".")
+    if "gate" in words or any("router" in w or "correction" in w for w in words):
+        return not any("attn" in w or "attention" in w for w in words)  # gates of their own
+    return rest.startswith(tail.partition(".")[0] + ".") and all(
         tensors[n].shape[:1] == (stack.sizes.experts,) for n, stack in layers.items()
     )
 

@@ -106,19 +106,25 @@ class _Matcher:
 
 
 def collect(
-    tensors: Iterable[StoredTensor], recipes: tuple[Recipe, ...], files: tuple[str, ...]
+    tensors: Iterable[StoredTensor],
+    recipes: tuple[Recipe, ...],
+    files: tuple[str, ...],
+    *,
+    owners: dict[str, str],
 ) -> tuple[dict[str, Found], tuple[StoredTensor, ...]]:
     """The stacks that the names spell, and the tensors that belong to none.
 
-    A name belongs to the first recipe that knows it; a name that only begins like an expert
-    tensor is kept with its stack as unknown, so that nothing is half understood in silence.
+    A name belongs to the recipe that `owners` says for its stack, else to the first that knows it;
+    a name that only begins like an expert tensor is kept with its stack as unknown, so that
+    nothing is half understood in silence.
     """
     matchers = [_Matcher(recipe) for recipe in recipes]
     stacks: dict[str, Found] = {}
     others: list[StoredTensor] = []
     for tensor in tensors:
         hits = [(m, hit) for m in matchers if (hit := m.split(tensor.name))]
-        known = next(((m, hit) for m, hit in hits if hit[1].template), None)
+        owned = [(m, hit) for m, hit in hits if owners.get(hit[0]) == m.recipe.name]
+        known = next(((m, hit) for m, hit in (*owned, *hits) if hit[1].template), None)
         matcher, (stack, rest) = known or (hits[0] if hits else (None, ("", _Rest("", "", SHARED))))
         if matcher is None:
             others.append(tensor)

@@ -118,7 +118,7 @@ def _not_shared(detection: Detection) -> list[str]:
         return []
     return [
         f"{counted(len(detection.passed), 'stack')} copied through "
-        f"({human_size(detection.passed_bytes)}): "
+        f"({human_size(sum(t.nbytes for t in detection.untouched))}): "
         "not shared among ranks: every rank reads all of it"
     ]
 
