@@ -21,7 +21,7 @@ from moeconv.errors import (
 from moeconv.layout.axes import geometry
 from moeconv.layout.complete import completeness, contradiction
 from moeconv.layout.fit import Fit, fit
-from moeconv.layout.layers import lost_stacks, unequal_stacks
+from moeconv.layout.layers import bare_stacks, lost_stacks, unequal_stacks
 from moeconv.layout.match import Found, collect
 from moeconv.layout.ranges import in_ranges, no_range
 from moeconv.layout.readings import Reading, granule_names, readings
@@ -101,6 +101,7 @@ def detect(
     if known is None:
         told = (s.name for s in stacks if s.recipe.varying or _lookup_experts(s, config))
         problems += unequal_stacks(stacks, frozenset(told))
+        problems += bare_stacks(stacks)
     return Detection(
         tuple(stacks),
         others,

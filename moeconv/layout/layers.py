@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.errors import ConfigMismatch, MissingExpert, MoeconvError, quoted
+from moeconv.errors import ConfigMismatch, MissingExpert, MissingScale, MoeconvError, quoted
 from moeconv.layout.stack import Stack
 
 _LAYER = re.compile(r"(.*\.)?([0-9]{1,9})(?:\.(.+))?", re.DOTALL)
@@ -79,6 +79,36 @@ def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[Moec
                 )
             )
     return problems
+
+
+def bare_stacks(stacks: Iterable[Stack]) -> list[MoeconvError]:
+    """Stacks without companions that others of their kind, of the same dtype, all have."""
+    groups: dict[tuple[str, str, str, str, str], list[tuple[Stack, frozenset[str]]]]
+    groups = defaultdict(list)
+    for stack in stacks:
+        match = _LAYER.fullmatch(stack.name)
+        for projection in stack.layout.projections if match else ():
+            held = {m.component: m.dtype for m in stack.members if projection in m.line.projections}
+            weight, dtype = next((c.name, d) for c, d in held.items() if c.weight)
+            rest = frozenset(c.name for c in held if not c.weight)
+            kind = (match[1] or "", match[3] or "") if match else ("", "")
+            groups[*kind, projection, weight, dtype].append((stack, rest))
+    problems: dict[str, MoeconvError] = {}
+    for (*_, projection, weight, dtype), alike in groups.items():
+        sets = Counter(rest for _, rest in alike)
+        for stack, rest in alike:
+            fuller = max((s for s in sets if rest < s), key=lambda s: sets[s], default=None)
+            if fuller is None or stack.name in problems:
+                continue
+            lacking = ", ".join(map(quoted, sorted(fuller - rest)))
+            problems[stack.name] = MissingScale(
+                f"{quoted(stack.name)} lacks {lacking} of its {projection} projections",
+                at=quoted(stack.name),
+                cause=f"{sets[fuller]} of {len(alike)} stacks with {quoted(weight)} in {dtype} "
+                f"have {'it' if len(fuller - rest) == 1 else 'them'}",
+                fix="download the shard that holds them, then `moeconv inspect SRC`",
+            )
+    return list(problems.values())
 
 
 def _routes(

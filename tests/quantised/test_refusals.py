@@ -193,6 +193,37 @@ def test_down_may_be_of_another_format(tmp_path: Path):
     assert made[f"{STACK}.down_proj"] == (2, 256, 64)
 
 
+def test_a_whole_layer_without_the_scales_that_others_have(tmp_path: Path):
+    tensors = per_expert({"weight": "F8_E4M3 N K", "weight_scale": "F32 N 1"}, width=64)
+    plain = per_expert({"weight": "F8_E4M3 N K"}, width=64)
+    bf16 = per_expert({"weight": "BF16 N K"}, width=64)
+    for layer, of in ((1, tensors), (2, bf16)):
+        tensors |= {n.replace(".0.mlp", f".{layer}.mlp"): t for n, t in of.items()}
+    src = phantom(tmp_path / "mixed", tensors, {"model_type": "qwen3_moe"})
+    assert len(moeconv.fuse(src, tmp_path / "out", dry_run=True).plan.stacks) == 3
+    tensors |= {n.replace(".0.mlp", ".3.mlp"): t for n, t in plain.items()}
+    config = {"model_type": "qwen3_moe"}
+    refused(MissingScale, tmp_path, tensors, config, "layers.3.mlp.experts` lacks `weight_scale`")
+
+
+@pytest.mark.parametrize("parts", [GPTQ, AWQ, ASYMMETRIC])
+def test_packed_experts_without_any_scale(parts: dict[str, str], tmp_path: Path):
+    left = {name: text for name, text in parts.items() if "scale" not in name}
+    refused(MissingScale, tmp_path, per_expert(left, width=64), GROUPS, "but no scales")
+
+
+@pytest.mark.parametrize("lost", ["gate_up_proj_bias", "down_proj_bias"])
+def test_gpt_oss_without_one_of_its_biases(lost: str, tmp_path: Path):
+    tensors: dict[str, Shape] = {
+        f"{STACK}.gate_up_proj": ("BF16", (2, 16, 8)),
+        f"{STACK}.gate_up_proj_bias": ("BF16", (2, 8)),
+        f"{STACK}.down_proj": ("BF16", (2, 4, 16)),
+        f"{STACK}.down_proj_bias": ("BF16", (2, 16)),
+    }
+    del tensors[f"{STACK}.{lost}"]
+    refused(MissingScale, tmp_path, tensors, {"model_type": "gpt_oss"}, "`bias`")
+
+
 NF4 = {
     "weight": "U8 N*K//2 1",
     "weight.absmax": "F32 N*K//64",
