@@ -154,7 +154,7 @@ def _missing_weights(
             continue
         rest = line.template.removeprefix("{stack}.").removeprefix("{expert}.")
         kind = next((c for t, c in found.tensors if c in found.recipe.weights), WEIGHT)
-        rest = rest.replace("{component}", kind)
+        rest = rest.replace("{component}", kind).replace("{parameter}", kind)
         # its other projections say where it should be; they may lie in the next shard
         near = _tensor_of(found, lacking[0])
         problems.append(

@@ -65,12 +65,11 @@ class _Matcher:
         self._patterns = [
             (
                 template,
-                "{suffix}" in template,
+                {line.word(c): c.name for c in recipe.components},
                 re.compile(line.pattern(recipe.components, recipe.passed), re.ASCII),
             )
             for template, line in lines.items()
         ]
-        self._by_suffix = {c.suffix: c.name for c in recipe.components}
         stems = "|".join(line.stem() for line in lines.values())
         # a stack that ends in the layer's number is told from other numbers by what follows
         self._stack = re.compile(rf"({recipe.stack_pattern})(?={stems})", re.ASCII | re.DOTALL)
@@ -88,13 +87,13 @@ class _Matcher:
         return None if known is None else (match.group(1), known)
 
     def _rest(self, rest: str) -> _Rest | None:
-        for template, by_suffix, pattern in self._patterns:
+        for template, by_word, pattern in self._patterns:
             match = pattern.fullmatch(rest)
             if match is None:
                 continue
             groups = match.groupdict()
             text = groups.get("c")
-            component = WEIGHT if text is None else self._by_suffix[text] if by_suffix else text
+            component = WEIGHT if text is None else by_word.get(text, text)
             if "e" not in groups:
                 return _Rest(template, component, SHARED)
             first, stop = self.recipe.taken or (0, None)

@@ -122,7 +122,7 @@ def _modules(stack: Stack, layout: Layout) -> dict[str, Matrices]:
 def _module(line: Line, stack: str, expert: int | None) -> str:
     """A tensor's name without what says which component it is."""
     rest = line.template.removeprefix("{stack}")
-    for hole in (".{component}", "_{component}", "{component}", "{suffix}"):
+    for hole in (".{component}", "_{component}", "{component}", "_{parameter}", "{suffix}"):
         rest = rest.replace(hole, "")
     number = "" if expert is None else str(line.first + expert)
     return stack + rest.replace("{expert}", number)
