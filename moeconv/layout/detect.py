@@ -295,7 +295,7 @@ def _lookups(
 ) -> list[tuple[str, object]]:
     """All of these keys that are there, in the first section that has any of them."""
     for section in recipe.config.sections_of(stack):
-        full = (f"{section}.{path}" if section else path for path in paths)
+        full = (recipe.config.path(section, path) for path in paths)
         hits: list[tuple[str, object]] = [
             (key, value) for key in full if (value := config.at(key)) is not None
         ]

@@ -173,6 +173,11 @@ class ConfigKeys:
     granules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     sections: tuple[tuple[str, tuple[str, ...]], ...] = (("", ("",)),)
 
+    @staticmethod
+    def path(section: str, key: str) -> str:
+        """The path of a key in a section; one that ends in `_` is the beginning of the key."""
+        return f"{section}{'' if section.endswith('_') else '.'}{key}" if section else key
+
     def sections_of(self, stack: str) -> tuple[str, ...]:
         """The sections for a stack: those of the longest matching prefix."""
         fitting = [(p, s) for p, s in self.sections if stack.startswith(p)]

@@ -220,6 +220,18 @@ def test_every_number_of_experts_in_config_json_counts(other: str, tmp_path: Pat
         planned(tmp_path / "lying", QWEN, config | {other: 13})
 
 
+def test_nemotron_has_another_number_of_experts_in_its_mtp(tmp_path: Path):
+    text = """backbone.layers.1.mixer.experts.{0-3}.up_proj.weight BF16 8,16
+backbone.layers.1.mixer.experts.{0-3}.down_proj.weight BF16 16,8
+mtp.layers.0.mixer.experts.{0-1}.up_proj.weight BF16 8,16
+mtp.layers.0.mixer.experts.{0-1}.down_proj.weight BF16 16,8"""
+    config: dict[str, object] = {"model_type": "nemotron_h", "n_routed_experts": 4}
+    result = planned(tmp_path / "right", text, config | {"mtp_n_routed_experts": 2})
+    assert [s.experts for s in result.plan.stacks] == [4, 2]
+    with pytest.raises(ConfigMismatch, match="mtp_n_routed_experts"):
+        planned(tmp_path / "lying", text, config | {"mtp_n_routed_experts": 3})
+
+
 def test_the_number_of_experts_may_stand_under_llm_config(tmp_path: Path):
     with pytest.raises(ConfigMismatch, match="llm_config"):
         planned(tmp_path, QWEN, {"model_type": "qwen3_moe", "llm_config": {"num_experts": 13}})

@@ -193,6 +193,19 @@ def test_down_may_be_of_another_format(tmp_path: Path):
     assert made[f"{STACK}.down_proj"] == (2, 256, 64)
 
 
+@pytest.mark.parametrize("sizes", [[32], [32, 32], [32, 64]])
+def test_the_group_size_may_stand_in_any_group(sizes: list[int], tmp_path: Path):
+    groups = {f"group_{n}": {"weights": {"group_size": s}} for n, s in enumerate(sizes, start=1)}
+    config = {"model_type": "qwen3_moe", "quantization_config": {"config_groups": groups}}
+    tensors = per_expert(ASYMMETRIC, width=64)
+    if len(set(sizes)) > 1:  # nothing says which of them is the experts'
+        tensors = per_expert(GPTQ, width=64)
+        refused(ConfigMismatch, tmp_path, tensors, config, "block size")
+    else:
+        src = phantom(tmp_path / "src", tensors, config)
+        assert moeconv.fuse(src, tmp_path / "out", dry_run=True).plan.stacks
+
+
 def test_a_whole_layer_without_the_scales_that_others_have(tmp_path: Path):
     tensors = per_expert({"weight": "F8_E4M3 N K", "weight_scale": "F32 N 1"}, width=64)
     plain = per_expert({"weight": "F8_E4M3 N K"}, width=64)
