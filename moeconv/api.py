@@ -28,6 +28,7 @@ from moeconv.engine.rewrites import with_rewrites
 from moeconv.errors import NotASet, UnknownExpertTensor, UnknownFamily, UsageProblem, quoted
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.fromset import set_detection
+from moeconv.layout.leftovers import Headers, with_leftovers
 from moeconv.layout.recipe import Recipe
 from moeconv.library import fitting, load_recipe, manifest_recipes, shipped_recipes
 from moeconv.manifest import ROOT_NAME, Manifest
@@ -158,6 +159,10 @@ def open_source(
     )
     if recipe is None and recipes and _misnamed(detection):
         recipes, detection = _by_names(checkpoint, recipes, detection)
+    if recipe is None and recipes:
+        recipes, detection = with_leftovers(
+            Headers(checkpoint.config, names), recipes, detection, shipped_recipes()
+        )
     return Opened(path, checkpoint, recipes, detection)
 
 

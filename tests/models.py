@@ -179,6 +179,7 @@ def models(draw: st.DrawFn) -> Model:
         config["quantization_config"] = {"weight_block_size": list(block)}
     prefixes = draw(st.lists(st.sampled_from(_PREFIXES), min_size=1, max_size=3, unique=True))
     stacks = {}
+    alike: dict[str, list[str]] = {}
     kinds: dict[str, tuple[int, int, int]] = {}
     for prefix in prefixes:
         # stacks of one kind have the same sizes; those of another may have their own
@@ -186,7 +187,7 @@ def models(draw: st.DrawFn) -> Model:
         if kind not in kinds:
             kinds[kind] = sizes if said else draw(_sizes(block[0]))
         name = f"{prefix}.{FAMILIES[family].stack}"
-        stacks[name] = draw(_parts(family, kinds[kind], block, rng))
+        stacks[name] = draw(_parts(family, kinds[kind], block, rng, alike))
     return Model(family, stacks, draw(_others(rng)), config)
 
 
@@ -209,17 +210,17 @@ def _sizes(block: int) -> st.SearchStrategy[tuple[int, int, int]]:
 
 
 @st.composite
-def _parts(
+def _parts(  # noqa: PLR0917
     draw: st.DrawFn,
     family: str,
     sizes: tuple[int, int, int],
     block: tuple[int, int],
     rng: np.random.Generator,
+    alike: dict[str, list[str]],
 ) -> Parts:
     experts, width, hidden = sizes
     held = {p for place in FAMILIES[family].layouts["per-expert"] for p in place.projections}
     parts: Parts = {}
-    alike: dict[str, list[str]] = {}
     for side in (("gate", "up"), ("down",)):
         rows, columns = (hidden, width) if side == ("down",) else (width, hidden)
         dtype = draw(st.sampled_from(DTYPES))
@@ -231,7 +232,10 @@ def _parts(
             "bias": {"O": rows},
         }
         if dtype not in alike:  # one dtype with scales here and none there would be a loss
-            alike[dtype] = draw(subsets(FAMILIES[family].components))
+            names = FAMILIES[family].components
+            drawn = draw(subsets(names))
+            biased = "bias" in next(iter(alike.values()), drawn)  # so would biases on one side
+            alike[dtype] = [n for n in names if (biased if n == "bias" else n in drawn)]
         for component in ("weight", *alike[dtype]):
             kind = dtype if component == "weight" else draw(st.sampled_from(("F32", "F8_E8M0")))
             letters = "".join(lengths[component])

@@ -172,13 +172,22 @@ def cases(draw: st.DrawFn) -> Case:
     }
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     numbers = draw(st.lists(st.sampled_from((0, 3, 12)), min_size=1, max_size=2, unique=True))
+    alike: dict[str, list[str]] = {}
     return Case(
         layouts=(first, second),
         components=components,
         config={**sizes, "block": [3, GRANULES["block.1"]]},
         stacks={
             STACK.format(n=n): draw(
-                _parts(names, gated=gated, packed=packed, common=common, sizes=sizes, rng=rng)
+                _parts(
+                    names,
+                    gated=gated,
+                    packed=packed,
+                    common=common,
+                    sizes=sizes,
+                    rng=rng,
+                    alike=alike,
+                )
             )
             for n in numbers
         },
@@ -233,15 +242,17 @@ def _parts(
     common: dict[str, str],
     sizes: dict[str, int],
     rng: np.random.Generator,
+    alike: dict[str, list[str]],
 ) -> Parts:
     parts: Parts = {}
-    alike: dict[str, list[str]] = {}
     for side in (("gate", "up") if gated else ("up",), ("down",)):
         turned = side == ("down",)
         rows, columns = (sizes["H"], sizes["I"]) if turned else (sizes["I"], sizes["H"])
         weights = draw(st.sampled_from(_SAFE_DTYPES))
         if weights not in alike:  # one dtype with scales here and none there would be a loss
-            alike[weights] = draw(subsets(names))
+            drawn = draw(subsets(names))
+            biased = "bias" in next(iter(alike.values()), drawn)  # so would biases on one side
+            alike[weights] = [n for n in names if (biased if n == "bias" else n in drawn)]
         for component in ("weight", *alike[weights]):
             letters, granules = COMPONENTS.get(component, ("OK" + packed, {}))
             full = {"O": rows, "K": columns, "b": draw(st.integers(1, 3))}

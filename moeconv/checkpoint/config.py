@@ -23,16 +23,17 @@ class Config:
     present: bool = False
 
     def at(self, path: str) -> Json:
-        """The value at a dotted path; list items by number; None where there is nothing."""
-        value: Json = self.doc
-        for key in path.split(".") if path else ():
-            if isinstance(value, dict):
-                value = value.get(key)
-            elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
-                value = value[int(key)]
-            else:
-                return None
-        return value
+        """The value at a dotted path; list items by number; None where there is nothing.
+
+        `*` stands for every key of an object, where all that have the rest of the path agree.
+        """
+        head, star, rest = path.partition(".*.")
+        if star:
+            group = self.at(head)
+            of = group.values() if isinstance(group, dict) else ()
+            found = [v for item in of if (v := _below(item, rest)) is not None]
+            return found[0] if found and all(v == found[0] for v in found) else None
+        return _below(self.doc, path)
 
     @property
     def model_type(self) -> str | None:
@@ -45,6 +46,17 @@ class Config:
         """The model classes it names."""
         value = self.doc.get("architectures")
         return tuple(a for a in value if isinstance(a, str)) if isinstance(value, list) else ()
+
+
+def _below(value: Json, path: str) -> Json:
+    for key in path.split(".") if path else ():
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None
+    return value
 
 
 def read_config(path: Path) -> Config:

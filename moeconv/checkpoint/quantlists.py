@@ -6,10 +6,13 @@ As text: everything else of the file keeps its bytes, whatever its spacing, floa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Final
 
 _SECTIONS: Final = frozenset({"quantization_config", "compression_config"})
+_EXPERTS: Final = re.compile(r"(?<!shared_)(?<!shared)experts")
+_WORD: Final = re.compile(r"\w+")  # part of a name, which stays true of the new names
 _SPACE: Final = " \t\r\n"
 _VALUE = json.JSONDecoder()
 
@@ -29,6 +32,33 @@ def changed_lists(
             pieces += [text[at:start], _like(text[start:stop], new)]
             at = stop
     return "".join((*pieces, text[at:])).encode("utf-8")
+
+
+def expert_patterns(raw: bytes, *, inside: bool) -> Iterator[tuple[str, str]]:
+    """Place and text of everything that names experts: module names, regular expressions, globs.
+
+    raw: a valid JSON document; inside: whether all of it is about quantisation.
+    """
+    yield from _patterns(json.loads(raw), "", inside=inside)
+
+
+def _patterns(value: object, place: str, *, inside: bool) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if inside and _names_experts(key):
+                yield place, key
+                continue
+            below = f"{place}.{key}" if place else key
+            yield from _patterns(item, below, inside=inside or key in _SECTIONS)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _patterns(item, place, inside=inside)
+    elif inside and isinstance(value, str) and _names_experts(value):
+        yield place, value
+
+
+def _names_experts(text: str) -> bool:
+    return bool(_EXPERTS.search(text)) and not _WORD.fullmatch(text)
 
 
 def _lists(text: str) -> Iterator[tuple[str, int, int, tuple[str, ...]]]:

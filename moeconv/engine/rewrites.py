@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 from moeconv.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES
-from moeconv.checkpoint.quantlists import changed_lists
+from moeconv.checkpoint.quantlists import changed_lists, expert_patterns
 from moeconv.checkpoint.reading import read_document
 from moeconv.checkpoint.source import Checkpoint
+from moeconv.errors import quoted
 from moeconv.layout.stack import Stack
 from moeconv.plan.modules import Renamings
 from moeconv.plan.values import Plan, Rewrite
+
+_QUANT_CONFIG: Final = "hf_quant_config.json"
 
 
 def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...]) -> Plan:
@@ -42,10 +46,31 @@ def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...])
         f"config.json, `{place}`: names some experts of a stack only, left as it is"
         for place in dict.fromkeys(renamings.kept)
     ]
+    if renamings.any:
+        notes += _left_notes(CONFIG_NAME, after, renamings, inside=False)
+        other = _read(checkpoint, _QUANT_CONFIG)
+        notes += _left_notes(_QUANT_CONFIG, other, renamings, inside=True) if other else []
     plan = replace(plan, notes=(*plan.notes, *notes))
     if after == now:
         return plan
     return replace(plan, rewrites=(Rewrite(CONFIG_NAME, now, after),))
+
+
+def _left_notes(name: str, raw: bytes, renamings: Renamings, *, inside: bool) -> list[str]:
+    """What names experts in a way that is not rewritten."""
+    left: dict[str, list[str]] = {}
+    try:
+        for place, text in expert_patterns(raw, inside=inside):
+            if not renamings.knows(text):
+                left.setdefault(place, []).append(text)
+    except (ValueError, RecursionError):
+        return []  # no JSON, and nobody's list of modules
+    return [
+        f"{name}, `{place}`: {quoted(texts[0])}"
+        + (f" and {len(texts) - 1:,} more" if texts[1:] else "")
+        + " left as written: see whether the new names are still meant"
+        for place, texts in left.items()
+    ]
 
 
 def _restoring(plan: Plan, checkpoint: Checkpoint) -> Plan:

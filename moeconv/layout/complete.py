@@ -50,10 +50,29 @@ def completeness(
         if not gaps:
             problems += _missing_weights(stack, found, layout, ids, experts)
     problems += _companions(stack, found, layout)
-    for tensors in found.tensors.values():
-        problems += _odd_ones(stack, found, tensors)
+    for (_, component), tensors in found.tensors.items():
+        if component not in found.recipe.passed:  # a JSON blob is as long as its numbers
+            problems += _odd_ones(stack, found, tensors)
     problems += _pairs(stack, found, layout)
-    return problems
+    # where one projection has them, `_pairs` said it
+    return problems or _bare_packed(stack, found)
+
+
+def _bare_packed(stack: str, found: Found) -> list[MoeconvError]:
+    """Packed integers that nothing scales: the whole stack lost its scales."""
+    names = {component for _, component in found.tensors}
+    packed = [c for c in found.recipe.weights if c != WEIGHT and c in names]
+    if not packed or any("scale" in name for name in names):
+        return []
+    tensor = next(next(iter(t.values())) for (_, c), t in found.tensors.items() if c == packed[0])
+    return [
+        MissingScale(
+            f"{quoted(stack)} has {quoted(packed[0])} but no scales",
+            at=found.place(tensor),
+            cause="packed integers are no numbers without them; no expert has any",
+            fix=_FETCH,
+        )
+    ]
 
 
 def _expert_ids(found: Found, layout: Layout) -> list[int]:
@@ -135,7 +154,7 @@ def _missing_weights(
             continue
         rest = line.template.removeprefix("{stack}.").removeprefix("{expert}.")
         kind = next((c for t, c in found.tensors if c in found.recipe.weights), WEIGHT)
-        rest = rest.replace("{component}", kind)
+        rest = rest.replace("{component}", kind).replace("{parameter}", kind)
         # its other projections say where it should be; they may lie in the next shard
         near = _tensor_of(found, lacking[0])
         problems.append(
@@ -218,7 +237,7 @@ def _pairs(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
     """Projections of one dtype have the same companions; gate and up have one dtype.
 
     Every fused layout joins gate and up. Down may be of another precision, but quantised weights
-    of the same dtype with scales here and none there are a file that lost some.
+    of the same dtype with scales here and none there are a file that lost some; so are biases.
     """
     problems: list[MoeconvError] = []
     held = {
@@ -249,8 +268,9 @@ def _pairs(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
     for a, b in combinations(weights, 2):
         joined = DOWN not in (*a, *b)
         alike = weights[a].dtype == weights[b].dtype and weights[a].dtype in _QUANTISED
-        differing = sorted(held[a].keys() ^ held[b].keys()) if joined or alike else []
-        for component in differing:
+        for component in sorted(held[a].keys() ^ held[b].keys()):
+            if not (joined or alike or component == "bias"):
+                continue
             has, lacks = (a, b) if component in held[a] else (b, a)
             what = "one of gate and up" if joined else "some projections"
             problem = MissingScale(

@@ -21,7 +21,7 @@ from moeconv.errors import (
 from moeconv.layout.axes import geometry
 from moeconv.layout.complete import completeness, contradiction
 from moeconv.layout.fit import Fit, fit
-from moeconv.layout.layers import lost_stacks, unequal_stacks
+from moeconv.layout.layers import bare_stacks, lost_stacks, unequal_stacks
 from moeconv.layout.match import Found, collect
 from moeconv.layout.ranges import in_ranges, no_range
 from moeconv.layout.readings import Reading, granule_names, readings
@@ -36,8 +36,8 @@ from moeconv.units import counted
 class Detection:
     """What detection found: whole stacks, tensors of none, and everything that is wrong.
 
-    passed: names of stacks whose tensors stay as they are, among the others. damaged: of those
-    that could not be understood.
+    passed: names of stacks whose tensors, `untouched`, stay as they are, among the others.
+    damaged: names of stacks that could not be understood.
     """
 
     stacks: tuple[Stack, ...]
@@ -46,6 +46,7 @@ class Detection:
     damaged: tuple[str, ...] = ()
     passed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    untouched: tuple[StoredTensor, ...] = ()
 
     def whole(self) -> Detection:
         """This detection, if nothing is wrong. Raises its problems, the first with the rest."""
@@ -70,15 +71,25 @@ def detect(
     moeconv, what the manifest says of each stack, which then is not judged anew. Problems are
     collected, not raised.
     """
-    collected, others = collect(tensors, in_ranges(recipes, config), files)
+    collected, others = collect(
+        tensors,
+        in_ranges(recipes, config),
+        files,
+        owners={name: entry.recipe for name, entry in (known or {}).items()},
+    )
     passed = {name: found for name, found in collected.items() if found.passed}
-    others += tuple(t for found in passed.values() for t in found.all())
+    as_they_are = tuple(t for found in passed.values() for t in found.all())
+    others += as_they_are
     problems: list[MoeconvError] = []
     if from_layout is not None:
         problems += _unknown_from_layout(from_layout, recipes) or _unfit_from_layout(
             from_layout, collected
         )
     stacks, damaged = [], []
+    for name in sorted(passed, key=natural_key):
+        unfit = _judge_passed(name, passed[name], config)
+        problems += unfit
+        damaged += [name] if unfit else []
     for name in sorted(collected.keys() - passed.keys(), key=natural_key):
         judged = _judge(name, collected[name], config, (known or {}).get(name), from_layout)
         if isinstance(judged, Stack):
@@ -90,6 +101,7 @@ def detect(
     if known is None:
         told = (s.name for s in stacks if s.recipe.varying or _lookup_experts(s, config))
         problems += unequal_stacks(stacks, frozenset(told))
+        problems += bare_stacks(stacks)
     return Detection(
         tuple(stacks),
         others,
@@ -97,6 +109,7 @@ def detect(
         tuple(damaged),
         tuple(sorted(passed, key=natural_key)),
         tuple(_said_of_passed(passed)),
+        as_they_are,
     )
 
 
@@ -150,11 +163,7 @@ def _unfit_from_layout(name: str, collected: dict[str, Found]) -> list[MoeconvEr
 def _judge(
     name: str, found: Found, config: Config, known: StackEntry | None, from_layout: str | None
 ) -> Stack | list[MoeconvError]:
-    if found.unknown:
-        return [_unknown(name, found)]
-    if found.recipe.ids and not found.recipe.taken:
-        return [no_range(name, found)]
-    candidates = _by_names(found)
+    candidates = _candidates(name, found)
     if isinstance(candidates, MoeconvError):
         return [candidates]
     wanted = known.layout if known else from_layout
@@ -176,8 +185,30 @@ def _judge(
     layout, reading, sizes = survivors[0]
     if known and sizes_of(known) != (sizes.experts, sizes.width, sizes.hidden):
         return [_against_manifest(name, known, sizes)]
-    problems = [] if known else _against_config(name, found.recipe, sizes, config)
+    held = {"experts": sizes.experts, "width": sizes.width, "hidden": sizes.hidden}
+    problems = [] if known else _against_config(name, found.recipe, held, config)
     return problems or _stack(name, found, layout, sizes, granules, reading)
+
+
+def _candidates(name: str, found: Found) -> list[Layout] | MoeconvError:
+    """The layouts whose names these are, or why there is none."""
+    if found.unknown:
+        return _unknown(name, found)
+    if found.recipe.ids and not found.recipe.taken:
+        return no_range(name, found)
+    return _by_names(found)
+
+
+def _judge_passed(name: str, found: Found, config: Config) -> list[MoeconvError]:
+    """What is wrong with a stack that stays as it is: its experts are counted all the same."""
+    candidates = _candidates(name, found)
+    if isinstance(candidates, MoeconvError):
+        return [candidates]
+    said = _said(name, found.recipe, config).get("experts")
+    problems = completeness(name, found, candidates[0], experts=said)
+    if problems or not candidates[0].per_expert:
+        return problems
+    return _against_config(name, found.recipe, {"experts": _count(found)}, config)
 
 
 def _first_fit(
@@ -256,13 +287,21 @@ def _count(found: Found) -> int:
 def _lookup(
     config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...]
 ) -> tuple[str, object] | None:
+    return next(iter(_lookups(config, recipe, stack, paths)), None)
+
+
+def _lookups(
+    config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...]
+) -> list[tuple[str, object]]:
+    """All of these keys that are there, in the first section that has any of them."""
     for section in recipe.config.sections_of(stack):
-        for path in paths:
-            full = f"{section}.{path}" if section else path
-            value = config.at(full)
-            if value is not None:
-                return full, value
-    return None
+        full = (recipe.config.path(section, path) for path in paths)
+        hits: list[tuple[str, object]] = [
+            (key, value) for key in full if (value := config.at(key)) is not None
+        ]
+        if hits:
+            return hits
+    return []
 
 
 def _keys(recipe: Recipe) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -280,24 +319,27 @@ def _said(stack: str, recipe: Recipe, config: Config) -> dict[str, int]:
     return out
 
 
-def _against_config(stack: str, recipe: Recipe, sizes: Sizes, config: Config) -> list[MoeconvError]:
-    held = {"experts": sizes.experts, "width": sizes.width, "hidden": sizes.hidden}
+def _against_config(
+    stack: str, recipe: Recipe, held: dict[str, int], config: Config
+) -> list[MoeconvError]:
     words = {"experts": "experts", "width": "rows in gate and up", "hidden": "inputs to an expert"}
     problems: list[MoeconvError] = []
     for what, paths in _keys(recipe):
-        hit = _lookup(config, recipe, stack, paths)
-        # a list has a size for each layer, and which one is this layer's is not known here
-        if hit is None or isinstance(hit[1], list | dict) or _same(hit[1], held[what]):
-            continue
-        problems.append(
-            ConfigMismatch(
-                f"config.json and the tensors of {quoted(stack)} disagree on the {what}",
-                at=f"config.json, key {quoted(hit[0])}",
-                cause=f"config.json says {printable(str(hit[1]))}, "
-                f"the tensors have {held[what]} {words[what]}",
-                fix="use the config.json that belongs to these tensors",
+        hits = _lookups(config, recipe, stack, paths)
+        # one model has one number of experts; the keys of its widths mean different things
+        for key, said in hits if what == "experts" else hits[:1]:
+            # a list has a size for each layer, and which one is this layer's is not known here
+            if what not in held or isinstance(said, list | dict) or _same(said, held[what]):
+                continue
+            problems.append(
+                ConfigMismatch(
+                    f"config.json and the tensors of {quoted(stack)} disagree on the {what}",
+                    at=f"config.json, key {quoted(key)}",
+                    cause=f"config.json says {printable(str(said))}, "
+                    f"the tensors have {held[what]} {words[what]}",
+                    fix="use the config.json that belongs to these tensors",
+                )
             )
-        )
     return problems
 
 

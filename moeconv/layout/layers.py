@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.errors import ConfigMismatch, MissingExpert, MoeconvError, quoted
+from moeconv.errors import ConfigMismatch, MissingExpert, MissingScale, MoeconvError, quoted
 from moeconv.layout.stack import Stack
 
 _LAYER = re.compile(r"(.*\.)?([0-9]{1,9})(?:\.(.+))?", re.DOTALL)
@@ -18,8 +18,9 @@ def lost_stacks(
 ) -> list[MoeconvError]:
     """Layers that hold what every layer with experts holds beside them, but no experts.
 
-    That is: a tensor of E rows in the experts' own block (`mlp.gate.weight`), under the same name
-    in all layers that have a stack. known: names of stacks that were reported already.
+    That is: a router's tensor, under the same name in all layers that have a stack. It is told by
+    its name, or by E rows in the experts' own block. known: names of stacks that were reported
+    already.
     """
     groups: dict[tuple[str, str], dict[int, Stack]] = defaultdict(dict)
     for stack in stacks:
@@ -32,15 +33,23 @@ def lost_stacks(
     reported = set(known)
     problems: list[MoeconvError] = []
     for (head, tail), layers in groups.items():
-        block = tail.partition(".")[0] + "."
-        for (other_head, rest), tensors in beside.items():
-            if other_head != head or not rest.startswith(block) or not _routes(tensors, layers):
+        routers = [
+            tensors
+            for (other_head, rest), tensors in beside.items()
+            if other_head == head and _routes(rest, tail, tensors, layers)
+        ]
+        kinds = [other for (other_head, _), other in groups.items() if other_head == head]
+        for layer in sorted({n for tensors in routers for n in tensors} - layers.keys()):
+            name = f"{head}{layer}.{tail}".removesuffix(".")
+            there = [tensors[layer] for tensors in routers if layer in tensors]
+            instead = [other for other in kinds if layer in other]
+            # another kind of stacks has routers of its own: all of both must be there
+            alike = all(layers.keys() <= other.keys() for other in instead)
+            if instead and not (alike and len(there) == len(routers)):
                 continue
-            for layer in sorted(tensors.keys() - layers.keys()):
-                name = f"{head}{layer}.{tail}"
-                if name not in reported:
-                    reported.add(name)
-                    problems.append(_lost(name, tensors[layer], len(layers)))
+            if name not in reported:
+                reported.add(name)
+                problems.append(_lost(name, there[0], len(layers)))
     return problems
 
 
@@ -72,8 +81,45 @@ def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[Moec
     return problems
 
 
-def _routes(tensors: dict[int, StoredTensor], layers: dict[int, Stack]) -> bool:
-    return layers.keys() <= tensors.keys() and all(
+def bare_stacks(stacks: Iterable[Stack]) -> list[MoeconvError]:
+    """Stacks without companions that others of their kind, of the same dtype, all have."""
+    groups: dict[tuple[str, str, str, str, str], list[tuple[Stack, frozenset[str]]]]
+    groups = defaultdict(list)
+    for stack in stacks:
+        match = _LAYER.fullmatch(stack.name)
+        for projection in stack.layout.projections if match else ():
+            held = {m.component: m.dtype for m in stack.members if projection in m.line.projections}
+            weight, dtype = next((c.name, d) for c, d in held.items() if c.weight)
+            rest = frozenset(c.name for c in held if not c.weight)
+            kind = (match[1] or "", match[3] or "") if match else ("", "")
+            groups[*kind, projection, weight, dtype].append((stack, rest))
+    problems: dict[str, MoeconvError] = {}
+    for (*_, projection, weight, dtype), alike in groups.items():
+        sets = Counter(rest for _, rest in alike)
+        for stack, rest in alike:
+            fuller = max((s for s in sets if rest < s), key=lambda s: sets[s], default=None)
+            if fuller is None or stack.name in problems:
+                continue
+            lacking = ", ".join(map(quoted, sorted(fuller - rest)))
+            problems[stack.name] = MissingScale(
+                f"{quoted(stack.name)} lacks {lacking} of its {projection} projections",
+                at=quoted(stack.name),
+                cause=f"{sets[fuller]} of {len(alike)} stacks with {quoted(weight)} in {dtype} "
+                f"have {'it' if len(fuller - rest) == 1 else 'them'}",
+                fix="download the shard that holds them, then `moeconv inspect SRC`",
+            )
+    return list(problems.values())
+
+
+def _routes(
+    rest: str, tail: str, tensors: dict[int, StoredTensor], layers: dict[int, Stack]
+) -> bool:
+    if not layers.keys() <= tensors.keys():
+        return False
+    words = rest.split(".")
+    if "gate" in words or any("router" in w or "correction" in w for w in words):
+        return not any("attn" in w or "attention" in w for w in words)  # gates of their own
+    return rest.startswith(tail.partition(".")[0] + ".") and all(
         tensors[n].shape[:1] == (stack.sizes.experts,) for n, stack in layers.items()
     )
 

@@ -65,12 +65,11 @@ class _Matcher:
         self._patterns = [
             (
                 template,
-                "{suffix}" in template,
+                {line.word(c): c.name for c in recipe.components},
                 re.compile(line.pattern(recipe.components, recipe.passed), re.ASCII),
             )
             for template, line in lines.items()
         ]
-        self._by_suffix = {c.suffix: c.name for c in recipe.components}
         stems = "|".join(line.stem() for line in lines.values())
         # a stack that ends in the layer's number is told from other numbers by what follows
         self._stack = re.compile(rf"({recipe.stack_pattern})(?={stems})", re.ASCII | re.DOTALL)
@@ -88,13 +87,13 @@ class _Matcher:
         return None if known is None else (match.group(1), known)
 
     def _rest(self, rest: str) -> _Rest | None:
-        for template, by_suffix, pattern in self._patterns:
+        for template, by_word, pattern in self._patterns:
             match = pattern.fullmatch(rest)
             if match is None:
                 continue
             groups = match.groupdict()
             text = groups.get("c")
-            component = WEIGHT if text is None else self._by_suffix[text] if by_suffix else text
+            component = WEIGHT if text is None else by_word.get(text, text)
             if "e" not in groups:
                 return _Rest(template, component, SHARED)
             first, stop = self.recipe.taken or (0, None)
@@ -106,19 +105,25 @@ class _Matcher:
 
 
 def collect(
-    tensors: Iterable[StoredTensor], recipes: tuple[Recipe, ...], files: tuple[str, ...]
+    tensors: Iterable[StoredTensor],
+    recipes: tuple[Recipe, ...],
+    files: tuple[str, ...],
+    *,
+    owners: dict[str, str],
 ) -> tuple[dict[str, Found], tuple[StoredTensor, ...]]:
     """The stacks that the names spell, and the tensors that belong to none.
 
-    A name belongs to the first recipe that knows it; a name that only begins like an expert
-    tensor is kept with its stack as unknown, so that nothing is half understood in silence.
+    A name belongs to the recipe that `owners` says for its stack, else to the first that knows it;
+    a name that only begins like an expert tensor is kept with its stack as unknown, so that
+    nothing is half understood in silence.
     """
     matchers = [_Matcher(recipe) for recipe in recipes]
     stacks: dict[str, Found] = {}
     others: list[StoredTensor] = []
     for tensor in tensors:
         hits = [(m, hit) for m in matchers if (hit := m.split(tensor.name))]
-        known = next(((m, hit) for m, hit in hits if hit[1].template), None)
+        owned = [(m, hit) for m, hit in hits if owners.get(hit[0]) == m.recipe.name]
+        known = next(((m, hit) for m, hit in (*owned, *hits) if hit[1].template), None)
         matcher, (stack, rest) = known or (hits[0] if hits else (None, ("", _Rest("", "", SHARED))))
         if matcher is None:
             others.append(tensor)

@@ -74,7 +74,7 @@ def _hidden(main: dict[int, Stack], config: Config) -> int | None:
     stack = next(iter(main.values()))
     for section in stack.recipe.config.sections_of(stack.name):
         for key in _LAYER_COUNTS:
-            value = config.at(f"{section}.{key}" if section else key)
+            value = config.at(stack.recipe.config.path(section, key))
             if type(value) is int and value > 0:
                 return value
     return None

@@ -13,6 +13,9 @@ GATE: Final = "gate"
 UP: Final = "up"
 DOWN: Final = "down"
 WEIGHT: Final = "weight"
+SUFFIX: Final = "{suffix}"
+PARAMETER: Final = "{parameter}"
+_COMPONENT_HOLES: Final = ("{component}", PARAMETER, SUFFIX)
 _ID = r"(?:0|[1-9][0-9]{0,9})"  # ids of more digits are no ids
 
 
@@ -22,6 +25,7 @@ class Component:
 
     readings: all axes that it may have, where a name alone does not tell; `axes` is one of them.
     weight: whether it is the matrix itself, not a companion of one. of: the formats that have it.
+    parameter: its name where names are those of an engine's parameters, if that is another one.
     note: what to say where it is fused; unequal: where gate's and up's differ in value.
     """
 
@@ -33,6 +37,7 @@ class Component:
     of: str = ""
     note: str | None = None
     unequal: str | None = None
+    parameter: str = ""
 
     def read_as(self, axes: Axes) -> Component:
         """This component with one of its readings."""
@@ -48,7 +53,8 @@ class Component:
 class Line:
     """One stored tensor of a layout: name template, the projections it joins, the weight's axes.
 
-    template: begins with `{stack}`; may hold `{expert}`, and `{component}` or `{suffix}`.
+    template: begins with `{stack}`; may hold `{expert}`, and `{component}`, `{parameter}` or
+    `{suffix}`.
     projections: in the order in which they stand along G.
     overrides: axes of components that do not follow from the weight's; of several, the first is
     written and all are read.
@@ -68,11 +74,23 @@ class Line:
 
     def name(self, stack: str, component: Component, expert: int | None) -> str:
         """The tensor's name."""
-        rest = self.template.replace("{component}", component.name)
-        rest = rest.replace("{suffix}", component.suffix)
+        rest = (
+            self.template.replace(self.hole, self.word(component)) if self.hole else self.template
+        )
         if expert is not None:
             rest = rest.replace("{expert}", str(self.first + expert))
         return stack + rest.removeprefix("{stack}")
+
+    @property
+    def hole(self) -> str:
+        """The hole of the template that says which component a tensor is; empty: there is none."""
+        return next((hole for hole in _COMPONENT_HOLES if hole in self.template), "")
+
+    def word(self, component: Component) -> str:
+        """What stands in that hole for a component."""
+        if self.hole == SUFFIX:
+            return component.suffix
+        return (self.hole == PARAMETER and component.parameter) or component.name
 
     def component_axes(self, component: Component) -> Axes:
         """The axes in which a component's tensor is written, granules still by name."""
@@ -85,20 +103,19 @@ class Line:
 
     def pattern(self, components: tuple[Component, ...], passed: tuple[str, ...] = ()) -> str:
         """A regular expression for what follows the stack's name, with groups e and c."""
-        by_suffix = "{suffix}" in self.template
-        names = [c.suffix if by_suffix else c.name for c in components]
-        names += () if by_suffix else passed
+        names = [self.word(c) for c in components]
+        names += () if self.hole == SUFFIX else passed
         known = "|".join(re.escape(n) for n in sorted(names, key=lambda n: -len(n)))
         text = re.escape(self.template.removeprefix("{stack}"))
         text = text.replace(re.escape("{expert}"), f"(?P<e>{_ID})")
-        for hole in ("{component}", "{suffix}"):
+        for hole in _COMPONENT_HOLES:
             text = text.replace(re.escape(hole), f"(?P<c>{known})")
         return text
 
     def stem(self) -> str:
         """A regular expression for the part of `pattern` that already commits a name to a stack."""
         text = self.template.removeprefix("{stack}")
-        text = text.split("{component}")[0].split("{suffix}")[0]
+        text = text.split(self.hole)[0] if self.hole else text
         head, found, _ = text.partition("{expert}")
         return re.escape(head) + (r"[0-9]+\." if found else "")
 
@@ -155,6 +172,11 @@ class ConfigKeys:
     hidden: tuple[str, ...] = ()
     granules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     sections: tuple[tuple[str, tuple[str, ...]], ...] = (("", ("",)),)
+
+    @staticmethod
+    def path(section: str, key: str) -> str:
+        """The path of a key in a section; one that ends in `_` is the beginning of the key."""
+        return f"{section}{'' if section.endswith('_') else '.'}{key}" if section else key
 
     def sections_of(self, stack: str) -> tuple[str, ...]:
         """The sections for a stack: those of the longest matching prefix."""

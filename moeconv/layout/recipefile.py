@@ -147,6 +147,7 @@ def _components(table: Table) -> tuple[Component, ...]:
                 of=entry.text("of", default=""),
                 note=entry.optional_text("note"),
                 unequal=entry.optional_text("unequal"),
+                parameter=entry.text("parameter", default=""),
             )
         )
         entry.finish()
@@ -155,6 +156,9 @@ def _components(table: Table) -> tuple[Component, ...]:
     suffixes = [c.suffix for c in out]
     if len(set(suffixes)) != len(suffixes):
         table.problems.add("components", "two have the same suffix")
+    parameters = [c.parameter or c.name for c in out]
+    if len(set(parameters)) != len(parameters):
+        table.problems.add("components", "two have the same parameter")
     return tuple(out)
 
 
@@ -223,15 +227,16 @@ def _misfits(
 
 def _check_line(entry: Table, key: str, line: Line) -> None:
     holes = _HOLES.findall(line.template)
-    unknown = set(holes) - {"stack", "expert", "component", "suffix"}
+    unknown = set(holes) - {"stack", "expert", "component", "parameter", "suffix"}
     if unknown:
         entry.problem(key, f"unknown hole `{{{min(unknown)}}}`")
     if line.template == "{stack}":
         entry.problem(key, "must say more than `{stack}`")
     if not line.template.startswith("{stack}") or len(set(holes)) != len(holes):
         entry.problem(key, "must begin with `{stack}` and use each hole once")
-    if "component" in holes and "suffix" in holes:
-        entry.problem(key, "has both `{component}` and `{suffix}`")
+    named = [hole for hole in ("component", "parameter", "suffix") if hole in holes]
+    if len(named) > 1:
+        entry.problem(key, f"has both `{{{named[0]}}}` and `{{{named[1]}}}`")
     for axes in (line.axes, *(a for _, listed in line.overrides for a in listed)):
         letters = axes.letters
         if (PAIR in letters) and len(line.projections) == 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from moeconv.layout.recipe import GATE, Recipe
+from moeconv.layout.recipe import GATE, PARAMETER, Recipe
 from moeconv.layout.recipefile import parse_recipe
 
 _BLOCKS = re.compile(r"\n\n(?=(?:#[^\n]*\n)*\[)")
@@ -59,7 +59,11 @@ def _granules(text: str, components: str) -> str:
 
 def _there(own: Recipe, name: str, block: str) -> bool:
     """Whether a recipe has that layout, or another one under the same tensor names."""
-    names = set(re.findall(r'"(\S+): ', block))
+    names = {_plain(text) for text in re.findall(r'"(\S+): ', block)}
     return own.layout(name) is not None or any(
-        {line.template for line in layout.lines} == names for layout in own.layouts
+        {_plain(line.template) for line in layout.lines} == names for layout in own.layouts
     )
+
+
+def _plain(template: str) -> str:
+    return template.replace(PARAMETER, "{component}")

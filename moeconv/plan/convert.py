@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Final
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.index import INDEX_NAME
@@ -13,6 +14,7 @@ from moeconv.errors import (
     UnknownLayout,
     quoted,
 )
+from moeconv.layout.axes import OUT
 from moeconv.layout.detect import Detection
 from moeconv.layout.recipe import Layout
 from moeconv.layout.stack import Stack
@@ -25,6 +27,8 @@ from moeconv.units import counted
 FUSE = "fuse"
 UNFUSE = "unfuse"
 VERBS = (FUSE, UNFUSE)
+_TURNED: Final = frozenset({"kn", "megablocks"})
+_SGLANG: Final = "sglang"
 
 
 def plan_conversion(
@@ -105,7 +109,35 @@ def target_of(stack: Stack, verb: str, layout: str | None) -> Layout:
             cause=f"it has {', '.join(map(quoted, names))}",
             fix=f"give one of these to `--layout`, {quoted(names[0])} for example",
         )
-    return target
+    reason = _unwritable(stack, target)
+    if reason is None:
+        return target
+    others = [la.name for la in recipe.layouts if la.square is None and not _unwritable(stack, la)]
+    raise UnknownLayout(
+        f"layout {quoted(target.name)} is not for the experts of {quoted(stack.name)}",
+        at=quoted(stack.name),
+        cause=reason,
+        fix=f"these work: {', '.join(map(quoted, others))}",
+    )
+
+
+def _unwritable(stack: Stack, target: Layout) -> str | None:
+    """Why a layout, one that all families have, cannot hold what a stack has."""
+    if target.name == stack.layout.name:
+        return None
+    for component, flat in ((m.component, m.axes.flat) for m in stack.members):
+        odd = any(axis.granule != 1 for axis in flat) or (
+            component.weight and component.axes.flat[0].letter != OUT
+        )
+        if target.name in _TURNED and odd:
+            what = "packed" if component.weight else "one for a block or group"
+            return (
+                f"its {quoted(component.name)} is {what}: a kernel that wants turned weights "
+                "cannot take it, turned or not"
+            )
+        if target.name == _SGLANG and component.weight and any(a.letter.islower() for a in flat):
+            return f"its {quoted(component.name)} has no parameter of that kind in sglang"
+    return None
 
 
 def stack_entry(
@@ -147,11 +179,11 @@ def notes_of(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str, ...
 
 
 def format_notes(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str, ...]:
-    """What the recipes say of formats that are joined here and were not before."""
+    """What the recipes say of formats that get their family's fused names here."""
     said = {
         f"{member.component.name}: {member.component.note}": None
         for stack, target in zip(stacks, targets, strict=True)
-        if stack.layout.per_expert and not target.per_expert
+        if stack.layout.per_expert and not target.per_expert and target.name == stack.recipe.fuse
         for member in stack.members
         if member.component.note
     }

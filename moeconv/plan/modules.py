@@ -36,6 +36,10 @@ class Renamings:
         by_name = {s.name: s for s in stacks}
         heads = {head for name in listed for head in _heads(name)}
         self._of: dict[str, _Renaming] = {}
+        entries = tuple(entries)
+        self.any = any(e.layout != e.origin_layout for e in entries)
+        self._stacks = frozenset(by_name)
+        self._written: set[str] = set()
         for entry in entries:
             if entry.name not in heads:
                 continue
@@ -46,6 +50,10 @@ class Renamings:
             one = _Renaming(_modules(stack, old), _modules(stack, new), not new.per_expert)
             self._of |= dict.fromkeys(one.old, one)
         self.kept: list[str] = []  # places of lists that could not be said in new names
+
+    def knows(self, name: str) -> bool:
+        """Whether it is a name of the output, or one that `renamed` dealt with."""
+        return name in self._of or name in self._written or name in self._stacks
 
     def renamed(self, place: str, names: tuple[str, ...]) -> tuple[str, ...] | None:
         """A list with the new names; None where it names no expert module that has another."""
@@ -60,6 +68,7 @@ class Renamings:
                 self.kept.append(place)
             else:
                 swaps[key] = new
+                self._written.update(new)
         if not swaps:
             return None
         out: list[str] = []
@@ -79,10 +88,14 @@ def _heads(name: str) -> Iterator[str]:
 
 
 def _in_new_names(one: _Renaming, named: set[str]) -> list[str] | None:
-    """The new modules that hold just what these hold; of a whole stack the module around them."""
+    """The new modules that hold just what these hold; of a whole stack the module around them.
+
+    Only a module of experts, that is: a router beside them must not come along.
+    """
     matrices = frozenset[tuple[int, str]]().union(*(one.old[n] for n in named))
-    if one.joined and named == one.old.keys():
-        return [_around(one.new)]
+    around = _around(one.new)
+    if one.joined and named == one.old.keys() and "experts" in around.split("."):
+        return [around]
     covered = [n for n, held in one.new.items() if held <= matrices]
     if frozenset[tuple[int, str]]().union(*(one.new[n] for n in covered)) != matrices:
         return None
@@ -109,7 +122,7 @@ def _modules(stack: Stack, layout: Layout) -> dict[str, Matrices]:
 def _module(line: Line, stack: str, expert: int | None) -> str:
     """A tensor's name without what says which component it is."""
     rest = line.template.removeprefix("{stack}")
-    for hole in (".{component}", "_{component}", "{component}", "{suffix}"):
+    for hole in (".{component}", "_{component}", "{component}", "_{parameter}", "{suffix}"):
         rest = rest.replace(hole, "")
     number = "" if expert is None else str(line.first + expert)
     return stack + rest.replace("{expert}", number)

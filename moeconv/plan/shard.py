@@ -26,6 +26,7 @@ from moeconv.plan.convert import (
 from moeconv.plan.draft import Draft, Kind, copied, fates, kinds_of
 from moeconv.plan.pack import Packing, pack
 from moeconv.plan.values import Fate, OutputFile, Plan, WeaveTile
+from moeconv.units import counted, human_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +100,27 @@ def shards_in(
         ),
         recipes=recipes_of(stacks),
         ledger=tuple(ledger),
-        notes=(*detection.notes, *format_notes(stacks, [targets[s.name] for s in stacks]), *notes),
+        notes=(
+            *detection.notes,
+            *_not_shared(detection),
+            *format_notes(stacks, [targets[s.name] for s in stacks]),
+            *notes,
+        ),
         ep_size=sharding.ep_size,
         virtual=virtual,
     )
     prove(plan, detection)
     return plan
+
+
+def _not_shared(detection: Detection) -> list[str]:
+    if not detection.passed:
+        return []
+    return [
+        f"{counted(len(detection.passed), 'stack')} copied through "
+        f"({human_size(sum(t.nbytes for t in detection.untouched))}): "
+        "not shared among ranks: every rank reads all of it"
+    ]
 
 
 def drafts_of(

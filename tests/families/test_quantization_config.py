@@ -85,7 +85,13 @@ def test_what_the_new_names_cannot_say_is_left_and_said(names: list[str], tmp_pa
 
 @pytest.mark.parametrize(
     "quantization",
-    [{"ignore": ["re:.*experts.*", "lm_head"]}, {"targets": "Linear"}, {"ignore": []}, {}],
+    [
+        {"ignore": ["lm_head", "experts", "model.layers.0.mlp.shared_experts.up_proj"]},
+        {"ignore": [STACK.format(0)]},
+        {"targets": "Linear"},
+        {"ignore": []},
+        {},
+    ],
 )
 def test_lists_without_names_of_experts_are_not_touched(
     quantization: dict[str, Any], tmp_path: Path
@@ -95,6 +101,53 @@ def test_lists_without_names_of_experts_are_not_touched(
     assert plan.rewrites == ()
     assert not any("config.json" in note for note in plan.notes)
     assert tree_sha256(tmp_path / "out")["config.json"] == tree_sha256(src)["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "place", "text"),
+    [
+        ({"ignore": ["lm_head", r"re:.*mlp\.experts\.\d+\.up_proj"]}, "ignore", "re:.*mlp"),
+        ({"exclude_modules": ["model.layers.0.mlp.experts.*"]}, "exclude_modules", "experts.*"),
+        ({"dynamic": {r"-:model\.layers\.0\.mlp\.experts\.0": {}}}, "dynamic", "-:model"),
+        ({"ignore": [f"{n}.weight" for n in modules(0)]}, "ignore", "and 8 more"),
+        ({"x": [["mlp.experts.0.up_proj"]]}, "x", "mlp.experts.0.up_proj"),
+    ],
+)
+def test_patterns_that_name_experts_are_left_and_said(
+    quantization: dict[str, Any], place: str, text: str, tmp_path: Path
+):
+    src = checkpoint(tmp_path / "src", quantization)
+    plan = moeconv.fuse(src, tmp_path / "out").plan
+    assert plan.rewrites == ()
+    (note,) = [n for n in plan.notes if f"`quantization_config.{place}`" in n]
+    assert text in note
+    assert "left as written" in note
+    plan = moeconv.unfuse(src, tmp_path / "same").plan
+    assert not any("left as written" in note for note in plan.notes)
+
+
+def test_the_list_of_modelopt_is_left_and_said(tmp_path: Path):
+    src = checkpoint(tmp_path / "src", {"ignore": modules(0)})
+    (src / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"exclude_modules": ["lm_head", f"{STACK.format(0)}.*"]}})
+    )
+    notes = moeconv.fuse(src, tmp_path / "out").plan.notes
+    (note,) = [n for n in notes if "left as written" in n]
+    assert note.startswith("hf_quant_config.json, `quantization.exclude_modules`")
+
+
+def test_a_router_beside_the_experts_does_not_come_along(tmp_path: Path):
+    block = "model.layers.0.block_sparse_moe"
+    names = [f"{block}.experts.{e}.{p}" for e in range(2) for p in PROJECTIONS]
+    tensors: dict[str, Spec] = {f"{n}.weight": ("BF16", (2, 2), bytes(8)) for n in names}
+    tensors[f"{block}.router.layer.weight"] = ("BF16", (2, 2), bytes(8))
+    config = {"model_type": "granitemoe", "quantization_config": {"ignore": names}}
+    src = write_checkpoint(tmp_path / "src", tensors, config)
+    moeconv.fuse(src, tmp_path / "out", layout="hub")
+    linears = [f"{block}.input_linear", f"{block}.output_linear"]
+    assert config_of(tmp_path / "out") == {"ignore": linears}
+    moeconv.fuse(src, tmp_path / "fused")
+    assert config_of(tmp_path / "fused") == {"ignore": [f"{block}.experts"]}
 
 
 def test_from_set_to_set_and_by_ranks(tmp_path: Path):

@@ -9,6 +9,7 @@ import moeconv
 from moeconv.errors import UnknownLayout
 from moeconv.library import shared_layouts, shipped_recipes
 from tests.helpers import Spec, read_tensors, tree_sha256, write_checkpoint
+from tests.phantoms import phantom, rows
 
 STACK = "model.layers.0.mlp.experts"
 E, I, H = 3, 4, 5  # noqa: E741 - the letters of the notation
@@ -30,9 +31,9 @@ def turned(array: np.ndarray) -> np.ndarray:
 GATED = {
     "sglang": {
         "w13_weight": np.concatenate([GATE, UP], 1),
-        "w13_bias": np.concatenate([BIAS_G, BIAS_U], 1),
+        "w13_weight_bias": np.concatenate([BIAS_G, BIAS_U], 1),
         "w2_weight": DOWN,
-        "w2_bias": BIAS_D,
+        "w2_weight_bias": BIAS_D,
     },
     "stacked": {
         "gate_proj": GATE,
@@ -112,6 +113,33 @@ def test_experts_without_a_gate(layout: str, tmp_path: Path):
     moeconv.fuse(src, tmp_path / "out", layout=layout)
     wanted = {f"{stack}.{n}": bf16(np.ascontiguousarray(a)) for n, a in PLAIN[layout].items()}
     assert read_tensors(tmp_path / "out") == wanted
+
+
+def test_sglang_has_its_own_names_for_the_scales_of_deepseek_v4(tmp_path: Path):
+    parts = {"weight": "I8 16,32", "scale": "F8_E8M0 16,2"}
+    text = "\n".join(
+        f"layers.0.ffn.experts.{{0-1}}.{p}.{part} {said if p != 'w2' else turned_text[part]}"
+        for p in ("w1", "w3", "w2")
+        for turned_text in ({"weight": "I8 64,8", "scale": "F8_E8M0 64,1"},)
+        for part, said in parts.items()
+    )
+    src = phantom(tmp_path / "src", rows(text), {"model_type": "deepseek_v4"})
+    moeconv.fuse(src, tmp_path / "out", layout="sglang")
+    names = {n.rpartition(".")[2] for n in read_tensors(tmp_path / "out")}
+    assert names == {f"{w}_{p}" for w in ("w13", "w2") for p in ("weight", "weight_scale_inv")}
+    moeconv.unfuse(tmp_path / "out", tmp_path / "back")
+    assert tree_sha256(tmp_path / "back") == tree_sha256(src)
+
+
+@pytest.mark.parametrize("layout", ["sglang", "kn", "megablocks"])
+def test_mxfp4_of_gpt_oss_has_no_such_layout(layout: str, tmp_path: Path):
+    text = f"""{STACK}.gate_up_proj_blocks U8 2,64,2,16
+{STACK}.gate_up_proj_scales U8 2,64,2
+{STACK}.down_proj_blocks U8 2,64,1,16
+{STACK}.down_proj_scales U8 2,64,1"""
+    src = phantom(tmp_path / "src", rows(text), {"model_type": "gpt_oss"})
+    with pytest.raises(UnknownLayout, match=r"these work: .*`per-expert`"):
+        moeconv.fuse(src, tmp_path / "out", layout=layout)
 
 
 def test_a_family_that_nothing_reads_fused_has_none_of_them(tmp_path: Path):

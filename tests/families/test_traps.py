@@ -1,5 +1,6 @@
 """Mixed stacks, gaps, and configs that lie: what hurt others, one test each."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from moeconv.errors import (
     MissingExpert,
     MixedLayouts,
     NoExperts,
+    UnknownExpertTensor,
     UnknownFamily,
 )
 from tests.cli import run
@@ -106,6 +108,133 @@ def test_the_turned_form_is_asked_about_where_shapes_leave_it_open(tmp_path: Pat
 def test_ernie_without_a_word_on_where_text_ends(tmp_path: Path):
     with pytest.raises(ConfigMismatch, match="shares its expert ids"):
         planned(tmp_path, QWEN, {"model_type": "ernie4_5_vl_moe"})
+
+
+OTHERS = """mtp.layers.0.{}.{{0-11}}.{} BF16 8,16
+mtp.layers.0.{}.{{0-11}}.{} BF16 8,16
+mtp.layers.0.{}.{{0-11}}.{} BF16 16,8"""
+
+
+def others(block: str, *projections: str) -> str:
+    """QWEN and a layer of experts under other names."""
+    words = [word for p in projections for word in (block, f"{p}.weight")]
+    return f"{QWEN}\n{OTHERS.format(*words)}"
+
+
+def test_a_stack_under_another_family_s_names_is_taken_and_said(tmp_path: Path):
+    text = others("block_sparse_moe.experts", "w1", "w3", "w2")
+    config = {"model_type": "qwen3_moe", "moe_intermediate_size": 8, "intermediate_size": 99}
+    src = phantom(tmp_path / "src", rows(text), config)
+    result = moeconv.fuse(src, tmp_path / "out")
+    assert [s.recipe for s in result.plan.stacks] == ["qwen3_moe", "mixtral"]
+    assert any("recipe `mixtral`, not `qwen3_moe`" in n for n in result.plan.notes)
+    assert moeconv.verify(tmp_path / "out", level="source", source=src).problems == ()
+    moeconv.unfuse(tmp_path / "out", tmp_path / "back")
+    assert tree_sha256(tmp_path / "back") == tree_sha256(src)
+
+
+def test_a_gap_in_a_stack_under_another_family_s_names_is_found(tmp_path: Path):
+    text = others("block_sparse_moe.experts", "w1", "w3", "w2")
+    tensors = {n: t for n, t in rows(text).items() if ".block_sparse_moe.experts.3." not in n}
+    src = phantom(tmp_path / "src", tensors, {"model_type": "qwen3_moe"})
+    with pytest.raises(ExpertGap):
+        moeconv.fuse(src, tmp_path / "out")
+
+
+@pytest.mark.parametrize("block", ["mlp.moe.experts", "brand_new.experts", "mlp.experts.expert_"])
+def test_experts_under_names_that_nobody_knows_are_refused(block: str, tmp_path: Path):
+    text = others(block, "gate_proj", "up_proj", "down_proj").replace("expert_.", "expert_")
+    with pytest.raises(UnknownExpertTensor):
+        planned(tmp_path, text, {"model_type": "qwen3_moe"})
+
+
+def test_shared_experts_are_none_of_them(tmp_path: Path):
+    text = others("mlp.shared_experts", "gate_proj", "up_proj", "down_proj")
+    assert len(planned(tmp_path, text, {"model_type": "qwen3_moe"}).plan.stacks) == 1
+
+
+ONE_BY_ONE = """{0}.{{0-3}}.{1}.weight BF16 8,16
+{0}.{{0-3}}.{2}.weight BF16 8,16
+{0}.{{0-3}}.{3}.weight BF16 16,8
+"""
+LAYERS = {
+    "mistral_large4": ONE_BY_ONE.format("layers.{0-2}.experts", "w1", "w3", "w2")
+    + "layers.{0-2}.gate.weight BF16 4,16",
+    "longcat_flash": ONE_BY_ONE.format(
+        "model.layers.{0-2}.mlp.experts", "gate_proj", "up_proj", "down_proj"
+    )
+    + "model.layers.{0-2}.mlp.router.classifier.weight BF16 6,16",
+    "gemma4": "model.language_model.layers.{0-2}.experts.gate_up_proj BF16 4,16,16\n"
+    "model.language_model.layers.{0-2}.experts.down_proj BF16 4,16,8\n"
+    "model.language_model.layers.{0-2}.router.proj.weight BF16 4,16",
+    "step3p7": "model.layers.{0-2}.moe.gate_proj.weight BF16 4,8,16\n"
+    "model.layers.{0-2}.moe.up_proj.weight BF16 4,8,16\n"
+    "model.layers.{0-2}.moe.down_proj.weight BF16 4,16,8\n"
+    "model.layers.{0-2}.moe.router_bias F32 4",
+}
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_a_layer_that_lost_its_experts_is_told_by_its_router(family: str, tmp_path: Path):
+    config: dict[str, object] = {"model_type": family}
+    text = LAYERS[family] + "\nmodel.layers.{0-3}.self_attn.gate.weight BF16 4,16"
+    whole = rows(text)
+    one = re.compile(r"layers\.1\.(.*experts|moe\.[a-z_]*_proj)")
+    lost = {n: t for n, t in whole.items() if not one.search(n)}
+    assert len(planned(tmp_path / "whole", text, config).plan.stacks) == 3
+    dense = {n: t for n, t in lost.items() if "layers.1." not in n or "attn" in n}
+    moeconv.fuse(phantom(tmp_path / "dense", dense, config), tmp_path / "out", dry_run=True)
+    with pytest.raises(MissingExpert, match="no experts at all"):
+        moeconv.fuse(phantom(tmp_path / "lost", lost, config), tmp_path / "out")
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_ernie_with_the_vision_experts_of_a_layer_lost(both: bool, tmp_path: Path):
+    tensors: dict[str, Shape] = {}
+    for layer in range(3):
+        for e in range(3 if layer == 1 else 6):
+            width = 8 if e < 3 else 4
+            for p, shape in (("gate", (width, 16)), ("up", (width, 16)), ("down", (16, width))):
+                tensors[f"model.layers.{layer}.mlp.experts.{e}.{p}_proj.weight"] = ("BF16", shape)
+        tensors[f"model.layers.{layer}.mlp.gate.weight"] = ("BF16", (16, 3))
+        if layer != 1 or both:
+            tensors[f"model.layers.{layer}.mlp.gate.weight_1"] = ("BF16", (16, 3))
+    config = {
+        "model_type": "ernie4_5_vl_moe",
+        "moe_num_experts": [3, 3],
+        "moe_intermediate_size": [8, 4],
+    }
+    src = phantom(tmp_path / "src", tensors, config)
+    if both:
+        with pytest.raises(MissingExpert):
+            moeconv.fuse(src, tmp_path / "out")
+    else:  # a layer of text only
+        assert len(moeconv.fuse(src, tmp_path / "out", dry_run=True).plan.stacks) == 5
+
+
+@pytest.mark.parametrize("other", ["num_experts", "num_local_experts", "moe_num_experts"])
+def test_every_number_of_experts_in_config_json_counts(other: str, tmp_path: Path):
+    config: dict[str, object] = {"model_type": "glm4_moe", "n_routed_experts": 12}
+    planned(tmp_path / "agreeing", QWEN, config | {other: 12})
+    with pytest.raises(ConfigMismatch, match=other):
+        planned(tmp_path / "lying", QWEN, config | {other: 13})
+
+
+def test_nemotron_has_another_number_of_experts_in_its_mtp(tmp_path: Path):
+    text = """backbone.layers.1.mixer.experts.{0-3}.up_proj.weight BF16 8,16
+backbone.layers.1.mixer.experts.{0-3}.down_proj.weight BF16 16,8
+mtp.layers.0.mixer.experts.{0-1}.up_proj.weight BF16 8,16
+mtp.layers.0.mixer.experts.{0-1}.down_proj.weight BF16 16,8"""
+    config: dict[str, object] = {"model_type": "nemotron_h", "n_routed_experts": 4}
+    result = planned(tmp_path / "right", text, config | {"mtp_n_routed_experts": 2})
+    assert [s.experts for s in result.plan.stacks] == [4, 2]
+    with pytest.raises(ConfigMismatch, match="mtp_n_routed_experts"):
+        planned(tmp_path / "lying", text, config | {"mtp_n_routed_experts": 3})
+
+
+def test_the_number_of_experts_may_stand_under_llm_config(tmp_path: Path):
+    with pytest.raises(ConfigMismatch, match="llm_config"):
+        planned(tmp_path, QWEN, {"model_type": "qwen3_moe", "llm_config": {"num_experts": 13}})
 
 
 def ernie(tmp_path: Path) -> Path:

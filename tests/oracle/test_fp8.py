@@ -1,4 +1,7 @@
-"""transformers dequantises block fp8 before and after fusing: the same model, to the bit."""
+"""Block fp8 in transformers: kept in fp8, fused loads to the same bits as per expert.
+
+Dequantised on load, only experts one by one come out right: fused ones lose their scales there.
+"""
 
 import json
 from pathlib import Path

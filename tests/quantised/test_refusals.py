@@ -9,7 +9,10 @@ import moeconv
 from moeconv.errors import (
     ConfigMismatch,
     ExpertDtype,
+    ExpertGap,
+    ExpertOutOfRange,
     LayoutContradiction,
+    MissingExpert,
     MissingScale,
     MoeconvError,
     ScaleWithoutWeight,
@@ -190,14 +193,62 @@ def test_down_may_be_of_another_format(tmp_path: Path):
     assert made[f"{STACK}.down_proj"] == (2, 256, 64)
 
 
-def test_bitsandbytes_is_passed_through_and_said(tmp_path: Path):
-    parts = {
-        "weight": "U8 N*K//2 1",
-        "weight.absmax": "F32 N*K//64",
-        "weight.quant_map": "F32 16",
-        "weight.quant_state.bitsandbytes__nf4": "U8 90",
+@pytest.mark.parametrize("sizes", [[32], [32, 32], [32, 64]])
+def test_the_group_size_may_stand_in_any_group(sizes: list[int], tmp_path: Path):
+    groups = {f"group_{n}": {"weights": {"group_size": s}} for n, s in enumerate(sizes, start=1)}
+    config = {"model_type": "qwen3_moe", "quantization_config": {"config_groups": groups}}
+    tensors = per_expert(ASYMMETRIC, width=64)
+    if len(set(sizes)) > 1:  # nothing says which of them is the experts'
+        tensors = per_expert(GPTQ, width=64)
+        refused(ConfigMismatch, tmp_path, tensors, config, "block size")
+    else:
+        src = phantom(tmp_path / "src", tensors, config)
+        assert moeconv.fuse(src, tmp_path / "out", dry_run=True).plan.stacks
+
+
+def test_a_whole_layer_without_the_scales_that_others_have(tmp_path: Path):
+    tensors = per_expert({"weight": "F8_E4M3 N K", "weight_scale": "F32 N 1"}, width=64)
+    plain = per_expert({"weight": "F8_E4M3 N K"}, width=64)
+    bf16 = per_expert({"weight": "BF16 N K"}, width=64)
+    for layer, of in ((1, tensors), (2, bf16)):
+        tensors |= {n.replace(".0.mlp", f".{layer}.mlp"): t for n, t in of.items()}
+    src = phantom(tmp_path / "mixed", tensors, {"model_type": "qwen3_moe"})
+    assert len(moeconv.fuse(src, tmp_path / "out", dry_run=True).plan.stacks) == 3
+    tensors |= {n.replace(".0.mlp", ".3.mlp"): t for n, t in plain.items()}
+    config = {"model_type": "qwen3_moe"}
+    refused(MissingScale, tmp_path, tensors, config, "layers.3.mlp.experts` lacks `weight_scale`")
+
+
+@pytest.mark.parametrize("parts", [GPTQ, AWQ, ASYMMETRIC])
+def test_packed_experts_without_any_scale(parts: dict[str, str], tmp_path: Path):
+    left = {name: text for name, text in parts.items() if "scale" not in name}
+    refused(MissingScale, tmp_path, per_expert(left, width=64), GROUPS, "but no scales")
+
+
+@pytest.mark.parametrize("lost", ["gate_up_proj_bias", "down_proj_bias"])
+def test_gpt_oss_without_one_of_its_biases(lost: str, tmp_path: Path):
+    tensors: dict[str, Shape] = {
+        f"{STACK}.gate_up_proj": ("BF16", (2, 16, 8)),
+        f"{STACK}.gate_up_proj_bias": ("BF16", (2, 8)),
+        f"{STACK}.down_proj": ("BF16", (2, 4, 16)),
+        f"{STACK}.down_proj_bias": ("BF16", (2, 16)),
     }
-    tensors = per_expert(parts, width=64)
+    del tensors[f"{STACK}.{lost}"]
+    refused(MissingScale, tmp_path, tensors, {"model_type": "gpt_oss"}, "`bias`")
+
+
+NF4 = {
+    "weight": "U8 N*K//2 1",
+    "weight.absmax": "F32 N*K//64",
+    "weight.quant_map": "F32 16",
+    "weight.quant_state.bitsandbytes__nf4": "U8 90",
+}
+
+
+def test_bitsandbytes_is_passed_through_and_said(tmp_path: Path):
+    tensors = per_expert(NF4, width=64)
+    blob = f"{STACK}.1.up_proj.weight.quant_state.bitsandbytes__nf4"
+    tensors[blob] = ("U8", (88,))  # a JSON text, as long as its numbers
     src = phantom(tmp_path / "src", tensors, {"model_type": "qwen3_moe"})
     plan = moeconv.fuse(src, tmp_path / "out").plan
     assert any("copied through as they are" in note for note in plan.notes)
@@ -206,6 +257,41 @@ def test_bitsandbytes_is_passed_through_and_said(tmp_path: Path):
     assert moeconv.verify(tmp_path / "out", level="source", source=src).problems == ()
     moeconv.unfuse(tmp_path / "out", tmp_path / "back")
     assert tree_sha256(tmp_path / "back") == tree_sha256(src)
+
+
+def test_one_stray_companion_makes_no_stack_one_that_is_passed(tmp_path: Path):
+    tensors = per_expert({"weight": "BF16 N K"}, width=64)
+    tensors[f"{STACK}.1.up_proj.SCB"] = ("F32", (64,))
+    refused(MissingScale, tmp_path, tensors, {"model_type": "qwen3_moe"}, "`SCB`")
+
+
+@pytest.mark.parametrize(
+    ("lost", "kind"),
+    [
+        ("1.up_proj.", MissingExpert),
+        ("0.", ExpertGap),
+        ("1.up_proj.weight.absmax", MissingScale),
+        ("1.", ConfigMismatch),
+    ],
+)
+def test_experts_that_are_passed_are_counted(lost: str, kind: type[MoeconvError], tmp_path: Path):
+    whole = per_expert(NF4, width=64)
+    tensors = {n: t for n, t in whole.items() if not n.startswith(f"{STACK}.{lost}")}
+    refused(kind, tmp_path, tensors, {"model_type": "qwen3_moe", "num_experts": 2})
+
+
+def test_passed_experts_beyond_those_of_config_json(tmp_path: Path):
+    config = {"model_type": "qwen3_moe", "num_experts": 1}
+    refused(ExpertOutOfRange, tmp_path, per_expert(NF4, width=64), config)
+
+
+def test_passed_experts_are_not_shared_among_ranks_and_that_is_said(tmp_path: Path):
+    tensors = per_expert(NF4, width=64)
+    plain = per_expert({"weight": "BF16 N K"}, width=64)
+    tensors |= {name.replace(".0.mlp", ".1.mlp"): t for name, t in plain.items()}
+    src = phantom(tmp_path / "src", tensors, {"model_type": "qwen3_moe"})
+    notes = moeconv.shard(src, tmp_path / "out", ep_size=2).plan.notes
+    assert any("(56.22 KB): not shared among ranks" in note for note in notes), notes
 
 
 def test_one_scale_for_all_experts_is_expanded_and_restored(tmp_path: Path):
