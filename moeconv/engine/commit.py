@@ -12,7 +12,7 @@ from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import digest, hasher
 from moeconv.engine.crew import Limits, Progress, run_tiles
 from moeconv.engine.files import NEW_FILE, partial_path, writing
-from moeconv.engine.journal import plan_digest, resumable
+from moeconv.engine.journal import barely_begun, plan_digest, resumable
 from moeconv.engine.methods import Methods
 from moeconv.engine.output import Room, room_for
 from moeconv.engine.papers import (
@@ -102,7 +102,7 @@ def commit(
     mark = plan_digest(plan, identity(checkpoint))
     kept: dict[str, Digests] = {}
     journal = None
-    if resume and out.exists() and any(out.iterdir()):
+    if resume and out.exists() and not barely_begun(out) and any(out.iterdir()):
         journal = resumable(out, mark)
         kept = finished_before(out, plan, journal, limits)
     try:

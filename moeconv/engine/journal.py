@@ -136,6 +136,24 @@ def busy(out: Path) -> WouldOverwrite:
     )
 
 
+def barely_begun(out: Path) -> bool:
+    """Clear away what a run left that was killed before it could say what it would make.
+
+    That is an empty `moeconv/`, or a journal in it without a whole first line; nothing else.
+    """
+    journal = out / JOURNAL_NAME
+    held = [p.relative_to(out).as_posix() for p in out.rglob("*")]
+    if not set(held) <= {PARTS_DIR, JOURNAL_NAME}:
+        return False
+    if journal.exists() and b"\n" in journal.read_bytes():
+        return False
+    with writing(journal):
+        journal.unlink(missing_ok=True)
+        if journal.parent.exists():
+            journal.parent.rmdir()
+    return True
+
+
 def resumable(out: Path, plan: str) -> Journal:
     """The journal to go on with. Raises CannotResume."""
     journal = read_journal(out)

@@ -133,6 +133,18 @@ def test_nothing_to_resume_is_a_plain_start(src: Path, tmp_path: Path) -> None:
     assert tree_sha256(tmp_path / "a") == tree_sha256(tmp_path / "b")
 
 
+@pytest.mark.parametrize("journal", [None, b"", b'{"names":["common-'])
+def test_a_run_killed_before_its_first_word_is_a_plain_start(
+    src: Path, tmp_path: Path, journal: bytes | None
+) -> None:
+    (tmp_path / "a" / "moeconv").mkdir(parents=True)
+    if journal is not None:
+        (tmp_path / "a" / "moeconv" / "journal").write_bytes(journal)
+    moeconv.shard(src, tmp_path / "a", resume=True, **SAME)
+    moeconv.shard(src, tmp_path / "b", **SAME)
+    assert tree_sha256(tmp_path / "a") == tree_sha256(tmp_path / "b")
+
+
 def test_a_folder_of_somebody_else_is_not_resumed(src: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
