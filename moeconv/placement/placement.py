@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 
@@ -353,9 +353,12 @@ def _plain(value: object) -> object:
 def _integers(row: object, where: str) -> tuple[int, ...]:
     value = _plain(row)
     try:
-        if isinstance(value, str | bytes) or any(isinstance(e, bool) for e in value):  # type: ignore[attr-defined]
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
             raise TypeError
-        return tuple(map(operator.index, value))  # type: ignore[call-overload]
+        entries = tuple(value)
+        if any(isinstance(entry, bool) for entry in entries):
+            raise TypeError
+        return tuple(map(operator.index, entries))
     except TypeError:
         raise _not_by_stack(
             f"{where} of the placement is no row of expert ids", "a row is a list of integers"

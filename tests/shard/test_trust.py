@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ import pytest
 
 import moeconv
 from moeconv.engine import fill as filling
+from moeconv.engine.papers import virtual_parts
 from moeconv.errors import BadPlacement, Damaged, NoExperts, NotVirtual, UsageProblem
+from moeconv.manifest import Run
 from moeconv.plan.shard import refuse_woven
+from moeconv.plan.values import CopyTile, OutputFile, OutputTensor
+from moeconv.proof.structure import check_structure
+from moeconv.proof.virtual import virtual_problems
 from tests.badinput.builders import config, fused, qwen, write
 from tests.badinput.checks import refused, untouched
 from tests.helpers import tree_sha256
@@ -67,9 +73,15 @@ def test_runs_that_would_turn_values_are_found(tmp_path: Path):
         refuse_woven(plan.files)
     out = tmp_path / "v"
     moeconv.shard(source, out, ep_size=2, virtual=True, layout="hub")
-    edit_root(out, lambda doc: doc["stacks"][0].update(layout="fused"))
-    (problem,) = moeconv.verify(out, level="structure").problems
-    assert isinstance(problem, Damaged | moeconv.MoeconvError)
+    manifest, _ = check_structure(out)
+    assert manifest is not None
+    stacks = tuple(replace(s, layout="fused") for s in manifest.root.stacks)
+    turned = replace(manifest, root=replace(manifest.root, stacks=stacks))
+    detection = moeconv.open_source(source).detection.whole()
+    assert virtual_problems(detection, manifest) == []
+    (problem,) = virtual_problems(detection, turned)
+    assert isinstance(problem, Damaged)
+    assert "runs cannot be right" in str(problem)
 
 
 def test_rows_that_were_exchanged_are_refused_by_every_verb(src: Path, tmp_path: Path):
@@ -130,17 +142,18 @@ def test_an_interrupted_fill_harms_nothing(
     assert tree_sha256(out) == tree_sha256(other)
 
 
-def test_runs_of_two_files_are_not_joined(tmp_path: Path):
+def test_runs_of_two_files_are_not_joined():
     """Where one file's run ends at the offset at which the next file's begins."""
-    halves = list(qwen(2).items())
-    per_file = {f"model-0000{n}-of-00002.safetensors": dict(halves[n - 1 :: 2]) for n in (1, 2)}
-    src = write(tmp_path / "src", per_file, config=config(experts=2))
-    out = tmp_path / "v"
-    moeconv.shard(src, out, ep_size=1, virtual=True)
-    assert moeconv.verify(out, level="source", source=src, fill=True).ok
-    moeconv.shard(src, tmp_path / "files", ep_size=1)
-    moeconv.shard(out, tmp_path / "again", ep_size=1)
-    assert tree_sha256(tmp_path / "files") == tree_sha256(tmp_path / "again")
+    tensor = OutputTensor("a", "U8", (100,), 0, 100, 2, None)
+
+    def runs(second: int) -> tuple[Run, ...]:
+        tiles = (CopyTile(0, 50, 0, 0, 0, 100), CopyTile(50, 50, 0, 1, second, 150))
+        file = OutputFile("", b"", 100, (tensor,), tiles, rank=0)
+        (part,) = virtual_parts((file,), (), {})
+        return part.tensors[0].runs
+
+    assert runs(0) == (Run(0, 100, 100),)
+    assert runs(1) == (Run(0, 100, 50), Run(1, 150, 50))
 
 
 # --- words and choices -------------------------------------------------------------------------
