@@ -139,6 +139,7 @@ def _copying(result: Result) -> Json:
         "cloned": tally.cloned,
         "copied_in_kernel": tally.copied,
         "written": tally.written,
+        "written_past_the_cache": tally.direct,
     }
 
 
@@ -150,7 +151,8 @@ def copying_lines(result: Result) -> list[str]:
     tally, total = methods.tally, result.plan.tensor_bytes
     lines = [
         f"{' and '.join(sorted(set(methods.found.values())))}: {human_size(tally.cloned)} cloned, "
-        f"{human_size(tally.copied)} copied in the kernel, {human_size(tally.written)} written"
+        f"{human_size(tally.copied)} copied in the kernel, {human_size(tally.written)} written, "
+        f"{human_size(tally.direct)} written past the page cache"
     ]
     if REFLINK in methods.found.values() and tally.cloned < total // 2 and result.aligned_to_page:
         lines.append("this file system can clone: `--align source` may copy next to nothing")

@@ -25,14 +25,16 @@ class Tally:
 
     cloned: int = 0
     copied: int = 0  # in the kernel
-    written: int = 0  # from a buffer
+    direct: int = 0  # from a buffer, past the page cache
+    written: int = 0  # from a buffer, through it
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, *, cloned: int = 0, copied: int = 0, written: int = 0) -> None:
+    def add(self, *, cloned: int = 0, copied: int = 0, direct: int = 0, written: int = 0) -> None:
         """Count."""
         with self._lock:
             self.cloned += cloned
             self.copied += copied
+            self.direct += direct
             self.written += written
 
 

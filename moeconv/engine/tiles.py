@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol, TypeAlias
 
-import numpy as np
-
 from moeconv.digest import digest, hasher
 from moeconv.engine.sources import Sources
-from moeconv.engine.weave import memory_of, weave
+from moeconv.engine.weave import memory_of, paged, weave
 from moeconv.errors import MoeconvError, quoted
 from moeconv.plan.values import CopyTile, OutputFile, Span, Tile, WeaveTile
 
@@ -95,7 +94,8 @@ class TileRunner:
         self._budget = budget
         self._stop = stop
         self._advance = advance
-        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        # pages of its own, as writing past the page cache asks for
+        self._buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))
 
     def run(
         self,
@@ -216,8 +216,7 @@ class TileRunner:
             self._advance(tile.nbytes)
 
     def _read_span(self, span: Span) -> memoryview:
-        # numpy's memory is aligned for every item size; a bytearray would be zeroed first
-        view = np.empty(span.nbytes, dtype=np.uint8).data
+        view = paged(span.nbytes).data
         self._sources.read_into(span.file, view, span.offset)
         return view
 

@@ -18,6 +18,7 @@ ReadSpan: TypeAlias = Callable[[Span], memoryview]
 
 # Square blocks whose rows of source and target both stay in the first-level cache: 5x plain NumPy.
 _BLOCK = 64
+_PAGE_BYTES = 4096
 
 
 def memory_of(tile: WeaveTile) -> int:
@@ -38,7 +39,7 @@ def weave(tile: WeaveTile, read: ReadSpan) -> tuple[memoryview, list[tuple[int, 
             for p in tile.pieces
         ]
         return spans[0].view(np.uint8).data, units
-    out = np.empty(tile.nbytes // tile.itemsize, dtype=f"u{tile.itemsize}")
+    out = paged(tile.nbytes).view(f"u{tile.itemsize}")
     for piece in tile.pieces:
         source = _view(spans[piece.span], piece, piece.src_offset, piece.src_strides)
         target = _view(out, piece, piece.dst_offset, piece.dst_strides)
@@ -53,6 +54,13 @@ def weave(tile: WeaveTile, read: ReadSpan) -> tuple[memoryview, list[tuple[int, 
             _move(target, source)
         units.append((piece.unit, _digest(target)))
     return out.view(np.uint8).data, units
+
+
+def paged(nbytes: int) -> NDArray[np.uint8]:
+    """Memory that begins with a page, not zeroed: it can be written past the page cache."""
+    memory = np.empty(nbytes + _PAGE_BYTES, dtype=np.uint8)
+    shift = -memory.ctypes.data % _PAGE_BYTES
+    return memory[shift : shift + nbytes]
 
 
 def _view(items: Items, piece: Piece, offset: int, strides: tuple[int, ...]) -> Items:

@@ -1,5 +1,6 @@
 """Clones, kernel copies and buffers: counted, never timed, and the same bytes whichever it was."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -124,10 +125,16 @@ def phased(folder: Path) -> Path:
     return made
 
 
+def big(folder: Path) -> Path:
+    """Four experts of one layer, a matrix 512 KiB."""
+    return write(folder, qwen(4, 256, 1024), config=config(width=256, hidden=1024))
+
+
+MATRICES_BYTES = 4 * 3 * 256 * 1024 * 2
 WAYS = {
-    "kernel": {},
-    "buffer": {"copy_in_kernel": lambda *_: 0},
-    "short": {"copy_in_kernel": None},
+    "kernel": {"open_direct": lambda _: None},
+    "buffer": {"open_direct": lambda _: None, "copy_in_kernel": lambda *_: 0},
+    "short": {"open_direct": lambda _: None, "copy_in_kernel": None},
 }
 
 
@@ -136,7 +143,7 @@ WAYS = {
 def test_the_same_bytes_by_every_way_and_any_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, jobs: int
 ) -> None:
-    src = write(tmp_path / "src", qwen(4, 256, 1024), config=config(width=256, hidden=1024))
+    src = big(tmp_path / "src")
     moeconv.shard(src, tmp_path / "plain", ep_size=2)
     real = target.copy_in_kernel
 
@@ -150,16 +157,73 @@ def test_the_same_bytes_by_every_way_and_any_number_of_workers(
         monkeypatch.setattr(methods, "copy_in_kernel", lambda *_: 0)
     result: Any = moeconv.shard(src, tmp_path / "out", ep_size=2, jobs=jobs)
     assert used(result) == ({methods.BUFFER} if way == "buffer" else {methods.KERNEL})
+    assert result.methods.tally.direct == 0
     assert tree_sha256(tmp_path / "out") == tree_sha256(tmp_path / "plain")
 
 
-def test_digests_later_reads_nothing_twice(tmp_path: Path) -> None:
+def test_large_writes_go_past_the_page_cache_where_that_pays(
+    cloning: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = big(tmp_path / "src")
+    result = moeconv.fuse(src, cloning / "out")
+    assert result.methods is not None
+    xfs = cloning.parent.name.startswith("xfs")
+    assert result.methods.tally.direct == (MATRICES_BYTES if xfs else 0)
+    monkeypatch.setattr(target, "open_direct", lambda _: None)
+    moeconv.fuse(src, tmp_path / "plain")
+    assert tree_sha256(cloning / "out") == tree_sha256(tmp_path / "plain")
+    shutil.rmtree(cloning / "out")
+
+
+@pytest.mark.parametrize("answer", ["refused", "short", "shorter"])
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_disk_that_takes_less_than_whole_pages_gets_the_rest_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, jobs: int
+) -> None:
+    src = big(tmp_path / "src")
+    moeconv.shard(src, tmp_path / "plain", ep_size=2)
+    opened: set[int] = set()
+    real = os.pwrite
+
+    def open_direct(path: Path) -> int:
+        descriptor = os.open(path, os.O_WRONLY)
+        opened.add(descriptor)
+        return descriptor
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if descriptor not in opened:
+            return real(descriptor, data, offset)
+        assert offset % 4096 == 0 == len(data) % 4096
+        if answer == "refused":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, data[: 12288 if answer == "short" else 5000], offset)
+
+    monkeypatch.setattr(target, "open_direct", open_direct)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    result: Any = moeconv.shard(src, tmp_path / "out", ep_size=2, jobs=jobs)
+    assert opened
+    tally = result.methods.tally
+    assert tally.direct + tally.copied + tally.written >= MATRICES_BYTES
+    assert (tally.direct > 0) == (answer != "refused")
+    assert tree_sha256(tmp_path / "out") == tree_sha256(tmp_path / "plain")
+
+
+def test_turned_matrices_go_past_the_page_cache_too(cloning: Path, tmp_path: Path) -> None:
+    src = big(tmp_path / "src")
+    result = moeconv.fuse(src, cloning / "out", layout="kn")
+    assert result.methods is not None
+    xfs = cloning.parent.name.startswith("xfs")
+    assert result.methods.tally.direct == (MATRICES_BYTES if xfs else 0)
+    shutil.rmtree(cloning / "out")
+
+
+def test_digests_later_looks_at_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel copies; nobody looks at the bytes of a large matrix."""
-    src = write(tmp_path / "src", qwen(4, 256, 1024), config=config(width=256, hidden=1024))
+    src = big(tmp_path / "src")
+    monkeypatch.setattr(target, "open_direct", lambda _: None)
     result = moeconv.fuse(src, tmp_path / "out", digests="later")
     assert result.methods is not None
-    tally = result.methods.tally
-    assert tally.copied >= 4 * 3 * 256 * 1024 * 2
+    assert result.methods.tally.copied >= MATRICES_BYTES
     assert result.manifest is not None
     assert result.manifest.root.fingerprint is None
     moeconv.unfuse(tmp_path / "out", tmp_path / "back")
