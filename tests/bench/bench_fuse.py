@@ -2,10 +2,10 @@
 
     python -m tests.bench.bench_fuse /fast/disk/folder --layers 3 --pairs 6
 
-Makes a checkpoint of Qwen3-30B-A3B's real shapes (1.25 GB a layer and 1.24 GB beside) in several
-files, as every large checkpoint comes (`--shard-size 5GB`: one file), then runs the contenders in
-turn, the order reversed from round to round, each as a process of its own; every file that a
-contender wrote is fsynced inside its time. The source stays in the page cache for all.
+Makes a checkpoint of Qwen3-30B-A3B's real shapes (1.25 GB a layer and 1.24 GB beside) in one file
+(`--shard-size 1GB`: five), then runs the contenders in turn, the order reversed from round to
+round, each as a process of its own; every file that a contender wrote is fsynced inside its time.
+The source stays in the page cache for all.
 Prints minima and medians of the times, the ratios to `cp` of the same round, and peak memory.
 """
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="on the disk to measure; needs 3 x the size")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--shard-size", default="1GB", help="of source and output; default 1GB")
+    parser.add_argument("--shard-size", default="5GB", help="of source and output; default 5GB")
     parser.add_argument("--without-transformers", action="store_true")
     options = parser.parse_args()
     source, out = options.folder / "source", options.folder / "out"
