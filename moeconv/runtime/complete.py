@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from math import prod
 from typing import Final, TypeAlias
 
 from moeconv.errors import BadManifest, quoted
-from moeconv.manifest import ExpertEntry, StackEntry, TensorEntry
+from moeconv.manifest import ExpertEntry, Root, StackEntry, TensorEntry
 
 Rows: TypeAlias = Mapping[int, tuple[int, ...]]  # stack number -> [P], for stacks that ranks share
 _Spans: TypeAlias = dict[tuple[str, str], list[tuple[int, int]]]  # by projection and component
@@ -56,7 +57,7 @@ class _Held:
 
 
 def check_complete(
-    stacks: tuple[StackEntry, ...],
+    root: Root,
     rows: Rows,
     common: Iterable[TensorEntry],
     own: Iterable[TensorEntry],
@@ -65,25 +66,25 @@ def check_complete(
     ep_size: int,
 ) -> None:
     """Each stack has all it must have, once, in the shapes it says. Raises BadManifest."""
-    held = [_Held([], []) for _ in stacks]
+    held = [_Held([], []) for _ in root.stacks]
     for entries, ours in ((common, False), (own, True)):
         for entry in entries:
             if entry.expert is None:
                 continue
-            _check_shape(entry, entry.expert)
+            sizes_of(entry, entry.expert)
             which = held[entry.expert.stack]
             (which.own if ours else which.common).append(entry)
-    for number, stack in enumerate(stacks):
+    for number, stack in enumerate(root.stacks):
         row = rows.get(number)
         everyone = _spans(held[number].common)
         _check_once(stack.name, "expert", everyone, 0, stack.experts)
         if row is None:
-            _check_weights(stack.name, everyone)
+            _check_weights(root, stack, everyone)
             continue
         share = len(row) // ep_size
         slots = _spans(held[number].own)
         _check_once(stack.name, "slot", slots, rank * share, (rank + 1) * share)
-        _check_weights(stack.name, slots)
+        _check_weights(root, stack, slots)
         if twice := slots.keys() & everyone.keys():
             raise bad(stack.name, f"{' '.join(min(twice))} is common and the ranks', too")
         for entry in held[number].common:
@@ -93,18 +94,18 @@ def check_complete(
             _check_replicas(stack.name, held[number].own)
 
 
-def _check_shape(entry: TensorEntry, expert: ExpertEntry) -> None:
-    """Its shape is what axes and the canonical matrix give."""
+def sizes_of(entry: TensorEntry, expert: ExpertEntry) -> dict[str, int]:
+    """Of each axis of a tensor, slowest first; its shape is what they give. Raises BadManifest."""
     dims = letters_of(expert.axes)
     flat = [letter for dim in dims for letter in dim]
     canonical = [x for x in "OK" if x in flat] + sorted(x for x in flat if x.islower())
-    sizes = dict(zip(canonical, expert.matrix, strict=False))
-    sizes |= {"E": len(expert.experts), "G": len(expert.projections)}
-    known = len(canonical) == len(expert.matrix) and set(flat) <= sizes.keys()
-    shape = tuple(prod(sizes[x] for x in dim) for dim in dims) if known else None
-    if shape != entry.shape:
+    known = dict(zip(canonical, expert.matrix, strict=False))
+    known |= {"E": len(expert.experts), "G": len(expert.projections)}
+    fits = len(canonical) == len(expert.matrix) and set(flat) <= known.keys()
+    if not fits or tuple(prod(known[x] for x in dim) for dim in dims) != entry.shape:
         cause = f"{quoted(expert.axes)} of {list(expert.matrix)} is not {list(entry.shape)}"
         raise bad(entry.name, cause)
+    return {letter: known[letter] for letter in flat}
 
 
 def _spans(entries: Iterable[TensorEntry]) -> _Spans:
@@ -132,10 +133,26 @@ def _check_once(name: str, what: str, spans: _Spans, first: int, last: int) -> N
             raise bad(name, f"{what} {at} is missing in {projection} {component}")
 
 
-def _check_weights(name: str, spans: _Spans) -> None:
-    projections = {projection for projection, _ in spans} | _NEEDED
-    if lacking := sorted(p for p in projections if (p, _WEIGHT) not in spans):
-        raise bad(name, f"this rank has no weight of {', '.join(lacking)}")
+def _check_weights(root: Root, stack: StackEntry, spans: _Spans) -> None:
+    lacking = {p for p, _ in spans} | _NEEDED
+    lacking -= {p for p, component in spans if component == _WEIGHT}
+    if lacking:  # the recipe is read only where weights may have other names
+        recipe = next((r.toml for r in root.recipes if r.name == stack.recipe), "")
+        names = _packed_weights(recipe)
+        lacking -= {p for p, component in spans if component in names}
+    if lacking:
+        raise bad(stack.name, f"this rank has no weight of {', '.join(sorted(lacking))}")
+
+
+@lru_cache(maxsize=8)
+def _packed_weights(recipe: str) -> frozenset[str]:
+    """The components that a recipe calls a weight, such as GPTQ's `qweight`."""
+    try:
+        components = tomllib.loads(recipe).get("components")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return frozenset()
+    found = components.items() if isinstance(components, dict) else ()
+    return frozenset(n for n, c in found if isinstance(c, dict) and c.get("weight") is True)
 
 
 def _check_global(entry: TensorEntry, stack: StackEntry) -> None:

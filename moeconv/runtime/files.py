@@ -25,7 +25,7 @@ from moeconv.runtime.tensors import LocalTensor, portions
 
 _MAX_HEADER: Final = 8 + 100_000_000
 _THREADS: Final = 4
-_PIECE_BYTES: Final = 4 * 1024 * 1024  # of one read; after a failure the other threads end as soon
+PIECE_BYTES: Final = 4 * 1024 * 1024  # of one read; after a failure the other threads end as soon
 _ALIGNMENT: Final = 16  # what kernels may take for granted of a tensor
 
 
@@ -123,9 +123,9 @@ class Reader(ExitStack[bool | None]):
         """The files opened."""
         return tuple(self._files[number].name for number in self._open)
 
-    def open(self, tensors: Iterable[LocalTensor]) -> None:
-        """Open all files of some tensors. Raises IoFailed, SourceChanged."""
-        for number in sorted({r.file for t in tensors for r in t.runs}):
+    def open(self, runs: Iterable[Run]) -> None:
+        """Open all files that these are of. Raises IoFailed, SourceChanged."""
+        for number in sorted({r.file for r in runs}):
             file = self._files[number]
             self._open[number], _ = self.enter_context(opened(file.path, name=file.name))
         self.check("since it was opened")
@@ -151,7 +151,7 @@ class Reader(ExitStack[bool | None]):
         thread writes into it any more then.
         """
         total = sum(r.nbytes for r in runs)
-        share = max(-(-total // _THREADS), _PIECE_BYTES)
+        share = max(-(-total // _THREADS), PIECE_BYTES)
         if total <= share:
             self._read(address, runs)
         else:
@@ -178,7 +178,7 @@ class Reader(ExitStack[bool | None]):
             while done < run.nbytes:
                 if self._stopped:
                     return
-                piece = memory[at : at + min(run.nbytes - done, _PIECE_BYTES)]
+                piece = memory[at : at + min(run.nbytes - done, PIECE_BYTES)]
                 try:
                     count = os.preadv(self._open[run.file], [piece], run.offset + done)
                     if not count:

@@ -165,7 +165,7 @@ def loaded(
     tensors, where = tuple(tensors), device_of(device) or torch.device("cpu")
     out: dict[str, torch.Tensor] = {}
     with torch.no_grad(), Reader(files) as reader, Filler() as filler:
-        reader.open(tensors)
+        reader.open(run for t in tensors for run in t.runs)
         for tensor in tensors:
             view = reader.view(tensor) if where.type == "cpu" else None
             if view is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -29,6 +30,7 @@ from moeconv.runtime.opening import (
 )
 from moeconv.runtime.tensors import LocalTensor
 from moeconv.runtime.update import Report, Updater, make_updater
+from moeconv.runtime.verified import check_digests
 
 
 def ep_rank_of(rank: int, world: int, ep: int, order: str = "sglang", *, moe_tp: int = 1) -> int:
@@ -64,15 +66,18 @@ def open_shard(
     ep_size: int,
     placement: Given | None = None,
     source: str | Path | None = None,
+    verify: Literal["digest"] | None = None,
 ) -> Shard:
     """One rank's part of a set, checked: the root, its own part and files, the common ones.
 
     Other ranks' files may be absent. placement: what the caller believes, as {stack: [P]}, as
     rows, or as a Placement. source: where the files of a virtual set are, if not where it says.
-    A whole set opens as rank 0 of 1.
+    A whole set opens as rank 0 of 1. verify: "digest" reads every byte that the rank will use, and
+    holds it against the manifest; without it only documents and headers are.
 
     Raises GeometryMismatch (another ep_size, rank or placement), Unfinished, NotASet, MissingShard,
-    Damaged, SourceChanged, UnsafePath, BadManifest, DuplicateTensor, UnsupportedVersion.
+    Damaged, SourceChanged, UnsafePath, BadManifest, DuplicateTensor, UnsupportedVersion,
+    DigestsMissing (to be verified, and there are none), UsageProblem.
 
     >>> shard = moeconv.runtime.open(OUT, ep_rank=0, ep_size=2)
     >>> shard.stacks
@@ -80,6 +85,8 @@ def open_shard(
     >>> shard.logical_experts("model.layers.0.mlp.experts")
     (2, 0, 1)
     """
+    if verify not in (None, "digest"):
+        raise UsageProblem(f"{quoted(str(verify))} is nothing to verify", fix='"digest", or None')
     ep_rank, ep_size = _number(ep_rank, "ep_rank"), _number(ep_size, "ep_size")
     where, root, data = find(Path(path).absolute(), source=None if source is None else Path(source))
     home = Home(where, root, data, ep_rank)
@@ -98,7 +105,7 @@ def open_shard(
             expert = stored.entry.expert
             (own if expert is not None and expert.slots is not None else common).append(stored)
     check_complete(
-        root.stacks,
+        root,
         home.rows,
         [s.entry for s in common],
         [s.entry for s in own],
@@ -109,6 +116,8 @@ def open_shard(
     shard = Shard(home, tuple(common), tuple(own), home.rows, tensors, files)
     if placement is not None:
         shard.check_placement(placement)
+    if verify is not None:
+        check_digests((*common, *own), root.stacks, files)
     return shard
 
 

@@ -83,7 +83,7 @@ class Updater:
         with torch.no_grad(), Reader(newer.files) as reader, self._filler as filler:
             # all that can be refused is, before the first byte is written
             names = [f.source for f in targets] + [other for _, other in self.fitted.twins]
-            reader.open(tensors[name] for name in names)
+            reader.open(run for name in names for run in tensors[name].runs)
             check_twins(self.fitted, tensors, reader)
             self.fitted.check()
             made = sum([_materialise(f, self.device) for f in targets])

@@ -13,7 +13,6 @@ from moeconv.errors import Damaged, IoFailed, SourceChanged
 from moeconv.manifest import Run
 from moeconv.runtime import files
 from moeconv.runtime.files import DataFile, Reader
-from moeconv.runtime.tensors import LocalTensor
 from tests.runtime.handmade import all_same, checkpoint, write_set
 from tests.runtime.models import TinyMoe, state
 
@@ -23,7 +22,7 @@ RUNS = (Run(0, 5, 300), Run(1, 0, 40), Run(0, 900, 100), Run(1, 41, 200))
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, DataFile]:
     """Two files of 1000 bytes; pieces are small."""
-    monkeypatch.setattr(files, "_PIECE_BYTES", 16)
+    monkeypatch.setattr(files, "PIECE_BYTES", 16)
     out = {}
     for n in range(2):
         path = tmp_path / f"file{n}"
@@ -36,7 +35,7 @@ def fill(two: dict[int, DataFile], runs: tuple[Run, ...]) -> bytes:
     size = sum(r.nbytes for r in runs)
     out = torch.zeros(size + 8, dtype=torch.uint8)
     with Reader(two) as reader:
-        reader.open([LocalTensor("x", "U8", (size,), runs)])
+        reader.open(runs)
         reader.into(out.data_ptr(), runs)
         assert reader.bytes_read == size
         reader.check()
@@ -106,7 +105,7 @@ def test_an_interrupt_waits_for_the_threads(
     monkeypatch.setattr(files, "wait", interrupted)
     out = torch.zeros(640, dtype=torch.uint8)
     with Reader(two) as reader:
-        reader.open([LocalTensor("x", "U8", (640,), RUNS)])
+        reader.open(RUNS)
         with pytest.raises(KeyboardInterrupt):
             reader.into(out.data_ptr(), RUNS)
         assert running == [0]

@@ -247,7 +247,7 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
     into = numbers(tensor.nbytes, dtype=torch.uint8).zero_().as_subclass(Slow)
     ring = fill.Ring(torch.device("cpu"))
     with Reader(shard.files) as reader:
-        reader.open([tensor])
+        reader.open(tensor.runs)
         ring.copy(into, tensor.runs, reader)
         # memory that the caller's stream has just made may still be in use there
         assert [("current of", torch.device("cpu"))] == WAITED
@@ -292,7 +292,7 @@ def test_a_device_that_is_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tensor = shard.tensors[f"{STACK}.gate_up_proj"]
     flat = torch.zeros(tensor.nbytes, dtype=torch.uint8)
     with Reader(shard.files) as reader, fill.Filler() as filler:
-        reader.open([tensor])
+        reader.open(tensor.runs)
         filler.buffered(flat, tensor.runs, reader)
     assert raw(flat) == raw(made.expected(0)[tensor.name])
 
