@@ -161,7 +161,7 @@ def open_source(
         recipes, detection = _by_names(checkpoint, recipes, detection)
     if recipe is None and recipes:
         recipes, detection = with_leftovers(
-            Headers(checkpoint.config, names), recipes, detection, shipped_recipes()
+            Headers(checkpoint.config, names), recipes, detection, shipped_recipes
         )
     return Opened(path, checkpoint, recipes, detection)
 
@@ -201,9 +201,7 @@ def _recipes_for(checkpoint: Checkpoint, recipe: str | Path | None) -> tuple[Rec
     if recipe is not None:
         return (load_recipe(recipe),)
     config = checkpoint.config
-    chosen = fitting(
-        shipped_recipes(), model_type=config.model_type, architectures=config.architectures
-    )
+    chosen = fitting(model_type=config.model_type, architectures=config.architectures)
     if chosen:
         return chosen
     if not any("expert" in t.name for t in checkpoint.tensors):

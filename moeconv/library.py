@@ -24,25 +24,40 @@ def _folder() -> Traversable:
 
 
 @cache
+def _texts() -> dict[str, str]:
+    """The text of each shipped recipe by file name, in the order of names."""
+    found = sorted((f for f in _folder().iterdir() if f.name.endswith(".toml")), key=_file_name)
+    return {f.name: f.read_text("utf-8") for f in found}
+
+
+def _file_name(file: Traversable) -> str:
+    return file.name
+
+
+@cache
+def _shared(name: str) -> str:
+    return (_folder() / "shared" / f"{name}.toml").read_text("utf-8")
+
+
+@cache
+def _shipped(file: str) -> Recipe:
+    return completed(
+        _texts()[file],
+        gated=_shared("gated"),
+        plain=_shared("plain"),
+        components=_shared("components"),
+        where=file,
+    )
+
+
 def shipped_recipes() -> tuple[Recipe, ...]:
     """All shipped recipes, by file name."""
-    folder = _folder()
-    found = sorted((f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
-    gated, plain, components = (
-        (folder / "shared" / f"{name}.toml").read_text("utf-8")
-        for name in ("gated", "plain", "components")
-    )
-    return tuple(
-        completed(
-            f.read_text("utf-8"), gated=gated, plain=plain, components=components, where=f.name
-        )
-        for f in found
-    )
+    return tuple(map(_shipped, _texts()))
 
 
 def shared_layouts() -> tuple[str, ...]:
     """The names of the layouts that every family can be written in."""
-    return tuple(tomllib.loads((_folder() / "shared" / "gated.toml").read_text("utf-8"))["layouts"])
+    return tuple(tomllib.loads(_shared("gated"))["layouts"])
 
 
 def parts(recipes: tuple[Recipe, ...]) -> tuple[tuple[Component, tuple[str, ...]], ...]:
@@ -55,13 +70,14 @@ def parts(recipes: tuple[Recipe, ...]) -> tuple[tuple[Component, tuple[str, ...]
     return tuple((component, tuple(names)) for component, names in found.values())
 
 
-def fitting(
-    recipes: tuple[Recipe, ...], *, model_type: str | None, architectures: tuple[str, ...]
-) -> tuple[Recipe, ...]:
-    """The recipes that name this model type or one of these architectures."""
+def fitting(*, model_type: str | None, architectures: tuple[str, ...]) -> tuple[Recipe, ...]:
+    """The shipped recipes that name this model type or one of these architectures."""
+    words = [f'"{word}"' for word in (model_type, *architectures) if word]
+    # to parse all of them takes longer than everything else before the first byte moves
+    likely = (_shipped(f) for f, text in _texts().items() if any(w in text for w in words))
     return tuple(
         r
-        for r in recipes
+        for r in likely
         if model_type in r.model_types or not set(architectures).isdisjoint(r.architectures)
     )
 

@@ -12,7 +12,7 @@ import pytest
 
 from moeconv import errors
 from moeconv.cli.main import app
-from moeconv.library import parts, shared_layouts, shipped_recipes
+from moeconv.library import fitting, parts, shared_layouts, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -110,3 +110,14 @@ def test_documents_name_no_place_that_a_reader_lacks(path: str) -> None:
     text = (ROOT / path).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / path).parent.joinpath(target).exists(), target
+
+
+def test_each_model_type_and_architecture_finds_the_recipes_that_name_it():
+    recipes = shipped_recipes()
+    for kind in ("model_types", "architectures"):
+        for word in {w for r in recipes for w in getattr(r, kind)}:
+            named = [r.name for r in recipes if word in getattr(r, kind)]
+            said = {"model_type": word, "architectures": ()}
+            if kind == "architectures":
+                said = {"model_type": None, "architectures": ("Other", word)}
+            assert [r.name for r in fitting(**said) if word in getattr(r, kind)] == named

@@ -10,7 +10,6 @@ from typing import Final, Protocol, TypeAlias
 
 from moeconv.digest import digest, hasher
 from moeconv.engine.sources import Sources
-from moeconv.engine.weave import memory_of, paged, weave
 from moeconv.errors import MoeconvError, quoted
 from moeconv.plan.values import CopyTile, OutputFile, Span, Tile, WeaveTile
 
@@ -204,6 +203,8 @@ class TileRunner:
             self._advance(filled)
 
     def _weave(self, file: OutputFile, tile: WeaveTile, digests: Digests, target: Bytes) -> None:
+        from moeconv.engine.weave import memory_of, weave  # numpy takes longer than to plan
+
         with self._budget.hold(memory_of(tile)):
             try:
                 data, units = weave(tile, self._read_span)
@@ -216,6 +217,8 @@ class TileRunner:
             self._advance(tile.nbytes)
 
     def _read_span(self, span: Span) -> memoryview:
+        from moeconv.engine.weave import paged
+
         view = paged(span.nbytes).data
         self._sources.read_into(span.file, view, span.offset)
         return view

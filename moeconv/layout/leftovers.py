@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from moeconv.checkpoint.config import Config
@@ -27,17 +27,20 @@ class Headers:
 
 
 def with_leftovers(
-    headers: Headers, said: tuple[Recipe, ...], detection: Detection, shipped: Iterable[Recipe]
+    headers: Headers,
+    said: tuple[Recipe, ...],
+    detection: Detection,
+    shipped: Callable[[], Iterable[Recipe]],
 ) -> tuple[tuple[Recipe, ...], Detection]:
     """The recipes and the detection with stacks under other names, which other recipes know.
 
-    said: the recipes that detection had. Only recipes that publish experts one by one are tried:
-    their names leave no layout open. What none knows is a problem: an expert that is copied as it
-    is would be lost to whoever reads the others.
+    said: the recipes that detection had; shipped: asked for all others, if need be. Only recipes
+    that publish experts one by one are tried: their names leave no layout open. What none knows is
+    a problem: an expert that is copied as it is would be lost to whoever reads the others.
     """
     recipes = said
     unfit: tuple[MoeconvError, ...] = ()
-    for recipe in _candidates(said, shipped):
+    for recipe in _candidates(said, shipped()) if _leftovers(detection) else ():
         if not _leftovers(detection):
             break
         untouched = set(detection.untouched)
