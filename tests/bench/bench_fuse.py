@@ -1,12 +1,15 @@
-"""`moeconv fuse` against `cp -r` and against transformers, side by side, all of them durable.
+"""`moeconv fuse` against `cp -r`, transformers and a plain script, side by side, all durable.
 
     python -m tests.bench.bench_fuse /fast/disk/folder --layers 3 --pairs 6
 
 Makes a checkpoint of Qwen3-30B-A3B's real shapes (1.25 GB a layer and 1.24 GB beside) in one file
 (`--shard-size 1GB`: five), then runs the contenders in turn, the order reversed from round to
 round, each as a process of its own; every file that a contender wrote is fsynced inside its time.
-The source stays in the page cache for all.
-Prints minima and medians of the times, the ratios to `cp` of the same round, and peak memory.
+The source stays in the page cache for all. As root the same again on XFS and on btrfs, on loop
+devices in the folder, where moeconv clones: a source of others with `--align source`, and its own
+output, fused already, into an expert-parallel set.
+
+Prints one table. Ratios are to the `cp` of the same file system and round.
 """
 
 from __future__ import annotations
@@ -15,13 +18,18 @@ import argparse
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
+
+from tests.bench.measured import HEAD, Run, measured, row
+
+Commands: TypeAlias = dict[str, list[str | Path]]
+COPY = "cp -r --reflink=never"
+MAKE_FILE_SYSTEM = {"XFS": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}
 
 SAVE_FUSED = """
 import sys, torch, transformers
@@ -29,82 +37,106 @@ model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=tor
 model.save_pretrained(sys.argv[2], save_original_format=False, max_shard_size=sys.argv[3])
 """
 
+STACK_AND_SAVE = """
+import re, sys, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+source, out = map(Path, sys.argv[1:3])
+tensors = {n: t for f in sorted(source.glob("*.safetensors")) for n, t in load_file(f).items()}
+experts = 1 + max(int(m[1]) for n in tensors if (m := re.search(r"experts\\.(\\d+)\\.", n)))
+for stack in sorted({n.split(".experts.")[0] for n in tensors if ".experts." in n}):
+    take = lambda e, p: tensors.pop(f"{stack}.experts.{e}.{p}_proj.weight")
+    pairs = [torch.cat([take(e, "gate"), take(e, "up")]) for e in range(experts)]
+    tensors[f"{stack}.experts.gate_up_proj"] = torch.stack(pairs)
+    tensors[f"{stack}.experts.down_proj"] = torch.stack([take(e, "down") for e in range(experts)])
+out.mkdir()
+save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+"""
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One run: wall seconds with fsync, CPU seconds, peak resident bytes of the process."""
 
-    seconds: float
-    cpu: float
-    peak: int
+def ours(verb: str, source: Path, out: Path, *more: str) -> list[str | Path]:
+    """A command of moeconv that says what it copied."""
+    return [sys.executable, "-m", "moeconv", verb, "-q", "--json", source, "-o", out, *more]
 
 
-def commands(source: Path, out: Path, shard_size: str) -> dict[str, list[str]]:
-    """The contenders."""
+def copying(source: Path, out: Path, shard_size: str, *, others: bool) -> Commands:
+    """The contenders where every byte is copied."""
+    found: Commands = {
+        COPY: ["cp", "-r", "--reflink=never", source, out],
+        "moeconv fuse": ours("fuse", source, out, "--max-shard-size", shard_size),
+    }
+    if others:
+        found["transformers, load and save fused"] = [
+            sys.executable, "-c", SAVE_FUSED, source, out, shard_size,
+        ]  # fmt: skip
+        found["a script: load, stack, save"] = [sys.executable, "-c", STACK_AND_SAVE, source, out]
+    return found
+
+
+def cloning(source: Path, fused: Path, out: Path, shard_size: str) -> Commands:
+    """The contenders where blocks can be shared."""
+    size = ("--max-shard-size", shard_size)
+    aligned = ("fuse", source, out, "--align", "source", *size)
     return {
-        "cp -r": ["cp", "-r", str(source), str(out)],
-        "moeconv fuse": [
-            sys.executable,
-            "-m",
-            "moeconv",
-            "fuse",
-            "-q",
-            str(source),
-            "-o",
-            str(out),
-            "--max-shard-size",
-            shard_size,
-        ],
-        "transformers": [sys.executable, "-c", SAVE_FUSED, str(source), str(out), shard_size],
+        COPY: ["cp", "-r", "--reflink=never", source, out],
+        "moeconv fuse": ours("fuse", source, out, *size),
+        "moeconv fuse --align source": ours(*aligned),
+        "moeconv fuse --align source --digests later": ours(*aligned, "--digests", "later"),
+        "moeconv shard --ep 8 of its own output": ours("shard", fused, out, "--ep", "8", *size),
     }
 
 
-def run(command: list[str], out: Path) -> Run:
-    """Run to the last fsynced byte."""
-    shutil.rmtree(out, ignore_errors=True)
-    os.sync()
-    started = time.perf_counter()
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    pid = os.posix_spawnp(
-        command[0],
-        command,
-        os.environ,
-        file_actions=[(os.POSIX_SPAWN_DUP2, quiet, 1), (os.POSIX_SPAWN_DUP2, quiet, 2)],
-    )
-    os.close(quiet)
-    _, status, usage = os.wait4(pid, 0)
-    if status:
-        raise SystemExit(f"{command[0]} failed: {os.waitstatus_to_exitcode(status)}")
-    for path in [*out.rglob("*"), out]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    seconds = time.perf_counter() - started
-    shutil.rmtree(out)
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+def rounds(commands: Commands, out: Path, count: int) -> dict[str, list[Run]]:
+    """All contenders so many times; a first round warms the page cache and is not counted."""
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for number in range(count + 1):
+        names = list(commands)
+        for name in names if number % 2 else names[::-1]:
+            done = measured(commands[name], out)
+            if number:
+                runs[name].append(done)
+    return runs
 
 
-def report(runs: dict[str, list[Run]], size: int, files: int) -> str:
-    """The table."""
-    lines = [
-        "| | min s | median s | ratio to cp (median of pairs) | CPU s | peak RSS |",
-        "|---|---|---|---|---|---|",
-    ]
-    reference = runs["cp -r"]
+@contextmanager
+def mounted(kind: str, folder: Path, size: int) -> Iterator[Path]:
+    """A new file system of so many bytes in a file of the folder."""
+    image, place = folder / f"{kind}.image", folder / kind
+    place.mkdir()
+    try:
+        with image.open("wb") as stream:
+            stream.truncate(size)
+        subprocess.run([*MAKE_FILE_SYSTEM[kind], image], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["mount", "-o", "loop", image, place], check=True)
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", place], check=True)
+    finally:
+        image.unlink(missing_ok=True)
+        place.rmdir()
+
+
+def lines(where: str, runs: dict[str, list[Run]]) -> Iterator[str]:
+    """The table's lines of one file system."""
     for name, done in runs.items():
-        seconds = [r.seconds for r in done]
-        ratios = [r.seconds / c.seconds for r, c in zip(done, reference, strict=False)]
-        lines.append(
-            f"| {name} | {min(seconds):.2f} | {statistics.median(seconds):.2f} | "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
-            f"{statistics.median(r.cpu for r in done):.1f} | "
-            f"{max(r.peak for r in done) / 1e6:,.0f} MB |"
-        )
-    lines.append(
-        f"\n{size:,} bytes in {files} file(s), {len(reference)} rounds, {os.cpu_count()} cores, "
-        f"Linux {platform.release()}, Python {platform.python_version()}"
-    )
-    return "\n".join(lines)
+        yield row(f"{where}: {name}", done, runs[COPY])
+
+
+def made(source: Path, layers: int, shard_size: str) -> tuple[int, int]:
+    """Make the checkpoint; its bytes and files."""
+    # in a process of its own: a child's peak memory counts from what its parent has when it forks
+    command = [sys.executable, "-m", "tests.bench.make_checkpoint", source, "--layers"]
+    command += [str(layers), "--shard-size", shard_size]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    files = list(source.glob("*.safetensors"))
+    return sum(f.stat().st_size for f in source.iterdir()), len(files)
+
+
+def say(text: str) -> None:
+    """Print at once: a run takes minutes."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def main() -> None:
@@ -114,31 +146,33 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--shard-size", default="5GB", help="of source and output; default 5GB")
-    parser.add_argument("--without-transformers", action="store_true")
+    parser.add_argument("--without-others", action="store_true", help="only cp and moeconv")
+    parser.add_argument("--without-clones", action="store_true", help="only the folder's own disk")
     options = parser.parse_args()
     source, out = options.folder / "source", options.folder / "out"
-    # in a process of its own: a child's peak memory counts from what its parent has when it forks
-    make = [sys.executable, "-m", "tests.bench.make_checkpoint", source, "--layers"]
-    make += [str(options.layers), "--shard-size", options.shard_size]
-    subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
-    size = sum(f.stat().st_size for f in source.iterdir())
-    files = len(list(source.glob("*.safetensors")))
-    contenders = commands(source, out, options.shard_size)
-    if options.without_transformers:
-        del contenders["transformers"]
-    runs: dict[str, list[Run]] = {name: [] for name in contenders}
-    show: Callable[[str], object] = sys.stdout.write
+    size, files = made(source, options.layers, options.shard_size)
+    say(HEAD)
     try:
-        for number in range(options.pairs + 1):
-            names = list(contenders)
-            for name in names if number % 2 else names[::-1]:
-                done = run(contenders[name], out)
-                if number:  # the first round only warms the page cache and the imports
-                    runs[name].append(done)
-        show(report(runs, size, files) + "\n")
+        commands = copying(source, out, options.shard_size, others=not options.without_others)
+        for line in lines("disk", rounds(commands, out, options.pairs)):
+            say(line)
     finally:
         shutil.rmtree(source, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
+    for kind in () if options.without_clones or os.geteuid() else MAKE_FILE_SYSTEM:
+        if shutil.which(MAKE_FILE_SYSTEM[kind][0]) is None:
+            continue
+        with mounted(kind, options.folder, 4 * size + (1 << 30)) as place:
+            source, fused, out = place / "source", place / "fused", place / "out"
+            made(source, options.layers, options.shard_size)
+            subprocess.run(ours("fuse", source, fused), check=True, stdout=subprocess.DEVNULL)
+            commands = cloning(source, fused, out, options.shard_size)
+            for line in lines(kind, rounds(commands, out, options.pairs)):
+                say(line)
+    say(
+        f"\n{size:,} bytes in {files} file(s), {options.pairs} rounds, {os.cpu_count()} cores, "
+        f"Linux {platform.release()}, Python {platform.python_version()}"
+    )
 
 
 if __name__ == "__main__":
