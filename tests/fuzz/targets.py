@@ -1,0 +1,124 @@
+"""Each parser of bytes that may come from anywhere, with valid documents to start from."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from moeconv.checkpoint.header import header_length, parse_header
+from moeconv.checkpoint.index import parse_index
+from moeconv.checkpoint.origin import parse_origin
+from moeconv.digest import digest
+from moeconv.errors import MoeconvError
+from moeconv.layout.recipefile import parse_recipe
+from moeconv.library import shipped_recipes
+from moeconv.manifestreader import parse_part, parse_parts, parse_root
+from moeconv.mapfiles import read_map
+from moeconv.placement.documents import FORMATS
+from moeconv.placement.formats import resolve, written
+from moeconv.placement.placement import Layers, Placement, trivial
+from tests.badinput.builders import entries, framed, index_doc, nbytes, qwen, two_files
+from tests.badinput.test_recipes import GOOD
+from tests.checkpoint.test_fuzz import ORIGIN
+from tests.manifest.samples import PART, ROOT, ROOT_BODY, dump
+
+TENSORS = qwen(1, 4, 8)
+DATA_BYTES = sum(map(nbytes, TENSORS.values()))
+HEAD = framed(dump({"__metadata__": {"format": "pt"}, **entries(TENSORS)}))
+LAYERS = Layers(experts=4, moe=(1, 2), beyond=(3,), hidden=3)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parser: `parse` may return or raise MoeconvError; seeds: documents that it takes."""
+
+    parse: Callable[[bytes], object]
+    seeds: tuple[bytes, ...]
+
+
+def _head(raw: bytes) -> None:
+    length = header_length(raw, file_size=len(raw) + DATA_BYTES, where="x")
+    header = parse_header(raw[: 8 + length], file_size=len(raw) + DATA_BYTES, file=0, where="x")
+    covered = sum(t.nbytes for t in header.tensors)
+    assert covered == len(raw) + DATA_BYTES - 8 - length, "a header that does not cover the data"
+
+
+def _index(raw: bytes) -> None:
+    index = parse_index(raw, name="i")
+    assert all("/" not in file and file not in ("", "..") for file in index.files)
+
+
+def _body(raw: bytes) -> None:
+    parse_root(raw + b"\n" + digest(raw).encode() + b"\n")
+
+
+def _part(raw: bytes) -> None:
+    root = parse_root(ROOT)
+    for parse in (parse_part, parse_parts):
+        parse(raw, root, where="p")
+
+
+def _recipe(raw: bytes) -> None:
+    parse_recipe(raw.decode("utf-8", "replace"), where="mine.toml")
+
+
+def _map(ending: str) -> Callable[[bytes], None]:
+    def parse(raw: bytes) -> None:
+        with tempfile.NamedTemporaryFile(suffix=ending) as stream:
+            stream.write(raw)
+            stream.flush()
+            read = read_map(Path(stream.name))
+        resolve(read, LAYERS)
+
+    return parse
+
+
+def _inline(raw: bytes) -> None:
+    read_map("{" + raw.decode("utf-8", "surrogateescape"))
+
+
+def _maps() -> dict[str, bytes]:
+    placement = Placement(4, LAYERS.moe, (trivial(4, 4), (3, 2, 1, 0)))
+    return {name: written(name, placement, LAYERS, ep_size=2) for name in FORMATS}
+
+
+def _array() -> bytes:
+    out = io.BytesIO()
+    np.save(out, np.array([[0, 1, 2, 3], [3, 2, 1, 0]]))
+    return out.getvalue()
+
+
+_MAPS: Final = _maps()
+_JSON_MAPS: Final = tuple(raw for raw in _MAPS.values() if raw[:1] in (b"{", b"["))
+TARGETS: Final = {
+    "header": Target(_head, (HEAD,)),
+    "index": Target(_index, (dump(index_doc(two_files(TENSORS))),)),
+    "root": Target(parse_root, (ROOT,)),
+    "root-body": Target(_body, (ROOT_BODY,)),
+    "part": Target(_part, (PART,)),
+    "origin": Target(parse_origin, (ORIGIN,)),
+    "recipe": Target(_recipe, (GOOD.encode(), *(r.toml.encode() for r in shipped_recipes()[:3]))),
+    "map-json": Target(_map(".json"), _JSON_MAPS),
+    "map-yaml": Target(_map(".yaml"), tuple(_MAPS.values())),
+    "map-npy": Target(_map(".npy"), (_array(),)),
+    "map-inline": Target(_inline, tuple(raw[1:] for raw in _JSON_MAPS if raw[:1] == b"{")),
+}
+
+
+def tried(target: Target, raw: bytes) -> bool:
+    """Whether a document was taken. A refusal must be sayable; all else goes through."""
+    try:
+        target.parse(raw)
+    except MoeconvError as problem:
+        unprintable = [line for line in str(problem).splitlines() if not line.isprintable()]
+        assert not unprintable, f"written raw: {unprintable}"
+        json.dumps(problem.as_json())
+        return False
+    return True
