@@ -13,6 +13,7 @@ from pathlib import Path
 from moeconv.engine.files import writing
 from moeconv.engine.journal import JOURNAL_NAME, Journal, JournalFile, busy
 from moeconv.engine.output import PARTIAL_SUFFIX
+from moeconv.engine.undisturbed import undisturbed
 from moeconv.errors import IoFailed, WouldOverwrite, quoted
 from moeconv.manifest import PARTS_DIR, ROOT_NAME
 
@@ -43,7 +44,7 @@ class Workplace:
         An old output is put aside, not deleted: it comes back if this run fails.
         Raises WouldOverwrite where another run is at work, IoFailed, DiskFull.
         """
-        with writing(self.out):
+        with undisturbed(), writing(self.out):
             if overwrite and self.out.is_dir() and any(self.out.iterdir()):
                 self._put_aside()
             self.folder(self.out)
@@ -52,8 +53,8 @@ class Workplace:
             except FileExistsError:
                 raise busy(self.out) from None
             self.made_folders.append(self.out / PARTS_DIR)
-        self.journal = JournalFile(self.out)
-        self.made_files.append((self.out / JOURNAL_NAME, self.journal.create()))
+            self.journal = JournalFile(self.out)
+            self.made_files.append((self.out / JOURNAL_NAME, self.journal.create()))
         self.journal.begin(plan, names)
 
     def reopen(self, journal: Journal, kept: Iterable[str]) -> None:
@@ -102,7 +103,8 @@ class Workplace:
             missing.append(path)
             path = path.parent
         for folder in reversed(missing):
-            with suppress(FileExistsError):  # two runs may make the same parent
+            # two runs may make the same parent
+            with suppress(FileExistsError), undisturbed():
                 folder.mkdir()
                 self.made_folders.append(folder)
 
@@ -153,7 +155,7 @@ class Workplace:
                 path.unlink()
         if self.keeps:
             return "`--resume` goes on from what is finished"
-        for path, inode in self.made_files:
+        for path, inode in reversed(self.made_files):  # first what says that the output is whole
             with suppress(OSError):
                 if path.lstat().st_ino == inode:
                     path.unlink()

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 import moeconv
+from moeconv.engine.workplace import Workplace
 from moeconv.errors import DiskFull, IoFailed
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree
@@ -42,7 +44,10 @@ class FailingDisk:
 
 @pytest.mark.parametrize("times", HOW_OFTEN)
 def test_a_disk_that_fails_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     src = write(tmp_path / "src", qwen(4, 64, 96, layers=2), config=config(width=64, hidden=96))
     before = tree(src)
@@ -63,6 +68,8 @@ def test_a_disk_that_fails_once(
         assert problem.fix
         assert isinstance(problem, DiskFull) <= (disk.code == errno.ENOSPC)
         assert tree(out) is None
+    record_property("disks that failed", times)
+    record_property("runs that failed with them", failed)
     assert failed > times / 2
     assert tree(src) == before
 
@@ -74,6 +81,80 @@ def failure(src: Path, out: Path) -> IoFailed | None:
     except IoFailed as problem:
         return problem
     return None
+
+
+@pytest.mark.parametrize("times", HOW_OFTEN)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_ctrl_c_at_any_call(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+    overwrite: bool,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Between a step and the note of it, too: OUT is as it was, an old output stands again."""
+    src = write(tmp_path / "src", qwen(4, 64, 96, layers=2), config=config(width=64, hidden=96))
+    options: dict[str, Any] = {"ep_size": 2, "max_shard_size": 100_000, "overwrite": overwrite}
+    disk = InterruptedDisk(monkeypatch)
+    moeconv.shard(src, tmp_path / "whole", **options)
+    calls, rng, met = disk.done, random.Random(13), 0
+    for number in range(times):
+        out = tmp_path / f"out-{number}"
+        if overwrite:
+            moeconv.fuse(src, out)
+        before = tree(out)
+        disk.done, disk.last = 0, rng.randint(1, calls)
+        try:
+            moeconv.shard(src, out, **options)
+        except KeyboardInterrupt:
+            met += 1
+            disk.last = None
+            assert tree(out) == before
+            assert not out.with_name(f".{out.name}.replaced").exists()
+        else:
+            disk.last = None
+            assert tree(out) == tree(tmp_path / "whole")
+    record_property("interruptions", met)
+    assert met > times / 2
+
+
+class InterruptedDisk(FailingDisk):
+    """One of the calls is made, and then Ctrl-C comes."""
+
+    def wrapped(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """The call, with Ctrl-C when it is its turn."""
+
+        def call(*args: Any, **more: Any) -> Any:
+            self.done += 1
+            mine = self.done == self.last
+            result = real(*args, **more)
+            if mine:
+                os.kill(os.getpid(), signal.SIGINT)
+            return result
+
+        return call
+
+
+def test_what_says_that_an_output_is_whole_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = write(tmp_path / "src", qwen(4, 64, 96, layers=2), config=config(width=64, hidden=96))
+    gone: list[str] = []
+    real = Path.unlink
+
+    def unlink(self: Path, *, missing_ok: bool = False) -> None:
+        gone.append(self.name)
+        real(self, missing_ok=missing_ok)
+
+    def late(*_: object, **__: object) -> None:
+        monkeypatch.setattr(Path, "unlink", unlink)
+        raise IoFailed("cannot write", cause="Input/output error", fix="check the disk")
+
+    monkeypatch.setattr(Workplace, "done", late)
+    with pytest.raises(IoFailed):
+        moeconv.shard(src, tmp_path / "out", ep_size=2)
+    assert gone[0] == "moeconv.json"
+    assert any(name.endswith(".safetensors") for name in gone)
 
 
 def test_out_that_is_removed_while_it_is_written(tmp_path: Path) -> None:
@@ -91,7 +172,9 @@ def test_out_that_is_removed_while_it_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("times", [pytest.param(60), pytest.param(1000, marks=pytest.mark.soak)])
-def test_every_flipped_bit_is_found_and_named(tmp_path: Path, times: int) -> None:
+def test_every_flipped_bit_is_found_and_named(
+    tmp_path: Path, times: int, record_property: Callable[[str, object], None]
+) -> None:
     """Anywhere in a set: data, headers, parts, index, sidecars, the root itself."""
     src = write(tmp_path / "src", qwen(4, 16, 24, layers=2), config=config(width=16))
     rng = random.Random(5)
@@ -112,4 +195,5 @@ def test_every_flipped_bit_is_found_and_named(tmp_path: Path, times: int) -> Non
         said = "\n".join(map(str, problems))
         assert path.name in said, f"{path.name} is not named in\n{said}"
         path.write_bytes(good)
+    record_property("flipped bits, each found and named", times)
     assert all(moeconv.verify(out).ok for out in sets)

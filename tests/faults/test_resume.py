@@ -45,7 +45,9 @@ def killed(src: Path, out: Path, times: int, seed: int = 7) -> list[Path]:
 
 
 @pytest.mark.parametrize("times", HOW_OFTEN)
-def test_resumed_runs_end_as_undisturbed_ones(src: Path, tmp_path: Path, times: int) -> None:
+def test_resumed_runs_end_as_undisturbed_ones(
+    src: Path, tmp_path: Path, times: int, record_property: Callable[[str, object], None]
+) -> None:
     rng = random.Random(3)
     kept = redone = 0
     for out in killed(src, tmp_path / "out", times):
@@ -62,6 +64,9 @@ def test_resumed_runs_end_as_undisturbed_ones(src: Path, tmp_path: Path, times: 
             assert same == (name != victim)
             kept, redone = kept + same, redone + (not same)
         shutil.rmtree(out)
+    record_property("kills", times)
+    record_property("files kept", kept)
+    record_property("damaged files made anew", redone)
     assert kept > times / 2
     assert redone
 
