@@ -15,6 +15,7 @@ import pytest
 import moeconv
 from tests.bench.make_checkpoint import write_phantom, write_qwen3_30b
 from tests.cli.run import environment
+from tests.phantoms import Shape, phantom
 
 INDEXES = Path(__file__).parent / "data" / "indexes"
 GIB = 1024**3
@@ -155,3 +156,30 @@ def test_a_virtual_set_of_kimi_k2(tmp_path: Path) -> None:
     assert peak < GIB
     proof, _ = measured("verify", str(out), "--level", "structure", "--json")
     assert proof["ok"]
+
+
+def test_the_bound_on_memory_holds_for_ten_times_as_much(tmp_path: Path) -> None:
+    """Every matrix is turned, by more workers than the bound has room for at once."""
+    shapes = {"gate": (1024, 2560), "up": (1024, 2560), "down": (2560, 1024)}  # 5.2 MB each
+    bound, more = 64 * 1024 * 1024, 16 * 1024 * 1024
+
+    def source(experts: int) -> Path:
+        tensors: dict[str, Shape] = {
+            f"model.layers.0.mlp.experts.{e}.{p}_proj.weight": ("BF16", shape)
+            for e in range(experts)
+            for p, shape in shapes.items()
+        }
+        sizes = {"moe_intermediate_size": 1024, "hidden_size": 2560, "num_experts": experts}
+        return phantom(tmp_path / f"src-{experts}", tensors, {"model_type": "qwen3_moe", **sizes})
+
+    def peak(src: Path, memory: str) -> int:
+        out = tmp_path / f"{src.name}-{memory}"
+        options = ("--layout", "kn", "--jobs", "6", "--max-memory", memory, "--json")
+        return measured("fuse", str(src), "-o", str(out), *options)[1]
+
+    floor = peak(source(1), "1MB")  # what Python, NumPy and one pair take in any case
+    many = source(48)
+    assert sum(f.stat().st_size for f in many.iterdir()) > 10 * bound
+    assert peak(many, "64MiB") < floor + bound + more
+    # with room for all workers it takes more: the bound is what holds it
+    assert peak(many, "2GiB") > floor + bound + more

@@ -9,8 +9,9 @@ from typing import Final, Protocol, TypeAlias
 
 from moeconv.checkpoint.source import DataFile
 from moeconv.digest import EMPTY_DIGEST
+from moeconv.engine.memory import Memory
 from moeconv.engine.sources import Sources, opened
-from moeconv.engine.tiles import Budget, Bytes, Digests, Promised, Stopped, TileRunner
+from moeconv.engine.tiles import Bytes, Digests, Promised, Stopped, TileRunner
 from moeconv.plan.values import OutputFile, Tile
 
 BATCH_BYTES: Final = 64 * 1024 * 1024
@@ -113,7 +114,7 @@ class _Crew:
         self._queue = queue  # last first
         self._open: list[_Job] = []
         self._sources = sources
-        self._budget = Budget(max_memory)
+        self._memory = Memory(max_memory)
         self._progress = progress
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -150,7 +151,7 @@ class _Crew:
             done.set()
 
     def _batches(self) -> None:
-        runner = TileRunner(self._sources, self._budget, stop=self._stop, advance=self._advance)
+        runner = TileRunner(self._sources, self._memory, stop=self._stop, advance=self._advance)
         current: _Job | None = None
         try:
             while (work := self._next(current)) is not None:

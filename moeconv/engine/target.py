@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from moeconv.engine.files import NEW_FILE, partial_path, writing
+from moeconv.engine.memory import PAGE_BYTES
 from moeconv.engine.methods import KERNEL, REFLINK, Methods
 from moeconv.engine.syscalls import (
     clone_range,
@@ -22,7 +23,6 @@ from moeconv.engine.tiles import Digests, Origin
 from moeconv.plan.values import OutputFile
 
 # Writes past the page cache: in whole pages, and long enough to be worth waiting for the disk.
-PAGE_BYTES: Final = 4096
 DIRECT_BYTES: Final = 256 * 1024
 
 Finished: TypeAlias = Callable[[OutputFile, Path, Digests], None]

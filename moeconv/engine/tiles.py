@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Final, Protocol, TypeAlias
 
 from moeconv.digest import digest, hasher
+from moeconv.engine.memory import Memory
 from moeconv.engine.sources import Sources
 from moeconv.errors import MoeconvError, quoted
 from moeconv.plan.values import CopyTile, OutputFile, Span, Tile, WeaveTile
@@ -56,41 +56,19 @@ class Stopped(Exception):
     """Another worker failed or the user interrupted: stop without a word."""
 
 
-class Budget:
-    """At most `limit` bytes in weaves at once; one that is larger goes alone."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._used = 0
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def hold(self, nbytes: int) -> Iterator[None]:
-        """Wait for room, then hold it."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._used or self._used + nbytes <= self._limit)
-            self._used += nbytes
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._used -= nbytes
-                self._changed.notify_all()
-
-
 class TileRunner:
     """One worker's buffer, and the loop that fills and empties it."""
 
     def __init__(
         self,
         sources: Sources,
-        budget: Budget,
+        memory: Memory,
         *,
         stop: threading.Event,
         advance: Callable[[int], None],
     ) -> None:
         self._sources = sources
-        self._budget = budget
+        self._memory = memory
         self._stop = stop
         self._advance = advance
         # pages of its own, as writing past the page cache asks for
@@ -203,11 +181,11 @@ class TileRunner:
             self._advance(filled)
 
     def _weave(self, file: OutputFile, tile: WeaveTile, digests: Digests, target: Bytes) -> None:
-        from moeconv.engine.weave import memory_of, weave  # numpy takes longer than to plan
+        from moeconv.engine.weave import memory_of, weave  # NumPy takes longer than to plan
 
-        with self._budget.hold(memory_of(tile)):
+        with self._memory.hold(memory_of(tile)) as take:
             try:
-                data, units = weave(tile, self._read_span)
+                data, units = weave(tile, self._read_span, take)
             except MoeconvError as problem:
                 problem.at = problem.at or quoted(file.tensors[tile.tensor].name)
                 raise
@@ -216,10 +194,7 @@ class TileRunner:
             target.write(data, tile.start)
             self._advance(tile.nbytes)
 
-    def _read_span(self, span: Span) -> memoryview:
-        from moeconv.engine.weave import paged
-
-        view = paged(span.nbytes).data
+    def _read_span(self, span: Span, view: memoryview) -> memoryview:
         self._sources.read_into(span.file, view, span.offset)
         return view
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import TypeAlias
 
 import numpy as np
@@ -10,36 +11,45 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from moeconv.digest import digest
+from moeconv.engine.memory import Take, paged
 from moeconv.errors import UnequalShared
 from moeconv.plan.values import Piece, Span, WeaveTile
 
 Items: TypeAlias = "NDArray[np.generic]"
-ReadSpan: TypeAlias = Callable[[Span], memoryview]
+ReadSpan: TypeAlias = Callable[[Span, memoryview], memoryview]
 
 # Square blocks whose rows of source and target both stay in the first-level cache: 5x plain NumPy.
 _BLOCK = 64
-_PAGE_BYTES = 4096
 
 
 def memory_of(tile: WeaveTile) -> int:
-    """Bytes that `weave` holds at once: spans, the tile, one canonical matrix."""
-    return 2 * tile.nbytes + sum(span.nbytes for span in tile.spans)
+    """Bytes of the blocks that `weave` takes: spans, the tile, one canonical matrix."""
+    blocks = [span.nbytes for span in tile.spans]
+    blocks += [] if tile.straight else [tile.nbytes]
+    return sum(map(paged, [*blocks, _largest(tile)]))
 
 
-def weave(tile: WeaveTile, read: ReadSpan) -> tuple[memoryview, list[tuple[int, str]]]:
+def _largest(tile: WeaveTile) -> int:
+    return max((prod(p.shape) * tile.itemsize for p in tile.pieces), default=0)
+
+
+def weave(tile: WeaveTile, read: ReadSpan, take: Take) -> tuple[memoryview, list[tuple[int, str]]]:
     """The tile's bytes, and the digest of each of its units.
 
+    take: memory, of which it takes `memory_of(tile)`.
     Raises UnequalShared where a layout has one place for values that differ.
     """
-    spans = [np.frombuffer(read(span), dtype=f"u{tile.itemsize}") for span in tile.spans]
+    dtype = f"u{tile.itemsize}"
+    spans = [np.frombuffer(read(span, take(span.nbytes)), dtype=dtype) for span in tile.spans]
+    spare = _Spare(take, _largest(tile))
     units: list[tuple[int, str]] = []
     if tile.straight:
         units = [
-            (p.unit, _digest(_view(spans[p.span], p, p.src_offset, p.src_strides)))
+            (p.unit, _digest(_view(spans[p.span], p, p.src_offset, p.src_strides), spare))
             for p in tile.pieces
         ]
         return spans[0].view(np.uint8).data, units
-    out = paged(tile.nbytes).view(f"u{tile.itemsize}")
+    out = np.frombuffer(take(tile.nbytes), dtype=dtype)
     for piece in tile.pieces:
         source = _view(spans[piece.span], piece, piece.src_offset, piece.src_strides)
         target = _view(out, piece, piece.dst_offset, piece.dst_strides)
@@ -52,15 +62,23 @@ def weave(tile: WeaveTile, read: ReadSpan) -> tuple[memoryview, list[tuple[int, 
                 )
         else:
             _move(target, source)
-        units.append((piece.unit, _digest(target)))
+        units.append((piece.unit, _digest(target, spare)))
     return out.view(np.uint8).data, units
 
 
-def paged(nbytes: int) -> NDArray[np.uint8]:
-    """Memory that begins with a page, not zeroed: it can be written past the page cache."""
-    memory = np.empty(nbytes + _PAGE_BYTES, dtype=np.uint8)
-    shift = -memory.ctypes.data % _PAGE_BYTES
-    return memory[shift : shift + nbytes]
+class _Spare:
+    """A block for one matrix at a time, taken when the first one needs it."""
+
+    def __init__(self, take: Take, size: int) -> None:
+        self._take = take
+        self._size = size
+        self._block: memoryview | None = None
+
+    def like(self, matrix: Items) -> Items:
+        """Memory in canonical order for such a matrix."""
+        self._block = self._block or self._take(self._size)
+        data = np.frombuffer(self._block[: matrix.nbytes], dtype=matrix.dtype)
+        return data.reshape(matrix.shape)
 
 
 def _view(items: Items, piece: Piece, offset: int, strides: tuple[int, ...]) -> Items:
@@ -68,9 +86,9 @@ def _view(items: Items, piece: Piece, offset: int, strides: tuple[int, ...]) -> 
     return as_strided(items[offset:], shape=piece.shape, strides=steps)
 
 
-def _digest(matrix: Items) -> str:
+def _digest(matrix: Items, spare: _Spare) -> str:
     if not matrix.flags.c_contiguous:
-        canonical = np.empty(matrix.shape, dtype=matrix.dtype)
+        canonical = spare.like(matrix)
         _move(canonical, matrix)
         matrix = canonical
     return digest(matrix.data.cast("B"))
