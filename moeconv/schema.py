@@ -180,15 +180,20 @@ class Table:
 
     def integer_lists(self, key: str, length: int) -> tuple[tuple[int, ...], ...]:
         """A list of lists of `length` integers each."""
-        out = []
-        for place, item in self._items(key):
-            row = tuple(n for n in item if type(n) is int) if isinstance(item, list) else ()
-            whole = isinstance(item, list) and len(row) == len(item) == length
-            if whole and all(0 <= n <= MAX_COUNT for n in row):
-                out.append(row)
-            else:
+        value, out = self.raw(key), []
+        for item in value if isinstance(value, list) else ():
+            row = _counts(item)
+            if row is None or len(row) != length:
+                break
+            out.append(row)
+        else:
+            if isinstance(value, list):
+                return tuple(out)
+        for place, item in self._items(key):  # once more, slowly, to say what is wrong
+            row = _counts(item)
+            if row is None or len(row) != length:
                 self.problems.add(place, f"must be {length} integers between 0 and 2^53-1")
-        return tuple(out)
+        return ()
 
     def text_lists(self, key: str) -> tuple[tuple[str, ...], ...]:
         """A list of lists of texts."""
@@ -216,6 +221,17 @@ class Table:
                 continue
             near = difflib.get_close_matches(key, sorted(self._read), n=1)
             self.problem(key, f"unknown key; did you mean `{near[0]}`?" if near else "unknown key")
+
+
+def _counts(value: Json) -> tuple[int, ...] | None:
+    if not isinstance(value, list):
+        return None
+    row = []
+    for item in value:
+        if type(item) is not int or not 0 <= item <= MAX_COUNT:
+            return None
+        row.append(item)
+    return tuple(row)
 
 
 def is_digest(text: str) -> bool:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeGuard
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.reading import LFS_MARK, opened, read_start, refuse_lfs, unreadable
@@ -33,6 +33,7 @@ MAX_BITS: Final = 2**63 - 1
 MAX_COUNT: Final = 2**53 - 1
 MAX_NAME_BYTES: Final = 4096
 _METADATA: Final = "__metadata__"
+_KEYS: Final = frozenset(("dtype", "shape", "data_offsets"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,44 +138,48 @@ def _place(where: str, tensor: str | None) -> str:
     return quoted(where) if tensor is None else f"{quoted(where)}, tensor {quoted(tensor)}"
 
 
-def _is_size(value: Json) -> bool:
-    return type(value) is int and value >= 0
+def _are_sizes(value: Json) -> TypeGuard[list[int]]:
+    if not isinstance(value, list):
+        return False
+    for item in value:  # noqa: SIM110 - a generator would cost as much as all the rest
+        if type(item) is not int or item < 0:
+            return False
+    return True
 
 
 def _tensor(name: str, entry: Json, *, where: str, file: int, data_start: int) -> StoredTensor:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
         raise _bad(where, "an entry needs `dtype`, `shape`, `data_offsets`, no more", tensor=name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not encodable(name):
         raise _bad(where, "the name holds a lone surrogate", tensor=name)
-    if len(name.encode()) > MAX_NAME_BYTES:
+    if len(name) > MAX_NAME_BYTES // 4 and len(name.encode()) > MAX_NAME_BYTES:
         raise _bad(where, f"the name is longer than {MAX_NAME_BYTES:,} bytes", tensor=name[:100])
     if not isinstance(dtype, str) or dtype not in BITS:
         raise _bad(where, f"unknown dtype {quoted(str(dtype))}", tensor=name)
-    if not isinstance(shape, list) or not all(map(_is_size, shape)) or len(shape) > MAX_RANK:
+    if not _are_sizes(shape) or len(shape) > MAX_RANK:
         cause = f"`shape` must be at most {MAX_RANK} integers of 0 or more"
         raise _bad(where, cause, tensor=name)
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+    if not _are_sizes(offsets) or len(offsets) != 2:
         raise _bad(where, "`data_offsets` must be two integers of 0 or more", tensor=name)
-    sizes = tuple(n for n in shape if type(n) is int)
-    begin, end = (n for n in offsets if type(n) is int)
-    nbytes = _nbytes(sizes, dtype, where, name)
-    if max(sizes, default=0) > MAX_COUNT:
+    begin, end = offsets
+    nbytes = _nbytes(shape, dtype, where, name)
+    if max(shape, default=0) > MAX_COUNT:
         raise _bad(where, "a size lies beyond 2^53-1", tensor=name)
     if end - begin != nbytes:
-        cause = f"{dtype} {list(sizes)} takes {nbytes:,} bytes, its offsets span {end - begin:,}"
+        cause = f"{dtype} {shape} takes {nbytes:,} bytes, its offsets span {end - begin:,}"
         raise _bad(where, cause, tensor=name)
-    return StoredTensor(name, dtype, sizes, file, data_start + begin, nbytes)
+    return StoredTensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
 
 
-def _nbytes(shape: tuple[int, ...], dtype: str, where: str, name: str) -> int:
+def _nbytes(shape: list[int], dtype: str, where: str, name: str) -> int:
     bits = BITS[dtype]
     for size in shape:
         bits *= size
         if bits > MAX_BITS:
             raise _bad(where, "its size overflows 63 bits", tensor=name)
     if bits % 8:
-        raise _bad(where, f"{dtype} {list(shape)} does not fill whole bytes", tensor=name)
+        raise _bad(where, f"{dtype} {shape} does not fill whole bytes", tensor=name)
     return bits // 8
 
 
