@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
-from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, derived, recounted
+from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, derived, recounted, shared_by_pair
 
 GATE: Final = "gate"
 UP: Final = "up"
@@ -124,11 +124,17 @@ class Line:
 def forms_of(
     line: Axes, own: Axes, listed: tuple[Axes, ...], *, is_weight: bool
 ) -> tuple[Axes, ...]:
-    """The axes that a component with `own` may have beside a weight of axes `line`."""
+    """The axes that a component with `own` may have beside a weight of axes `line`.
+
+    The first is written. One number for gate and up is read as well, from files that have it so.
+    """
     if is_weight:
         return (recounted(line, own),)
     fitting = tuple(axes for axes in listed if matrix_axes(axes) == set(own.flat))
-    return fitting or (derived(own, line),)
+    if fitting:
+        return fitting
+    shared = shared_by_pair(own, line)
+    return (derived(own, line), *([] if shared is None else [shared]))
 
 
 def matrix_axes(axes: Axes) -> set[object]:
