@@ -171,6 +171,8 @@ class ConfigKeys:
 
     sections: for stacks whose name starts with the key, the objects of config.json to look in.
     granules: name -> dotted path of a granule.
+    layers: for stacks whose name starts with the key, where a size of one layer is said: paths
+    with `{layer}` and `{key}`.
     """
 
     experts: tuple[str, ...] = ()
@@ -178,6 +180,7 @@ class ConfigKeys:
     hidden: tuple[str, ...] = ()
     granules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     sections: tuple[tuple[str, tuple[str, ...]], ...] = (("", ("",)),)
+    layers: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @staticmethod
     def path(section: str, key: str) -> str:
@@ -186,8 +189,22 @@ class ConfigKeys:
 
     def sections_of(self, stack: str) -> tuple[str, ...]:
         """The sections for a stack: those of the longest matching prefix."""
-        fitting = [(p, s) for p, s in self.sections if stack.startswith(p)]
-        return max(fitting, key=lambda item: len(item[0]))[1] if fitting else ("",)
+        return _longest(self.sections, stack)[1] or ("",)
+
+    def layers_of(self, stack: str) -> tuple[str, ...]:
+        """The paths to sizes of a stack's layer alone."""
+        prefix, paths = _longest(self.layers, stack)
+        # the layers of MTP count from 0 again: what is said of the main ones is not of them
+        again = any(word.startswith("mtp") for word in stack.split("."))
+        return () if again and not prefix else paths
+
+
+def _longest(
+    by_prefix: tuple[tuple[str, tuple[str, ...]], ...], stack: str
+) -> tuple[str, tuple[str, ...]]:
+    """The longest prefix that a stack's name has, with what belongs to it."""
+    fitting = [item for item in by_prefix if stack.startswith(item[0])]
+    return max(fitting, key=lambda item: len(item[0]), default=("", ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -270,6 +270,7 @@ def _check_layout(entry: Table, lines: list[Line], square: str | None) -> None:
 def _config(table: Table) -> ConfigKeys:
     granules = table.table("granules") if table.has("granules") else None
     sections = table.table("sections") if table.has("sections") else None
+    layers = table.table("layers") if table.has("layers") else None
     keys = ConfigKeys(
         experts=table.texts("experts", default=()),
         width=table.texts("width", default=()),
@@ -278,8 +279,13 @@ def _config(table: Table) -> ConfigKeys:
         sections=tuple((k, sections.texts(k)) for k in sections.names())
         if sections
         else (("", ("",)),),
+        layers=tuple((k, layers.texts(k, default=())) for k in layers.names()) if layers else (),
     )
-    for inner in (granules, sections):
+    for prefix, paths in keys.layers:
+        for path in paths:
+            if sorted(_HOLES.findall(path)) != ["key", "layer"]:
+                table.problem(f"layers.{prefix}", "must hold `{layer}` and `{key}`, each once")
+    for inner in (granules, sections, layers):
         if inner:
             inner.finish()
     table.finish()
