@@ -270,11 +270,18 @@ def _by_names(found: Found) -> list[Layout] | MoeconvError:
         template: next(iter(tensors.values()))
         for (template, _), tensors in sorted(found.tensors.items())
     }
+    bare = {t for t, c in found.tensors if c in found.recipe.weights}
+    scaled = {t for t, c in found.tensors if c not in found.recipe.weights}
+    apart = bool(scaled) and bare.isdisjoint(scaled)
     return MixedLayouts(
         "one expert stack is stored in two layouts at once",
         at=found.place(*list(samples.values())[:4]),
-        cause=f"its names belong to the layouts {', '.join(quoted(t.name) for t in touched)}",
-        fix="keep one of the two in the directory; moeconv cannot know which one is right",
+        cause=f"its names belong to the layouts {', '.join(quoted(t.name) for t in touched)}"
+        + ("; its weights are in the one, their scales in the other" if apart else ""),
+        fix="save it again with `save_pretrained(..., save_original_format=False)`: transformers "
+        "takes an fp8 model apart, but not its scales"
+        if apart
+        else "keep one of the two in the directory; moeconv cannot know which one is right",
     )
 
 

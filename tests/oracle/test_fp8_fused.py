@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import moeconv
+from moeconv.errors import MixedLayouts
 from tests.helpers import tree_sha256
 from tests.oracle.tiny import tiny_model
 from tests.oracle.torchbytes import bits, file_bits, file_tensors, model_bits
@@ -43,6 +44,18 @@ def test_it_is_there_already(scheme: str, block: tuple[int, int] | None, tmp_pat
     assert file_bits(tmp_path / "out") == file_bits(tmp_path / "src")
     moeconv.unfuse(tmp_path / "out", tmp_path / "back")
     assert tree_sha256(tmp_path / "back") == tree_sha256(tmp_path / "src")
+
+
+@pytest.mark.parametrize(("scheme", "block"), SCHEMES)
+def test_saved_half_apart_it_is_refused_with_what_to_do(
+    scheme: str, block: tuple[int, int] | None, tmp_path: Path
+):
+    """By default transformers takes its weights apart again, and leaves their scales fused."""
+    saved(tmp_path, scheme, block).save_pretrained(tmp_path / "halves")
+    names = file_tensors(tmp_path / "halves").keys()
+    assert {f"{STACK}.0.up_proj.weight", f"{STACK}.gate_up_proj_scale_inv"} <= names
+    with pytest.raises(MixedLayouts, match="save_original_format=False"):
+        moeconv.fuse(tmp_path / "halves", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("scheme", "block"), SCHEMES)
