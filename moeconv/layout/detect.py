@@ -25,7 +25,7 @@ from moeconv.layout.layers import bare_stacks, lost_stacks, unequal_stacks
 from moeconv.layout.match import Found, collect
 from moeconv.layout.ranges import in_ranges, no_range
 from moeconv.layout.readings import Reading, granule_names, readings
-from moeconv.layout.recipe import Layout, Recipe
+from moeconv.layout.recipe import COMPANIONS, WEIGHTS, Layout, Recipe
 from moeconv.layout.said import against_config, lookup, said_sizes, states_experts
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.manifest import StackEntry
@@ -171,7 +171,7 @@ def _judge(
     if problems:
         return problems
     granules, unsaid = _granules(name, found, candidates, config)
-    count = _count(found) if candidates[0].per_expert else None
+    count = _count(found) if candidates[0].numbered else None
     fits = [(c, *_first_fit(found, c, granules, count, said)) for c in candidates]
     survivors = [(layout, reading, f.sizes) for layout, reading, f in fits if f.sizes is not None]
     if not survivors and unsaid is not None:
@@ -254,35 +254,42 @@ def _unknown(name: str, found: Found) -> MoeconvError:
 
 def _by_names(found: Found) -> list[Layout] | MoeconvError:
     present = found.templates()
-    layouts = [
-        layout
-        for layout in found.recipe.layouts
-        if present <= {line.template for line in layout.lines}
-    ]
+    layouts = [layout for layout in found.recipe.layouts if _names_fit(found, layout)]
     if layouts:
         return layouts
     touched = [
         layout
         for layout in found.recipe.layouts
-        if present & {line.template for line in layout.lines}
+        if present & {line.template for line in layout.lines} and not layout.in_parts
     ]
     samples = {
         template: next(iter(tensors.values()))
         for (template, _), tensors in sorted(found.tensors.items())
     }
-    bare = {t for t, c in found.tensors if c in found.recipe.weights}
-    scaled = {t for t, c in found.tensors if c not in found.recipe.weights}
-    apart = bool(scaled) and bare.isdisjoint(scaled)
     return MixedLayouts(
         "one expert stack is stored in two layouts at once",
         at=found.place(*list(samples.values())[:4]),
-        cause=f"its names belong to the layouts {', '.join(quoted(t.name) for t in touched)}"
-        + ("; its weights are in the one, their scales in the other" if apart else ""),
-        fix="save it again with `save_pretrained(..., save_original_format=False)`: transformers "
-        "takes an fp8 model apart, but not its scales"
-        if apart
-        else "keep one of the two in the directory; moeconv cannot know which one is right",
+        cause=f"its names belong to the layouts {', '.join(quoted(t.name) for t in touched)}",
+        fix="keep one of the two in the directory; moeconv cannot know which one is right",
     )
+
+
+def _names_fit(found: Found, layout: Layout) -> bool:
+    """Whether all names are of a layout; of one in parts, both parts must be there."""
+    present = set(found.tensors)
+    if not layout.in_parts:
+        return found.templates() <= {line.template for line in layout.lines}
+    parts = [
+        {
+            (ln.template, c.name)
+            for ln in layout.lines
+            if ln.part == p
+            for c in found.recipe.components
+            if ln.holds(c)
+        }
+        for p in (WEIGHTS, COMPANIONS)
+    ]
+    return present <= parts[0] | parts[1] and all(present & part for part in parts)
 
 
 def _count(found: Found) -> int:

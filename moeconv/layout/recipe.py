@@ -13,6 +13,9 @@ GATE: Final = "gate"
 UP: Final = "up"
 DOWN: Final = "down"
 WEIGHT: Final = "weight"
+WEIGHTS: Final = "weights"
+COMPANIONS: Final = "companions"
+HALF_APART: Final = "half-apart"
 SUFFIX: Final = "{suffix}"
 PARAMETER: Final = "{parameter}"
 _COMPONENT_HOLES: Final = ("{component}", PARAMETER, SUFFIX)
@@ -59,6 +62,7 @@ class Line:
     overrides: axes of components that do not follow from the weight's; of several, the first is
     written and all are read.
     first: the number in the names of expert 0, where a stack takes a range of ids.
+    part: where a layout stores weights and companions under different names, which these are.
     """
 
     projections: tuple[str, ...]
@@ -66,6 +70,11 @@ class Line:
     axes: Axes
     overrides: tuple[tuple[str, tuple[Axes, ...]], ...] = ()
     first: int = 0
+    part: str = ""
+
+    def holds(self, component: Component) -> bool:
+        """Whether tensors of a component are stored in this line."""
+        return self.part == "" or (self.part == WEIGHTS) == component.weight
 
     @property
     def per_expert(self) -> bool:
@@ -160,9 +169,39 @@ class Layout:
         return all(line.per_expert for line in self.lines)
 
     @property
+    def numbered(self) -> bool:
+        """Whether there are names that say which expert a tensor is of."""
+        return any(line.per_expert for line in self.lines)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether weights and companions are stored under different names."""
+        return any(line.part for line in self.lines)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it is only ever read: some program's mistake."""
+        return self.square is not None or self.in_parts
+
+    @property
+    def weight_lines(self) -> tuple[Line, ...]:
+        """The lines that store weights."""
+        return tuple(line for line in self.lines if line.part != COMPANIONS)
+
+    @property
     def projections(self) -> tuple[str, ...]:
         """All projections, in the order of the lines."""
-        return tuple(p for line in self.lines for p in line.projections)
+        return tuple(dict.fromkeys(p for line in self.lines for p in line.projections))
+
+
+def half_apart(alone: Layout, fused: Layout) -> Layout:
+    """Weights expert by expert, their companions fused.
+
+    So transformers saves fp8 experts that it holds fused: it takes apart what it joined.
+    """
+    weights = (replace(line, part=WEIGHTS) for line in alone.lines)
+    companions = (replace(line, part=COMPANIONS) for line in fused.lines)
+    return Layout(HALF_APART, (*weights, *companions))
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,7 +111,7 @@ def _around(rests: Iterable[str]) -> str:
 def _modules(stack: Stack, layout: Layout) -> dict[str, Matrices]:
     out: dict[str, Matrices] = {}
     everyone = range(stack.sizes.experts)
-    for line in layout.lines:
+    for line in layout.weight_lines:
         for expert in everyone if line.per_expert else (None,):
             held = everyone if expert is None else (expert,)
             out[_module(line, expert)] = frozenset((e, p) for e in held for p in line.projections)

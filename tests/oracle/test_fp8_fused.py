@@ -12,7 +12,6 @@ import torch
 import transformers
 
 import moeconv
-from moeconv.errors import MixedLayouts
 from tests.helpers import tree_sha256
 from tests.oracle.tiny import tiny_model
 from tests.oracle.torchbytes import bits, file_bits, file_tensors, model_bits
@@ -22,9 +21,11 @@ STACK = "model.layers.1.mlp.experts"
 SCHEMES = [("static", (8, 8)), ("dynamic", None), ("static", None)]
 
 
-def saved(root: Path, scheme: str, block: tuple[int, int] | None) -> Any:
+def saved(
+    root: Path, scheme: str, block: tuple[int, int] | None, model_type: str = "qwen3_moe"
+) -> Any:
     """A tiny model that transformers quantised and saved in its own layout; no two scales alike."""
-    plain: Any = tiny_model("qwen3_moe")
+    plain: Any = tiny_model(model_type)
     plain.save_pretrained(root / "plain")
     config = transformers.FineGrainedFP8Config(activation_scheme=scheme, weight_block_size=block)
     model: Any = type(plain).from_pretrained(root / "plain", quantization_config=config)
@@ -47,15 +48,48 @@ def test_it_is_there_already(scheme: str, block: tuple[int, int] | None, tmp_pat
 
 
 @pytest.mark.parametrize(("scheme", "block"), SCHEMES)
-def test_saved_half_apart_it_is_refused_with_what_to_do(
-    scheme: str, block: tuple[int, int] | None, tmp_path: Path
-):
+def test_saved_half_apart(scheme: str, block: tuple[int, int] | None, tmp_path: Path):
     """By default transformers takes its weights apart again, and leaves their scales fused."""
-    saved(tmp_path, scheme, block).save_pretrained(tmp_path / "halves")
-    names = file_tensors(tmp_path / "halves").keys()
+    model = saved(tmp_path, scheme, block)
+    halves = tmp_path / "halves"
+    model.save_pretrained(halves, max_shard_size=20_000)
+    names = file_tensors(halves).keys()
     assert {f"{STACK}.0.up_proj.weight", f"{STACK}.gate_up_proj_scale_inv"} <= names
-    with pytest.raises(MixedLayouts, match="save_original_format=False"):
-        moeconv.fuse(tmp_path / "halves", tmp_path / "out")
+    moeconv.fuse(halves, tmp_path / "fused")
+    assert file_bits(tmp_path / "fused") == file_bits(tmp_path / "src")
+    moeconv.unfuse(halves, tmp_path / "alone")
+    moeconv.unfuse(tmp_path / "src", tmp_path / "from-src")
+    assert file_bits(tmp_path / "alone") == file_bits(tmp_path / "from-src")
+    moeconv.shard(halves, tmp_path / "ranks", ep_size=2, redundant=2, layout="sglang")
+    moeconv.merge(tmp_path / "ranks", tmp_path / "ranks-back")
+    assert tree_sha256(tmp_path / "ranks-back") == tree_sha256(halves)
+    prints = {moeconv.fingerprint(root) for root in (halves, tmp_path / "src", tmp_path / "ranks")}
+    for name in ("fused", "alone"):
+        out = tmp_path / name
+        assert moeconv.verify(out, level="structure").problems == ()
+        assert moeconv.verify(out, level="source", source=halves).problems == ()
+        moeconv.unfuse(out, tmp_path / f"{name}-back")
+        assert tree_sha256(tmp_path / f"{name}-back") == tree_sha256(halves)
+        prints.add(moeconv.fingerprint(out))
+    assert len(prints) == 1
+    assert {d.mark for d in moeconv.diff(halves, tmp_path / "src")} == {"="}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "minimax_m2", "deepseek_v3", "jamba"])
+def test_half_apart_in_other_families(model_type: str, tmp_path: Path):
+    """Where transformers renames experts on loading, it renames their fused scales back, too."""
+    model = saved(tmp_path, "static", None, model_type)
+    model.save_pretrained(tmp_path / "halves")
+    plan = moeconv.unfuse(tmp_path / "halves", tmp_path / "alone").plan
+    assert {s.origin_layout for s in plan.stacks} == {"half-apart"}
+    moeconv.unfuse(tmp_path / "src", tmp_path / "whole", layout="per-expert")
+    alone, whole = (
+        sorted(b for n, b in file_bits(tmp_path / root).items() if ".experts." in n)
+        for root in ("alone", "whole")
+    )
+    assert alone == whole  # but for the names of the blocks around them
+    moeconv.unfuse(tmp_path / "alone", tmp_path / "back")
+    assert tree_sha256(tmp_path / "back") == tree_sha256(tmp_path / "halves")
 
 
 @pytest.mark.parametrize(("scheme", "block"), SCHEMES)
