@@ -56,7 +56,7 @@ class Modules:
 
 
 class Renamings:
-    """The stacks whose modules get other names."""
+    """The stacks whose modules get other names: `changed`, in natural order."""
 
     def __init__(self, stacks: Iterable[Stack], entries: Iterable[StackEntry]) -> None:
         """entries: of the plan; a stack's old names are those of its origin."""
@@ -70,11 +70,7 @@ class Renamings:
             old, new = (stack.recipe.layout(n) for n in (entry.origin_layout, entry.layout))
             if old is not None and new is not None and old.name != new.name:
                 self._kinds[entry.name] = (stack, old, new)
-
-    @property
-    def changed(self) -> tuple[str, ...]:
-        """Their names, in natural order."""
-        return tuple(sorted(self._kinds, key=natural_key))
+        self.changed = tuple(sorted(self._kinds, key=natural_key))
 
     def modules(self, stack: str) -> Modules:
         """The modules of one of them."""
