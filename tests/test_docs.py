@@ -56,7 +56,7 @@ def recipes_table() -> str:
     shared = shared_layouts()
     lines = ["| tensors | layouts of its own | model types |", "|---|---|---|"]
     for recipe in shipped_recipes():
-        own = [la.name for la in recipe.layouts if la.square is None and la.name not in shared]
+        own = [la.name for la in recipe.layouts if not la.read_only and la.name not in shared]
         layouts = ", ".join(f"`{name}`" for name in own)
         lines.append(f"| `{recipe.title}` | {layouts} | {', '.join(recipe.model_types)} |")
     lines += ["", "| part | of | axes of one matrix |", "|---|---|---|"]

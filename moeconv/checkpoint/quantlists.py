@@ -1,6 +1,7 @@
 """Lists of names in the quantization_config of a config.json, changed in place.
 
-As text: everything else of the file keeps its bytes, whatever its spacing, floats or order.
+As text: everything else of the file keeps its bytes, whatever its spacing, floats or order. The
+keys of an object are a list too, where they are names: each with its value.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 _SECTIONS: Final = frozenset({"quantization_config", "compression_config"})
@@ -16,22 +18,61 @@ _WORD: Final = re.compile(r"\w+")  # part of a name, which stays true of the new
 _SPACE: Final = " \t\r\n"
 _VALUE = json.JSONDecoder()
 
+Change = Callable[[str, tuple[str, ...]], tuple[tuple[str, ...], ...] | None]
 
-def changed_lists(
-    raw: bytes, change: Callable[[str, tuple[str, ...]], tuple[str, ...] | None]
-) -> bytes:
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A text of a list and how it is written; of an object's keys, `rest` is colon and value."""
+
+    text: str
+    raw: str
+    rest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _List:
+    place: str
+    start: int
+    stop: int
+    items: tuple[_Item, ...]
+    keys: bool = False
+
+
+def changed_lists(raw: bytes, change: Change, *, inside: bool = False) -> bytes:
     """`raw`, a valid JSON document, with its lists of names as `change` makes them.
 
-    change: gets a list's place and its texts, and returns new ones, or None to leave it.
+    change: gets a list's place and its texts, and returns what stands in the place of each, or
+    None to leave it. Keys are one list for each value. inside: whether all is about quantisation.
     """
     text = raw.decode("utf-8")
     pieces, at = [], 0
-    for place, start, stop, texts in _lists(text):
-        new = change(place, texts)
+    for found in _walk(text, _skip(text, 0), "", inside=inside):
+        new = _changed(found, change)
         if new is not None:
-            pieces += [text[at:start], _like(text[start:stop], new)]
-            at = stop
+            pieces += [text[at : found.start], _like(text[found.start : found.stop], new)]
+            at = found.stop
     return "".join((*pieces, text[at:])).encode("utf-8")
+
+
+def _changed(found: _List, change: Change) -> list[str] | None:
+    """The items of a list as they are written from now on; None where it stays."""
+    groups: dict[str, list[int]] = {}
+    for number, item in enumerate(found.items):
+        groups.setdefault(item.rest.lstrip(_SPACE + ":"), []).append(number)
+    there = {item.text for item in found.items}  # not written twice: as a key it would be another
+    out = [[item.raw + item.rest] for item in found.items]
+    changed = False
+    for numbers in groups.values():
+        new = change(found.place, tuple(found.items[n].text for n in numbers))
+        for number, texts in zip(numbers, new or (), strict=bool(new)):
+            item = found.items[number]
+            old = [item.raw] if item.text in texts else []
+            more = [json.dumps(text) for text in texts if text not in there]
+            out[number] = [word + item.rest for word in (*old, *more)]
+            there.update(texts)
+            changed = True
+    return [entry for entries in out for entry in entries] if changed else None
 
 
 def expert_patterns(raw: bytes, *, inside: bool) -> Iterator[tuple[str, str]]:
@@ -61,27 +102,40 @@ def _names_experts(text: str) -> bool:
     return bool(_EXPERTS.search(text)) and not _WORD.fullmatch(text)
 
 
-def _lists(text: str) -> Iterator[tuple[str, int, int, tuple[str, ...]]]:
-    """Place, span and texts of every list of texts below a quantization_config."""
-    yield from _walk(text, _skip(text, 0), "", inside=False)
-
-
-def _walk(
-    text: str, start: int, place: str, *, inside: bool
-) -> Iterator[tuple[str, int, int, tuple[str, ...]]]:
+def _walk(text: str, start: int, place: str, *, inside: bool) -> Iterator[_List]:
+    """Every list of texts below a quantization_config, in the order of the file."""
     if text[start] == "[" and inside:
         value, stop = _VALUE.raw_decode(text, start)
         if value and all(isinstance(item, str) for item in value):
-            yield place, start, stop, tuple(value)
+            yield _List(place, start, stop, tuple(_texts(text, start)))
     if text[start] != "{":
         return
+    entries: list[_Item] = []
+    inner: list[_List] = []
     at = _skip(text, start + 1)
     while text[at] != "}":
+        head = at
         key, at = _VALUE.raw_decode(text, at)
         begin = _skip(text, _skip(text, at) + 1)
         below = f"{place}.{key}" if place else key
-        yield from _walk(text, begin, below, inside=inside or key in _SECTIONS)
-        at = _skip(text, _VALUE.raw_decode(text, begin)[1])
+        inner += _walk(text, begin, below, inside=inside or key in _SECTIONS)
+        stop = _VALUE.raw_decode(text, begin)[1]
+        entries.append(_Item(key, text[head:at], text[at:stop]))
+        at = _skip(text, stop)
+        if text[at] == ",":
+            at = _skip(text, at + 1)
+    # names have dots; where they are keys, no list of names is among the values
+    if inside and not inner and any("." in entry.text for entry in entries):
+        yield _List(place, start, at + 1, tuple(entries), keys=True)
+    yield from inner
+
+
+def _texts(text: str, start: int) -> Iterator[_Item]:
+    at = _skip(text, start + 1)
+    while text[at] != "]":
+        value, stop = _VALUE.raw_decode(text, at)
+        yield _Item(value, text[at:stop])
+        at = _skip(text, stop)
         if text[at] == ",":
             at = _skip(text, at + 1)
 
@@ -92,9 +146,9 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _like(old: str, new: tuple[str, ...]) -> str:
+def _like(old: str, items: list[str]) -> str:
     """A list written with the spacing of another one."""
     lead = old[1 : _skip(old, 1)]
     tail = old[len(old[:-1].rstrip(_SPACE)) : -1]
     gap = lead if "\n" in lead else " "
-    return f"[{lead}{f',{gap}'.join(map(json.dumps, new))}{tail}]"
+    return f"{old[0]}{lead}{f',{gap}'.join(items)}{tail}{old[-1]}"

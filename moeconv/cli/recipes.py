@@ -35,7 +35,7 @@ def list_(as_json: options.AsJson = False, color: options.Color = "auto") -> Non
             [
                 r.name,
                 r.title,
-                ", ".join(layout.name for layout in r.layouts if layout.square is None),
+                ", ".join(layout.name for layout in r.layouts if not layout.read_only),
                 ", ".join(r.model_types),
             ]
             for r in found

@@ -1,4 +1,4 @@
-"""Sidecars that a conversion changes: config.json, where it names expert modules."""
+"""Sidecars that a conversion changes: those that name expert modules, where they do."""
 
 from __future__ import annotations
 
@@ -11,60 +11,67 @@ from moeconv.checkpoint.reading import read_document
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.errors import quoted
 from moeconv.layout.stack import Stack
+from moeconv.plan.mentions import Mentions
 from moeconv.plan.modules import Renamings
 from moeconv.plan.values import Plan, Rewrite
 
-_QUANT_CONFIG: Final = "hf_quant_config.json"
+# the files that name modules, and whether all of a file is about quantisation
+_DOCUMENTS: Final = ((CONFIG_NAME, False), ("hf_quant_config.json", True))
 
 
 def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...]) -> Plan:
-    """The plan with config.json's lists of expert modules in the names of the output.
+    """The plan with all lists of expert modules in the names of the output.
 
-    They start from the first source's config.json, so that no conversion builds on another.
+    They start from the first source's files, so that no conversion builds on another.
     """
     if plan.restores:
         return _restoring(plan, checkpoint)
-    now = _read(checkpoint, CONFIG_NAME)
-    if now is None:
-        return plan
     own = checkpoint.origin
-    first = (dict(own.origin.sidecars) if own else {}).get(CONFIG_NAME, now)
-    listed: set[str] = set()
-    changed_lists(first, lambda _, names: listed.update(names))
-    renamings = Renamings(stacks, plan.stacks, listed)
-    places: dict[str, int] = {}
-
-    def change(place: str, names: tuple[str, ...]) -> tuple[str, ...] | None:
-        new = renamings.renamed(place, names)
-        if new is not None:
-            places[place] = len(set(names) - set(new))
-        return new
-
-    after = changed_lists(first, change)
-    notes = [f"config.json, `{p}`: {n:,} names of experts renamed" for p, n in places.items()]
-    notes += [
-        f"config.json, `{place}`: names some experts of a stack only, left as it is"
-        for place in dict.fromkeys(renamings.kept)
-    ]
-    if renamings.any:
-        notes += _left_notes(CONFIG_NAME, after, renamings, inside=False)
-        other = _read(checkpoint, _QUANT_CONFIG)
-        notes += _left_notes(_QUANT_CONFIG, other, renamings, inside=True) if other else []
-    plan = replace(plan, notes=(*plan.notes, *notes))
-    if after == now:
-        return plan
-    return replace(plan, rewrites=(Rewrite(CONFIG_NAME, now, after),))
+    origin = dict(own.origin.sidecars) if own else {}
+    renamings = Renamings(stacks, plan.stacks)
+    rewrites, notes = [], []
+    for name, inside in _DOCUMENTS:
+        concerned = renamings.changed or name in origin
+        now = _read(checkpoint, name) if concerned else None
+        if now is None:
+            continue
+        after, said = _reworded(name, origin.get(name, now), renamings, inside=inside)
+        notes += said
+        if after != now:
+            rewrites.append(Rewrite(name, now, after))
+    return replace(plan, rewrites=tuple(rewrites), notes=(*plan.notes, *notes))
 
 
-def _left_notes(name: str, raw: bytes, renamings: Renamings, *, inside: bool) -> list[str]:
-    """What names experts in a way that is not rewritten."""
-    left: dict[str, list[str]] = {}
+def _reworded(
+    name: str, first: bytes, renamings: Renamings, *, inside: bool
+) -> tuple[bytes, list[str]]:
+    """A document in the new names, and what is to be said of it."""
+    if not renamings.changed:
+        return first, []
+    mentions = Mentions(renamings)
     try:
-        for place, text in expert_patterns(raw, inside=inside):
-            if not renamings.knows(text):
-                left.setdefault(place, []).append(text)
-    except (ValueError, RecursionError):
-        return []  # no JSON, and nobody's list of modules
+        after = changed_lists(first, mentions.reworded, inside=inside)
+        left = list(expert_patterns(first, inside=inside))
+    except (ValueError, IndexError, RecursionError):
+        return first, []  # no JSON, and nobody's list of modules
+    notes = [f"{name}, `{p}`: {n:,} names of experts renamed" for p, n in mentions.renamed.items()]
+    notes += [
+        f"{name}, `{place}`: {count:,} names added, of experts that a pattern no longer means"
+        for place, count in mentions.added.items()
+    ]
+    notes += [
+        f"{name}, `{place}`: names some experts of a stack only, left as it is"
+        for place in mentions.kept
+    ]
+    unsure = [pair for pair in left if not mentions.settled(*pair)]
+    return after, notes + _left_notes(name, [*mentions.shifted, *unsure])
+
+
+def _left_notes(name: str, pairs: list[tuple[str, str]]) -> list[str]:
+    """What names experts, or may, in a way that is not rewritten."""
+    left: dict[str, list[str]] = {}
+    for place, text in dict.fromkeys(pairs):
+        left.setdefault(place, []).append(text)
     return [
         f"{name}, `{place}`: {quoted(texts[0])}"
         + (f" and {len(texts) - 1:,} more" if texts[1:] else "")

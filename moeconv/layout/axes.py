@@ -116,8 +116,12 @@ def derived(own: Axes, line: Axes) -> Axes:
 
     It keeps its own order; an axis that the layout flattens into a group takes the whole group
     with it (`O` becomes `(G O)`); E and G, where still unplaced, come in front (`E G`), and so
-    does an E that would not be outermost (`K O` beside `(E O) K` is `E K O`).
+    does an E that would not be outermost (`K O` beside `(E O) K` is `E K O`). A grid of one block
+    (`1 1`) is like any grid: G stands where its rows are (`E G 1`).
     """
+    if own.dims == ((), ()) and PAIR in line.letters:
+        rows = derived(Axes(()), line)
+        return Axes((*rows.dims, ()))
     groups = {axis.letter: dim for dim in line.dims for axis in dim}
     first = next((axis.letter for axis in own.flat), "")
     if EXPERT not in (a.letter for a in groups.get(first, ())[:1]):
@@ -142,6 +146,18 @@ def derived(own: Axes, line: Axes) -> Axes:
         if letter in line.letters and letter not in placed
     ]
     return Axes((*front, *dims))
+
+
+@cache
+def shared_by_pair(own: Axes, line: Axes) -> Axes | None:
+    """The axes of a companion that says one thing of gate and up; None where it must be two.
+
+    Only of what is one number: half a list of rows is a list of rows, half a shape is none.
+    """
+    if own.letters or PAIR not in line.letters:
+        return None
+    dims = (tuple(a for a in dim if a.letter != PAIR) for dim in line.dims)
+    return derived(own, Axes(tuple(dims)))
 
 
 def _without_expert(dim: tuple[Axis, ...]) -> tuple[Axis, ...]:

@@ -39,11 +39,11 @@ def completeness(
     """
     problems: list[MoeconvError] = []
     ids = _expert_ids(found, layout)
-    for line in layout.lines:
+    for line in layout.weight_lines:
         weights = found.weights(line.template)
         if not weights and not ids:
             problems.append(_no_line(stack, found, line))
-    if layout.per_expert and ids:
+    if layout.numbered and ids:
         gaps = _gaps(stack, found, ids, experts)
         problems += gaps
         # an id out of range makes every other expert look incomplete: say the one thing
@@ -146,7 +146,7 @@ def _missing_weights(
     stack: str, found: Found, layout: Layout, ids: list[int], experts: int | None
 ) -> list[MoeconvError]:
     problems: list[MoeconvError] = []
-    for line in layout.lines:
+    for line in layout.weight_lines:
         weights = found.weights(line.template)
         # where the companions are there and the weight is not, `_companions` says it better
         lacking = [i for i in ids if i not in weights and not _companion_of(found, line, i)]
@@ -180,7 +180,7 @@ def _companion_of(found: Found, line: Line, expert: int) -> bool:
 def _companions(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
     problems: list[MoeconvError] = []
     for (template, component), tensors in found.tensors.items():
-        known = template in (line.template for line in layout.lines)
+        known = template in (line.template for line in layout.weight_lines)
         if component in found.recipe.weights or not known:
             continue
         weights = found.weights(template)
@@ -240,14 +240,7 @@ def _pairs(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
     of the same dtype with scales here and none there are a file that lost some; so are biases.
     """
     problems: list[MoeconvError] = []
-    held = {
-        line.projections: {
-            c: next(iter(t.values()))
-            for (tpl, c), t in found.tensors.items()
-            if tpl == line.template
-        }
-        for line in layout.lines
-    }
+    held = {line.projections: _first_of(found, line, layout) for line in layout.weight_lines}
     kinds = {p: [c for c in found.recipe.weights if c in held[p]] for p in held}
     weights = {p: held[p][kinds[p][0]] for p in held if kinds[p]}
     two = _two_kinds(stack, found, kinds, held)
@@ -281,6 +274,13 @@ def _pairs(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
             )
             lost.setdefault((component, lacks), problem)
     return [*problems, *lost.values()]
+
+
+def _first_of(found: Found, line: Line, layout: Layout) -> dict[str, StoredTensor]:
+    """A tensor of each component of a line's projections, wherever the layout stores it."""
+    of = [ln for ln in layout.lines if set(line.projections) <= set(ln.projections)]
+    templates = {ln.template for ln in of}
+    return {c: next(iter(t.values())) for (tpl, c), t in found.tensors.items() if tpl in templates}
 
 
 def _two_kinds(

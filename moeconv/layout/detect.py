@@ -25,10 +25,11 @@ from moeconv.layout.layers import bare_stacks, lost_stacks, unequal_stacks
 from moeconv.layout.match import Found, collect
 from moeconv.layout.ranges import in_ranges, no_range
 from moeconv.layout.readings import Reading, granule_names, readings
-from moeconv.layout.recipe import Layout, Recipe
+from moeconv.layout.recipe import COMPANIONS, WEIGHTS, Layout, Recipe
+from moeconv.layout.said import against_config, lookup, said_sizes, states_experts
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.manifest import StackEntry
-from moeconv.names import natural_key, printable
+from moeconv.names import natural_key
 from moeconv.units import counted
 
 
@@ -99,7 +100,9 @@ def detect(
             damaged.append(name)
     problems += lost_stacks(stacks, others, collected)
     if known is None:
-        told = (s.name for s in stacks if s.recipe.varying or _lookup_experts(s, config))
+        told = (
+            s.name for s in stacks if s.recipe.varying or states_experts(s.name, s.recipe, config)
+        )
         problems += unequal_stacks(stacks, frozenset(told))
         problems += bare_stacks(stacks)
     return Detection(
@@ -122,11 +125,6 @@ def _said_of_passed(passed: dict[str, Found]) -> Iterator[str]:
             f"{counted(count, 'stack')} with {quoted(component)}: copied through as they are, "
             "this format cannot be rearranged"
         )
-
-
-def _lookup_experts(stack: Stack, config: Config) -> bool:
-    """Whether config.json states the number of experts (a list states one for each layer)."""
-    return _lookup(config, stack.recipe, stack.name, stack.recipe.config.experts) is not None
 
 
 def _unknown_from_layout(name: str, recipes: tuple[Recipe, ...]) -> list[MoeconvError]:
@@ -168,12 +166,12 @@ def _judge(
         return [candidates]
     wanted = known.layout if known else from_layout
     candidates = [c for c in candidates if c.name == wanted] or candidates
-    said = _from_manifest(known) if known else _said(name, found.recipe, config)
+    said = _from_manifest(known) if known else said_sizes(name, found.recipe, config)
     problems = completeness(name, found, candidates[0], experts=said.get("experts"))
     if problems:
         return problems
     granules, unsaid = _granules(name, found, candidates, config)
-    count = _count(found) if candidates[0].per_expert else None
+    count = _count(found) if candidates[0].numbered else None
     fits = [(c, *_first_fit(found, c, granules, count, said)) for c in candidates]
     survivors = [(layout, reading, f.sizes) for layout, reading, f in fits if f.sizes is not None]
     if not survivors and unsaid is not None:
@@ -186,7 +184,7 @@ def _judge(
     if known and sizes_of(known) != (sizes.experts, sizes.width, sizes.hidden):
         return [_against_manifest(name, known, sizes)]
     held = {"experts": sizes.experts, "width": sizes.width, "hidden": sizes.hidden}
-    problems = [] if known else _against_config(name, found.recipe, held, config)
+    problems = [] if known else against_config(name, found.recipe, held, config)
     return problems or _stack(name, found, layout, sizes, granules, reading)
 
 
@@ -204,11 +202,11 @@ def _judge_passed(name: str, found: Found, config: Config) -> list[MoeconvError]
     candidates = _candidates(name, found)
     if isinstance(candidates, MoeconvError):
         return [candidates]
-    said = _said(name, found.recipe, config).get("experts")
+    said = said_sizes(name, found.recipe, config).get("experts")
     problems = completeness(name, found, candidates[0], experts=said)
     if problems or not candidates[0].per_expert:
         return problems
-    return _against_config(name, found.recipe, {"experts": _count(found)}, config)
+    return against_config(name, found.recipe, {"experts": _count(found)}, config)
 
 
 def _first_fit(
@@ -256,17 +254,13 @@ def _unknown(name: str, found: Found) -> MoeconvError:
 
 def _by_names(found: Found) -> list[Layout] | MoeconvError:
     present = found.templates()
-    layouts = [
-        layout
-        for layout in found.recipe.layouts
-        if present <= {line.template for line in layout.lines}
-    ]
+    layouts = [layout for layout in found.recipe.layouts if _names_fit(found, layout)]
     if layouts:
         return layouts
     touched = [
         layout
         for layout in found.recipe.layouts
-        if present & {line.template for line in layout.lines}
+        if present & {line.template for line in layout.lines} and not layout.in_parts
     ]
     samples = {
         template: next(iter(tensors.values()))
@@ -280,71 +274,26 @@ def _by_names(found: Found) -> list[Layout] | MoeconvError:
     )
 
 
+def _names_fit(found: Found, layout: Layout) -> bool:
+    """Whether all names are of a layout; of one in parts, both parts must be there."""
+    present = set(found.tensors)
+    if not layout.in_parts:
+        return found.templates() <= {line.template for line in layout.lines}
+    parts = [
+        {
+            (ln.template, c.name)
+            for ln in layout.lines
+            if ln.part == p
+            for c in found.recipe.components
+            if ln.holds(c)
+        }
+        for p in (WEIGHTS, COMPANIONS)
+    ]
+    return present <= parts[0] | parts[1] and all(present & part for part in parts)
+
+
 def _count(found: Found) -> int:
     return 1 + max(expert for tensors in found.tensors.values() for expert in tensors)
-
-
-def _lookup(
-    config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...]
-) -> tuple[str, object] | None:
-    return next(iter(_lookups(config, recipe, stack, paths)), None)
-
-
-def _lookups(
-    config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...]
-) -> list[tuple[str, object]]:
-    """All of these keys that are there, in the first section that has any of them."""
-    for section in recipe.config.sections_of(stack):
-        full = (recipe.config.path(section, path) for path in paths)
-        hits: list[tuple[str, object]] = [
-            (key, value) for key in full if (value := config.at(key)) is not None
-        ]
-        if hits:
-            return hits
-    return []
-
-
-def _keys(recipe: Recipe) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    keys = recipe.config
-    return (("experts", keys.experts), ("width", keys.width), ("hidden", keys.hidden))
-
-
-def _said(stack: str, recipe: Recipe, config: Config) -> dict[str, int]:
-    """The sizes that config.json says for this stack; lists (a size a layer) say nothing."""
-    out = {}
-    for what, paths in _keys(recipe):
-        hit = _lookup(config, recipe, stack, paths)
-        if hit is not None and type(hit[1]) is int and hit[1] > 0:
-            out[what] = hit[1]
-    return out
-
-
-def _against_config(
-    stack: str, recipe: Recipe, held: dict[str, int], config: Config
-) -> list[MoeconvError]:
-    words = {"experts": "experts", "width": "rows in gate and up", "hidden": "inputs to an expert"}
-    problems: list[MoeconvError] = []
-    for what, paths in _keys(recipe):
-        hits = _lookups(config, recipe, stack, paths)
-        # one model has one number of experts; the keys of its widths mean different things
-        for key, said in hits if what == "experts" else hits[:1]:
-            # a list has a size for each layer, and which one is this layer's is not known here
-            if what not in held or isinstance(said, list | dict) or _same(said, held[what]):
-                continue
-            problems.append(
-                ConfigMismatch(
-                    f"config.json and the tensors of {quoted(stack)} disagree on the {what}",
-                    at=f"config.json, key {quoted(key)}",
-                    cause=f"config.json says {printable(str(said))}, "
-                    f"the tensors have {held[what]} {words[what]}",
-                    fix="use the config.json that belongs to these tensors",
-                )
-            )
-    return problems
-
-
-def _same(said: object, held: int) -> bool:
-    return type(said) is int and said == held
 
 
 def _granules(
@@ -357,7 +306,7 @@ def _granules(
     for name, owner in sorted(granule_names(found, layouts).items()):
         key, _, index = name.partition(".")
         full = tuple(f"{p}.{index}" if index else p for p in paths[key])
-        hit = _lookup(config, found.recipe, stack, full)
+        hit = lookup(config, found.recipe, stack, full)
         if hit is None or type(hit[1]) is not int or hit[1] < 1:
             unsaid = unsaid or ConfigMismatch(
                 f"{quoted(stack)} has {quoted(owner)} tensors, "

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Final
 
 from moeconv.checkpoint.config import Config
 from moeconv.errors import ConfigMismatch, NoExperts, Unsupported, quoted
+from moeconv.layout.said import layers_said
 from moeconv.layout.stack import Stack
 from moeconv.placement.placement import Layers, kind_and_layer
 from moeconv.placement.words import spans
-
-_LAYER_COUNTS: Final = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 
 def main_kind(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
@@ -73,8 +71,6 @@ def _hidden(main: dict[int, Stack], config: Config) -> int | None:
     """The number of layers that config.json says, in the section of these stacks."""
     stack = next(iter(main.values()))
     for section in stack.recipe.config.sections_of(stack.name):
-        for key in _LAYER_COUNTS:
-            value = config.at(stack.recipe.config.path(section, key))
-            if type(value) is int and value > 0:
-                return value
+        if said := layers_said(config, stack.recipe, section):
+            return said
     return None

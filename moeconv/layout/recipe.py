@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
-from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, derived, recounted
+from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, derived, recounted, shared_by_pair
 
 GATE: Final = "gate"
 UP: Final = "up"
 DOWN: Final = "down"
 WEIGHT: Final = "weight"
+WEIGHTS: Final = "weights"
+COMPANIONS: Final = "companions"
+HALF_APART: Final = "half-apart"
 SUFFIX: Final = "{suffix}"
 PARAMETER: Final = "{parameter}"
 _COMPONENT_HOLES: Final = ("{component}", PARAMETER, SUFFIX)
@@ -59,6 +62,7 @@ class Line:
     overrides: axes of components that do not follow from the weight's; of several, the first is
     written and all are read.
     first: the number in the names of expert 0, where a stack takes a range of ids.
+    part: where a layout stores weights and companions under different names, which these are.
     """
 
     projections: tuple[str, ...]
@@ -66,6 +70,11 @@ class Line:
     axes: Axes
     overrides: tuple[tuple[str, tuple[Axes, ...]], ...] = ()
     first: int = 0
+    part: str = ""
+
+    def holds(self, component: Component) -> bool:
+        """Whether tensors of a component are stored in this line."""
+        return self.part == "" or (self.part == WEIGHTS) == component.weight
 
     @property
     def per_expert(self) -> bool:
@@ -124,11 +133,17 @@ class Line:
 def forms_of(
     line: Axes, own: Axes, listed: tuple[Axes, ...], *, is_weight: bool
 ) -> tuple[Axes, ...]:
-    """The axes that a component with `own` may have beside a weight of axes `line`."""
+    """The axes that a component with `own` may have beside a weight of axes `line`.
+
+    The first is written. One number for gate and up is read as well, from files that have it so.
+    """
     if is_weight:
         return (recounted(line, own),)
     fitting = tuple(axes for axes in listed if matrix_axes(axes) == set(own.flat))
-    return fitting or (derived(own, line),)
+    if fitting:
+        return fitting
+    shared = shared_by_pair(own, line)
+    return (derived(own, line), *([] if shared is None else [shared]))
 
 
 def matrix_axes(axes: Axes) -> set[object]:
@@ -154,9 +169,39 @@ class Layout:
         return all(line.per_expert for line in self.lines)
 
     @property
+    def numbered(self) -> bool:
+        """Whether there are names that say which expert a tensor is of."""
+        return any(line.per_expert for line in self.lines)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether weights and companions are stored under different names."""
+        return any(line.part for line in self.lines)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it is only ever read: some program's mistake."""
+        return self.square is not None or self.in_parts
+
+    @property
+    def weight_lines(self) -> tuple[Line, ...]:
+        """The lines that store weights."""
+        return tuple(line for line in self.lines if line.part != COMPANIONS)
+
+    @property
     def projections(self) -> tuple[str, ...]:
         """All projections, in the order of the lines."""
-        return tuple(p for line in self.lines for p in line.projections)
+        return tuple(dict.fromkeys(p for line in self.lines for p in line.projections))
+
+
+def half_apart(alone: Layout, fused: Layout) -> Layout:
+    """Weights expert by expert, their companions fused.
+
+    So transformers saves fp8 experts that it holds fused: it takes apart what it joined.
+    """
+    weights = (replace(line, part=WEIGHTS) for line in alone.lines)
+    companions = (replace(line, part=COMPANIONS) for line in fused.lines)
+    return Layout(HALF_APART, (*weights, *companions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +210,8 @@ class ConfigKeys:
 
     sections: for stacks whose name starts with the key, the objects of config.json to look in.
     granules: name -> dotted path of a granule.
+    layers: for stacks whose name starts with the key, where a size of one layer is said: paths
+    with `{layer}` and `{key}`.
     """
 
     experts: tuple[str, ...] = ()
@@ -172,6 +219,7 @@ class ConfigKeys:
     hidden: tuple[str, ...] = ()
     granules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     sections: tuple[tuple[str, tuple[str, ...]], ...] = (("", ("",)),)
+    layers: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @staticmethod
     def path(section: str, key: str) -> str:
@@ -180,8 +228,22 @@ class ConfigKeys:
 
     def sections_of(self, stack: str) -> tuple[str, ...]:
         """The sections for a stack: those of the longest matching prefix."""
-        fitting = [(p, s) for p, s in self.sections if stack.startswith(p)]
-        return max(fitting, key=lambda item: len(item[0]))[1] if fitting else ("",)
+        return _longest(self.sections, stack)[1] or ("",)
+
+    def layers_of(self, stack: str) -> tuple[str, ...]:
+        """The paths to sizes of a stack's layer alone."""
+        prefix, paths = _longest(self.layers, stack)
+        # the layers of MTP count from 0 again: what is said of the main ones is not of them
+        again = any(word.startswith("mtp") for word in stack.split("."))
+        return () if again and not prefix else paths
+
+
+def _longest(
+    by_prefix: tuple[tuple[str, tuple[str, ...]], ...], stack: str
+) -> tuple[str, tuple[str, ...]]:
+    """The longest prefix that a stack's name has, with what belongs to it."""
+    fitting = [item for item in by_prefix if stack.startswith(item[0])]
+    return max(fitting, key=lambda item: len(item[0]), default=("", ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, AxesSyntax, parse_a
 from moeconv.layout.recipe import (
     DOWN,
     GATE,
+    HALF_APART,
     UP,
     WEIGHT,
     Component,
@@ -21,6 +22,7 @@ from moeconv.layout.recipe import (
     Line,
     Recipe,
     forms_of,
+    half_apart,
     matrix_axes,
 )
 from moeconv.schema import Problems, Table
@@ -47,6 +49,7 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
     top = Table(doc, "", problems)
     components = _components(top.table("components"))
     layouts = _layouts(top.table("layouts"), components)
+    fuse, unfuse = top.optional_text("fuse"), top.optional_text("unfuse")
     recipe = Recipe(
         name=_name(top, "name"),
         title=top.text("title", default=""),
@@ -54,10 +57,10 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
         architectures=top.texts("architectures", default=()),
         stacks=_stacks(top),
         config=_config(top.table("config")),
-        layouts=layouts,
+        layouts=(*layouts, *_half_apart(layouts, fuse, unfuse)),
         components=components,
-        fuse=top.optional_text("fuse"),
-        unfuse=top.optional_text("unfuse"),
+        fuse=fuse,
+        unfuse=unfuse,
         toml=text,
         passed=_passed(top.table("passed")) if top.has("passed") else (),
         varying=top.flag("varying"),
@@ -69,6 +72,15 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
     if problems.found:
         raise _refuse(where, problems.found)
     return recipe
+
+
+def _half_apart(layouts: tuple[Layout, ...], fuse: str | None, unfuse: str | None) -> list[Layout]:
+    """The mixture of the two layouts that transformers may save, if it is one."""
+    by_name = {layout.name: layout for layout in layouts}
+    fused, alone = by_name.get(fuse or ""), by_name.get(unfuse or "")
+    if not fused or not alone or fused.numbered or not alone.per_expert or HALF_APART in by_name:
+        return []
+    return [half_apart(alone, fused)]
 
 
 def _refuse(where: str, found: list[str]) -> BadRecipe:
@@ -270,6 +282,7 @@ def _check_layout(entry: Table, lines: list[Line], square: str | None) -> None:
 def _config(table: Table) -> ConfigKeys:
     granules = table.table("granules") if table.has("granules") else None
     sections = table.table("sections") if table.has("sections") else None
+    layers = table.table("layers") if table.has("layers") else None
     keys = ConfigKeys(
         experts=table.texts("experts", default=()),
         width=table.texts("width", default=()),
@@ -278,8 +291,13 @@ def _config(table: Table) -> ConfigKeys:
         sections=tuple((k, sections.texts(k)) for k in sections.names())
         if sections
         else (("", ("",)),),
+        layers=tuple((k, layers.texts(k, default=())) for k in layers.names()) if layers else (),
     )
-    for inner in (granules, sections):
+    for prefix, paths in keys.layers:
+        for path in paths:
+            if sorted(_HOLES.findall(path)) != ["key", "layer"]:
+                table.problem(f"layers.{prefix}", "must hold `{layer}` and `{key}`, each once")
+    for inner in (granules, sections, layers):
         if inner:
             inner.finish()
     table.finish()

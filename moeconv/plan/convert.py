@@ -101,8 +101,8 @@ def target_of(stack: Stack, verb: str, layout: str | None) -> Layout:
             fix="`--layout per-expert` writes them all the same",
         )
     target = recipe.layout(name)
-    if target is None or target.square is not None:
-        names = [la.name for la in recipe.layouts if la.square is None]
+    if target is None or target.read_only:
+        names = [la.name for la in recipe.layouts if not la.read_only]
         raise UnknownLayout(
             f"recipe {quoted(recipe.name)} has no layout {quoted(name)} to write",
             at=quoted(stack.name),
@@ -112,7 +112,7 @@ def target_of(stack: Stack, verb: str, layout: str | None) -> Layout:
     reason = _unwritable(stack, target)
     if reason is None:
         return target
-    others = [la.name for la in recipe.layouts if la.square is None and not _unwritable(stack, la)]
+    others = [la.name for la in recipe.layouts if not la.read_only and not _unwritable(stack, la)]
     raise UnknownLayout(
         f"layout {quoted(target.name)} is not for the experts of {quoted(stack.name)}",
         at=quoted(stack.name),

@@ -126,7 +126,7 @@ def kinds_of(
 ) -> Iterator[Kind]:
     """What a stack stores in a layout: each line with each component. Raises StraddlingBlock."""
     for line in layout.lines:
-        for name in (c.name for c in stack.recipe.components):
+        for name in (c.name for c in stack.recipe.components if line.holds(c)):
             member = stack.member(line.projections[0], name)
             if member is None:
                 continue
@@ -176,7 +176,11 @@ def fates(
     for member in stack.members:
         component = member.component
         many = numbers if numbers is not None and component.name in replicated else own
-        lines = [ln for ln in layout.lines if set(member.line.projections) & set(ln.projections)]
+        lines = [
+            ln
+            for ln in layout.lines
+            if set(member.line.projections) & set(ln.projections) and ln.holds(component)
+        ]
         held = experts_read(member, stack.sizes.experts)
         shared = any(_shares(stack, line, component) for line in lines)
         for tensor, experts in zip(member.tensors, held, strict=True):

@@ -102,6 +102,7 @@ def test_the_same_stack_in_both_layouts(src: Path, out: Path):
         f"{STACK}.gate_up_proj",
         "`per-expert`, `fused`",
         "two layouts",
+        "keep one of the two",
         src=src,
         out=out,
     )

@@ -157,6 +157,14 @@ def test_a_granule_that_config_does_not_name():
     _refused(_with("[config.granules]\nblock", "[config.granules]\nblok"), "lacks `block.0`")
 
 
+@pytest.mark.parametrize(
+    "path", ["x.{layer}", "{key}", "{key}.{layer}.{layer}", "{key}.{layer}.{x}"]
+)
+def test_where_a_size_of_one_layer_is_said_takes_both_holes(path: str):
+    bad = f'[config.layers]\n"mtp." = ["{path}"]\n\n[config.granules]'
+    _refused(_with("[config.granules]", bad), "layers.mtp.", "`{layer}` and `{key}`")
+
+
 # --- axes --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("axes", "fact"),

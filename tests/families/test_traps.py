@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api import Result
 from moeconv.errors import (
     AmbiguousLayout,
     ConfigMismatch,
@@ -18,20 +17,11 @@ from moeconv.errors import (
     UnknownFamily,
 )
 from tests.cli import run
+from tests.families.plain import QWEN, planned
 from tests.helpers import Spec, read_tensors, tree_sha256, write_checkpoint
 from tests.phantoms import Shape, phantom, rows
 
-QWEN = """model.layers.0.mlp.experts.{0-11}.gate_proj.weight BF16 8,16
-model.layers.0.mlp.experts.{0-11}.up_proj.weight BF16 8,16
-model.layers.0.mlp.experts.{0-11}.down_proj.weight BF16 16,8
-model.layers.0.mlp.gate.weight BF16 12,16"""
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 12, "hidden_size": 16}
-
-
-def planned(tmp_path: Path, text: str, config: dict[str, object]) -> Result:
-    """A dry run of fusing a phantom."""
-    src = phantom(tmp_path / "src", rows(text), config)
-    return moeconv.fuse(src, tmp_path / "out", dry_run=True)
 
 
 def test_where_config_json_says_another_family_the_names_win(tmp_path: Path):
@@ -230,6 +220,23 @@ mtp.layers.0.mixer.experts.{0-1}.down_proj.weight BF16 16,8"""
     assert [s.experts for s in result.plan.stacks] == [4, 2]
     with pytest.raises(ConfigMismatch, match="mtp_n_routed_experts"):
         planned(tmp_path / "lying", text, config | {"mtp_n_routed_experts": 3})
+
+
+def test_fused_text_of_dots3_is_not_taken_for_vision(tmp_path: Path):
+    """The fused names of both are alike; per expert they are not."""
+    text = "".join(
+        f"model.{name}.1.mlp.experts.gate_up_proj BF16 4,16,16\n"
+        f"model.{name}.1.mlp.experts.down_proj BF16 4,16,8\n"
+        for name in ("language_model.layers", "vision_tower.blocks")
+    )
+    src = phantom(tmp_path / "src", rows(text), {"model_type": "dots3_note"})
+    moeconv.unfuse(src, tmp_path / "out")
+    kinds = {"language_model": "gate_proj", "vision_tower": "fc1"}
+    made = read_tensors(tmp_path / "out")
+    for name, first in kinds.items():
+        projections = {n.split(".")[-2] for n in made if name in n}
+        assert first in projections
+        assert len(projections) == 3
 
 
 def test_the_number_of_experts_may_stand_under_llm_config(tmp_path: Path):

@@ -15,6 +15,7 @@ from moeconv.layout.axes import (
     derived,
     geometry,
     parse_axes,
+    shared_by_pair,
 )
 from tests.reference import arranged
 
@@ -117,6 +118,11 @@ def test_axes_of_size_one_do_not_break_a_run():
         ("1", "E (G O) K", "E G 1"),
         ("K", "E (G O) K", "E G K"),
         ("s", "E (G O) K", "E G s"),
+        # a grid of one block is a grid: G stands where its rows are
+        ("1 1", "E (G O) K", "E G 1"),
+        ("1 1", "E K (O G)", "E G 1"),
+        ("1 1", "(E O) K", "E 1 1"),
+        ("1 1", "O K", "1 1"),
         # without G, E alone
         ("O", "E O K", "E O"),
         ("", "E O K", "E"),
@@ -142,6 +148,26 @@ def test_axes_of_size_one_do_not_break_a_run():
 )
 def test_companions_follow_the_weight(own: str, line: str, expected: str):
     assert str(derived(parse_axes(own), parse_axes(line))) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "line", "expected"),
+    [
+        ("", "E (G O) K", "E"),
+        ("1", "E (G O) K", "E 1"),
+        ("1 1", "E (G O) K", "E 1 1"),
+        ("1 1", "E K (O G)", "E 1 1"),
+        # one matrix has nothing to share
+        ("", "E O K", "None"),
+        ("1 1", "O K", "None"),
+        # what may say something else of the two together: a shape, an order, rows
+        ("s", "E (G O) K", "None"),
+        ("K", "E (G O) K", "None"),
+        ("O", "E (G O) K", "None"),
+    ],
+)
+def test_one_number_for_gate_and_up(own: str, line: str, expected: str):
+    assert str(shared_by_pair(parse_axes(own), parse_axes(line))) == expected
 
 
 def test_parts_of_a_group_that_a_companion_lacks_stay_away():

@@ -1,0 +1,120 @@
+"""What config.json says of a stack's sizes, for all layers or for one, and where it lies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final
+
+from moeconv.checkpoint.config import Config
+from moeconv.errors import ConfigMismatch, MoeconvError, quoted
+from moeconv.layout.recipe import Recipe
+from moeconv.names import printable
+
+LAYER_COUNTS: Final = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
+
+_Hit = tuple[str, object]  # a key, and what it says
+
+
+def lookup(config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...]) -> _Hit | None:
+    """The first of these keys that is there, in the first section for the stack that has any."""
+    for section in recipe.config.sections_of(stack):
+        if hits := _in_section(config, recipe, section, paths):
+            return hits[0]
+    return None
+
+
+def layers_said(config: Config, recipe: Recipe, section: str) -> int | None:
+    """The number of layers in a section."""
+    for _, value in _in_section(config, recipe, section, LAYER_COUNTS):
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def states_experts(stack: str, recipe: Recipe, config: Config) -> bool:
+    """Whether config.json states the number of experts (a list states one for each layer)."""
+    return bool(_sizes(config, recipe, stack, recipe.config.experts))
+
+
+def said_sizes(stack: str, recipe: Recipe, config: Config) -> dict[str, int]:
+    """The sizes that config.json says for this stack."""
+    out = {}
+    for what, paths in _keys(recipe):
+        hits = _sizes(config, recipe, stack, paths)
+        if hits and type(value := hits[0][1]) is int and value > 0:
+            out[what] = value
+    return out
+
+
+def against_config(
+    stack: str, recipe: Recipe, held: dict[str, int], config: Config
+) -> list[MoeconvError]:
+    """Where the sizes that the tensors have are not those of config.json."""
+    words = {"experts": "experts", "width": "rows in gate and up", "hidden": "inputs to an expert"}
+    problems: list[MoeconvError] = []
+    for what, paths in _keys(recipe):
+        hits = _sizes(config, recipe, stack, paths)
+        # one model has one number of experts; the keys of its widths mean different things
+        for key, said in hits if what == "experts" else hits[:1]:
+            # a list that is not one of layers says something of another kind
+            if what not in held or isinstance(said, list | dict) or _same(said, held[what]):
+                continue
+            problems.append(
+                ConfigMismatch(
+                    f"config.json and the tensors of {quoted(stack)} disagree on the {what}",
+                    at=f"config.json, key {quoted(key)}",
+                    cause=f"config.json says {printable(str(said))}, "
+                    f"the tensors have {held[what]} {words[what]}",
+                    fix="use the config.json that belongs to these tensors",
+                )
+            )
+    return problems
+
+
+def _keys(recipe: Recipe) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    keys = recipe.config
+    return (("experts", keys.experts), ("width", keys.width), ("hidden", keys.hidden))
+
+
+def _same(said: object, held: int) -> bool:
+    return type(said) is int and said == held
+
+
+def _in_section(config: Config, recipe: Recipe, section: str, paths: tuple[str, ...]) -> list[_Hit]:
+    full = (recipe.config.path(section, path) for path in paths)
+    return [(key, value) for key in full if (value := config.at(key)) is not None]
+
+
+def _sizes(config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...]) -> list[_Hit]:
+    """All of these keys that are there, in the first section that has any of them.
+
+    What is said of the one layer is what counts: beside it the rest is a default.
+    """
+    for section in recipe.config.sections_of(stack):
+        hits = list(_of_layer(config, recipe, section, stack, paths))
+        if hits or (hits := _in_section(config, recipe, section, paths)):
+            return hits
+    return []
+
+
+def _of_layer(
+    config: Config, recipe: Recipe, section: str, stack: str, paths: tuple[str, ...]
+) -> Iterator[_Hit]:
+    number = _NUMBER.search(stack)
+    for path in paths if number else ():
+        for form in recipe.config.layers_of(stack):
+            key = recipe.config.path(section, form.replace("{key}", path))
+            owner, _, rest = key.partition(".{layer}")
+            full = f"{owner}.{number[1] if number else ''}{rest}"
+            value = config.at(full)
+            # a bare list may be of anything, of two kinds of experts for example
+            listed = rest or _of_layers(config.at(owner), config, recipe, section)
+            if value is not None and listed:
+                yield full, value
+
+
+def _of_layers(owner: object, config: Config, recipe: Recipe, section: str) -> bool:
+    """Whether it is a list with an item for each layer."""
+    return isinstance(owner, list) and len(owner) == layers_said(config, recipe, section)
