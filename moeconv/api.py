@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -348,17 +348,19 @@ def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
         return Result(source, out, plan, room, Manifest(read_root(place), ()), dry_run=False)
     meter = Meter(0 if plan.virtual else plan.tensor_bytes, run.progress)
     methods = Methods(place)
-    manifest = commit(
-        plan,
-        checkpoint,
-        place,
-        limits=Limits(run.jobs or default_jobs(), run.max_memory),
-        methods=methods,
-        overwrite=run.overwrite,
-        resume=run.resume,
-        later=run.digests == LATER,
-        progress=meter.advance,
-    )
+    # a virtual set is all documents; one that copies may take hours, and others need the collector
+    with uncollected() if plan.virtual else nullcontext():
+        manifest = commit(
+            plan,
+            checkpoint,
+            place,
+            limits=Limits(run.jobs or default_jobs(), run.max_memory),
+            methods=methods,
+            overwrite=run.overwrite,
+            resume=run.resume,
+            later=run.digests == LATER,
+            progress=meter.advance,
+        )
     if manifest is not None:
         said = unequal_notes(source.detection.stacks, manifest)
         plan = replace(plan, notes=(*plan.notes, *said))

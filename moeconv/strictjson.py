@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from typing import NoReturn
 
 from moeconv.errors import BadJson, DuplicateKey, quoted
@@ -12,7 +11,8 @@ from moeconv.jsonvalue import Json
 
 MAX_INTEGER = 2**63 - 1
 # every integer of fewer digits lies within, and the parser's own way is many times as fast
-_LONG = re.compile(rb"[0-9]{19}")
+_LONG = b"0" * 19
+_DIGITS = bytes(b"0"[0] if chr(byte).isdecimal() and byte < 128 else 32 for byte in range(256))
 
 
 class _Duplicate(Exception):
@@ -67,13 +67,14 @@ def loads(data: bytes, *, where: str, floats: bool = True, constants: bool = Fal
     of up to 400 digits pass (config.json files of real models carry them).
     Raises DuplicateKey, BadJson; both name `where`.
     """
+    may_be_long = _LONG in data.translate(_DIGITS)
     try:
         text = data.decode("utf-8")
         doc: Json = json.loads(
             text,
             object_pairs_hook=_unique,
             parse_constant=float if constants else _no_constant,
-            parse_int=(_any_int if constants else _bounded_int) if _LONG.search(data) else None,
+            parse_int=(_any_int if constants else _bounded_int) if may_be_long else None,
             parse_float=_float if floats else _no_float,
         )
     except _Duplicate as problem:

@@ -158,6 +158,17 @@ def test_a_virtual_set_of_kimi_k2(tmp_path: Path) -> None:
     assert proof["ok"]
 
 
+def test_dry_run_of_kimi_k3(tmp_path: Path) -> None:
+    """497,220 tensors, the most of any published model."""
+    write_phantom(tmp_path / "kimi", "kimi-k3")
+    options = ("-o", str(tmp_path / "out"), "--dry-run", "--json")
+    doc, peak = measured("fuse", str(tmp_path / "kimi"), *options)
+    source = doc["source"]
+    assert isinstance(source, dict)
+    assert source["tensors"] == 497_220
+    assert peak < 2 * GIB
+
+
 def test_the_bound_on_memory_holds_for_ten_times_as_much(tmp_path: Path) -> None:
     """Every matrix is turned, by more workers than the bound has room for at once."""
     shapes = {"gate": (1024, 2560), "up": (1024, 2560), "down": (2560, 1024)}  # 5.2 MB each

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import quoted
@@ -104,6 +105,9 @@ class _Matcher:
         return _Rest("", "", SHARED) if self._stem.match(rest) else None
 
 
+_Hit: TypeAlias = tuple[_Matcher, tuple[str, _Rest]]
+
+
 def collect(
     tensors: Iterable[StoredTensor],
     recipes: tuple[Recipe, ...],
@@ -122,15 +126,20 @@ def collect(
     others: list[StoredTensor] = []
     for tensor in tensors:
         hits = [(m, hit) for m in matchers if (hit := m.split(tensor.name))]
-        owned = [(m, hit) for m, hit in hits if owners.get(hit[0]) == m.recipe.name]
-        known = next(((m, hit) for m, hit in (*owned, *hits) if hit[1].template), None)
-        matcher, (stack, rest) = known or (hits[0] if hits else (None, ("", _Rest("", "", SHARED))))
-        if matcher is None:
+        if not hits:
             others.append(tensor)
             continue
-        found = stacks.setdefault(stack, Found(matcher.recipe, files))
+        matcher, (stack, rest) = hits[0] if len(hits) == 1 else _owner(hits, owners)
+        found = stacks.get(stack)
+        if found is None:
+            found = stacks[stack] = Found(matcher.recipe, files)
         if rest.template:
             found.tensors.setdefault((rest.template, rest.component), {})[rest.expert] = tensor
         else:
             found.unknown.append(tensor)
     return stacks, tuple(others)
+
+
+def _owner(hits: list[_Hit], owners: dict[str, str]) -> _Hit:
+    owned = [(m, hit) for m, hit in hits if owners.get(hit[0]) == m.recipe.name]
+    return next(((m, hit) for m, hit in (*owned, *hits) if hit[1].template), hits[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
@@ -83,12 +84,18 @@ class Line:
 
     def name(self, stack: str, component: Component, expert: int | None) -> str:
         """The tensor's name."""
-        rest = (
-            self.template.replace(self.hole, self.word(component)) if self.hole else self.template
-        )
-        if expert is not None:
-            rest = rest.replace("{expert}", str(self.first + expert))
-        return stack + rest.removeprefix("{stack}")
+        return self.namer(stack, component)(expert)
+
+    def namer(self, stack: str, component: Component) -> Callable[[int | None], str]:
+        """`name` for many experts: what they share is put together once."""
+        hole = self.hole
+        rest = self.template.replace(hole, self.word(component)) if hole else self.template
+        text = stack + rest.removeprefix("{stack}")
+        head, there, tail = text.partition("{expert}")
+        if not there:
+            return lambda _: text
+        first = self.first
+        return lambda expert: text if expert is None else f"{head}{first + expert}{tail}"
 
     @property
     def hole(self) -> str:

@@ -181,24 +181,25 @@ def fates(
             for ln in layout.lines
             if set(member.line.projections) & set(ln.projections) and ln.holds(component)
         ]
+        named = [(ln.namer(stack.name, component), ln.per_expert) for ln in lines]
         held = experts_read(member, stack.sizes.experts)
-        shared = any(_shares(stack, line, component) for line in lines)
+        usual = _verb(stack.layout, layout)
+        if usual == "copied" and not member.line.per_expert:
+            usual = "merged" if member.places else "sliced" if many is not own else usual
+        if any(_shares(stack, line, component) for line in lines):
+            usual = "shared"
+        nbytes = matrix_bytes(member) * len(member.line.projections)
         for tensor, experts in zip(member.tensors, held, strict=True):
-            into = dict.fromkeys(
-                line.name(stack.name, component, n if line.per_expert else None)
-                for line in lines
-                for n in (
-                    chain.from_iterable(many[e] for e in experts) if line.per_expert else (0,)
-                )
-            )
-            verb = "replica" if not experts else _verb(stack.layout, layout)
-            if verb == "copied" and not member.line.per_expert:
-                verb = "merged" if member.places else "sliced" if many is not own else verb
-            if experts and shared:
-                verb = "shared"
+            # one with no expert of its own says the same as another that is read
+            verb = usual if experts else "replica"
+            into: dict[str, None] = {}
+            for name, per_expert in named:
+                if per_expert:
+                    into |= dict.fromkeys(name(n) for e in experts for n in many[e])
+                else:
+                    into[name(None)] = None
             copies = sum(len(many[e]) - 1 for e in experts)
-            added = copies * matrix_bytes(member) * len(member.line.projections)
-            out.append(Fate(tensor.name, verb, tuple(into), tensor.nbytes, added))
+            out.append(Fate(tensor.name, verb, tuple(into), tensor.nbytes, copies * nbytes))
     return out
 
 
