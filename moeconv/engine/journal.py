@@ -89,6 +89,11 @@ class JournalFile:
         self._lock()
         return os.fstat(self._descriptor).st_ino
 
+    @property
+    def held(self) -> bool:
+        """Whether this run has the lock: what lies in OUT is its own."""
+        return self._descriptor >= 0
+
     def begin(self, plan: str, names: tuple[str, ...]) -> None:
         """Its first line: what is to be made, of which plan. Raises IoFailed."""
         self._append({"plan": plan, "names": list(names)})

@@ -147,13 +147,12 @@ class Workplace:
 
     def take_back(self) -> str | None:
         """Remove what this run made and put the old output back; says where it is if it cannot."""
-        partials: list[Path] = []
-        if self.keeps or self.out / PARTS_DIR in self.made_folders:
-            partials = list((self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}"))
-        for path in partials:
-            with suppress(OSError):
-                path.unlink()
-        if self.keeps:
+        ours = self.journal is not None and self.journal.held
+        if ours:  # else they are those of a run that lives
+            for path in (self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}"):
+                with suppress(OSError):
+                    path.unlink()
+        if self.keeps and ours:
             return "`--resume` goes on from what is finished"
         for path, inode in reversed(self.made_files):  # first what says that the output is whole
             with suppress(OSError):

@@ -236,3 +236,56 @@ def test_files_that_others_hold_by_hard_links_are_never_written_through(
     assert moeconv("fuse", src, "-o", out, "--overwrite", "--layout", "stacked").code == 0
     assert tree_sha256(cache) == before
     assert tree_sha256(out) != before
+
+
+def cut(path: Path) -> None:
+    """As an interrupted download leaves a file."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def touched(path: Path) -> None:
+    """As another program's write leaves it."""
+    flip_last_byte(path)
+
+
+@pytest.mark.parametrize("change", [cut, touched])
+def test_a_source_that_changes_meanwhile(
+    src: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    mine, out = tmp_path / "src", tmp_path / "out"
+    shutil.copytree(src, mine)
+    with running(mine, out) as process:
+        wait_for(process, 1 / 16, out)
+        assert process.poll() is None
+        change(mine / "model.safetensors")
+        _, talk = process.communicate(timeout=60)
+    assert process.returncode in {3, 4}, talk
+    assert "error[source-changed]" in talk
+    assert tree(out) is None
+
+
+def test_an_out_that_is_removed_meanwhile(src: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with running(src, out) as process:
+        wait_for(process, 1 / 16, out)
+        assert process.poll() is None
+        shutil.rmtree(out, ignore_errors=True)
+        _, talk = process.communicate(timeout=60)
+    assert process.returncode == 3, talk
+    assert "Traceback" not in talk
+    assert not (out / "moeconv.json").exists()
+
+
+def test_a_second_run_into_one_out(
+    src: Path, whole: tuple[dict[str, str], float], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with running(src, out) as first:
+        wait_for(first, 1 / 16, out)
+        first.send_signal(signal.SIGSTOP)
+        for more in ((), ("--overwrite",), ("--resume",)):
+            done = moeconv("shard", src, "-o", out, *OPTIONS, *more)
+            assert done.code == 6, done.err
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(timeout=60) == 0
+    assert tree_sha256(out) == whole[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tempfile
@@ -15,6 +16,7 @@ import numpy as np
 from moeconv.checkpoint.header import header_length, parse_header
 from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import parse_origin
+from moeconv.checkpoint.quantlists import changed_lists
 from moeconv.digest import digest
 from moeconv.errors import MoeconvError
 from moeconv.layout.recipefile import parse_recipe
@@ -24,6 +26,8 @@ from moeconv.mapfiles import read_map
 from moeconv.placement.documents import FORMATS
 from moeconv.placement.formats import resolve, written
 from moeconv.placement.placement import Layers, Placement, trivial
+from moeconv.plan.patterns import Budget, Mode, Unsupported, glob, regular
+from moeconv.strictjson import loads
 from tests.badinput.builders import entries, framed, index_doc, nbytes, qwen, two_files
 from tests.badinput.test_recipes import GOOD
 from tests.checkpoint.test_fuzz import ORIGIN
@@ -33,6 +37,16 @@ TENSORS = qwen(1, 4, 8)
 DATA_BYTES = sum(map(nbytes, TENSORS.values()))
 HEAD = framed(dump({"__metadata__": {"format": "pt"}, **entries(TENSORS)}))
 LAYERS = Layers(experts=4, moe=(1, 2), beyond=(3,), hidden=3)
+MODES: Final[dict[bytes, Mode]] = {b"p": "prefix", b"w": "whole", b"m": "modules"}
+PATTERNS: Final = (b"re:.*mlp\\.experts\\.\\d+\\.(gate|up)_proj$", b"model.layers.*.experts.*")
+LISTS: Final = dump(
+    {
+        "quantization_config": {
+            "ignore": ["lm_head", "re:.*experts.*", "model.layers.0.mlp.experts.0.gate_proj"],
+            "quantized_layers": {"model.layers.0.mlp.experts.0.up_proj": {"bits": 4}},
+        }
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +81,26 @@ def _part(raw: bytes) -> None:
 
 def _recipe(raw: bytes) -> None:
     parse_recipe(raw.decode("utf-8", "replace"), where="mine.toml")
+
+
+def _pattern(raw: bytes) -> None:
+    """Of the three ways to read one, or a glob; the budget is a fraction of a run's."""
+    budget, text = Budget(100_000), raw[1:].decode("utf-8", "replace")
+    with contextlib.suppress(Unsupported):
+        pattern = (
+            glob(text, budget)
+            if raw[:1] == b"g"
+            else regular(text, MODES.get(raw[:1], "whole"), budget)
+        )
+        pattern.matches("model.layers.0.mlp.experts.11.gate_proj")
+
+
+def _lists(raw: bytes) -> None:
+    """Only valid JSON comes this far; what nobody changes stays as it is."""
+    loads(raw, where="config.json", constants=True)
+    assert changed_lists(raw, lambda _, __: None) == raw
+    changed = changed_lists(raw, lambda _, texts: tuple((t, t + "x") for t in texts))
+    loads(changed, where="config.json", constants=True)
 
 
 def _map(ending: str) -> Callable[[bytes], None]:
@@ -105,6 +139,8 @@ TARGETS: Final = {
     "part": Target(_part, (PART,)),
     "origin": Target(parse_origin, (ORIGIN,)),
     "recipe": Target(_recipe, (GOOD.encode(), *(r.toml.encode() for r in shipped_recipes()[:3]))),
+    "pattern": Target(_pattern, tuple(mode + text for mode in (*MODES, b"g") for text in PATTERNS)),
+    "quantization-lists": Target(_lists, (LISTS,)),
     "map-json": Target(_map(".json"), _JSON_MAPS),
     "map-yaml": Target(_map(".yaml"), tuple(_MAPS.values())),
     "map-npy": Target(_map(".npy"), (_array(),)),
