@@ -88,10 +88,10 @@ class TileRunner:
         ones for whoever wants none.
         Raises IoFailed, SourceChanged, UnequalShared; Stopped when told to.
         """
-        at = tiles[0].start
-        filled = 0
+        at, filled, number = tiles[0].start, 0, 0
         large = CLONED_TILE_BYTES if target.clones else LARGE_TILE_BYTES
-        for tile in tiles:
+        while number < len(tiles):
+            tile, number = tiles[number], number + 1
             if isinstance(tile, CopyTile) and tile.nbytes < large:
                 if filled + tile.nbytes > BUFFER_BYTES:
                     self._flush(target, at, filled)
@@ -101,11 +101,33 @@ class TileRunner:
                 continue
             self._flush(target, at, filled)
             if isinstance(tile, CopyTile):
-                self._large(tile, digests, target, promised)
+                several = _in_a_row(tiles, number - 1, promised) if target.clones else ()
+                if len(several) > 1 and self._at_once(several, digests, target, promised):
+                    number += len(several) - 1
+                    tile = several[-1]
+                else:
+                    self._large(tile, digests, target, promised)
             elif not (tile.straight and self._straight(tile, digests, target, promised)):
                 self._weave(file, tile, digests, target)
             at, filled = tile.start + tile.nbytes, 0
         self._flush(target, at, filled)
+
+    def _at_once(
+        self, tiles: list[CopyTile], digests: Digests, target: Bytes, promised: Promised
+    ) -> bool:
+        """Clone tiles that follow one another on both sides, their digests all promised."""
+        head, nbytes = tiles[0], sum(tile.nbytes for tile in tiles)
+        values = [promised(tile.tensor, tile.unit) or "" for tile in tiles]
+        source = self._sources.descriptor(head.file)
+        first, last = target.clone(source, head.offset, head.start, nbytes)
+        if last == first and any(values):
+            return False  # to be copied, and held against its promise
+        for tile, value in zip(tiles, values, strict=True):
+            digests[tile.tensor][tile.unit] = value
+        for start, stop in ((0, first), (last, nbytes)):
+            self._move(head.file, head.offset + start, head.start + start, stop - start, target)
+        self._advance(last - first)
+        return True
 
     def _small(self, tile: CopyTile, digests: Digests, filled: int) -> None:
         """Gather: many scales and norms make one write."""
@@ -205,3 +227,19 @@ def _outside(start: int, stop: int, first: int, last: int) -> list[tuple[int, in
         return [(start, stop)]
     parts = [(start, first), (last, stop)]
     return [(a, b) for a, b in parts if start <= a < b <= stop]
+
+
+def _in_a_row(tiles: tuple[Tile, ...], number: int, promised: Promised) -> list[CopyTile]:
+    """The copies from `number` on that are one run of bytes in source and target."""
+    found: list[CopyTile] = []
+    for tile in tiles[number:]:
+        if not isinstance(tile, CopyTile) or promised(tile.tensor, tile.unit) is None:
+            break
+        if found and (tile.file, tile.offset - found[-1].offset, tile.start - found[-1].start) != (
+            found[-1].file,
+            found[-1].nbytes,
+            found[-1].nbytes,
+        ):
+            break
+        found.append(tile)
+    return found

@@ -37,7 +37,9 @@ def measured(command: Sequence[str | Path], out: Path) -> Run:
     os.sync()
     with tempfile.TemporaryFile("w+") as stdout:
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=stdout, stderr=subprocess.DEVNULL, env=_environment()
+        )
         peak = _Peak(process.pid)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         moved = _moved(process.pid)
@@ -55,6 +57,11 @@ def measured(command: Sequence[str | Path], out: Path) -> Run:
     shutil.rmtree(out)
     cpu = usage.ru_utime + usage.ru_stime
     return Run(seconds, cpu, peak.end(), moved["rchar"], moved["wchar"], _cloned(said))
+
+
+def _environment() -> dict[str, str]:
+    """As installed packages have it: byte code is kept, and not made anew for each run."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
 
 class _Peak:

@@ -13,6 +13,7 @@ import pytest
 import moeconv
 from moeconv.api import Result
 from moeconv.engine import methods, target
+from moeconv.errors import Damaged
 from tests.badinput.builders import config, qwen, write
 from tests.helpers import tree_sha256
 
@@ -228,3 +229,45 @@ def test_digests_later_looks_at_no_byte(tmp_path: Path, monkeypatch: pytest.Monk
     assert result.manifest.root.fingerprint is None
     moeconv.unfuse(tmp_path / "out", tmp_path / "back")
     assert tree_sha256(tmp_path / "back") == tree_sha256(src)
+
+
+@pytest.mark.parametrize("digests", ["now", "later"])
+def test_what_stands_in_a_row_is_cloned_at_once(
+    cloning: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests: str
+) -> None:
+    src = source(tmp_path / "src")
+    moeconv.fuse(src, cloning / "fused")
+    asked: list[int] = []
+    real = target.clone_range
+
+    def clone_range(source: int, offset: int, at_file: int, at: int, nbytes: int) -> bool:
+        asked.append(nbytes)
+        return real(source, offset, at_file, at, nbytes)
+
+    monkeypatch.setattr(target, "clone_range", clone_range)
+    result = moeconv.shard(cloning / "fused", cloning / "out", ep_size=4, digests=digests)
+    assert share(result) >= 0.99
+    matrices = [size for size in asked if size >= 2 * 64 * 512 * 2]
+    assert len(matrices) <= 4 * 2 * 2  # ranks, layers, gate_up and down: two experts in each
+    assert moeconv.verify(cloning / "out", level="source", source=src).ok
+    for out in ("fused", "out"):
+        shutil.rmtree(cloning / out)
+
+
+def test_where_nothing_can_be_cloned_after_all_every_digest_is_held_against_its_promise(
+    cloning: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = source(tmp_path / "src")
+    moeconv.fuse(src, cloning / "fused")
+    monkeypatch.setattr(target, "clone_range", lambda *_: False)
+    result = moeconv.shard(cloning / "fused", cloning / "out", ep_size=4)
+    assert share(result) == 0
+    assert moeconv.verify(cloning / "out").ok
+    (data,) = (cloning / "fused").glob("*.safetensors")
+    raw = bytearray(data.read_bytes())
+    raw[-5000] ^= 1
+    data.write_bytes(raw)
+    with pytest.raises(Damaged):
+        moeconv.shard(cloning / "fused", cloning / "again", ep_size=4)
+    for out in ("fused", "out"):
+        shutil.rmtree(cloning / out)
