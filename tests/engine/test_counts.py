@@ -1,0 +1,95 @@
+"""What a run asks of the kernel, counted: calls, bytes, and blocks that are shared in truth."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moeconv
+from tests.badinput.builders import config, qwen, write
+from tests.engine.test_methods import cloning, source  # noqa: F401 - a fixture
+
+MIB = 1024 * 1024
+FIEMAP, SYNC, SHARED = 0xC020660B, 1, 0x2000  # linux/fiemap.h
+
+
+class Calls:
+    """Counts calls of `os` and the bytes that they moved."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+        self.made: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()
+        for name in names:
+            monkeypatch.setattr(os, name, self._counted(name, getattr(os, name)))
+
+    def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            result = real(*args, **more)
+            self.made[name] += 1
+            self.moved[name] += result if isinstance(result, int) else 0
+            return result
+
+        return call
+
+
+def test_few_large_calls_and_each_byte_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """96 matrices of 2 MiB and 200 MB in all: a megabyte a call, read once, written once."""
+    experts = 32
+    src = write(
+        tmp_path / "src",
+        qwen(experts, 1024, 1024),
+        config=config(experts=experts, width=1024, hidden=1024),
+    )
+    calls = Calls(monkeypatch, "preadv", "pwrite", "copy_file_range", "fsync")
+    plan = moeconv.fuse(src, tmp_path / "out", jobs=2).plan
+    data = plan.tensor_bytes
+    assert data > 96 * 2 * MIB
+    assert data <= calls.moved["preadv"] <= data + 4096  # and config.json
+    assert calls.made["preadv"] <= data / MIB + 20
+    written = calls.moved["pwrite"] + calls.moved["copy_file_range"]
+    assert data <= written <= data + 64 * 1024  # and the header
+    assert calls.made["pwrite"] + calls.made["copy_file_range"] <= data / MIB + 20
+    assert calls.made["fsync"] <= 20  # files and folders, not tensors
+
+
+def extents(path: Path) -> list[tuple[int, bool]]:
+    """The extents of a file: bytes, and whether another file has them, too. Source: fiemap.rst."""
+    room = 4096
+    asked = struct.pack("=QQIIII", 0, 2**64 - 1, SYNC, 0, room, 0)
+    buffer = bytearray(asked + bytes(56 * room))
+    with path.open("rb") as stream:
+        fcntl.ioctl(stream, FIEMAP, buffer)
+    (count,) = struct.unpack_from("=I", buffer, 20)
+    found = (struct.unpack_from("=QQQQQIIII", buffer, 32 + 56 * n) for n in range(count))
+    return [(length, bool(flags & SHARED)) for _, _, length, _, _, flags, *_ in found]
+
+
+def test_what_is_said_to_be_cloned_takes_no_room(cloning: Path, tmp_path: Path) -> None:  # noqa: F811
+    src = source(tmp_path / "src")
+    moeconv.fuse(src, cloning / "fused")
+    os.sync()
+    before = os.statvfs(cloning)
+    result = moeconv.shard(cloning / "fused", cloning / "ranks", ep_size=4)
+    assert result.methods is not None
+    os.sync()
+    after = os.statvfs(cloning)
+    grown = (before.f_bfree - after.f_bfree) * before.f_frsize
+    assert grown < result.methods.tally.cloned / 4
+    shared = alone = 0
+    for path in (cloning / "ranks").glob("*.safetensors"):
+        for nbytes, is_shared in extents(path):
+            shared, alone = shared + nbytes * is_shared, alone + nbytes * (not is_shared)
+    assert shared >= result.methods.tally.cloned * 0.99
+    assert alone < shared / 4  # headers and edges
+    for out in ("fused", "ranks"):
+        shutil.rmtree(cloning / out)
