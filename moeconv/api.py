@@ -25,6 +25,7 @@ from moeconv.engine.methods import Methods
 from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
 from moeconv.engine.resume import refuse_other_set
 from moeconv.engine.rewrites import with_rewrites
+from moeconv.engine.workplace import forget_journal
 from moeconv.errors import NotASet, UnknownExpertTensor, UnknownFamily, UsageProblem, quoted
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.fromset import set_detection
@@ -345,6 +346,7 @@ def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
         refuse_short(place, room)
     if run.resume and (place / ROOT_NAME).exists():
         refuse_other_set(place, plan)
+        forget_journal(place)
         return Result(source, out, plan, room, Manifest(read_root(place), ()), dry_run=False)
     meter = Meter(0 if plan.virtual else plan.tensor_bytes, run.progress)
     methods = Methods(place)

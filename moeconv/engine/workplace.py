@@ -27,6 +27,23 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def forget_journal(out: Path) -> None:
+    """End a run that was killed after its commit, with nothing but its journal to remove.
+
+    Raises WouldOverwrite where that run lives, IoFailed.
+    """
+    if not (out / JOURNAL_NAME).exists():
+        return
+    journal = JournalFile(out)
+    journal.reopen()
+    try:
+        with writing(out):
+            (out / JOURNAL_NAME).unlink()
+            fsync_directory(out / PARTS_DIR)
+    finally:
+        journal.close()
+
+
 @dataclass(slots=True)
 class Workplace:
     """Remembers what this run made, by inode, to take back that and nothing else."""

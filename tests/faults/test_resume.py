@@ -54,7 +54,9 @@ def test_resumed_runs_end_as_undisturbed_ones(
         journal = read_journal(out) if out.exists() else None
         finished = sorted(journal.finished) if journal else []
         before = {name: identity(out / name) for name in finished}
-        victim = rng.choice(finished) if finished and rng.random() < 0.4 else None
+        # of a set that is finished nothing is read again: `verify` is there for that
+        torn = bool(finished) and not (out / "moeconv.json").exists()
+        victim = rng.choice(finished) if torn and rng.random() < 0.4 else None
         if victim is not None:
             flip_last_byte(out / victim)
         moeconv.shard(src, out, resume=True, **SAME)
@@ -130,6 +132,14 @@ def test_a_finished_set_is_done_at_once(src: Path, tmp_path: Path) -> None:
         moeconv.shard(src, tmp_path / "out", resume=True, **SAME)
         with pytest.raises(CannotResume, match="finished set of another plan"):
             moeconv.shard(src, tmp_path / "out", resume=True, ep_size=4, redundant=2)
+
+
+def test_a_run_that_was_killed_after_its_commit_is_ended(src: Path, tmp_path: Path) -> None:
+    moeconv.shard(src, tmp_path / "whole", **SAME)
+    moeconv.shard(src, tmp_path / "out", **SAME)
+    (tmp_path / "out" / "moeconv" / "journal").write_bytes(b'{"plan":"","names":[]}\n')
+    moeconv.shard(src, tmp_path / "out", resume=True, **SAME)
+    assert tree_sha256(tmp_path / "out") == tree_sha256(tmp_path / "whole")
 
 
 def test_nothing_to_resume_is_a_plain_start(src: Path, tmp_path: Path) -> None:
