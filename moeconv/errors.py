@@ -149,6 +149,12 @@ class DiskFull(IoFailed):
     code = "disk-full"
 
 
+class MemoryShort(IoFailed):
+    """The system has no memory for a tensor that must be permuted."""
+
+    code = "memory-short"
+
+
 class DownloadFailed(IoFailed):
     """huggingface_hub could not fetch a repository."""
 

@@ -47,7 +47,7 @@ def changed_lists(raw: bytes, change: Change, *, inside: bool = False) -> bytes:
     """
     text = raw.decode("utf-8")
     pieces, at = [], 0
-    for found in _walk(text, _skip(text, 0), "", inside=inside):
+    for found in _walk(text, _skip(text, 0), "", inside=inside)[0]:
         new = _changed(found, change)
         if new is not None:
             pieces += [text[at : found.start], _like(text[found.start : found.stop], new)]
@@ -102,14 +102,13 @@ def _names_experts(text: str) -> bool:
     return bool(_EXPERTS.search(text)) and not _WORD.fullmatch(text)
 
 
-def _walk(text: str, start: int, place: str, *, inside: bool) -> Iterator[_List]:
-    """Every list of texts below a quantization_config, in the order of the file."""
-    if text[start] == "[" and inside:
-        value, stop = _VALUE.raw_decode(text, start)
-        if value and all(isinstance(item, str) for item in value):
-            yield _List(place, start, stop, tuple(_texts(text, start)))
+def _walk(text: str, start: int, place: str, *, inside: bool) -> tuple[list[_List], int]:
+    """Every list of texts below a quantization_config, in the order of the file, and the end."""
     if text[start] != "{":
-        return
+        value, stop = _VALUE.raw_decode(text, start)
+        texts = inside and isinstance(value, list) and all(isinstance(v, str) for v in value)
+        found = [_List(place, start, stop, tuple(_texts(text, start)))] if texts and value else []
+        return found, stop
     entries: list[_Item] = []
     inner: list[_List] = []
     at = _skip(text, start + 1)
@@ -118,16 +117,16 @@ def _walk(text: str, start: int, place: str, *, inside: bool) -> Iterator[_List]
         key, at = _VALUE.raw_decode(text, at)
         begin = _skip(text, _skip(text, at) + 1)
         below = f"{place}.{key}" if place else key
-        inner += _walk(text, begin, below, inside=inside or key in _SECTIONS)
-        stop = _VALUE.raw_decode(text, begin)[1]
+        lists, stop = _walk(text, begin, below, inside=inside or key in _SECTIONS)
+        inner += lists
         entries.append(_Item(key, text[head:at], text[at:stop]))
         at = _skip(text, stop)
         if text[at] == ",":
             at = _skip(text, at + 1)
     # names have dots; where they are keys, no list of names is among the values
     if inside and not inner and any("." in entry.text for entry in entries):
-        yield _List(place, start, at + 1, tuple(entries), keys=True)
-    yield from inner
+        inner = [_List(place, start, at + 1, tuple(entries), keys=True)]
+    return inner, at + 1
 
 
 def _texts(text: str, start: int) -> Iterator[_Item]:

@@ -29,6 +29,7 @@ from moeconv.engine.papers import (
 from moeconv.engine.resume import finished_before, identity
 from moeconv.engine.target import DiskTarget
 from moeconv.engine.tiles import BUFFER_BYTES, Digests, Promised
+from moeconv.engine.undisturbed import undisturbed
 from moeconv.engine.workplace import Workplace, fsync_directory
 from moeconv.errors import Damaged, MoeconvError, NameCollision, SourceChanged, quoted
 from moeconv.manifest import (
@@ -102,28 +103,30 @@ def commit(
     mark = plan_digest(plan, identity(checkpoint))
     kept: dict[str, Digests] = {}
     journal = None
-    if resume and out.exists() and not barely_begun(out) and any(out.iterdir()):
-        journal = resumable(out, mark)
-        kept = finished_before(out, plan, journal, limits)
     try:
-        if journal is not None:
-            work.reopen(journal, kept)
-        else:
-            work.prepare(mark, _names(plan, checkpoint), overwrite=overwrite)
-        manifest = _Commit(
-            plan,
-            checkpoint,
-            work,
-            limits=limits,
-            methods=methods,
-            progress=progress,
-            later=later,
-            kept=kept,
-        ).run()
-        work.done(restored=plan.restores)
-    except BaseException as problem:
-        _take_back(work, problem)
-        raise
+        if resume and out.exists() and not barely_begun(out) and any(out.iterdir()):
+            work.lock()
+            journal = resumable(out, mark)
+            kept = finished_before(out, plan, journal, limits)
+        try:
+            if journal is not None:
+                work.reopen(journal, kept)
+            else:
+                work.prepare(mark, _names(plan, checkpoint), overwrite=overwrite)
+            manifest = _Commit(
+                plan,
+                checkpoint,
+                work,
+                limits=limits,
+                methods=methods,
+                progress=progress,
+                later=later,
+                kept=kept,
+            ).run()
+            work.done(restored=plan.restores)
+        except BaseException as problem:
+            _take_back(work, problem)
+            raise
     finally:
         work.close()
     work.drop_old()
@@ -139,16 +142,12 @@ def _names(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _take_back(work: Workplace, problem: BaseException) -> None:
-    while True:
-        try:
-            left = work.take_back()
-        except KeyboardInterrupt:  # once more does not make it wish for less
-            continue
-        break
-    if left and isinstance(problem, MoeconvError):
-        problem.cause = f"{problem.cause}; {left}" if problem.cause else left
-    elif left:
-        problem.add_note(left)
+    with undisturbed():  # Ctrl-C once more does not make it wish for less
+        left = work.take_back()
+        if left and isinstance(problem, MoeconvError):
+            problem.cause = f"{problem.cause}; {left}" if problem.cause else left
+        elif left:
+            problem.add_note(left)
 
 
 class _Commit:

@@ -12,6 +12,7 @@ from moeconv.digest import EMPTY_DIGEST
 from moeconv.engine.memory import Memory
 from moeconv.engine.sources import Sources, opened
 from moeconv.engine.tiles import Bytes, Digests, Promised, Stopped, TileRunner
+from moeconv.engine.undisturbed import undisturbed
 from moeconv.plan.values import OutputFile, Tile
 
 BATCH_BYTES: Final = 64 * 1024 * 1024
@@ -127,12 +128,14 @@ class _Crew:
             for done in (threading.Event() for _ in range(max(jobs, 1)))
         ]
         try:
-            for thread, _ in crew:
-                thread.start()
-            for _, done in crew:
-                # not `join`: before 3.13 it takes a thread for dead when Ctrl-C comes during it
-                while not done.wait(0.2):
-                    continue
+            # whoever presses Ctrl-C wants an end, but not of files that are being written to
+            with undisturbed(then=self._stop.set):
+                for thread, _ in crew:
+                    thread.start()
+                for _, done in crew:
+                    # not `join`: before 3.13 it takes a thread for dead when a signal comes
+                    while not done.wait(0.2):
+                        continue
         except BaseException:
             self._stop.set()
             for thread, done in crew:

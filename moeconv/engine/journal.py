@@ -83,26 +83,39 @@ class JournalFile:
 
     def create(self) -> int:
         """Make it anew and lock it; its inode. Raises IoFailed, WouldOverwrite."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with writing(self._path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._descriptor = os.open(self._path, flags, 0o666)
+            try:
+                self._descriptor = os.open(self._path, flags, 0o666)
+            except (FileExistsError, FileNotFoundError):  # of a run that came at the same moment
+                raise busy(self._path.parent.parent) from None
         self._lock()
         return os.fstat(self._descriptor).st_ino
 
     @property
     def held(self) -> bool:
-        """Whether this run has the lock: what lies in OUT is its own."""
-        return self._descriptor >= 0
+        """Whether this run has the lock, and OUT is still the one it was: all there is its own."""
+        if self._descriptor < 0:
+            return False
+        try:
+            there = self._path.lstat()
+        except OSError:
+            return False
+        mine = os.fstat(self._descriptor)
+        return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
     def begin(self, plan: str, names: tuple[str, ...]) -> None:
         """Its first line: what is to be made, of which plan. Raises IoFailed."""
         self._append({"plan": plan, "names": list(names)})
 
-    def reopen(self) -> None:
-        """Go on with one that another run left. Raises WouldOverwrite where that run lives."""
+    def lock(self) -> None:
+        """Take one that another run left. Raises WouldOverwrite where that run lives, IoFailed."""
         with writing(self._path):
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         self._lock()
+
+    def reopen(self) -> None:
+        """Go on with the locked one: a line that was being written goes. Raises IoFailed."""
         with writing(self._path):
             raw = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
             os.ftruncate(self._descriptor, raw.rfind(b"\n") + 1)
@@ -111,9 +124,12 @@ class JournalFile:
     def _lock(self) -> None:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = self.held  # else the run that had it ended, and took it away, a moment ago
         except BlockingIOError:
+            free = False
+        if not free:
             self.close()
-            raise busy(self._path.parent.parent) from None
+            raise busy(self._path.parent.parent)
 
     def finished(self, file: OutputFile, digests: list[list[str]]) -> None:
         """Note a data file that has its name and is on the disk."""
@@ -121,7 +137,9 @@ class JournalFile:
 
     def _append(self, doc: Json) -> None:
         with writing(self._path):
-            os.write(self._descriptor, dumps(doc) + b"\n")
+            line = memoryview(dumps(doc) + b"\n")
+            while line:
+                line = line[os.write(self._descriptor, line) :]
             os.fsync(self._descriptor)
 
     def close(self) -> None:
@@ -145,17 +163,23 @@ def barely_begun(out: Path) -> bool:
     """Clear away what a run left that was killed before it could say what it would make.
 
     That is an empty `moeconv/`, or a journal in it without a whole first line; nothing else.
+    Raises WouldOverwrite where that run lives, IoFailed.
     """
-    journal = out / JOURNAL_NAME
-    held = [p.relative_to(out).as_posix() for p in out.rglob("*")]
-    if not set(held) <= {PARTS_DIR, JOURNAL_NAME}:
+    path, journal = out / JOURNAL_NAME, JournalFile(out)
+    there = {p.relative_to(out).as_posix() for p in out.rglob("*")}
+    if not there <= {PARTS_DIR, JOURNAL_NAME}:
         return False
-    if journal.exists() and b"\n" in journal.read_bytes():
-        return False
-    with writing(journal):
-        journal.unlink(missing_ok=True)
-        if journal.parent.exists():
-            journal.parent.rmdir()
+    try:
+        if path.exists():
+            journal.lock()
+            if b"\n" in path.read_bytes():
+                return False
+        with writing(path):
+            path.unlink(missing_ok=True)
+            if path.parent.exists():
+                path.parent.rmdir()
+    finally:
+        journal.close()
     return True
 
 

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, TypeAlias
 
+from moeconv.errors import MemoryShort
+from moeconv.units import human_size
+
 Take: TypeAlias = Callable[[int], memoryview]
 PAGE_BYTES: Final = 4096
 
@@ -20,6 +23,18 @@ PAGE_BYTES: Final = 4096
 def paged(nbytes: int) -> int:
     """The size of the block that holds so many bytes."""
     return max(-(-nbytes // PAGE_BYTES), 1) * PAGE_BYTES
+
+
+def mapped(size: int) -> mmap.mmap:
+    """New memory of this process alone, zeroed, from the start of a page. Raises MemoryShort."""
+    try:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, MemoryError):
+        raise MemoryShort(
+            f"there is no memory for {human_size(size)} more",
+            cause="the system gave none: it is full, or this process has a limit",
+            fix="take fewer `--jobs` or a smaller `--max-memory`",
+        ) from None
 
 
 class Memory:
@@ -73,8 +88,9 @@ class Memory:
                 if len(self._blocks[number]) == size:
                     return self._blocks.pop(number)
             self._drop(self._limit - size)
+            block = mapped(size)
             self._mapped += size
-            return mmap.mmap(-1, size)
+            return block
 
     def _drop(self, most: int) -> None:
         """Unmap free blocks, those that were not used for longest, until so much is mapped."""

@@ -39,6 +39,7 @@ class DiskTarget:
         self._finished = finished
         self._descriptor = -1
         self._direct: int | None = None
+        self._refused = False  # writes past the page cache, by the device
         self._writing = threading.Lock()
 
     @property
@@ -76,7 +77,7 @@ class DiskTarget:
     def _write_direct(self, view: memoryview, offset: int) -> int:
         """How much of `view` went past the page cache: no copy in memory, and no lock."""
         whole = len(view) // PAGE_BYTES * PAGE_BYTES
-        if self._direct is None or offset % PAGE_BYTES or whole < DIRECT_BYTES:
+        if self._direct is None or offset % PAGE_BYTES or whole < DIRECT_BYTES or self._refused:
             return 0
         done = 0
         with writing(self._path):
@@ -85,17 +86,19 @@ class DiskTarget:
                     count = os.pwrite(self._direct, view[done:whole], offset + done)
                 except OSError as problem:
                     if problem.errno == errno.EINVAL:  # a device with stricter rules
+                        self._refused = True
                         break
                     raise
                 done += count
-                if count % PAGE_BYTES:
+                if not count or count % PAGE_BYTES:
                     break
         self._methods.tally.add(direct=done)
         return done
 
     def copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
         """Bytes that the kernel copied by itself, all or a first part; 0 where it cannot."""
-        if self._direct is not None and at % PAGE_BYTES == 0 and nbytes >= DIRECT_BYTES:
+        past = self._direct is not None and not self._refused
+        if past and at % PAGE_BYTES == 0 and nbytes >= DIRECT_BYTES:
             return 0  # to read and write them past the page cache is quicker
         return self._copy(source, offset, at, nbytes)
 

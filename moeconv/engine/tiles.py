@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable
 from typing import Final, Protocol, TypeAlias
 
 from moeconv.digest import digest, hasher
-from moeconv.engine.memory import Memory
+from moeconv.engine.memory import Memory, mapped
 from moeconv.engine.sources import Sources
 from moeconv.errors import MoeconvError, quoted
 from moeconv.plan.values import CopyTile, OutputFile, Span, Tile, WeaveTile
@@ -72,7 +71,7 @@ class TileRunner:
         self._stop = stop
         self._advance = advance
         # pages of its own, as writing past the page cache asks for
-        self._buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))
+        self._buffer = memoryview(mapped(BUFFER_BYTES))
 
     def run(
         self,
@@ -88,7 +87,7 @@ class TileRunner:
         ones for whoever wants none.
         Raises IoFailed, SourceChanged, UnequalShared; Stopped when told to.
         """
-        at, filled, number = tiles[0].start, 0, 0
+        at, filled, number, alone = tiles[0].start, 0, 0, 0
         large = CLONED_TILE_BYTES if target.clones else LARGE_TILE_BYTES
         while number < len(tiles):
             tile, number = tiles[number], number + 1
@@ -101,11 +100,14 @@ class TileRunner:
                 continue
             self._flush(target, at, filled)
             if isinstance(tile, CopyTile):
-                several = _in_a_row(tiles, number - 1, promised) if target.clones else ()
+                several: list[CopyTile] = []
+                if target.clones and number > alone:
+                    several = _in_a_row(tiles, number - 1, promised)
                 if len(several) > 1 and self._at_once(several, digests, target, promised):
                     number += len(several) - 1
                     tile = several[-1]
                 else:
+                    alone = max(alone, number + len(several) - 1)  # asked once for all of them
                     self._large(tile, digests, target, promised)
             elif not (tile.straight and self._straight(tile, digests, target, promised)):
                 self._weave(file, tile, digests, target)

@@ -35,7 +35,7 @@ def forget_journal(out: Path) -> None:
     if not (out / JOURNAL_NAME).exists():
         return
     journal = JournalFile(out)
-    journal.reopen()
+    journal.lock()
     try:
         with writing(out):
             (out / JOURNAL_NAME).unlink()
@@ -61,9 +61,14 @@ class Workplace:
         An old output is put aside, not deleted: it comes back if this run fails.
         Raises WouldOverwrite where another run is at work, IoFailed, DiskFull.
         """
+        replacing = overwrite and self.out.is_dir() and any(self.out.iterdir())
+        if replacing:
+            with writing(self.out):
+                self._clear_aside()
         with undisturbed(), writing(self.out):
-            if overwrite and self.out.is_dir() and any(self.out.iterdir()):
-                self._put_aside()
+            if replacing:
+                self.out.rename(self._beside)
+                self.aside = self._beside
             self.folder(self.out)
             try:
                 (self.out / PARTS_DIR).mkdir()
@@ -74,14 +79,23 @@ class Workplace:
             self.made_files.append((self.out / JOURNAL_NAME, self.journal.create()))
         self.journal.begin(plan, names)
 
-    def reopen(self, journal: Journal, kept: Iterable[str]) -> None:
-        """Go on where another run was killed: everything but the `kept` files is removed.
+    def lock(self) -> None:
+        """Take the journal that another run left, if there is one.
 
         Raises WouldOverwrite where that run lives, IoFailed.
         """
+        if (self.out / JOURNAL_NAME).exists():
+            self.journal = JournalFile(self.out)
+            self.journal.lock()
+
+    def reopen(self, journal: Journal, kept: Iterable[str]) -> None:
+        """Go on where another run was killed: everything but the `kept` files is removed.
+
+        After `lock`. Raises IoFailed.
+        """
         self.keeps = True
-        self.journal = JournalFile(self.out)
-        self.journal.reopen()
+        if self.journal is not None:
+            self.journal.reopen()
         staying = {*kept, JOURNAL_NAME}
         with writing(self.out):
             for path in (self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}"):
@@ -90,7 +104,13 @@ class Workplace:
                 if name not in staying:
                     (self.out / name).unlink(missing_ok=True)
 
-    def _put_aside(self) -> None:
+    @property
+    def _beside(self) -> Path:
+        """Where the old output waits."""
+        return self.out.with_name(f".{self.out.name}.replaced")
+
+    def _clear_aside(self) -> None:
+        """Make sure that the old output is nobody's at work, and that its place beside is free."""
         journal = self.out / JOURNAL_NAME
         if journal.exists():
             descriptor = os.open(journal, os.O_RDONLY | os.O_CLOEXEC)
@@ -100,7 +120,7 @@ class Workplace:
                 raise busy(self.out) from None
             finally:
                 os.close(descriptor)
-        aside = self.out.with_name(f".{self.out.name}.replaced")
+        aside = self._beside
         if (aside / ROOT_NAME).exists() and (self.out / ROOT_NAME).exists():
             shutil.rmtree(aside)  # left by a run that came to its end all but this
         if os.path.lexists(aside):
@@ -110,8 +130,6 @@ class Workplace:
                 cause="an overwriting run that was killed left the old output there",
                 fix="move it back or remove it, then run again",
             )
-        self.out.rename(aside)
-        self.aside = aside
 
     def folder(self, path: Path) -> None:
         """Make a folder and its parents, remembering each."""

@@ -19,8 +19,9 @@ from pathlib import Path
 class Run:
     """One run. seconds: wall, with the fsync of every file; cpu: seconds, user and system.
 
-    anonymous: peak bytes of memory that is no file's; read, written: bytes that it asked the
-    kernel for and gave it; cloned: what moeconv says of blocks that it shares with the source.
+    anonymous: peak bytes of memory that is no file's, the table's "peak memory"; read, written:
+    bytes that it asked the kernel for and gave it; cloned: what moeconv says of blocks that it
+    shares with the source.
     """
 
     seconds: float
@@ -80,8 +81,10 @@ class _Peak:
                 lines = self._path.read_text().splitlines()
             except OSError:
                 return
-            sizes = [int(line.split()[1]) for line in lines if line.startswith("RssAnon:")]
-            self._most = max(self._most, *sizes, 0)
+            kinds = ("RssAnon:", "RssShmem:")
+            self._most = max(
+                self._most, sum(int(line.split()[1]) for line in lines if line.startswith(kinds))
+            )
 
     def end(self) -> int:
         """The most that was seen, in bytes."""

@@ -4,7 +4,9 @@ import threading
 
 import pytest
 
+from moeconv.engine import memory as rooms
 from moeconv.engine.memory import PAGE_BYTES, Memory, paged
+from moeconv.errors import MemoryShort
 
 LIMIT = 4 * PAGE_BYTES
 
@@ -64,3 +66,14 @@ def test_a_large_one_that_waits_is_not_passed_by_small_ones():
     for thread in threads:
         thread.join()
     assert order == ["large", "small"]
+
+
+def test_a_system_without_memory_says_so_and_what_helps(monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    memory = Memory(LIMIT)
+    monkeypatch.setattr(rooms.mmap, "mmap", full)
+    with memory.hold(PAGE_BYTES) as take, pytest.raises(MemoryShort, match="--max-memory"):
+        take(1)
+    assert mapped(memory) == 0

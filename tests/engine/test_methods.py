@@ -12,8 +12,9 @@ import pytest
 
 import moeconv
 from moeconv.api import Result
-from moeconv.engine import methods, target
+from moeconv.engine import methods, target, tiles
 from moeconv.errors import Damaged
+from moeconv.plan.values import CopyTile
 from tests.badinput.builders import config, qwen, write
 from tests.helpers import tree_sha256
 
@@ -260,8 +261,19 @@ def test_where_nothing_can_be_cloned_after_all_every_digest_is_held_against_its_
     src = source(tmp_path / "src")
     moeconv.fuse(src, cloning / "fused")
     monkeypatch.setattr(target, "clone_range", lambda *_: False)
+    rows: list[int] = []
+    real = tiles._in_a_row
+
+    def in_a_row(*arguments: Any) -> list[CopyTile]:
+        found = real(*arguments)
+        rows.append(len(found))
+        return found
+
+    monkeypatch.setattr(tiles, "_in_a_row", in_a_row)
     result = moeconv.shard(cloning / "fused", cloning / "out", ep_size=4)
     assert share(result) == 0
+    # each tile is looked at once, however long the row that cannot be cloned
+    assert sum(rows) <= sum(len(file.tiles) for file in result.plan.files)
     assert moeconv.verify(cloning / "out").ok
     (data,) = (cloning / "fused").glob("*.safetensors")
     raw = bytearray(data.read_bytes())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.engine.journal import read_journal
+from moeconv.engine.journal import JournalFile, read_journal
 from moeconv.errors import CannotResume, IoFailed, UsageProblem, WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import untouched
@@ -140,6 +140,41 @@ def test_a_run_that_was_killed_after_its_commit_is_ended(src: Path, tmp_path: Pa
     (tmp_path / "out" / "moeconv" / "journal").write_bytes(b'{"plan":"","names":[]}\n')
     moeconv.shard(src, tmp_path / "out", resume=True, **SAME)
     assert tree_sha256(tmp_path / "out") == tree_sha256(tmp_path / "whole")
+
+
+def test_a_run_that_lives_is_not_taken_for_one_that_barely_began(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the lock of its journal and the first line in it."""
+    real, out = JournalFile.begin, tmp_path / "out"
+
+    def begin(self: JournalFile, plan: str, names: tuple[str, ...]) -> None:
+        monkeypatch.setattr(JournalFile, "begin", real)
+        with pytest.raises(WouldOverwrite, match="another run"):
+            moeconv.shard(src, out, resume=True, **SAME)
+        real(self, plan, names)
+
+    monkeypatch.setattr(JournalFile, "begin", begin)
+    moeconv.shard(src, out, **SAME)
+    moeconv.shard(src, tmp_path / "whole", **SAME)
+    assert tree_sha256(out) == tree_sha256(tmp_path / "whole")
+
+
+def test_a_run_that_ends_between_the_opening_of_its_journal_and_the_lock(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = half_done(src, tmp_path)
+    real = JournalFile._lock
+
+    def lock(self: JournalFile) -> None:
+        monkeypatch.setattr(JournalFile, "_lock", real)
+        moeconv.shard(src, out, resume=True, **SAME)  # the other one, to its end
+        real(self)
+
+    monkeypatch.setattr(JournalFile, "_lock", lock)
+    with pytest.raises(WouldOverwrite, match="another run"):
+        moeconv.shard(src, out, resume=True, **SAME)
+    assert tree_sha256(out) == tree_sha256(tmp_path / "whole")
 
 
 def test_nothing_to_resume_is_a_plain_start(src: Path, tmp_path: Path) -> None:
