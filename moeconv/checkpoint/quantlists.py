@@ -39,20 +39,31 @@ class _List:
     keys: bool = False
 
 
-def changed_lists(raw: bytes, change: Change, *, inside: bool = False) -> bytes:
+def changed_lists(
+    raw: bytes, change: Change, *, inside: bool = False
+) -> tuple[bytes, tuple[tuple[str, str], ...]]:
     """`raw`, a valid JSON document, with its lists of names as `change` makes them.
 
     change: gets a list's place and its texts, and returns what stands in the place of each, or
     None to leave it. Keys are one list for each value. inside: whether all is about quantisation.
+    Second, place and first text of those that are left, because new words would say another thing.
     """
     text = raw.decode("utf-8")
-    pieces, at = [], 0
+    pieces, at, left = [], 0, []
     for found in _walk(text, _skip(text, 0), "", inside=inside)[0]:
-        new = _changed(found, change)
+        try:
+            new = _changed(found, change)
+        except _AnotherThing:
+            left.append((found.place, found.items[0].text))
+            continue
         if new is not None:
             pieces += [text[at : found.start], _like(text[found.start : found.stop], new)]
             at = found.stop
-    return "".join((*pieces, text[at:])).encode("utf-8")
+    return "".join((*pieces, text[at:])).encode("utf-8"), tuple(left)
+
+
+class _AnotherThing(Exception):
+    """A key would stand in one object with two values, or before one that it must not precede."""
 
 
 def _changed(found: _List, change: Change) -> list[str] | None:
@@ -60,19 +71,34 @@ def _changed(found: _List, change: Change) -> list[str] | None:
     groups: dict[str, list[int]] = {}
     for number, item in enumerate(found.items):
         groups.setdefault(item.rest.lstrip(_SPACE + ":"), []).append(number)
-    there = {item.text for item in found.items}  # not written twice: as a key it would be another
-    out = [[item.raw + item.rest] for item in found.items]
-    changed = False
+    made: dict[int, tuple[str, ...]] = {}
     for numbers in groups.values():
         new = change(found.place, tuple(found.items[n].text for n in numbers))
-        for number, texts in zip(numbers, new or (), strict=bool(new)):
-            item = found.items[number]
-            old = [item.raw] if item.text in texts else []
-            more = [json.dumps(text) for text in texts if text not in there]
-            out[number] = [word + item.rest for word in (*old, *more)]
-            there.update(texts)
-            changed = True
-    return [entry for entries in out for entry in entries] if changed else None
+        made |= dict(zip(numbers, new or (), strict=bool(new)))
+    if not made:
+        return None
+    if found.keys and found.place.rpartition(".")[2] == "dynamic":
+        # the first that matches counts: only what all say alike can be said in other words
+        signs = {item.text.startswith("-:") for item in found.items}
+        if len(groups) > 1 or len(signs) > 1:
+            raise _AnotherThing
+    there = {
+        item.text: item.rest.lstrip(_SPACE + ":")
+        for number, item in enumerate(found.items)
+        if item.text in made.get(number, (item.text,))
+    }
+    out: list[str] = []
+    for number, item in enumerate(found.items):
+        value = item.rest.lstrip(_SPACE + ":")
+        for text in made.get(number, (item.text,)):
+            if text == item.text:
+                out.append(item.raw + item.rest)
+            elif text not in there:
+                there[text] = value
+                out.append(json.dumps(text) + item.rest)
+            elif there[text] != value:
+                raise _AnotherThing
+    return out
 
 
 def expert_patterns(raw: bytes, *, inside: bool) -> Iterator[tuple[str, str]]:

@@ -50,7 +50,8 @@ def _reworded(
         return first, []
     mentions = Mentions(renamings)
     try:
-        after = changed_lists(first, mentions.reworded, inside=inside)
+        after, unchanged = changed_lists(first, mentions.reworded, inside=inside)
+        mentions.left(unchanged)
         left = list(expert_patterns(first, inside=inside))
     except (ValueError, IndexError, RecursionError):
         return first, []  # no JSON, and nobody's list of modules

@@ -35,14 +35,14 @@ def layers_said(config: Config, recipe: Recipe, section: str) -> int | None:
 
 def states_experts(stack: str, recipe: Recipe, config: Config) -> bool:
     """Whether config.json states the number of experts (a list states one for each layer)."""
-    return bool(_sizes(config, recipe, stack, recipe.config.experts))
+    return bool(_sizes(config, recipe, stack, recipe.config.experts, alike=True))
 
 
 def said_sizes(stack: str, recipe: Recipe, config: Config) -> dict[str, int]:
     """The sizes that config.json says for this stack."""
     out = {}
     for what, paths in _keys(recipe):
-        hits = _sizes(config, recipe, stack, paths)
+        hits = _sizes(config, recipe, stack, paths, alike=what == "experts")
         if hits and type(value := hits[0][1]) is int and value > 0:
             out[what] = value
     return out
@@ -55,7 +55,7 @@ def against_config(
     words = {"experts": "experts", "width": "rows in gate and up", "hidden": "inputs to an expert"}
     problems: list[MoeconvError] = []
     for what, paths in _keys(recipe):
-        hits = _sizes(config, recipe, stack, paths)
+        hits = _sizes(config, recipe, stack, paths, alike=what == "experts")
         # one model has one number of experts; the keys of its widths mean different things
         for key, said in hits if what == "experts" else hits[:1]:
             # a list that is not one of layers says something of another kind
@@ -87,14 +87,20 @@ def _in_section(config: Config, recipe: Recipe, section: str, paths: tuple[str, 
     return [(key, value) for key in full if (value := config.at(key)) is not None]
 
 
-def _sizes(config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...]) -> list[_Hit]:
+def _sizes(
+    config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...], *, alike: bool
+) -> list[_Hit]:
     """All of these keys that are there, in the first section that has any of them.
 
-    What is said of the one layer is what counts: beside it the rest is a default.
+    What is said of the one layer is what counts: beside it the rest is a default. alike: whether
+    all keys mean the same; else that goes for each of them alone.
     """
     for section in recipe.config.sections_of(stack):
-        hits = list(_of_layer(config, recipe, section, stack, paths))
-        if hits or (hits := _in_section(config, recipe, section, paths)):
+        hits: list[_Hit] = []
+        for several in (paths,) if alike else ((path,) for path in paths):
+            layer = list(_of_layer(config, recipe, section, stack, several))
+            hits += layer or _in_section(config, recipe, section, several)
+        if hits:
             return hits
     return []
 

@@ -94,18 +94,31 @@ class Mentions:
             if any(not modules.within(rest, wanted) for rest in meaning.new[stack]):
                 self.shifted[place, texts[number]] = None
         held = frozenset[str]().union(*(meaning.new[stack] for meaning in patterns.values()))
-        lacking = [stack + rest for rest in wanted if not _is_held(rest, held, modules)]
+        staying = plain.keys() & set(wanted)  # names of both layouts
+        lacking = [
+            stack + rest
+            for rest in wanted
+            if rest not in staying and not _is_held(rest, held, modules)
+        ]
         self._settled.update(stack + rest for rest in wanted)
-        places = [number for numbers in plain.values() for number in numbers]
-        for number in places:
+        going = [n for rest, numbers in plain.items() if rest not in staying for n in numbers]
+        for number in going:
             found.out[number] = []
-        if places:
+        places = going or [n for numbers in plain.values() for n in numbers]
+        if going or (places and lacking):
             found.out[min(places)] += lacking
-            self.renamed[place] = self.renamed.get(place, 0) + len(plain)
-        elif lacking:
+            self.renamed[place] = self.renamed.get(place, 0) + len(plain) - len(staying)
+        elif lacking and naming:
             first = naming[0]
             found.out[first] += (_like(texts[first], place, name) for name in lacking)
             self.added[place] = self.added.get(place, 0) + len(lacking)
+
+    def left(self, pairs: tuple[tuple[str, str], ...]) -> None:
+        """Nothing was changed in these places after all; a text of each."""
+        for place, text in pairs:
+            self.renamed.pop(place, None)
+            self.added.pop(place, None)
+            self.shifted[place, text] = None
 
     def _meaning(self, place: str, text: str) -> _Meaning | None:
         """What a pattern means; None where it is none, or too much to find out."""

@@ -31,6 +31,7 @@ CODES: Final[dict[type[MoeconvError], tuple[str, int]]] = {
     errors.IoFailed: ("io", IO),
     errors.SourceMissing: ("not-found", IO),
     errors.DiskFull: ("disk-full", IO),
+    errors.MemoryShort: ("memory-short", IO),
     errors.DownloadFailed: ("download-failed", IO),
     errors.SourceChanged: ("source-changed", IO),
     errors.Malformed: ("malformed", MALFORMED),

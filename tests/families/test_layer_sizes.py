@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+import moeconv
 from moeconv.errors import ConfigMismatch
 from tests.families.plain import QWEN, planned
+from tests.phantoms import phantom, rows
 
 
 def nemotron(name: str, experts: int, width: int) -> str:
@@ -113,3 +115,24 @@ def test_the_layers_of_dots3_vision_are_held_against_their_list(tmp_path: Path):
         else:
             with pytest.raises(ConfigMismatch, match=r"pyramid_num_routed\.2"):
                 planned(tmp_path / name, text, config)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"intermediate_size": [64, 64]},
+        {"per_layer_config": {"0": {"intermediate_size": 96}}},
+    ],
+)
+def test_a_dense_layer_s_width_is_not_that_of_the_experts(more: dict[str, object], tmp_path: Path):
+    """The first key of a width counts, whatever the others say of a layer."""
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 2, "moe_intermediate_size": 8}
+    text = "\n".join(
+        f"model.layers.0.mlp.experts.{{0-1}}.{p}_proj.weight BF16 {shape}"
+        for p, shape in (("gate", "8,16"), ("up", "8,16"), ("down", "16,8"))
+    )
+    src = phantom(tmp_path / "src", rows(text), config | more)
+    moeconv.fuse(src, tmp_path / "out", dry_run=True)
+    wrong = phantom(tmp_path / "wrong", rows(text), config | more | {"moe_intermediate_size": 9})
+    with pytest.raises(ConfigMismatch):
+        moeconv.fuse(wrong, tmp_path / "out", dry_run=True)

@@ -1,0 +1,71 @@
+"""Lists of names in which old and new names, values or signs meet: nothing is lost or turned."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moeconv
+from moeconv.checkpoint.quantlists import changed_lists
+from tests.families.test_quantization_config import checkpoint, config_of, modules
+from tests.phantoms import phantom
+from tests.quantised.test_half_apart import CONFIG, HALVES, rows
+
+STACK = "model.layers.0.mlp.experts"
+
+
+def test_names_that_both_layouts_have_stay(tmp_path: Path):
+    """Only the scales of half-apart experts move: their modules' names are what they were."""
+    names = ["lm_head", *modules(0)]
+    quantization = {"modules_to_not_convert": names, "quant_method": "fp8"}
+    src = phantom(tmp_path / "src", rows(HALVES), CONFIG | {"quantization_config": quantization})
+    moeconv.unfuse(src, tmp_path / "out", layout="per-expert")
+    assert config_of(tmp_path / "out") == quantization
+
+
+def test_what_some_names_are_for_is_put_beside_those_that_stay(tmp_path: Path):
+    """hunyuan joins gate and up, and has down in both layouts."""
+    experts = f"{STACK}.{{0-2}}"
+    tensors = f"{experts}.gate_and_up_proj.weight BF16 8,6\n{experts}.down_proj.weight BF16 6,4"
+    parts = [f"{STACK}.{e}.{p}" for e in range(3) for p in ("gate_and_up_proj", "down_proj")]
+    config = {"model_type": "hunyuan", "num_experts": 3, "quantization_config": {"ignore": parts}}
+    src = phantom(tmp_path / "src", rows(tensors), config)
+    moeconv.unfuse(src, tmp_path / "out", layout="per-expert")
+    found = config_of(tmp_path / "out")["ignore"]
+    assert sorted(found) == sorted(modules(0))
+
+
+def replaced(document: dict[str, Any], new: dict[str, tuple[str, ...]]) -> tuple[Any, Any]:
+    """A document with some names replaced, and the places that were left."""
+    raw = json.dumps({"quantization_config": document}).encode()
+    after, left = changed_lists(raw, lambda _, texts: tuple(new.get(t, (t,)) for t in texts))
+    return json.loads(after)["quantization_config"], left
+
+
+def test_a_key_with_two_values_leaves_the_object_as_it_is():
+    layers = {"a.all": {"bits": 8}, "a.0": {"bits": 4}, "a.1": {"bits": 4}}
+    new = {"a.0": ("a.all",), "a.1": ()}
+    assert replaced({"layers": layers}, new) == (
+        {"layers": layers},
+        (("quantization_config.layers", "a.all"),),
+    )
+    same = {"a.all": {"bits": 4}, "a.0": {"bits": 4}, "a.1": {"bits": 4}}
+    assert replaced({"layers": same}, new) == ({"layers": {"a.all": {"bits": 4}}}, ())
+
+
+@pytest.mark.parametrize(
+    "dynamic",
+    [
+        {r"-:.*experts\.\d+\.gate_proj": {}, r"+:.*experts\.\d+\.up_proj": {}},
+        {r"-:.*gate_proj": {}, r"+:.*up_proj": {"bits": 8}, r"-:.*up_proj": {}},
+        {r"+:.*experts\.0\..*": {"bits": 8}, r"-:.*experts\.\d+": {}},
+    ],
+)
+def test_the_first_that_matches_counts_so_mixed_rules_are_left_and_said(
+    dynamic: dict[str, Any], tmp_path: Path
+):
+    src = checkpoint(tmp_path / "src", {"dynamic": dynamic})
+    result = moeconv.fuse(src, tmp_path / "out")
+    assert config_of(tmp_path / "out") == {"dynamic": dynamic}
+    assert any("left as" in note for note in result.plan.notes)
