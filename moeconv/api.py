@@ -32,7 +32,7 @@ from moeconv.layout.fromset import set_detection
 from moeconv.layout.leftovers import Headers, with_leftovers
 from moeconv.layout.recipe import Recipe
 from moeconv.library import fitting, load_recipe, manifest_recipes, shipped_recipes
-from moeconv.manifest import ROOT_NAME, Manifest
+from moeconv.manifest import ROOT_NAME, Manifest, matrix_ranks
 from moeconv.plan.align import ALIGNS, PAGE, PAGE_ALIGNED
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion
 from moeconv.plan.existing import plan_restore
@@ -152,7 +152,14 @@ def open_source(
         known = {
             s.name: s if manifest else replace(s, layout=s.origin_layout) for s in said.root.stacks
         }
-        detection = detect(checkpoint.tensors, checkpoint.config, recipes, files=names, known=known)
+        detection = detect(
+            checkpoint.tensors,
+            checkpoint.config,
+            recipes,
+            files=names,
+            known=known,
+            ranks=matrix_ranks(said),
+        )
         return Opened(path, checkpoint, recipes, detection)
     recipes = _recipes_for(checkpoint, recipe)
     detection = detect(
@@ -324,7 +331,10 @@ def restored(source: Opened) -> Plan:
     known = {s.name: replace(s, layout=s.origin_layout) for s in own.manifest.root.stacks}
     names = tuple(f.name for f in own.origin.files)
     recipes = manifest_recipes(own.manifest.root)
-    original = detect(tensors, source.checkpoint.config, recipes, files=names, known=known)
+    ranks = matrix_ranks(own.manifest)
+    original = detect(
+        tensors, source.checkpoint.config, recipes, files=names, known=known, ranks=ranks
+    )
     return plan_restore(source.detection.whole(), original.whole(), own.origin)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
@@ -18,7 +19,7 @@ from moeconv.errors import (
     UnknownLayout,
     quoted,
 )
-from moeconv.layout.axes import geometry
+from moeconv.layout.axes import EXPERT, PAIR, geometry
 from moeconv.layout.complete import completeness, contradiction
 from moeconv.layout.fit import Fit, fit
 from moeconv.layout.layers import bare_stacks, lost_stacks, unequal_stacks
@@ -28,9 +29,11 @@ from moeconv.layout.readings import Reading, granule_names, readings
 from moeconv.layout.recipe import COMPANIONS, WEIGHTS, Layout, Recipe
 from moeconv.layout.said import against_config, lookup, said_sizes, states_experts
 from moeconv.layout.stack import Member, Sizes, Stack
-from moeconv.manifest import StackEntry
+from moeconv.manifest import Ranks, StackEntry
 from moeconv.names import natural_key
 from moeconv.units import counted
+
+_Told: TypeAlias = dict[tuple[str, str], int]  # (projection, component)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +67,14 @@ def detect(
     files: tuple[str, ...],
     from_layout: str | None = None,
     known: dict[str, StackEntry] | None = None,
+    ranks: Ranks | None = None,
 ) -> Detection:
     """Find the expert stacks among `tensors` (headers' facts, no data).
 
     files: the names of the files, for messages.
     from_layout: decides between layouts that fit one stack equally; known: for outputs of
-    moeconv, what the manifest says of each stack, which then is not judged anew. Problems are
+    moeconv, what the manifest says of each stack, which then is not judged anew; ranks: what its
+    matrices are there, where shapes leave several readings open. Problems are
     collected, not raised.
     """
     collected, others = collect(
@@ -92,7 +97,14 @@ def detect(
         problems += unfit
         damaged += [name] if unfit else []
     for name in sorted(collected.keys() - passed.keys(), key=natural_key):
-        judged = _judge(name, collected[name], config, (known or {}).get(name), from_layout)
+        judged = _judge(
+            name,
+            collected[name],
+            config,
+            known=(known or {}).get(name),
+            from_layout=from_layout,
+            ranks={key[1:]: rank for key, rank in (ranks or {}).items() if key[0] == name},
+        )
         if isinstance(judged, Stack):
             stacks.append(judged)
         else:
@@ -159,7 +171,13 @@ def _unfit_from_layout(name: str, collected: dict[str, Found]) -> list[MoeconvEr
 
 
 def _judge(
-    name: str, found: Found, config: Config, known: StackEntry | None, from_layout: str | None
+    name: str,
+    found: Found,
+    config: Config,
+    *,
+    known: StackEntry | None,
+    from_layout: str | None,
+    ranks: _Told,
 ) -> Stack | list[MoeconvError]:
     candidates = _candidates(name, found)
     if isinstance(candidates, MoeconvError):
@@ -172,7 +190,10 @@ def _judge(
         return problems
     granules, unsaid = _granules(name, found, candidates, config)
     count = _count(found) if candidates[0].numbered else None
-    fits = [(c, *_first_fit(found, c, granules, count, said)) for c in candidates]
+    fits = [
+        (c, *_first_fit(found, c, granules, count=count, said=said, ranks=ranks))
+        for c in candidates
+    ]
     survivors = [(layout, reading, f.sizes) for layout, reading, f in fits if f.sizes is not None]
     if not survivors and unsaid is not None:
         return [unsaid]
@@ -210,11 +231,30 @@ def _judge_passed(name: str, found: Found, config: Config) -> list[MoeconvError]
 
 
 def _first_fit(
-    found: Found, layout: Layout, granules: dict[str, int], count: int | None, said: dict[str, int]
+    found: Found,
+    layout: Layout,
+    granules: dict[str, int],
+    *,
+    count: int | None,
+    said: dict[str, int],
+    ranks: _Told,
 ) -> tuple[Reading, Fit]:
-    """The first reading that fits; where none does, the first and why not."""
+    """The first reading that fits; where none does, the first and why not.
+
+    A grid of one block and one number look alike: what a manifest says they are comes first.
+    """
+    sides = {line.template: line.projections[0] for line in layout.lines}
+
+    def other(reading: Reading) -> int:
+        """How many of its components are not what is told."""
+        return sum(
+            ranks.get((sides[template], name), rank) != rank
+            for (template, name), (_, axes) in reading.items()
+            for rank in (len(axes.letters - {EXPERT, PAIR}),)
+        )
+
     tried: list[tuple[Reading, Fit]] = []
-    for reading in readings(found, layout, granules):
+    for reading in sorted(readings(found, layout, granules), key=other):
         tried.append((reading, fit(found, layout, reading=reading, count=count, known=said)))
         if tried[-1][1].sizes is not None:
             return tried[-1]

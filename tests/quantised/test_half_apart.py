@@ -15,6 +15,7 @@ from moeconv.errors import (
     MoeconvError,
     UnknownLayout,
 )
+from tests.helpers import tree_sha256
 from tests.phantoms import Shape, phantom, rows
 
 STACK = "model.layers.0.mlp.experts"
@@ -68,3 +69,40 @@ def test_it_is_not_written(tmp_path: Path):
     src = phantom(tmp_path / "src", rows(HALVES), CONFIG)
     with pytest.raises(UnknownLayout, match="half-apart"):
         moeconv.fuse(src, tmp_path / "out", layout="half-apart")
+
+
+FUSED = f"""{STACK}.gate_up_proj F8_E4M3 4,128,64
+{STACK}.down_proj F8_E4M3 4,64,64
+{STACK}.gate_up_proj_scale_inv F32 4,1,1
+{STACK}.down_proj_scale_inv F32 4,1,1"""
+APART = f"""{STACK}.{{0-3}}.gate_proj.weight F8_E4M3 64,64
+{STACK}.{{0-3}}.up_proj.weight F8_E4M3 64,64
+{STACK}.{{0-3}}.down_proj.weight F8_E4M3 64,64
+{STACK}.gate_up_proj_scale_inv F32 4,1,1
+{STACK}.down_proj_scale_inv F32 4,1,1"""
+
+
+@pytest.mark.parametrize("text", [FUSED, APART], ids=["fused", "half apart"])
+@pytest.mark.parametrize("layout", ["per-expert", "stacked", "sglang"])
+def test_matrices_no_larger_than_a_block(text: str, layout: str, tmp_path: Path):
+    """One number and a grid of one block look alike in an output: the manifest says which it is."""
+    config = {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "quantization_config": {"weight_block_size": [128, 128]},
+    }
+    src, out = phantom(tmp_path / "src", rows(text), config), tmp_path / "out"
+    if layout == "per-expert":
+        moeconv.unfuse(src, out, layout=layout)
+    else:
+        moeconv.fuse(src, out, layout=layout)
+    assert moeconv.verify(out).problems == ()
+    assert moeconv.verify(out, level="source", source=src).problems == ()
+    assert moeconv.fingerprint(out) == moeconv.fingerprint(src)
+    moeconv.fuse(out, tmp_path / "again")
+    moeconv.shard(out, tmp_path / "ranks", ep_size=2)
+    for number, made in enumerate((out, tmp_path / "again")):
+        moeconv.unfuse(made, tmp_path / f"back-{number}")
+        assert tree_sha256(tmp_path / f"back-{number}") == tree_sha256(src)
+    moeconv.merge(tmp_path / "ranks", tmp_path / "merged")
+    assert tree_sha256(tmp_path / "merged") == tree_sha256(src)
