@@ -31,8 +31,9 @@ from moeconv.layout.detect import Detection, detect
 from moeconv.layout.fromset import set_detection
 from moeconv.layout.leftovers import Headers, with_leftovers
 from moeconv.layout.recipe import Recipe
+from moeconv.layout.told import told_by
 from moeconv.library import fitting, load_recipe, manifest_recipes, shipped_recipes
-from moeconv.manifest import ROOT_NAME, Manifest, matrix_ranks
+from moeconv.manifest import ROOT_NAME, Manifest
 from moeconv.plan.align import ALIGNS, PAGE, PAGE_ALIGNED
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion
 from moeconv.plan.existing import plan_restore
@@ -158,7 +159,7 @@ def open_source(
             recipes,
             files=names,
             known=known,
-            ranks=matrix_ranks(said),
+            told=told_by(said),
         )
         return Opened(path, checkpoint, recipes, detection)
     recipes = _recipes_for(checkpoint, recipe)
@@ -331,9 +332,9 @@ def restored(source: Opened) -> Plan:
     known = {s.name: replace(s, layout=s.origin_layout) for s in own.manifest.root.stacks}
     names = tuple(f.name for f in own.origin.files)
     recipes = manifest_recipes(own.manifest.root)
-    ranks = matrix_ranks(own.manifest)
+    told = told_by(own.manifest)
     original = detect(
-        tensors, source.checkpoint.config, recipes, files=names, known=known, ranks=ranks
+        tensors, source.checkpoint.config, recipes, files=names, known=known, told=told
     )
     return plan_restore(source.detection.whole(), original.whole(), own.origin)
 

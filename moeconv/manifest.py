@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Final, TypeAlias
+from typing import Final
 
 from moeconv.digest import digest, fingerprint_line
 from moeconv.jsonvalue import Json
@@ -237,21 +237,6 @@ def units_of(tensor: TensorEntry) -> int:
 def canonical_shape(tensor: TensorEntry) -> tuple[int, ...]:
     """The shape under which the digests of this tensor stand in the fingerprint."""
     return tensor.shape if tensor.expert is None else tensor.expert.matrix
-
-
-Ranks: TypeAlias = dict[tuple[str, str, str], int]  # (stack, projection, component)
-
-
-def matrix_ranks(manifest: Manifest) -> Ranks:
-    """How many dimensions a canonical matrix of each kind has: which of its readings was taken."""
-    stacks = manifest.root.stacks
-    return {
-        (stacks[held.stack].name, projection, held.component): len(held.matrix)
-        for part in manifest.parts
-        for tensor in part.tensors
-        if (held := tensor.expert) is not None
-        for projection in held.projections
-    }
 
 
 # --- writing -----------------------------------------------------------------------------------

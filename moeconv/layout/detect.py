@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
@@ -19,7 +18,7 @@ from moeconv.errors import (
     UnknownLayout,
     quoted,
 )
-from moeconv.layout.axes import EXPERT, PAIR, geometry
+from moeconv.layout.axes import geometry
 from moeconv.layout.complete import completeness, contradiction
 from moeconv.layout.fit import Fit, fit
 from moeconv.layout.layers import bare_stacks, lost_stacks, unequal_stacks
@@ -29,11 +28,10 @@ from moeconv.layout.readings import Reading, granule_names, readings
 from moeconv.layout.recipe import COMPANIONS, WEIGHTS, Layout, Recipe
 from moeconv.layout.said import against_config, lookup, said_sizes, states_experts
 from moeconv.layout.stack import Member, Sizes, Stack
-from moeconv.manifest import Ranks, StackEntry
+from moeconv.layout.told import Told, told_first
+from moeconv.manifest import StackEntry
 from moeconv.names import natural_key
 from moeconv.units import counted
-
-_Told: TypeAlias = dict[tuple[str, str], int]  # (projection, component)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +65,13 @@ def detect(
     files: tuple[str, ...],
     from_layout: str | None = None,
     known: dict[str, StackEntry] | None = None,
-    ranks: Ranks | None = None,
+    told: Told | None = None,
 ) -> Detection:
     """Find the expert stacks among `tensors` (headers' facts, no data).
 
     files: the names of the files, for messages.
     from_layout: decides between layouts that fit one stack equally; known: for outputs of
-    moeconv, what the manifest says of each stack, which then is not judged anew; ranks: what its
+    moeconv, what the manifest says of each stack, which then is not judged anew; told: what its
     matrices are there, where shapes leave several readings open. Problems are
     collected, not raised.
     """
@@ -103,7 +101,7 @@ def detect(
             config,
             known=(known or {}).get(name),
             from_layout=from_layout,
-            ranks={key[1:]: rank for key, rank in (ranks or {}).items() if key[0] == name},
+            told=told or {},
         )
         if isinstance(judged, Stack):
             stacks.append(judged)
@@ -112,10 +110,10 @@ def detect(
             damaged.append(name)
     problems += lost_stacks(stacks, others, collected)
     if known is None:
-        told = (
+        stated = (
             s.name for s in stacks if s.recipe.varying or states_experts(s.name, s.recipe, config)
         )
-        problems += unequal_stacks(stacks, frozenset(told))
+        problems += unequal_stacks(stacks, frozenset(stated))
         problems += bare_stacks(stacks)
     return Detection(
         tuple(stacks),
@@ -177,7 +175,7 @@ def _judge(
     *,
     known: StackEntry | None,
     from_layout: str | None,
-    ranks: _Told,
+    told: Told,
 ) -> Stack | list[MoeconvError]:
     candidates = _candidates(name, found)
     if isinstance(candidates, MoeconvError):
@@ -191,8 +189,9 @@ def _judge(
     granules, unsaid = _granules(name, found, candidates, config)
     count = _count(found) if candidates[0].numbered else None
     fits = [
-        (c, *_first_fit(found, c, granules, count=count, said=said, ranks=ranks))
+        (c, *_first_fit(options, found, c, count, said))
         for c in candidates
+        for options in (told_first(readings(found, c, granules), c, name, told),)
     ]
     survivors = [(layout, reading, f.sizes) for layout, reading, f in fits if f.sizes is not None]
     if not survivors and unsaid is not None:
@@ -231,30 +230,11 @@ def _judge_passed(name: str, found: Found, config: Config) -> list[MoeconvError]
 
 
 def _first_fit(
-    found: Found,
-    layout: Layout,
-    granules: dict[str, int],
-    *,
-    count: int | None,
-    said: dict[str, int],
-    ranks: _Told,
+    options: list[Reading], found: Found, layout: Layout, count: int | None, said: dict[str, int]
 ) -> tuple[Reading, Fit]:
-    """The first reading that fits; where none does, the first and why not.
-
-    A grid of one block and one number look alike: what a manifest says they are comes first.
-    """
-    sides = {line.template: line.projections[0] for line in layout.lines}
-
-    def other(reading: Reading) -> int:
-        """How many of its components are not what is told."""
-        return sum(
-            ranks.get((sides[template], name), rank) != rank
-            for (template, name), (_, axes) in reading.items()
-            for rank in (len(axes.letters - {EXPERT, PAIR}),)
-        )
-
+    """The first reading that fits; where none does, the first and why not."""
     tried: list[tuple[Reading, Fit]] = []
-    for reading in sorted(readings(found, layout, granules), key=other):
+    for reading in options:
         tried.append((reading, fit(found, layout, reading=reading, count=count, known=said)))
         if tried[-1][1].sizes is not None:
             return tried[-1]

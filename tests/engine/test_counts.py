@@ -7,14 +7,14 @@ import os
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import moeconv
 from tests.badinput.builders import config, qwen, write
+from tests.calls import around
 from tests.engine.test_methods import cloning, source  # noqa: F401 - a fixture
 
 MIB = 1024 * 1024
@@ -28,16 +28,12 @@ class Calls:
         self.made: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()
         for name in names:
-            monkeypatch.setattr(os, name, self._counted(name, getattr(os, name)))
+            count = partial(self._count, name)
+            monkeypatch.setattr(os, name, around(getattr(os, name), after=count))
 
-    def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **more: Any) -> Any:
-            result = real(*args, **more)
-            self.made[name] += 1
-            self.moved[name] += result if isinstance(result, int) else 0
-            return result
-
-        return call
+    def _count(self, name: str, result: object) -> None:
+        self.made[name] += 1
+        self.moved[name] += result if isinstance(result, int) else 0
 
 
 def test_few_large_calls_and_each_byte_once(

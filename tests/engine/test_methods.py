@@ -16,6 +16,7 @@ from moeconv.engine import methods, target, tiles
 from moeconv.errors import Damaged
 from moeconv.plan.values import CopyTile
 from tests.badinput.builders import config, qwen, write
+from tests.calls import around
 from tests.helpers import tree_sha256
 
 MAKE = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}
@@ -264,12 +265,10 @@ def test_where_nothing_can_be_cloned_after_all_every_digest_is_held_against_its_
     rows: list[int] = []
     real = tiles._in_a_row
 
-    def in_a_row(*arguments: Any) -> list[CopyTile]:
-        found = real(*arguments)
+    def seen(found: list[CopyTile]) -> None:
         rows.append(len(found))
-        return found
 
-    monkeypatch.setattr(tiles, "_in_a_row", in_a_row)
+    monkeypatch.setattr(tiles, "_in_a_row", around(real, after=seen))
     result = moeconv.shard(cloning / "fused", cloning / "out", ep_size=4)
     assert share(result) == 0
     # each tile is looked at once, however long the row that cannot be cloned

@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import moeconv
 from moeconv.checkpoint.quantlists import changed_lists
+from moeconv.jsonvalue import Json
 from tests.families.test_quantization_config import checkpoint, config_of, modules
 from tests.phantoms import phantom
 from tests.quantised.test_half_apart import CONFIG, HALVES, rows
@@ -36,7 +36,9 @@ def test_what_some_names_are_for_is_put_beside_those_that_stay(tmp_path: Path):
     assert sorted(found) == sorted(modules(0))
 
 
-def replaced(document: dict[str, Any], new: dict[str, tuple[str, ...]]) -> tuple[Any, Any]:
+def replaced(
+    document: dict[str, Json], new: dict[str, tuple[str, ...]]
+) -> tuple[Json, tuple[tuple[str, str], ...]]:
     """A document with some names replaced, and the places that were left."""
     raw = json.dumps({"quantization_config": document}).encode()
     after, left = changed_lists(raw, lambda _, texts: tuple(new.get(t, (t,)) for t in texts))
@@ -63,7 +65,7 @@ def test_a_key_with_two_values_leaves_the_object_as_it_is():
     ],
 )
 def test_the_first_that_matches_counts_so_mixed_rules_are_left_and_said(
-    dynamic: dict[str, Any], tmp_path: Path
+    dynamic: dict[str, dict[str, int]], tmp_path: Path
 ):
     src = checkpoint(tmp_path / "src", {"dynamic": dynamic})
     result = moeconv.fuse(src, tmp_path / "out")

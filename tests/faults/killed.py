@@ -12,9 +12,9 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import moeconv
+from tests.calls import around
 
 CALLS = ("open", "mkdir", "rename", "replace", "fsync", "pwrite", "copy_file_range", "truncate")
 
@@ -23,18 +23,14 @@ def count_calls(limit: int | None) -> Callable[[], int]:
     """Wrap the calls of `os`; at the `limit`-th the process dies. Returns a way to ask how many."""
     done = 0
 
-    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **more: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done == limit:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **more)
-
-        return call
+    def counted() -> None:
+        nonlocal done
+        done += 1
+        if done == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     for name in CALLS:
-        setattr(os, name, wrapped(getattr(os, name)))
+        setattr(os, name, around(getattr(os, name), before=counted))
     return lambda: done
 
 

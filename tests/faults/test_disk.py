@@ -15,6 +15,7 @@ from moeconv.engine.workplace import Workplace
 from moeconv.errors import DiskFull, IoFailed
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree
+from tests.calls import around
 
 CALLS = ("open", "pwrite", "copy_file_range", "fsync", "rename", "truncate", "preadv", "mkdir")
 HOW_OFTEN = [pytest.param(40), pytest.param(400, marks=pytest.mark.soak)]
@@ -28,18 +29,17 @@ class FailingDisk:
         self.last: int | None = None
         self.code = errno.EIO
         for name in CALLS:
-            monkeypatch.setattr(os, name, self.wrapped(getattr(os, name)))
+            call = around(getattr(os, name), before=self.before, after=self.after)
+            monkeypatch.setattr(os, name, call)
 
-    def wrapped(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """The call, until it is its turn to fail."""
+    def before(self) -> None:
+        """Fails when it is the call's turn."""
+        self.done += 1
+        if self.done == self.last:
+            raise OSError(self.code, os.strerror(self.code))
 
-        def call(*args: Any, **more: Any) -> Any:
-            self.done += 1
-            if self.done == self.last:
-                raise OSError(self.code, os.strerror(self.code))
-            return real(*args, **more)
-
-        return call
+    def after(self, _: object) -> None:
+        """A call that was made."""
 
 
 @pytest.mark.parametrize("times", HOW_OFTEN)
@@ -121,18 +121,18 @@ def test_ctrl_c_at_any_call(
 class InterruptedDisk(FailingDisk):
     """One of the calls is made, and then Ctrl-C comes."""
 
-    def wrapped(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """The call, with Ctrl-C when it is its turn."""
+    _due = False
 
-        def call(*args: Any, **more: Any) -> Any:
-            self.done += 1
-            mine = self.done == self.last
-            result = real(*args, **more)
-            if mine:
-                os.kill(os.getpid(), signal.SIGINT)
-            return result
+    def before(self) -> None:
+        """Count."""
+        self.done += 1
+        self._due = self._due or self.done == self.last
 
-        return call
+    def after(self, _: object) -> None:
+        """Ctrl-C when it was the call's turn."""
+        if self._due:
+            self._due = False
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_what_says_that_an_output_is_whole_goes_first(

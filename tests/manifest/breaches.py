@@ -32,7 +32,7 @@ class Breach:
 
 
 # --- edits -------------------------------------------------------------------------------------
-def put(*path: Any) -> Edit:
+def put(*path: object) -> Edit:
     """Set the member at a path to the path's last item."""
     *way, key, value = path
 
@@ -44,7 +44,7 @@ def put(*path: Any) -> Edit:
     return edit
 
 
-def drop(*path: Any) -> Edit:
+def drop(*path: object) -> Edit:
     """Remove the member at a path."""
     *way, key = path
 
