@@ -435,6 +435,12 @@ class NoTorchDtype(Unsupported):
     code = "no-torch-dtype"
 
 
+class UnsupportedTransformers(Unsupported):
+    """transformers is not installed, or has another inside than this version of moeconv knows."""
+
+    code = "unsupported-transformers"
+
+
 class StraddlingBlock(Unsupported):
     """A quantisation block that would lie across two projections."""
 

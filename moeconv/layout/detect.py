@@ -26,7 +26,7 @@ from moeconv.layout.match import Found, collect
 from moeconv.layout.ranges import in_ranges, no_range
 from moeconv.layout.readings import Reading, granule_names, readings
 from moeconv.layout.recipe import COMPANIONS, WEIGHTS, Layout, Recipe
-from moeconv.layout.said import against_config, lookup, said_sizes, states_experts
+from moeconv.layout.said import against_config, said_of_quantisation, said_sizes, states_experts
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.layout.told import Told, told_first
 from moeconv.manifest import StackEntry
@@ -326,7 +326,7 @@ def _granules(
     for name, owner in sorted(granule_names(found, layouts).items()):
         key, _, index = name.partition(".")
         full = tuple(f"{p}.{index}" if index else p for p in paths[key])
-        hit = lookup(config, found.recipe, stack, full)
+        hit = said_of_quantisation(config, found.recipe, stack, full)
         if hit is None or type(hit[1]) is not int or hit[1] < 1:
             unsaid = unsaid or ConfigMismatch(
                 f"{quoted(stack)} has {quoted(owner)} tensors, "

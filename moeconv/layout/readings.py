@@ -18,13 +18,18 @@ Reading = dict[Key, tuple[Component, Axes]]
 
 
 def granule_names(found: Found, layouts: list[Layout]) -> dict[str, str]:
-    """The named granules in any reading of what is there, each with a component that needs it."""
+    """The named granules in the readings of what is there, each with a component that needs it.
+
+    Readings of another number of dimensions are none: nobody need say a block size for scales
+    that are one number.
+    """
     names: dict[str, str] = {}
     for layout in layouts:
         for line, component in _held(found, layout):
             for axes in component.readings:
                 for form in line.forms(component.read_as(axes)):
-                    names.update(dict.fromkeys(form.granules, component.name))
+                    if _same_rank(found, (line.template, component.name), form):
+                        names.update(dict.fromkeys(form.granules, component.name))
     return names
 
 

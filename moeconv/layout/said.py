@@ -17,9 +17,14 @@ _NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
 _Hit = tuple[str, object]  # a key, and what it says
 
 
-def lookup(config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...]) -> _Hit | None:
-    """The first of these keys that is there, in the first section for the stack that has any."""
-    for section in recipe.config.sections_of(stack):
+def said_of_quantisation(
+    config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...]
+) -> _Hit | None:
+    """The first of these keys that is there, in the first section for the stack that has any.
+
+    The root is one of them for every stack: a `quantization_config` there is the whole model's.
+    """
+    for section in (*recipe.config.sections_of(stack), ""):
         if hits := _in_section(config, recipe, section, paths):
             return hits[0]
     return None

@@ -127,6 +127,19 @@ def test_a_block_size_is_never_inferred(tmp_path: Path):
     refused(ConfigMismatch, tmp_path, tensors, {"model_type": "qwen3_moe"}, "block size")
 
 
+def test_no_block_size_is_asked_for_where_there_are_no_blocks(tmp_path: Path):
+    """Of fp8 by tensor, another tensor is wrong: that is said."""
+    tensors = per_expert({"weight": "F8_E4M3 N K", "weight_scale_inv": "F32"}, width=256)
+    for e in range(2):
+        tensors[f"{STACK}.{e}.down_proj.weight"] = ("F8_E4M3", (256, 128))
+    plain = {"model_type": "qwen3_moe", "quantization_config": {"quant_method": "fp8"}}
+    src = phantom(tmp_path / "src", tensors, plain)
+    with pytest.raises(MoeconvError) as caught:
+        moeconv.fuse(src, tmp_path / "out", dry_run=True)
+    assert "block size" not in str(caught.value)
+    assert "0.down_proj.weight" in str(caught.value)
+
+
 def test_a_scale_that_fits_no_reading(tmp_path: Path):
     parts = {"weight": "F8_E4M3 N K", "weight_scale": "F32 N 3"}
     config = {"model_type": "qwen3_moe"}
