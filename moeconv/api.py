@@ -19,12 +19,13 @@ from moeconv.checkpoint.header import StoredTensor
 from moeconv.checkpoint.papers import read_root
 from moeconv.checkpoint.sets import SetFiles
 from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
-from moeconv.engine.commit import commit, refuse_collisions, room_needed
+from moeconv.engine.commit import commit, refuse_collisions
 from moeconv.engine.crew import Limits
 from moeconv.engine.methods import Methods
-from moeconv.engine.output import Room, refuse_existing, refuse_overlap, refuse_short
+from moeconv.engine.output import refuse_existing, refuse_overlap
 from moeconv.engine.resume import refuse_other_set
 from moeconv.engine.rewrites import with_rewrites
+from moeconv.engine.room import Room, refuse_short, room_needed
 from moeconv.engine.workplace import forget_journal
 from moeconv.errors import NotASet, UnknownExpertTensor, UnknownFamily, UsageProblem, quoted
 from moeconv.layout.detect import Detection, detect
@@ -369,6 +370,7 @@ def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
             place,
             limits=Limits(run.jobs or default_jobs(), run.max_memory),
             methods=methods,
+            room=room,
             overwrite=run.overwrite,
             resume=run.resume,
             later=run.digests == LATER,

@@ -55,7 +55,10 @@ def plan_summary(result: Result) -> list[str]:
         lines.append(f"fingerprint: {value or 'unknown until the data is read'}")
     room = result.room
     short = "" if room.enough else ": NOT ENOUGH"
-    lines.append(f"disk: {human_size(room.needed)} needed, {human_size(room.free)} free{short}")
+    sharing = f" ({human_size(room.shared)} of it can be clones)" if room.shared else ""
+    lines.append(
+        f"disk: {human_size(room.needed)} needed{sharing}, {human_size(room.free)} free{short}"
+    )
     return lines
 
 
@@ -120,6 +123,7 @@ def plan_document(verb: str, result: Result) -> Json:
         "warnings": list(source.warnings),
         "disk": {
             "needed": result.room.needed,
+            "shared": result.room.shared,
             "free": result.room.free,
             "enough": result.room.enough,
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from moeconv.checkpoint.reading import file_digest, opened, read_document, unreadable
@@ -13,8 +14,7 @@ from moeconv.digest import digest, hasher
 from moeconv.engine.crew import Limits, Progress, run_tiles
 from moeconv.engine.files import NEW_FILE, partial_path, writing
 from moeconv.engine.journal import barely_begun, plan_digest, resumable
-from moeconv.engine.methods import Methods
-from moeconv.engine.output import Room, room_for
+from moeconv.engine.methods import REFLINK, Methods
 from moeconv.engine.papers import (
     documents,
     entry_of,
@@ -27,6 +27,7 @@ from moeconv.engine.papers import (
     virtual_parts,
 )
 from moeconv.engine.resume import finished_before, identity
+from moeconv.engine.room import Room, refuse_short
 from moeconv.engine.target import DiskTarget
 from moeconv.engine.tiles import BUFFER_BYTES, Digests, Promised
 from moeconv.engine.undisturbed import undisturbed
@@ -47,24 +48,6 @@ from moeconv.manifest import (
 from moeconv.manifestreader import parse_root
 from moeconv.plan.values import OutputFile, Plan, Rewrite
 from moeconv.version import __version__
-
-# parts, origin and index hold names and digests: a few hundred bytes a unit, plus their headers
-_PAPER_BYTES_A_UNIT = 512
-
-
-def room_needed(plan: Plan, checkpoint: Checkpoint, out: Path) -> Room:
-    """Bytes the output will take, and how many are free there."""
-    needed = len(plan.index) + sum(s.size for s in checkpoint.sidecars)
-    if not plan.virtual:
-        needed += plan.file_bytes
-    if not plan.restores:
-        units = sum(t.units for f in plan.files for t in f.tensors)
-        headers = sum(f.header.data_start for f in checkpoint.files)
-        recipes = sum(len(r.toml) for r in plan.recipes)
-        names = len(plan.stacks) + len(plan.files) + len(checkpoint.sidecars)
-        needed += headers + len(checkpoint.index.raw if checkpoint.index else b"")
-        needed += (units + names) * _PAPER_BYTES_A_UNIT + 2 * recipes
-    return room_for(out, needed)
 
 
 def refuse_collisions(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -87,6 +70,7 @@ def commit(
     *,
     limits: Limits,
     methods: Methods,
+    room: Room,
     overwrite: bool,
     resume: bool,
     later: bool,
@@ -94,7 +78,8 @@ def commit(
 ) -> Manifest | None:
     """Carry out a plan. OUT is as it was before if anything goes wrong, unless it is to be resumed.
 
-    methods: to be filled with how bytes went. later: take no digests of data now. resume: go on
+    methods: to be filled with how bytes went. room: counts on clones, where there seem to be any;
+    they are asked for before anything is copied. later: take no digests of data now. resume: go on
     where an earlier run of the same plan ended, and if this one fails, keep what is finished.
     Returns the manifest that was written, or None for a restored origin, which has none.
     Raises IoFailed, DiskFull, SourceChanged, Damaged (a set of ours whose bytes are not its own).
@@ -119,6 +104,7 @@ def commit(
                 work,
                 limits=limits,
                 methods=methods,
+                room=room,
                 progress=progress,
                 later=later,
                 kept=kept,
@@ -159,6 +145,7 @@ class _Commit:
         *,
         limits: Limits,
         methods: Methods,
+        room: Room,
         progress: Progress,
         later: bool,
         kept: dict[str, Digests],
@@ -169,6 +156,7 @@ class _Commit:
         self.out = work.out
         self.limits = limits
         self.methods = methods
+        self.room = room
         self.later = later
         self.kept = kept
         self.progress = progress
@@ -186,6 +174,8 @@ class _Commit:
             self.virtual = virtual_parts(self.plan.files, self.plan.stacks, self.expected)
         else:
             self.methods.ask(f.path for f in self.checkpoint.files)
+            if not self.kept and REFLINK not in self.methods.found.values():
+                refuse_short(self.out, replace(self.room, shared=0))
             for file in self.plan.files:
                 if file.name in self.kept:
                     self.parts[file.name] = part_of(file, self.kept[file.name])

@@ -1,9 +1,8 @@
-"""OUT: may it be written, is there room, and how it is put back when a run does not end well."""
+"""OUT: may it be written, and how it is put back when a run does not end well."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +10,6 @@ from moeconv.checkpoint.papers import read_bounded
 from moeconv.checkpoint.reading import file_digest
 from moeconv.engine.journal import JOURNAL_NAME, ours_by_journal
 from moeconv.errors import (
-    DiskFull,
     IoFailed,
     MoeconvError,
     UnsafeOutput,
@@ -28,23 +26,9 @@ from moeconv.manifest import (
     data_name,
 )
 from moeconv.manifestreader import parse_parts, parse_root
-from moeconv.units import human_size
 
 PARTIAL_SUFFIX: Final = ".partial"
 MAX_COMPARED_BYTES: Final = 64 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Free space against what a plan needs, in bytes."""
-
-    needed: int
-    free: int
-
-    @property
-    def enough(self) -> bool:
-        """Whether it fits."""
-        return self.needed <= self.free
 
 
 def refuse_overlap(src: Path, out: Path) -> None:
@@ -168,23 +152,3 @@ def _edited(out: Path, root: Root) -> set[str]:
 def _named(root: Root) -> list[str]:
     papers = [*root.parts, root.origin, *root.sidecars, *([root.index] if root.index else [])]
     return [*(e.name for e in papers), ROOT_NAME]
-
-
-def room_for(out: Path, needed: int) -> Room:
-    """Free space where OUT will be."""
-    place = Path(os.path.realpath(out))
-    while not place.exists():
-        place = place.parent
-    facts = os.statvfs(place)
-    return Room(needed, facts.f_bavail * facts.f_frsize)
-
-
-def refuse_short(out: Path, room: Room) -> None:
-    """Raise DiskFull where the plan does not fit."""
-    if not room.enough:
-        raise DiskFull(
-            f"there is not enough room for {quoted(str(out))}",
-            at=quoted(str(out)),
-            cause=f"{human_size(room.needed)} are needed, {human_size(room.free)} are free",
-            fix="make room, or give a directory on another disk",
-        )

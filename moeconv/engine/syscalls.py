@@ -16,8 +16,13 @@ _CANNOT: Final = frozenset(
 )
 _CLONE_RANGE: Final = 0x4020940D  # FICLONERANGE: _IOW(0x94, 13, struct file_clone_range)
 _WRITE_NOW: Final = 2  # SYNC_FILE_RANGE_WRITE: start writing, do not wait
+# statfs(2), f_type
+_EXT4: Final = 0xEF53
+_XFS: Final = 0x58465342
+_BTRFS: Final = 0x9123683E
 # where many threads may write past the page cache to one file at once; others lock or pretend
-_DIRECT_FILE_SYSTEMS: Final = frozenset({0xEF53, 0x58465342})  # ext4, XFS: statfs(2), f_type
+_DIRECT_FILE_SYSTEMS: Final = frozenset({_EXT4, _XFS})
+_CLONING_FILE_SYSTEMS: Final = frozenset({_XFS, _BTRFS})
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _offset = ctypes.c_int64
@@ -50,12 +55,8 @@ def open_direct(path: Path) -> int | None:
 
     Offsets, lengths and memory then are multiples of 4096 bytes. Raises OSError.
     """
-    facts = (ctypes.c_long * 64)()
     flag = getattr(os, "O_DIRECT", 0)
-    call = getattr(_libc, "statfs", None)
-    if not flag or call is None or call(os.fsencode(path), facts) != 0:
-        return None
-    if facts[0] not in _DIRECT_FILE_SYSTEMS:
+    if not flag or _kind(path) not in _DIRECT_FILE_SYSTEMS:
         return None
     try:
         return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flag)
@@ -63,6 +64,18 @@ def open_direct(path: Path) -> int | None:
         if problem.errno in _CANNOT:
             return None
         raise
+
+
+def may_clone(path: Path) -> bool:
+    """Whether a file system is of a kind that can share blocks; only `clone_range` knows."""
+    return _kind(path) in _CLONING_FILE_SYSTEMS
+
+
+def _kind(path: Path) -> int | None:
+    """The file system's magic number."""
+    facts = (ctypes.c_long * 64)()
+    call = getattr(_libc, "statfs", None)
+    return facts[0] if call is not None and call(os.fsencode(path), facts) == 0 else None
 
 
 def clone_range(source: int, offset: int, target: int, at: int, nbytes: int) -> bool:

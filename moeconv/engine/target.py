@@ -19,7 +19,7 @@ from moeconv.engine.syscalls import (
     reserve,
     start_writeback,
 )
-from moeconv.engine.tiles import Digests, Origin
+from moeconv.engine.tiles import Digests, Origin, whole_blocks
 from moeconv.plan.values import OutputFile
 
 # Writes past the page cache: in whole pages, and long enough to be worth waiting for the disk.
@@ -115,11 +115,8 @@ class DiskTarget:
 
         Whole blocks can be, where both sides stand alike in theirs; the edges are left to write.
         """
-        block = self._methods.block
-        if not self.clones or (offset - at) % block or self._methods.of(source) != REFLINK:
-            return 0, 0
-        first, last = -at % block, nbytes - (at + nbytes) % block
-        if last <= first:
+        first, last = whole_blocks(offset, at, nbytes, self._methods.block)
+        if first == last or not self.clones or self._methods.of(source) != REFLINK:
             return 0, 0
         with writing(self._path):
             if not clone_range(source, offset + first, self._descriptor, at + first, last - first):

@@ -223,6 +223,14 @@ class TileRunner:
         return view
 
 
+def whole_blocks(offset: int, at: int, nbytes: int, block: int) -> tuple[int, int]:
+    """What of a run from `offset` to `at` is whole blocks on both sides: [first, last) of it."""
+    if (offset - at) % block:
+        return 0, 0
+    first, last = -at % block, nbytes - (at + nbytes) % block
+    return (first, last) if first < last else (0, 0)
+
+
 def _outside(start: int, stop: int, first: int, last: int) -> list[tuple[int, int]]:
     """What of [start, stop) is not in [first, last)."""
     if last <= start or stop <= first:

@@ -9,10 +9,13 @@ import struct
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import moeconv
+from moeconv.engine import methods
+from moeconv.errors import DiskFull
 from tests.badinput.builders import config, qwen, write
 from tests.calls import around
 from tests.engine.test_methods import cloning, source  # noqa: F401 - a fixture
@@ -89,3 +92,39 @@ def test_what_is_said_to_be_cloned_takes_no_room(cloning: Path, tmp_path: Path) 
     assert alone < shared / 4  # headers and edges
     for out in ("fused", "ranks"):
         shutil.rmtree(cloning / out)
+
+
+def test_clones_need_no_room(
+    cloning: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A disk with less room than the output has bytes is enough, if it does clone."""
+    moeconv.fuse(source(tmp_path / "src"), cloning / "fused")
+    out, shard = cloning / "ranks", partial(moeconv.shard, cloning / "fused", ep_size=4)
+    room = shard(out, dry_run=True).room
+    assert room.needed * 0.8 < room.shared < room.needed
+    facts = os.statvfs(cloning)
+
+    def claim(free: int) -> None:
+        said = SimpleNamespace(f_bavail=free, f_frsize=1, f_bsize=facts.f_bsize)
+        monkeypatch.setattr(os, "statvfs", lambda _path: said)
+
+    claim(room.needed - room.shared - 1)
+    with pytest.raises(DiskFull, match="can be clones"):
+        shard(out)
+    claim(room.needed - room.shared)
+    # of the right kind, and made without reflinks: found out before a byte is copied
+    monkeypatch.setattr(methods, "clone_range", lambda *_: False)
+    progress: list[int] = []
+    with pytest.raises(DiskFull):
+        shard(out, progress=lambda done, _: progress.append(done))
+    assert not progress
+    assert not out.exists()
+    monkeypatch.undo()
+    claim(room.needed - room.shared)
+    result = shard(out)
+    assert result.methods is not None
+    assert result.methods.tally.cloned >= room.shared
+    for name in ("fused", "ranks"):
+        shutil.rmtree(cloning / name)
