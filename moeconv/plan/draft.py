@@ -9,7 +9,7 @@ from math import prod
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.errors import StraddlingBlock, quoted
+from moeconv.errors import ExpertDtype, StraddlingBlock, quoted
 from moeconv.layout.axes import EXPERT, PAIR, Axes, Geometry, geometry
 from moeconv.layout.recipe import Component, Layout, Line
 from moeconv.layout.stack import Member, Stack
@@ -112,7 +112,7 @@ class Kind:
 def laid_out(
     stack: Stack, number: int, layout: Layout, *, like: Stack | None = None
 ) -> list[Draft]:
-    """All output tensors of a stack in a layout. Raises StraddlingBlock.
+    """All output tensors of a stack in a layout. Raises StraddlingBlock, ExpertDtype.
 
     number: the stack's index in the manifest. like: another form of it, stored in this layout,
     whose axes count where the recipe allows several.
@@ -124,7 +124,10 @@ def laid_out(
 def kinds_of(
     stack: Stack, number: int, layout: Layout, *, like: Stack | None = None
 ) -> Iterator[Kind]:
-    """What a stack stores in a layout: each line with each component. Raises StraddlingBlock."""
+    """What a stack stores in a layout: each line with each component.
+
+    Raises StraddlingBlock, ExpertDtype.
+    """
     for line in layout.lines:
         for name in (c.name for c in stack.recipe.components if line.holds(c)):
             member = stack.member(line.projections[0], name)
@@ -136,7 +139,24 @@ def kinds_of(
             refuse_straddling(stack, line, component, axes)
             members = (stack.member(p, name) for p in line.projections)
             held = tuple(m for m in members if m is not None)
+            refuse_two_dtypes(stack, held)
             yield Kind(stack, number, line, component, held, axes)
+
+
+def refuse_two_dtypes(stack: Stack, joined: tuple[Member, ...]) -> None:
+    """One tensor has one dtype: the bytes of another would be read as something else."""
+    dtypes = dict.fromkeys(m.dtype for m in joined)
+    if len(dtypes) > 1:
+        first = joined[0]
+        raise ExpertDtype(
+            f"{' and '.join(p for m in joined for p in m.line.projections)} of "
+            f"{quoted(stack.name)} differ in the dtype of {quoted(first.component.name)}: "
+            f"{' and '.join(dtypes)}",
+            at=", ".join(quoted(m.tensors[0].name) for m in joined),
+            cause="one tensor cannot hold both",
+            fix="keep them apart (`--layout per-expert`), or convert from a checkpoint whose "
+            "projections are alike",
+        )
 
 
 def refuse_straddling(stack: Stack, line: Line, component: Component, axes: Axes) -> None:

@@ -166,6 +166,36 @@ def test_one_projection_by_tensor_and_another_by_channel(tmp_path: Path):
         moeconv.fuse(src, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("parts", "component", "dtype"),
+    [
+        (BLOCKS, "weight_scale_inv", "BF16"),
+        (GPTQ, "scales", "BF16"),
+        (ASYMMETRIC, "weight_scale", "F16"),
+        (ASYMMETRIC, "weight_shape", "I32"),
+        ({"weight": "BF16 N K", "bias": "BF16 N"}, "bias", "F32"),
+    ],
+)
+def test_gate_and_up_of_other_dtypes_are_not_joined(
+    parts: dict[str, str], component: str, dtype: str, tmp_path: Path
+):
+    """Of as many bytes or not: the bits of one would be read as the other."""
+    tensors = per_expert(parts, width=256)
+    for e in range(2):
+        name = f"{STACK}.{e}.up_proj.{component}"
+        was, shape = tensors[name]
+        tensors[name] = (dtype, shape)
+    config = FP8 if parts is BLOCKS else GROUPS
+    refused(ExpertDtype, tmp_path, tensors, config, was, dtype, component)
+    for verb, layout in ((moeconv.shard, "up-gate"), (moeconv.fuse, "sglang")):
+        extra = {"ep_size": 2} if verb is moeconv.shard else {}
+        with pytest.raises(ExpertDtype):
+            verb(tmp_path / "src", tmp_path / "out", layout=layout, **extra)
+    moeconv.unfuse(tmp_path / "src", tmp_path / "alone")
+    moeconv.unfuse(tmp_path / "alone", tmp_path / "back")
+    assert tree_sha256(tmp_path / "back") == tree_sha256(tmp_path / "src")
+
+
 @pytest.mark.parametrize("part", ["weight_scale", "weight_shape"])
 @pytest.mark.parametrize("which", ["1.up_proj", "gate_proj", "down_proj"])
 def test_a_companion_that_is_missing(part: str, which: str, tmp_path: Path):
