@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint.config import Config
-from moeconv.checkpoint.header import StoredTensor
 from moeconv.checkpoint.papers import read_root
 from moeconv.checkpoint.sets import SetFiles
 from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
@@ -27,13 +25,13 @@ from moeconv.engine.resume import refuse_other_set
 from moeconv.engine.rewrites import with_rewrites
 from moeconv.engine.room import Room, refuse_short, room_needed
 from moeconv.engine.workplace import forget_journal
-from moeconv.errors import NotASet, UnknownExpertTensor, UnknownFamily, UsageProblem, quoted
+from moeconv.errors import NotASet, UsageProblem, quoted
+from moeconv.families import family
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.fromset import set_detection
-from moeconv.layout.leftovers import Headers, with_leftovers
 from moeconv.layout.recipe import Recipe
 from moeconv.layout.told import told_by
-from moeconv.library import fitting, load_recipe, manifest_recipes, shipped_recipes
+from moeconv.library import manifest_recipes
 from moeconv.manifest import ROOT_NAME, Manifest
 from moeconv.plan.align import ALIGNS, PAGE, PAGE_ALIGNED
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion
@@ -163,72 +161,8 @@ def open_source(
             told=told_by(said),
         )
         return Opened(path, checkpoint, recipes, detection)
-    recipes = _recipes_for(checkpoint, recipe)
-    detection = detect(
-        checkpoint.tensors, checkpoint.config, recipes, files=names, from_layout=from_layout
-    )
-    if recipe is None and recipes and _misnamed(detection):
-        recipes, detection = _by_names(checkpoint, recipes, detection)
-    if recipe is None and recipes:
-        recipes, detection = with_leftovers(
-            Headers(checkpoint.config, names), recipes, detection, shipped_recipes
-        )
+    recipes, detection = family(checkpoint, recipe=recipe, from_layout=from_layout)
     return Opened(path, checkpoint, recipes, detection)
-
-
-def _misnamed(detection: Detection) -> bool:
-    """Whether the tensors do not have the names of the family that config.json says."""
-    if detection.stacks or detection.passed:
-        return False
-    kinds = {type(problem) for problem in detection.problems}
-    return kinds == {UnknownExpertTensor} or (
-        not kinds and any(".experts." in t.name for t in detection.others)
-    )
-
-
-def _by_names(
-    checkpoint: Checkpoint, said: tuple[Recipe, ...], detection: Detection
-) -> tuple[tuple[Recipe, ...], Detection]:
-    """The family whose names the tensors have, where config.json says another one.
-
-    Only among those that publish their experts one by one: these names leave no layout open.
-    """
-    names = tuple(f.name for f in checkpoint.files)
-    others = [r for r in shipped_recipes() if r.unfuse is not None and r not in said]
-    for recipe in sorted(others, key=lambda r: -len(r.model_types)):
-        found = detect(checkpoint.tensors, checkpoint.config, (recipe,), files=names)
-        alone = found.stacks and all(s.layout.name == recipe.unfuse for s in found.stacks)
-        if alone and not found.problems and all(s.layout.per_expert for s in found.stacks):
-            note = (
-                f"config.json says model_type {quoted(checkpoint.config.model_type or '')}, but "
-                f"the tensors have the names of recipe {quoted(recipe.name)}: the names win"
-            )
-            return (recipe,), replace(found, notes=(note, *found.notes))
-    return said, detection
-
-
-def _recipes_for(checkpoint: Checkpoint, recipe: str | Path | None) -> tuple[Recipe, ...]:
-    if recipe is not None:
-        return (load_recipe(recipe),)
-    config = checkpoint.config
-    chosen = fitting(model_type=config.model_type, architectures=config.architectures)
-    if chosen:
-        return chosen
-    if not any("expert" in t.name for t in checkpoint.tensors):
-        return ()
-    raise _unknown_family(checkpoint.config, checkpoint.tensors)
-
-
-def _unknown_family(config: Config, tensors: tuple[StoredTensor, ...]) -> UnknownFamily:
-    sample = next(t.name for t in tensors if "expert" in t.name)
-    said = f"model_type is {quoted(config.model_type)}" if config.model_type else "no model_type"
-    return UnknownFamily(
-        "no recipe knows this family of models",
-        at="config.json" if config.present else "there is no config.json",
-        cause=f"{said}; the tensors have names like {quoted(sample)}",
-        fix="`moeconv recipes list` shows those that are known; give one, or a file of your own, "
-        "with `--recipe`",
-    )
 
 
 def fuse(

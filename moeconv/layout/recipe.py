@@ -211,6 +211,16 @@ def half_apart(alone: Layout, fused: Layout) -> Layout:
     return Layout(HALF_APART, (*weights, *companions))
 
 
+# where a model of several parts has the config of the one that speaks, and then the root
+SECTIONS: Final = (
+    "text_config",
+    "language_config",
+    "llm_config",
+    "thinker_config.text_config",
+    "",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ConfigKeys:
     """Where config.json says the sizes: dotted paths, the first that is there counts.
@@ -225,7 +235,7 @@ class ConfigKeys:
     width: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     granules: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    sections: tuple[tuple[str, tuple[str, ...]], ...] = (("", ("",)),)
+    sections: tuple[tuple[str, tuple[str, ...]], ...] = (("", SECTIONS),)
     layers: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @staticmethod

@@ -13,6 +13,7 @@ from moeconv.layout.recipe import (
     DOWN,
     GATE,
     HALF_APART,
+    SECTIONS,
     UP,
     WEIGHT,
     Component,
@@ -290,7 +291,7 @@ def _config(table: Table) -> ConfigKeys:
         granules=tuple((k, granules.texts(k)) for k in granules.names()) if granules else (),
         sections=tuple((k, sections.texts(k)) for k in sections.names())
         if sections
-        else (("", ("",)),),
+        else (("", SECTIONS),),
         layers=tuple((k, layers.texts(k, default=())) for k in layers.names()) if layers else (),
     )
     for prefix, paths in keys.layers:

@@ -44,12 +44,12 @@ def tiny_model(model_type: str, *, seed: int = 0) -> nn.Module:
     `from_pretrained` gives, so that a saved and reloaded model has the same bits and logits.
     A tensor's values depend on its name and `seed` alone.
     """
-    family = _family(model_type)
-    config = transformers.CONFIG_MAPPING[model_type].from_dict(_runnable(family["config"]))
-    model_class: Any = getattr(transformers, family["class"])
+    of = family(model_type)
+    config = transformers.CONFIG_MAPPING[model_type].from_dict(_runnable(of["config"]))
+    model_class: Any = getattr(transformers, of["class"])
     model: nn.Module = model_class._from_config(config, dtype=torch.bfloat16)
     keep_in_float32(model)
-    _randomize(model, seed)
+    randomize(model, seed)
     return model.eval()
 
 
@@ -75,12 +75,13 @@ def _speaker(model: nn.Module) -> nn.Module:
     return thinker if isinstance(thinker, nn.Module) else model
 
 
-def _family(model_type: str) -> dict[str, Any]:
+def family(model_type: str) -> dict[str, Any]:
+    """The tiny config and the class of a model type."""
     if model_type not in MODEL_TYPES:
         raise LookupError(f"no tiny model for {model_type!r}; there are {', '.join(MODEL_TYPES)}")
     path = FAMILIES / f"{model_type}.json"
-    family: dict[str, Any] = json.loads(path.read_bytes(), object_hook=_decode)
-    return family
+    found: dict[str, Any] = json.loads(path.read_bytes(), object_hook=_decode)
+    return found
 
 
 def _decode(item: dict[str, object]) -> object:
@@ -115,7 +116,7 @@ def keep_in_float32(model: nn.Module) -> None:
             tensor.data = tensor.data.float()
 
 
-def _randomize(model: nn.Module, seed: int) -> None:
+def randomize(model: nn.Module, seed: int) -> None:
     """Overwrite all float parameters and saved float buffers in place."""
     seen: set[int] = set()
     for name, tensor in sorted(model.state_dict().items()):

@@ -1,0 +1,113 @@
+"""Which family a foreign checkpoint is of: what config.json says, and where it lies, the names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from moeconv.checkpoint.config import Config
+from moeconv.checkpoint.source import Checkpoint
+from moeconv.errors import UnknownExpertTensor, UnknownFamily, quoted
+from moeconv.layout.detect import Detection, detect
+from moeconv.layout.leftovers import Headers, with_leftovers
+from moeconv.layout.recipe import SECTIONS, Recipe
+from moeconv.library import fitting, load_recipe, shipped_recipes
+
+
+def family(
+    checkpoint: Checkpoint, *, recipe: str | Path | None, from_layout: str | None
+) -> tuple[tuple[Recipe, ...], Detection]:
+    """The recipes of a checkpoint that is no output of moeconv, and its stacks by them.
+
+    recipe: the one to use, whatever config.json says. Raises UnknownFamily, BadRecipe.
+    """
+    names = tuple(f.name for f in checkpoint.files)
+    recipes, notes = ((load_recipe(recipe),), ()) if recipe is not None else _said(checkpoint)
+    detection = detect(
+        checkpoint.tensors, checkpoint.config, recipes, files=names, from_layout=from_layout
+    )
+    if recipe is None and recipes:
+        if _misnamed(detection):
+            recipes, detection = _by_names(checkpoint, recipes, detection)
+        headers = Headers(checkpoint.config, names)
+        recipes, detection = with_leftovers(headers, recipes, detection, shipped_recipes)
+    return recipes, replace(detection, notes=(*notes, *detection.notes))
+
+
+def _said(checkpoint: Checkpoint) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
+    """The recipes for the model type, or for the language model in a type that none knows."""
+    config = checkpoint.config
+    if chosen := fitting(model_type=config.model_type, architectures=config.architectures):
+        return chosen, ()
+    for section in filter(None, SECTIONS):
+        part = config.at(section)
+        inner = Config(part, present=True) if isinstance(part, dict) else Config()
+        chosen = fitting(model_type=inner.model_type, architectures=inner.architectures)
+        if chosen:
+            note = (
+                f"no recipe knows model_type {quoted(config.model_type or '')}; its "
+                f"{quoted(section)} is {quoted(inner.model_type or '')}: taken as such"
+            )
+            return chosen, (note,)
+    if not any("expert" in t.name for t in checkpoint.tensors):
+        return (), ()
+    raise _unknown_family(checkpoint)
+
+
+def _misnamed(detection: Detection) -> bool:
+    """Whether the tensors do not have the names of the family that config.json says."""
+    if detection.stacks or detection.passed:
+        return False
+    kinds = {type(problem) for problem in detection.problems}
+    return kinds == {UnknownExpertTensor} or (
+        not kinds and any(".experts." in t.name for t in detection.others)
+    )
+
+
+def _by_names(
+    checkpoint: Checkpoint, said: tuple[Recipe, ...], detection: Detection
+) -> tuple[tuple[Recipe, ...], Detection]:
+    """The family whose names the tensors have, where config.json says another one."""
+    alike = _of_these_names(checkpoint, said=said)
+    if alike is None:
+        return said, detection
+    recipe, found = alike
+    note = (
+        f"config.json says model_type {quoted(checkpoint.config.model_type or '')}, but "
+        f"the tensors have the names of recipe {quoted(recipe.name)}: the names win"
+    )
+    return (recipe,), replace(found, notes=(note, *found.notes))
+
+
+def _of_these_names(
+    checkpoint: Checkpoint, *, said: tuple[Recipe, ...]
+) -> tuple[Recipe, Detection] | None:
+    """The recipe by which all experts are whole, other than those that config.json says.
+
+    Only among those that publish their experts one by one: these names leave no layout open.
+    """
+    names = tuple(f.name for f in checkpoint.files)
+    others = [r for r in shipped_recipes() if r.unfuse is not None and r not in said]
+    for recipe in sorted(others, key=lambda r: -len(r.model_types)):
+        found = detect(checkpoint.tensors, checkpoint.config, (recipe,), files=names)
+        alone = found.stacks and all(s.layout.name == recipe.unfuse for s in found.stacks)
+        if alone and not found.problems and all(s.layout.per_expert for s in found.stacks):
+            return recipe, found
+    return None
+
+
+def _unknown_family(checkpoint: Checkpoint) -> UnknownFamily:
+    config, tensors = checkpoint.config, checkpoint.tensors
+    sample = next(t.name for t in tensors if "expert" in t.name)
+    said = f"model_type is {quoted(config.model_type)}" if config.model_type else "no model_type"
+    alike = _of_these_names(checkpoint, said=())
+    return UnknownFamily(
+        "no recipe knows this family of models",
+        at="config.json" if config.present else "there is no config.json",
+        cause=f"{said}; the tensors have names like {quoted(sample)}",
+        fix=f"these are the names of recipe {quoted(alike[0].name)}: if it is such a model, "
+        f"`--recipe {alike[0].name}`"
+        if alike
+        else "`moeconv recipes list` shows those that are known; give one, or a file of your own, "
+        "with `--recipe`",
+    )
