@@ -21,7 +21,7 @@ from moeconv.errors import (
 from moeconv.layout.axes import geometry
 from moeconv.layout.complete import completeness, contradiction
 from moeconv.layout.fit import Fit, fit
-from moeconv.layout.layers import bare_stacks, lost_stacks, unequal_stacks
+from moeconv.layout.layers import bare_stacks, lost_layers, lost_stacks, unequal_stacks
 from moeconv.layout.match import Found, collect
 from moeconv.layout.ranges import in_ranges, no_range
 from moeconv.layout.readings import Reading, granule_names, readings
@@ -115,6 +115,7 @@ def detect(
         )
         problems += unequal_stacks(stacks, frozenset(stated))
         problems += bare_stacks(stacks)
+        problems += lost_layers(tuple(stacks), others, config)
     return Detection(
         tuple(stacks),
         others,

@@ -1,15 +1,23 @@
-"""A layer with a router but no experts: a whole stack was lost, and nothing else says so."""
+"""What layers say of each other: a stack or a layer that was lost leaves its fellows."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import chain
+from typing import Final
 
+from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import ConfigMismatch, MissingExpert, MissingScale, MoeconvError, quoted
+from moeconv.layout.moelayers import layers_stated, main_kind
 from moeconv.layout.stack import Stack
+from moeconv.placement.words import spans
 
+MAX_LAYERS: Final = 10_000
+
+_OUTERMOST = re.compile(r"((?:[^.]+\.)*?)([0-9]{1,9})\.")  # the first number of a name
 _LAYER = re.compile(r"(.*\.)?([0-9]{1,9})(?:\.(.+))?", re.DOTALL)
 
 
@@ -51,6 +59,37 @@ def lost_stacks(
                 reported.add(name)
                 problems.append(_lost(name, there[0], len(layers)))
     return problems
+
+
+def lost_layers(
+    stacks: tuple[Stack, ...], others: Iterable[StoredTensor], config: Config
+) -> list[MoeconvError]:
+    """Layers that config.json counts and that have no tensor at all: a shard that is not there.
+
+    Of the kind with most stacks, where a model has one row of layers: an encoder and a decoder are
+    counted under keys of their own.
+    """
+    main = main_kind(stacks)
+    first = _OUTERMOST.match(main[0].name) if main else None
+    stated = layers_stated(main, config) if first else None
+    if first is None or stated is None or stated > MAX_LAYERS:
+        return []
+    head = first[1]
+    if {"encoder", "decoder"} & set(head.split(".")):
+        return []
+    found = map(_OUTERMOST.match, chain((s.name for s in stacks), (t.name for t in others)))
+    present = {int(match[2]) for match in found if match and match[1] == head}
+    lost = [n for n in range(stated) if n not in present]
+    if not lost:
+        return []
+    return [
+        ConfigMismatch(
+            f"there is nothing of layer {lost[0]}, and config.json says that there are {stated}",
+            at=f"{quoted(f'{head}{lost[0]}')}, beside {quoted(main[0].name)}",
+            cause=f"{len(lost)} of {stated} layers have no tensor: {spans(tuple(lost))}",
+            fix="download the shards that hold them, or use the config.json of these tensors",
+        )
+    ]
 
 
 def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[MoeconvError]:

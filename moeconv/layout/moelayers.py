@@ -48,7 +48,7 @@ def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[Layers, tuple[
             cause=f"these layers have {', '.join(map(str, sorted(experts)))}",
             fix="shard this checkpoint without a map",
         )
-    stated = _hidden(main, config)
+    stated = layers_stated(tuple(main.values()), config)
     hidden = max(main) + 1 if stated is None else stated
     moe = tuple(n for n in main if n < hidden)
     if not moe:
@@ -67,9 +67,9 @@ def _weight(kind: dict[int, Stack]) -> tuple[int, int]:
     return len(kind), sum(t.nbytes for s in kind.values() for t in s.tensors)
 
 
-def _hidden(main: dict[int, Stack], config: Config) -> int | None:
-    """The number of layers that config.json says, in the section of these stacks."""
-    stack = next(iter(main.values()))
+def layers_stated(alike: tuple[Stack, ...], config: Config) -> int | None:
+    """The number of layers that config.json says, in the section of these stacks of one kind."""
+    stack = alike[0]
     for section in stack.recipe.config.sections_of(stack.name):
         if said := layers_said(config, stack.recipe, section):
             return said

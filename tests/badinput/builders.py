@@ -61,6 +61,11 @@ def qwen(
     return out
 
 
+def dense(*layers: int) -> Tensors:
+    """What shows that these layers are there, without experts."""
+    return {f"model.layers.{n}.input_layernorm.weight": ("BF16", (H,)) for n in layers}
+
+
 def fused(gate_up: tuple[int, ...] = (E, 2 * I, H), down: tuple[int, ...] = (E, H, I)) -> Tensors:
     """A fused checkpoint with these two shapes."""
     return {

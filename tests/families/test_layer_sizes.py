@@ -98,7 +98,8 @@ def test_a_list_of_main_layers_says_nothing_of_those_of_mtp(tmp_path: Path):
 @pytest.mark.parametrize("layers", [{}, {"num_hidden_layers": 3}])
 def test_a_list_of_another_length_is_not_one_of_layers(layers: dict[str, object], tmp_path: Path):
     config = {"model_type": "qwen3_moe", "num_experts": [64, 32]} | layers
-    assert len(planned(tmp_path, TWO_LAYERS, config).plan.stacks) == 2
+    text = f"{TWO_LAYERS}\nmodel.layers.2.input_layernorm.weight BF16 16"
+    assert len(planned(tmp_path, text, config).plan.stacks) == 2
 
 
 def test_the_layers_of_dots3_vision_are_held_against_their_list(tmp_path: Path):
@@ -107,6 +108,7 @@ def test_the_layers_of_dots3_vision_are_held_against_their_list(tmp_path: Path):
         for n, e in ((1, 4), (2, 8))
         for p, shape in ((1, "8,16"), (3, "8,16"), (2, "16,8"))
     )
+    text += "\nvision_encoder.blocks.0.norm1.weight BF16 16"
     for name, pyramid in (("right", [-1, 4, 8]), ("lie", [-1, 4, 9]), ("dense", [-1, 4, -1])):
         vision = {"num_hidden_layers": 3, "pyramid_num_routed": pyramid, "num_local_experts": 64}
         config: dict[str, object] = {"model_type": "dots3_note", "vision_config": vision}
@@ -131,6 +133,7 @@ def test_a_dense_layer_s_width_is_not_that_of_the_experts(more: dict[str, object
         f"model.layers.0.mlp.experts.{{0-1}}.{p}_proj.weight BF16 {shape}"
         for p, shape in (("gate", "8,16"), ("up", "8,16"), ("down", "16,8"))
     )
+    text += "\nmodel.layers.1.input_layernorm.weight BF16 16"
     src = phantom(tmp_path / "src", rows(text), config | more)
     moeconv.fuse(src, tmp_path / "out", dry_run=True)
     wrong = phantom(tmp_path / "wrong", rows(text), config | more | {"moe_intermediate_size": 9})

@@ -361,3 +361,15 @@ def test_jetmoe_has_gate_first(tmp_path: Path):
         name.format("up"): b"UP..",
         name.format("down"): b"DOWN",
     }
+
+
+@pytest.mark.parametrize("there", [(0, 1), (0, 2), (2,)])
+def test_a_layer_that_is_not_there_at_all(there: tuple[int, ...], tmp_path: Path):
+    """A directory without an index and without a shard: nothing else says that it is short."""
+    text = "\n".join(QWEN.replace("layers.0", f"layers.{n}") for n in there)
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 3}
+    lost = next(n for n in range(3) if n not in there)
+    with pytest.raises(ConfigMismatch, match=rf"nothing of layer {lost}.* there are 3"):
+        planned(tmp_path / "lost", text, config)
+    dense = "\n".join(f"model.layers.{n}.input_layernorm.weight BF16 16" for n in range(3))
+    assert len(planned(tmp_path / "dense", f"{text}\n{dense}", config).plan.stacks) == len(there)

@@ -20,7 +20,7 @@ VLLM = json.dumps([B, C, D])
 @pytest.fixture(scope="module")
 def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four experts in layers 1 to 3 of 4, and in layer 4 of MTP."""
-    tensors = builders.without(builders.qwen(layers=5), "layers.0.")
+    tensors = builders.without(builders.qwen(layers=5), "layers.0.") | builders.dense(0)
     folder = tmp_path_factory.mktemp("placement") / "src"
     return builders.write(folder, tensors, config=builders.config(num_hidden_layers=4))
 

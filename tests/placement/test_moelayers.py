@@ -33,7 +33,7 @@ def renamed(tensors: builders.Tensors, prefix: str) -> builders.Tensors:
 
 
 def test_dense_layers_and_those_beyond(tmp_path: Path):
-    sparse = builders.without(TENSORS, "layers.0.")
+    sparse = builders.without(TENSORS, "layers.0.") | builders.dense(0)
     layers, names = found(tmp_path, sparse, num_hidden_layers=4)
     assert layers == Layers(builders.E, (1, 2, 3), (4,), 4)
     assert names == tuple(stack(n) for n in (1, 2, 3, 4))
@@ -76,7 +76,7 @@ def test_no_experts(tmp_path: Path):
 
 
 def test_a_config_of_fewer_layers_than_any_with_experts(tmp_path: Path):
-    sparse = builders.without(TENSORS, "layers.0.", "layers.1.")
+    sparse = builders.without(TENSORS, "layers.0.", "layers.1.") | builders.dense(0, 1)
     with pytest.raises(ConfigMismatch) as caught:
         found(tmp_path, sparse, num_hidden_layers=2)
     holds(caught.value, ConfigMismatch, "it says 2", "2-4")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from tests.badinput.builders import config, qwen, write
+from tests.badinput.builders import config, dense, qwen, write
 from tests.helpers import write_checkpoint
 from tests.shard.reading import tensors_by_rank
 
@@ -18,6 +18,7 @@ MTP = "model.layers.3.mlp.experts"
 def deep(tmp_path: Path) -> Path:
     """Layers 1 and 2 have experts, layer 0 is dense, layer 3 is MTP: three hidden layers."""
     tensors = {name: spec for name, spec in qwen(layers=4).items() if ".layers.0." not in name}
+    tensors |= dense(0)
     return write(tmp_path / "src", tensors, config=config("deepseek_v3", num_hidden_layers=3))
 
 
