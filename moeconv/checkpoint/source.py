@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,7 @@ from moeconv.digest import digest
 from moeconv.errors import (
     BadIndex,
     DuplicateTensor,
+    MissingShard,
     MoeconvError,
     NoCheckpoint,
     SourceChanged,
@@ -41,6 +43,7 @@ from moeconv.names import natural_key
 from moeconv.units import counted, human_size
 
 SUFFIX: Final = ".safetensors"
+_NUMBERED = re.compile(r"(.+)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors", re.DOTALL)
 _INDEX_SUFFIX: Final = ".safetensors.index.json"
 _MAX_REPORTED: Final = 20
 _POINTER_BYTES: Final = 1024
@@ -149,6 +152,7 @@ def _open_file(path: Path) -> Checkpoint:
     config = path.parent / CONFIG_NAME
     refuse_unsafe_name(path.name, path.parent)
     _refuse_fragment(path)
+    _refuse_short_row(path.parent, [path.name])
     files = _data_files([(path.name, path)])
     beside: tuple[Sidecar, ...] = ()
     if config.exists():
@@ -248,6 +252,22 @@ def _refuse_fragment(path: Path) -> None:
         )
 
 
+def _refuse_short_row(root: Path, shards: list[str]) -> None:
+    """Shards say in their names how many there are; without an index nothing else does."""
+    rows: dict[tuple[str, int], set[int]] = {}
+    for match in map(_NUMBERED.fullmatch, shards):
+        if match:
+            rows.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    for (stem, count), there in rows.items():
+        if len(there) < count:
+            raise MissingShard(
+                f"{len(there)} of the {count} shards of {quoted(stem)} are there",
+                at=quoted(str(root)),
+                cause=f"the names end in `-of-{count:05d}`, and no index says otherwise",
+                fix="download the others, and the index",
+            )
+
+
 def _matches(name: str, globs: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
@@ -268,6 +288,7 @@ def _open_directory(root: Path, without: tuple[str, ...]) -> Checkpoint:
         _check_disjoint(files, fix="download the index and the shards again")
         _check_index(index, files)
     elif shards:
+        _refuse_short_row(root, shards)
         wanted = [n for n in shards if not _matches(n, without)]
         for name in wanted:
             refuse_unsafe_name(name, root)

@@ -9,6 +9,7 @@ import pytest
 import moeconv
 from moeconv.errors import (
     HeaderTooLong,
+    MissingShard,
     MoeconvError,
     NameCollision,
     NoCheckpoint,
@@ -268,6 +269,18 @@ def test_a_directory_with_pickles_only(src: Path, out: Path):
 
 def test_config_given_for_a_shard(good: Path, out: Path):
     refused(HeaderTooLong, "config.json", src=good / "config.json", out=out)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_one_of_several_shards_and_no_index(src: Path, out: Path, *, alone: bool):
+    """Its name says that there are more."""
+    write(src, qwen())
+    name = "model-00001-of-00003.safetensors"
+    (src / SHARD).rename(src / name)
+    facts = ("1 of the 3 shards", "`model`", "-of-00003")
+    refused(MissingShard, *facts, src=src / name if alone else src, out=out)
+    (src / name).rename(src / "model-00001-of-00001.safetensors")
+    moeconv.fuse(src, out, dry_run=True)
 
 
 def test_an_unfinished_output_of_ours(good: Path, out: Path):
