@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Final
 
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
@@ -16,6 +17,8 @@ from moeconv.units import counted
 
 # `shared_experts.0.` and attention's `experts.input_linear` are no experts of a router's choice
 _ONE_EXPERT = re.compile(r"(?:^|\.)experts\.(?:expert_)?[0-9]+\.", re.ASCII)
+STACK_DIMENSIONS: Final = 3
+_BLOCKS: Final = frozenset({"experts", "moe", "block_sparse_moe", "switch_mlp"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +56,12 @@ def with_leftovers(
             detection = _joined(detection, found, recipe, said)
             recipes += (recipe,) if found.stacks else ()
     left = _leftovers(detection)
+    if not left and not (detection.stacks or detection.passed or detection.problems):
+        left = _stacked(detection)
     if left:
         problems = unfit or (_unknown(left, headers, said),)
         detection = replace(detection, problems=(*detection.problems, *problems))
-    return recipes, detection
+    return recipes, replace(detection, notes=(*detection.notes, *_of_stacks(detection)))
 
 
 def _candidates(said: tuple[Recipe, ...], shipped: Iterable[Recipe]) -> Iterator[Recipe]:
@@ -74,6 +79,32 @@ def _leftovers(detection: Detection) -> list[StoredTensor]:
     likely = [t for t in detection.others if _ONE_EXPERT.search(t.name)]
     untouched = set(detection.untouched) if likely else set()
     return [t for t in likely if t not in untouched]
+
+
+def _of_stacks(detection: Detection) -> Iterator[str]:
+    """A word on what looks like experts stored together, which stays as it is and whole."""
+    left = _stacked(detection)
+    if left and (detection.stacks or detection.passed):
+        more = f" and {counted(len(left) - 1, 'tensor')} more" if left[1:] else ""
+        yield (
+            f"{quoted(left[0].name)} {list(left[0].shape)}{more}: named like experts stored "
+            "together, which no recipe here knows; copied through as they are"
+        )
+
+
+def _stacked(detection: Detection) -> list[StoredTensor]:
+    likely = [t for t in detection.others if _looks_stacked(t)]
+    untouched = set(detection.untouched) if likely else set()
+    return [t for t in likely if t not in untouched]
+
+
+def _looks_stacked(tensor: StoredTensor) -> bool:
+    words = tensor.name.split(".")
+    return (
+        len(tensor.shape) >= STACK_DIMENSIONS
+        and not _BLOCKS.isdisjoint(words)
+        and not any("attention" in w or "attn" in w or "shared" in w for w in words)
+    )
 
 
 def _joined(

@@ -70,8 +70,8 @@ def test_names_of_grok_1_that_no_recipe_has_are_refused(tmp_path: Path):
     ],
 )
 def test_names_of_files_say_nothing(names: tuple[str, str], tmp_path: Path):
-    """With their index, and without; and the first names come back."""
-    for index in (True, False):
+    """With their index, and without, if there can be no more; and the first names come back."""
+    for index in (True, False)[: 1 if "00130" in names[0] else 2]:
         src = phantom(tmp_path / f"src-{index}", rows(QWEN), {"model_type": "qwen3_moe"})
         listed = (src / INDEX_NAME).read_text()
         for number, name in enumerate(names, 1):
@@ -97,6 +97,8 @@ def test_files_cut_for_tensor_parallelism_are_refused(tmp_path: Path):
     (src / INDEX_NAME).unlink()
     first = src / "model-00001-of-00002.safetensors"
     first.rename(src / "pytorch_model-00001-TP-000.safetensors")
+    second = src / "model-00002-of-00002.safetensors"
+    second.rename(src / "pytorch_model-00002-TP-common.safetensors")
     cut = (src / "pytorch_model-00001-TP-000.safetensors").read_bytes()
     (src / "pytorch_model-00001-TP-001.safetensors").write_bytes(cut)
     with pytest.raises(DuplicateTensor):

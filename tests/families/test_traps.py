@@ -12,7 +12,6 @@ from moeconv.errors import (
     ExpertGap,
     MissingExpert,
     MixedLayouts,
-    NoExperts,
     UnknownExpertTensor,
     UnknownFamily,
 )
@@ -34,8 +33,22 @@ def test_names_win_only_where_they_leave_no_layout_open(tmp_path: Path):
     """`gate_up_proj` is turned in some families: another family's config.json decides nothing."""
     fused = "transformer.blocks.0.mlp.experts.gate_up_proj BF16 4,16,16\n"
     fused += "transformer.blocks.0.mlp.experts.down_proj BF16 4,16,8"
-    with pytest.raises(NoExperts):
+    with pytest.raises(UnknownExpertTensor, match=r"mlp\.experts\.gate_up_proj"):
         planned(tmp_path, fused, {"model_type": "dbrx"})
+
+
+def test_stacks_that_no_recipe_knows_are_said(tmp_path: Path):
+    """MLX's, alone: there are experts, but nothing can be done. Beside others: left as they are."""
+    mlx = "\n".join(
+        f"model.layers.1.mlp.switch_mlp.{p}_proj.weight BF16 4,{shape}"
+        for p, shape in (("gate", "8,16"), ("up", "8,16"), ("down", "16,8"))
+    )
+    with pytest.raises(UnknownExpertTensor, match="switch_mlp"):
+        planned(tmp_path / "alone", mlx, {"model_type": "qwen3_moe"})
+    for name, text in (("mlx", mlx), ("step3", mlx.replace("mlp.switch_mlp", "moe"))):
+        plan = planned(tmp_path / name, f"{QWEN}\n{text}", {"model_type": "qwen3_moe"}).plan
+        (note,) = (n for n in plan.notes if "named like experts" in n)
+        assert "[4, 8, 16] and 2 tensors more" in note
 
 
 def test_a_model_type_that_nobody_knows_is_not_guessed(tmp_path: Path):
