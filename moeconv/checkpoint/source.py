@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -13,8 +12,9 @@ from moeconv.checkpoint import hub
 from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
 from moeconv.checkpoint.header import Header, StoredTensor, read_header
 from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
+from moeconv.checkpoint.oddities import oddities, short_rows
 from moeconv.checkpoint.papers import inside, missing, read_root
-from moeconv.checkpoint.reading import LFS_MARK, opened, read_document, read_start
+from moeconv.checkpoint.reading import read_document
 from moeconv.checkpoint.sets import SetFiles, open_set
 from moeconv.checkpoint.sidecars import (
     Sidecar,
@@ -28,7 +28,6 @@ from moeconv.digest import digest
 from moeconv.errors import (
     BadIndex,
     DuplicateTensor,
-    MissingShard,
     MoeconvError,
     NoCheckpoint,
     SourceChanged,
@@ -40,13 +39,11 @@ from moeconv.errors import (
 )
 from moeconv.manifest import ORIGIN_NAME, PARTS_DIR, ROOT_NAME, Manifest, SourceEntry
 from moeconv.names import natural_key
-from moeconv.units import counted, human_size
+from moeconv.units import counted
 
 SUFFIX: Final = ".safetensors"
-_NUMBERED = re.compile(r"(.+)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors", re.DOTALL)
 _INDEX_SUFFIX: Final = ".safetensors.index.json"
 _MAX_REPORTED: Final = 20
-_POINTER_BYTES: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +149,13 @@ def _open_file(path: Path) -> Checkpoint:
     config = path.parent / CONFIG_NAME
     refuse_unsafe_name(path.name, path.parent)
     _refuse_fragment(path)
-    _refuse_short_row(path.parent, [path.name])
     files = _data_files([(path.name, path)])
     beside: tuple[Sidecar, ...] = ()
     if config.exists():
         beside = (sidecar(path.parent, CONFIG_NAME),)
         config = beside[0].path
-    return Checkpoint(path.parent, files, None, read_config(config), beside, ())
+    said = tuple(short_rows([path.name]))
+    return Checkpoint(path.parent, files, None, read_config(config), beside, said)
 
 
 def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
@@ -252,22 +249,6 @@ def _refuse_fragment(path: Path) -> None:
         )
 
 
-def _refuse_short_row(root: Path, shards: list[str]) -> None:
-    """Shards say in their names how many there are; without an index nothing else does."""
-    rows: dict[tuple[str, int], set[int]] = {}
-    for match in map(_NUMBERED.fullmatch, shards):
-        if match:
-            rows.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
-    for (stem, count), there in rows.items():
-        if len(there) < count:
-            raise MissingShard(
-                f"{len(there)} of the {count} shards of {quoted(stem)} are there",
-                at=quoted(str(root)),
-                cause=f"the names end in `-of-{count:05d}`, and no index says otherwise",
-                fix="download the others, and the index",
-            )
-
-
 def _matches(name: str, globs: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
@@ -288,7 +269,6 @@ def _open_directory(root: Path, without: tuple[str, ...]) -> Checkpoint:
         _check_disjoint(files, fix="download the index and the shards again")
         _check_index(index, files)
     elif shards:
-        _refuse_short_row(root, shards)
         wanted = [n for n in shards if not _matches(n, without)]
         for name in wanted:
             refuse_unsafe_name(name, root)
@@ -304,7 +284,10 @@ def _open_directory(root: Path, without: tuple[str, ...]) -> Checkpoint:
     beside = sidecars(root, skip=skip, without=without)
     config = read_config(inside(root, CONFIG_NAME))
     found = Checkpoint(root, files, index, config, beside, ())
-    return replace(found, warnings=_warnings(found))
+    said = oddities(
+        index, tuple(f.name for f in files), found.tensor_bytes, beside, has_config=config.present
+    )
+    return replace(found, warnings=tuple(said))
 
 
 def _no_checkpoint_cause(names: list[str]) -> str:
@@ -375,32 +358,3 @@ def _check_disjoint(files: tuple[DataFile, ...], *, fix: str) -> None:
                     fix=fix,
                 )
             first[tensor.name] = file.name
-
-
-def _is_pointer(beside: Sidecar) -> bool:
-    with opened(beside.path, name=beside.name) as (descriptor, _):
-        return read_start(descriptor, len(LFS_MARK)) == LFS_MARK
-
-
-def _warnings(found: Checkpoint) -> tuple[str, ...]:
-    said = []
-    if found.index is not None and found.index.total_size != found.tensor_bytes:
-        total = found.index.total_size
-        what = "has no total_size" if total is None else f"says total_size {total:,}"
-        said.append(
-            f"{quoted(found.index.name)} {what}; the tensors have {found.tensor_bytes:,} bytes"
-        )
-    said += [
-        f"{quoted(s.name)} ({human_size(s.size)}) is not in the index; copied as it is "
-        "(`--without` leaves it out)"
-        for s in found.sidecars
-        if s.name.endswith(SUFFIX)
-    ]
-    said += [
-        f"{quoted(s.name)} is a Git-LFS pointer, not the file itself; copied as it is"
-        for s in found.sidecars
-        if s.size <= _POINTER_BYTES and _is_pointer(s)
-    ]
-    if not found.config.present:
-        said.append("there is no config.json; nothing says how many experts there should be")
-    return tuple(said)
