@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def _said(checkpoint: Checkpoint) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
     """The recipes for the model type, or for the language model in a type that none knows."""
     config = checkpoint.config
     if chosen := fitting(model_type=config.model_type, architectures=config.architectures):
-        return chosen, ()
+        return chosen, tuple(_two_tongues(config, chosen))
     for section in filter(None, SECTIONS):
         part = config.at(section)
         inner = Config(part, present=True) if isinstance(part, dict) else Config()
@@ -52,6 +53,28 @@ def _said(checkpoint: Checkpoint) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
     if not any("expert" in t.name for t in checkpoint.tensors):
         return (), ()
     raise _unknown_family(checkpoint)
+
+
+def _two_tongues(config: Config, recipes: tuple[Recipe, ...]) -> Iterator[str]:
+    """A word where model_type and architecture are of two families (Kimi K2, pruned Qwen3.5)."""
+    own = config.model_type or ""
+    types = [t for r in recipes for t in r.model_types]
+    for architecture in config.architectures:
+        stem, whole, _ = architecture.partition("ForConditionalGeneration")
+        stem = stem.partition("For")[0]
+        # a text model is `X_text` by its type and `XForCausalLM` by its architecture
+        mine = own if whole else own.removesuffix("_text")
+        other = next((t for t in types if _bare(t) == _bare(stem) != _bare(mine)), None)
+        if own in types and other:
+            yield (
+                f"config.json says model_type {quoted(own)} and architecture "
+                f"{quoted(architecture)}, which is that of {quoted(other)}: the names of the "
+                "tensors decide"
+            )
+
+
+def _bare(name: str) -> str:
+    return name.replace("_", "").casefold()
 
 
 def _misnamed(detection: Detection) -> bool:

@@ -29,6 +29,27 @@ def test_where_config_json_says_another_family_the_names_win(tmp_path: Path):
     assert any("`mixtral`" in n and "the names win" in n for n in result.plan.notes)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "other"),
+    [
+        ("kimi_k2", "DeepseekV3ForCausalLM", "deepseek_v3"),
+        ("qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe"),
+        ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", None),
+        ("deepseek_v3", "DeepseekV3ForCausalLM", None),
+        ("bailing_moe", "BailingMoeV2ForCausalLM", "bailing_moe_v2"),
+        ("kimi_k2", "NobodyKnowsForCausalLM", None),
+    ],
+)
+def test_a_type_and_an_architecture_of_two_families_are_said(
+    model_type: str, architecture: str, other: str | None, tmp_path: Path
+):
+    config = {"model_type": model_type, "architectures": [architecture]}
+    plan = planned(tmp_path, QWEN, config).plan
+    said = [n for n in plan.notes if "the names of the tensors decide" in n]
+    assert [f"`{other}`" in note for note in said] == ([True] if other else [])
+    assert [s.recipe for s in plan.stacks] == ["qwen3_moe"]
+
+
 def test_names_win_only_where_they_leave_no_layout_open(tmp_path: Path):
     """`gate_up_proj` is turned in some families: another family's config.json decides nothing."""
     fused = "transformer.blocks.0.mlp.experts.gate_up_proj BF16 4,16,16\n"
