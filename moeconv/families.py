@@ -63,9 +63,9 @@ def _two_tongues(config: Config, recipes: tuple[Recipe, ...]) -> Iterator[str]:
         stem, whole, _ = architecture.partition("ForConditionalGeneration")
         stem = stem.partition("For")[0]
         # a text model is `X_text` by its type and `XForCausalLM` by its architecture
-        mine = own if whole else own.removesuffix("_text")
-        other = next((t for t in types if _bare(t) == _bare(stem) != _bare(mine)), None)
-        if own in types and other:
+        mine = {_bare(own)} if whole else {_bare(own), _bare(own.removesuffix("_text"))}
+        other = next((t for t in types if _bare(t) == _bare(stem)), None)
+        if own in types and other and _bare(stem) not in mine:
             yield (
                 f"config.json says model_type {quoted(own)} and architecture "
                 f"{quoted(architecture)}, which is that of {quoted(other)}: the names of the "

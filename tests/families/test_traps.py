@@ -36,6 +36,7 @@ def test_where_config_json_says_another_family_the_names_win(tmp_path: Path):
         ("qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe"),
         ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", None),
         ("deepseek_v3", "DeepseekV3ForCausalLM", None),
+        ("kimi_k25_text", "KimiK25TextForCausalLM", None),
         ("bailing_moe", "BailingMoeV2ForCausalLM", "bailing_moe_v2"),
         ("kimi_k2", "NobodyKnowsForCausalLM", None),
     ],
