@@ -14,10 +14,17 @@ if TYPE_CHECKING:
     from moeconv.layout.recipe import Recipe
 
 recipes = typer.Typer(
-    help="The families and layouts it knows; one of them; a file of your own.",
-    no_args_is_help=True,
+    help="The families and layouts it knows: `list`, or no word; one of them; a file of your own.",
+    invoke_without_command=True,
     rich_markup_mode=None,
 )
+
+
+@recipes.callback()
+def _all(context: typer.Context) -> None:
+    """The families and layouts it knows: `list`, or no word; one of them; a file of your own."""
+    if context.invoked_subcommand is None:
+        list_()
 
 
 @recipes.command("list")

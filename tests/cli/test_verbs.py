@@ -145,7 +145,9 @@ def test_single_file_source(source: Path, tmp_path: Path) -> None:
 
 
 def test_recipes(tmp_path: Path) -> None:
-    assert "deepseek_v3" in moeconv("recipes", "list").out
+    listed = moeconv("recipes", "list")
+    assert "deepseek_v3" in listed.out
+    assert moeconv("recipes") == listed
     shown = moeconv("recipes", "show", "mixtral").out
     (tmp_path / "mine.toml").write_text(shown)
     assert moeconv("recipes", "check", tmp_path / "mine.toml").out == "ok: mixtral\n"
