@@ -126,9 +126,7 @@ class TileRunner:
             return False  # to be copied, and held against its promise
         for tile, value in zip(tiles, values, strict=True):
             digests[tile.tensor][tile.unit] = value
-        for start, stop in ((0, first), (last, nbytes)):
-            self._move(head.file, head.offset + start, head.start + start, stop - start, target)
-        self._advance(last - first)
+        self._beside((first, last), head.file, head.offset, head.start, nbytes, target)
         return True
 
     def _small(self, tile: CopyTile, digests: Digests, filled: int) -> None:
@@ -145,9 +143,7 @@ class TileRunner:
         # what is copied anyway is held against the promise; what is not, need not be read
         if value is not None and (last > first or not value):
             digests[tile.tensor][tile.unit] = value
-            for start, stop in ((0, first), (last, tile.nbytes)):
-                self._move(tile.file, tile.offset + start, tile.start + start, stop - start, target)
-            self._advance(last - first)
+            self._beside((first, last), tile.file, tile.offset, tile.start, tile.nbytes, target)
             return
         state = hasher()
         for done in range(0, tile.nbytes, BUFFER_BYTES):
@@ -174,10 +170,17 @@ class TileRunner:
         first, last = target.clone(source, span.offset, tile.start, tile.nbytes)
         for piece, value in zip(tile.pieces, known, strict=True):
             digests[tile.tensor][piece.unit] = value
-        for start, stop in ((0, first), (last, tile.nbytes)):
-            self._move(span.file, span.offset + start, tile.start + start, stop - start, target)
-        self._advance(last - first)
+        self._beside((first, last), span.file, span.offset, tile.start, tile.nbytes, target)
         return True
+
+    def _beside(  # noqa: PLR0917
+        self, cloned: tuple[int, int], file: int, offset: int, at: int, nbytes: int, target: Bytes
+    ) -> None:
+        """Copy what of a run was not cloned; nobody needs to see it."""
+        first, last = cloned
+        for start, stop in ((0, first), (last, nbytes)):
+            self._move(file, offset + start, at + start, stop - start, target)
+        self._advance(last - first)
 
     def _move(self, file: int, offset: int, at: int, nbytes: int, target: Bytes) -> None:
         """Copy bytes that nobody needs to see."""
