@@ -42,6 +42,7 @@ from moeconv.names import natural_key
 from moeconv.units import counted
 
 SUFFIX: Final = ".safetensors"
+_OTHERS: Final = frozenset({".json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".md", ".txt"})
 _INDEX_SUFFIX: Final = ".safetensors.index.json"
 _MAX_REPORTED: Final = 20
 
@@ -148,6 +149,13 @@ def _data_files(named: list[tuple[str, Path]]) -> tuple[DataFile, ...]:
 def _open_file(path: Path) -> Checkpoint:
     config = path.parent / CONFIG_NAME
     refuse_unsafe_name(path.name, path.parent)
+    if path.suffix in _OTHERS:
+        raise NoCheckpoint(
+            f"{quoted(path.name)} is no safetensors file",
+            at=quoted(str(path)),
+            cause=f"its name ends in {quoted(path.suffix)}",
+            fix="give the directory of the checkpoint, or one `.safetensors` file",
+        )
     _refuse_fragment(path)
     files = _data_files([(path.name, path)])
     beside: tuple[Sidecar, ...] = ()

@@ -8,7 +8,6 @@ import pytest
 
 import moeconv
 from moeconv.errors import (
-    HeaderTooLong,
     MoeconvError,
     NameCollision,
     NoCheckpoint,
@@ -267,7 +266,7 @@ def test_a_directory_with_pickles_only(src: Path, out: Path):
 
 
 def test_config_given_for_a_shard(good: Path, out: Path):
-    refused(HeaderTooLong, "config.json", src=good / "config.json", out=out)
+    refused(NoCheckpoint, "`config.json`", "`.json`", src=good / "config.json", out=out)
 
 
 @pytest.mark.parametrize("alone", [False, True])
