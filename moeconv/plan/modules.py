@@ -9,7 +9,7 @@ from moeconv.layout.recipe import Layout, Line
 from moeconv.layout.stack import Stack
 from moeconv.manifest import StackEntry
 from moeconv.names import natural_key
-from moeconv.plan.patterns import Rests
+from moeconv.plan.automaton import Rests
 
 Matrices = frozenset[tuple[int, str]]  # expert and projection
 
