@@ -79,11 +79,17 @@ def _is(kind: str, c: str) -> bool:
     return {"d": c.isdecimal(), "w": c.isalnum() or c == "_", "s": c.isspace()}[kind]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Rests:
-    """What may follow a stack's name; one of them for all stacks that are alike."""
+    """What may follow a stack's name; one of them for all stacks that are alike.
 
-    all: frozenset[str]
+    ends: their last words.
+    """
+
+    __slots__ = ("all", "ends")
+
+    def __init__(self, rests: frozenset[str]) -> None:
+        self.all = rests
+        self.ends = frozenset(rest.rpartition(".")[2] for rest in rests)
 
 
 class Pattern:
@@ -119,7 +125,7 @@ class Pattern:
         return self._known[state, rests]
 
     def _run(self, state: int, text: str) -> int:
-        self._budget.take(len(text))
+        self._budget.take(len(text) if state >= 0 else 1)
         for c in text:
             if state < 0:
                 return state
