@@ -38,14 +38,14 @@ def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...])
         now = _read(checkpoint, name) if concerned else None
         if now is None:
             continue
-        after, said = _reworded(name, origin.get(name, now), renamings, inside=inside)
+        after, said = reworded(name, origin.get(name, now), renamings, inside=inside)
         notes += said
         if after != now:
             rewrites.append(Rewrite(name, now, after))
     return replace(plan, rewrites=tuple(rewrites), notes=(*plan.notes, *notes))
 
 
-def _reworded(
+def reworded(
     name: str, first: bytes, renamings: Renamings, *, inside: bool
 ) -> tuple[bytes, list[str]]:
     """A document in the new names, and what is to be said of it."""

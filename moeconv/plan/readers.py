@@ -140,7 +140,7 @@ class _Part:
         first = {r[:1] for r in rests.all}
         for at in (n for n in range(1, len(text) + 1) if text[n : n + 1] in first):
             tail = text[at:]
-            self._budget.take(len(rests.all))
+            self._budget.take(len(rests.all) if self._anywhere else 1)
             if self._anywhere:
                 hits = frozenset(r for r in rests.all if r.startswith(tail))
             else:
