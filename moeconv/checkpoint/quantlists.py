@@ -111,7 +111,7 @@ def _walk(text: str, start: int, place: str, *, inside: bool) -> tuple[list[_Lis
     """Every list of texts below a quantization_config, in the order of the file, and the end."""
     if text[start] != "{":
         value, stop = _VALUE.raw_decode(text, start)
-        if inside and isinstance(value, str):
+        if inside and isinstance(value, str) and "." in value:  # a word there is a setting
             alone = _Item(value, text[start:stop])
             return [_List(place, start, stop, (alone,), alone=True)], stop
         texts = inside and isinstance(value, list) and all(isinstance(v, str) for v in value)

@@ -15,7 +15,7 @@ _NONE: Final = frozenset[str]()
 
 
 @dataclass(frozen=True, slots=True)
-class Meaning:
+class _Meaning:
     """What a text means, by stack: old modules and new ones, by what follows the stack's name.
 
     unchanged: whether it means modules that keep their names.
@@ -40,7 +40,7 @@ class _List:
     texts: tuple[str, ...]
     out: list[list[str]]
     plain: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    patterns: dict[int, Meaning] = field(default_factory=dict)
+    patterns: dict[int, _Meaning] = field(default_factory=dict)
 
     def stacks(self) -> list[str]:
         """Those of which it speaks."""
@@ -61,7 +61,7 @@ class Mentions:
         self.renamings = renamings
         self.budget = Budget()
         self._methods = methods
-        self._meanings: dict[tuple[str, str], Meaning | None] = {}
+        self._meanings: dict[tuple[str, str], _Meaning | None] = {}
         self._settled: set[tuple[str, str]] = set()
         self.kept: dict[str, None] = {}
         self.renamed: dict[str, int] = {}
@@ -157,7 +157,7 @@ class Mentions:
             self.added.pop(place, None)
             self.shifted[place, text] = None
 
-    def _meaning(self, place: str, reader: Place, text: str) -> Meaning | None:
+    def _meaning(self, place: str, reader: Place, text: str) -> _Meaning | None:
         """What a text means; None where it is a name alone, or too much to find out."""
         key = (place, text)
         if key not in self._meanings:
@@ -169,7 +169,7 @@ class Mentions:
                 self.shifted[key] = None
         return self._meanings[key]
 
-    def _meant(self, reading: Reading) -> Meaning:
+    def _meant(self, reading: Reading) -> _Meaning:
         old: dict[str, frozenset[str]] = {}
         new: dict[str, frozenset[str]] = {}
         for stack, modules in self._changed():
@@ -181,11 +181,11 @@ class Mentions:
             reading.among(stack, self.renamings.modules(stack).old_rests)
             for stack in self.renamings.unchanged
         )
-        return Meaning(old, new, unchanged)
+        return _Meaning(old, new, unchanged)
 
     def _changed(self) -> Iterator[tuple[str, Modules]]:
         return ((stack, self.renamings.modules(stack)) for stack in self.renamings.changed)
 
 
-def _size(meaning: Meaning, stack: str) -> int:
+def _size(meaning: _Meaning, stack: str) -> int:
     return 1 + len(meaning.old.get(stack, _NONE)) + len(meaning.new.get(stack, _NONE))

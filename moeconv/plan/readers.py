@@ -34,17 +34,18 @@ class Reading(Protocol):
 class Place:
     """One place of a document, by its reader's rules.
 
-    exact: whether a name means the module of this name alone; known: whether there are rules.
+    exact: whether a name means the module of this name alone; known: whether there are rules;
+    parts: whether texts are parts of names, and no patterns.
     """
 
     def __init__(self, place: str, method: str) -> None:
         """method: who quantised, as config.json says it."""
         key = place.rpartition(".")[2]
         self._dynamic = key == _DYNAMIC
-        self._parts = key in _ENDS and method == "awq"
-        self._ends = key in _ENDS and not self._parts
+        self.parts = key in _ENDS and method == "awq"
+        self._ends = key in _ENDS and not self.parts
         self._globs = key in _GLOBS and method != "compressed-tensors"
-        self.exact = not (self._dynamic or self._parts or self._ends)
+        self.exact = not (self._dynamic or self.parts or self._ends)
         self.known = not self.exact or key in _NAMES | _GLOBS
 
     def reading(self, text: str, budget: Budget) -> Reading | None:
@@ -53,7 +54,7 @@ class Place:
             return regular(text[3:], "prefix", budget)
         if self._dynamic:
             return regular(_SIGN.sub("", text, count=1), "prefix", budget)
-        if self._parts:
+        if self.parts:
             return _Part(text, budget, anywhere=True)
         if self._ends:
             # a dot stands for any character there, which in names of modules is a dot

@@ -37,9 +37,12 @@ def _may_mean(mentions: Mentions, said: Text, reader: Place) -> bool:
     if reading is not None:
         # a list in a list was not looked at; a reader may know the modules by shorter names
         unseen = not mentions.seen(said.place, text) and _changes(mentions, reading)
-        return unseen or _changes(mentions, reading, shorter=True)
-    if is_pattern(text):
+        if unseen or _changes(mentions, reading, shorter=True):
+            return True
+    if is_pattern(text) and (reading is None or reader.parts):
         return any(_changes(mentions, guess) for guess in guesses(text, mentions.budget))
+    if reading is not None:
+        return False
     if mentions.renamings.lost(text):
         return True
     if "." not in text and reader.known:

@@ -199,6 +199,13 @@ def test_a_text_where_a_list_is_usual(tmp_path: Path):
             {"quant_method": "compressed-tensors", "ignore": ["*.moe.*"]},
             "*.moe.*",
         ),
+        # a part of no name, which transformers takes for a pattern
+        (
+            STEP,
+            "step3p5",
+            {"quant_method": "awq", "modules_to_not_convert": [r".*\.moe\..*"]},
+            "moe",
+        ),
         # other names than the checkpoint's
         (MIXTRAL, "mixtral", {"ignore": [r"re:model\.layers\.\d+\.mlp\.experts\..*"]}, "experts"),
         (MIXTRAL, "mixtral", {"ignore": ["model.layers.0.mlp.experts.0.w1"]}, "experts"),
