@@ -1,20 +1,18 @@
 """Lists of names in the quantization_config of a config.json, changed in place.
 
 As text: everything else of the file keeps its bytes, whatever its spacing, floats or order. The
-keys of an object are a list too, where they are names: each with its value.
+keys of an object are a list too, where they are names: each with its value. So is a text alone, of
+which only one can come.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-_SECTIONS: Final = frozenset({"quantization_config", "compression_config"})
-_EXPERTS: Final = re.compile(r"(?<!shared_)(?<!shared)experts")
-_WORD: Final = re.compile(r"\w+")  # part of a name, which stays true of the new names
+SECTIONS: Final = frozenset({"quantization_config", "compression_config"})
 _SPACE: Final = " \t\r\n"
 _VALUE = json.JSONDecoder()
 
@@ -37,6 +35,7 @@ class _List:
     stop: int
     items: tuple[_Item, ...]
     keys: bool = False
+    alone: bool = False  # a text that stands for a list of one
 
 
 def changed_lists(
@@ -57,13 +56,18 @@ def changed_lists(
             left.append((found.place, found.items[0].text))
             continue
         if new is not None:
-            pieces += [text[at : found.start], _like(text[found.start : found.stop], new)]
+            old = text[found.start : found.stop]
+            pieces += [text[at : found.start], new[0] if found.alone else _like(old, new)]
             at = found.stop
     return "".join((*pieces, text[at:])).encode("utf-8"), tuple(left)
 
 
 class _AnotherThing(Exception):
-    """A key would stand in one object with two values, or before one that it must not precede."""
+    """New names would say another thing, or can't be written there.
+
+    A key would stand in one object with two values, or before one that it must not precede; a text
+    alone would be several.
+    """
 
 
 def _changed(found: _List, change: Change) -> list[str] | None:
@@ -98,40 +102,18 @@ def _changed(found: _List, change: Change) -> list[str] | None:
                 out.append(json.dumps(text) + item.rest)
             elif there[text] != value:
                 raise _AnotherThing
+    if found.alone and len(out) != 1:
+        raise _AnotherThing
     return out
-
-
-def expert_patterns(raw: bytes, *, inside: bool) -> Iterator[tuple[str, str]]:
-    """Place and text of everything that names experts: module names, regular expressions, globs.
-
-    raw: a valid JSON document; inside: whether all of it is about quantisation.
-    """
-    yield from _patterns(json.loads(raw), "", inside=inside)
-
-
-def _patterns(value: object, place: str, *, inside: bool) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if inside and _names_experts(key):
-                yield place, key
-                continue
-            below = f"{place}.{key}" if place else key
-            yield from _patterns(item, below, inside=inside or key in _SECTIONS)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _patterns(item, place, inside=inside)
-    elif inside and isinstance(value, str) and _names_experts(value):
-        yield place, value
-
-
-def _names_experts(text: str) -> bool:
-    return bool(_EXPERTS.search(text)) and not _WORD.fullmatch(text)
 
 
 def _walk(text: str, start: int, place: str, *, inside: bool) -> tuple[list[_List], int]:
     """Every list of texts below a quantization_config, in the order of the file, and the end."""
     if text[start] != "{":
         value, stop = _VALUE.raw_decode(text, start)
+        if inside and isinstance(value, str) and "." in value:  # a word there is a setting
+            alone = _Item(value, text[start:stop])
+            return [_List(place, start, stop, (alone,), alone=True)], stop
         texts = inside and isinstance(value, list) and all(isinstance(v, str) for v in value)
         found = [_List(place, start, stop, tuple(_texts(text, start)))] if texts and value else []
         return found, stop
@@ -143,14 +125,15 @@ def _walk(text: str, start: int, place: str, *, inside: bool) -> tuple[list[_Lis
         key, at = _VALUE.raw_decode(text, at)
         begin = _skip(text, _skip(text, at) + 1)
         below = f"{place}.{key}" if place else key
-        lists, stop = _walk(text, begin, below, inside=inside or key in _SECTIONS)
-        inner += lists
+        more, stop = _walk(text, begin, below, inside=inside or key in SECTIONS)
+        inner += more
         entries.append(_Item(key, text[head:at], text[at:stop]))
         at = _skip(text, stop)
         if text[at] == ",":
             at = _skip(text, at + 1)
     # names have dots; where they are keys, no list of names is among the values
-    if inside and not inner and any("." in entry.text for entry in entries):
+    lists = [found for found in inner if not found.alone]
+    if inside and not lists and any("." in entry.text for entry in entries):
         inner = [_List(place, start, at + 1, tuple(entries), keys=True)]
     return inner, at + 1
 

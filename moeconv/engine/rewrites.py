@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Final
 
 from moeconv.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES
-from moeconv.checkpoint.quantlists import changed_lists, expert_patterns
+from moeconv.checkpoint.quantlists import changed_lists
+from moeconv.checkpoint.quanttexts import quant_methods, quant_texts
 from moeconv.checkpoint.reading import read_document
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.errors import quoted
 from moeconv.layout.stack import Stack
 from moeconv.plan.mentions import Mentions
 from moeconv.plan.modules import Renamings
+from moeconv.plan.unsure import is_unsure
 from moeconv.plan.values import Plan, Rewrite
 
 # the files that name modules, and whether all of a file is about quantisation
@@ -35,24 +38,25 @@ def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...])
         now = _read(checkpoint, name) if concerned else None
         if now is None:
             continue
-        after, said = _reworded(name, origin.get(name, now), renamings, inside=inside)
+        after, said = reworded(name, origin.get(name, now), renamings, inside=inside)
         notes += said
         if after != now:
             rewrites.append(Rewrite(name, now, after))
     return replace(plan, rewrites=tuple(rewrites), notes=(*plan.notes, *notes))
 
 
-def _reworded(
+def reworded(
     name: str, first: bytes, renamings: Renamings, *, inside: bool
 ) -> tuple[bytes, list[str]]:
     """A document in the new names, and what is to be said of it."""
     if not renamings.changed:
         return first, []
-    mentions = Mentions(renamings)
     try:
+        document = json.loads(first)
+        mentions = Mentions(renamings, quant_methods(document, inside=inside))
         after, unchanged = changed_lists(first, mentions.reworded, inside=inside)
         mentions.left(unchanged)
-        left = list(expert_patterns(first, inside=inside))
+        said = list(quant_texts(document, inside=inside))
     except (ValueError, IndexError, RecursionError):
         return first, []  # no JSON, and nobody's list of modules
     notes = [f"{name}, `{p}`: {n:,} names of experts renamed" for p, n in mentions.renamed.items()]
@@ -64,7 +68,7 @@ def _reworded(
         f"{name}, `{place}`: names some experts of a stack only, left as it is"
         for place in mentions.kept
     ]
-    unsure = [pair for pair in left if not mentions.settled(*pair)]
+    unsure = [(t.place, t.text) for t in said if is_unsure(mentions, t)]
     return after, notes + _left_notes(name, [*mentions.shifted, *unsure])
 
 

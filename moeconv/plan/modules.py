@@ -3,56 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import accumulate, takewhile
+from typing import Final
 
 from moeconv.layout.recipe import Layout, Line
 from moeconv.layout.stack import Stack
 from moeconv.manifest import StackEntry
 from moeconv.names import natural_key
-from moeconv.plan.patterns import Rests
+from moeconv.plan.automaton import Rests
 
 Matrices = frozenset[tuple[int, str]]  # expert and projection
+_SHORTER: Final = 3  # words that a reader may leave out before a name: `model.language_model.`
+
+
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """What some old modules are called now.
+
+    wanted: the new modules that hold just what these hold, None where none do; allowed: all new
+    ones that hold nothing else.
+    """
+
+    wanted: tuple[str, ...] | None
+    allowed: frozenset[str]
 
 
 class Modules:
     """The modules of stacks that are alike, by what follows a stack's name.
 
-    around: the new module in which all the new ones are.
+    Where experts are joined, the one around them is a module as well: that of the experts, which
+    engines ask by its name. It is none where it is not called so: a router may be in it.
     """
 
     def __init__(self, stack: Stack, old: Layout, new: Layout) -> None:
-        self.old = _modules(stack, old)
-        self.new = _modules(stack, new)
-        self.around = _around(self.new)
-        self._joined = not new.per_expert
-        self.old_rests = Rests(frozenset(self.old))
-        self.new_rests = Rests(frozenset((*self.new, self.around)))
-        self._known: dict[tuple[frozenset[str], bool], tuple[str, ...] | None] = {}
+        self._old, old_around = _named(stack, old)
+        self._new, self._around = _named(stack, new)
+        self.leaves = self._old.keys() - {old_around}
+        self.old_rests = Rests(frozenset(self._old))
+        self.new_rests = Rests(frozenset(self._new))
+        self._within = [_within(names) for names in (self._old, self._new)]
+        self._known: dict[frozenset[str], Renamed] = {}
 
-    def renamed(self, stack: str, named: frozenset[str]) -> tuple[str, ...] | None:
-        """The new modules that hold just what these hold; of a whole stack the one around them.
+    def renamed(self, named: frozenset[str]) -> Renamed:
+        """What these old modules are called now; a whole stack by the module around it."""
+        if named not in self._known:
+            self._known[named] = self._renamed(named)
+        return self._known[named]
 
-        Only a module of experts, that is: a router beside them must not come along.
-        """
-        whole = self._joined and "experts" in (stack + self.around).split(".")
-        if (named, whole) not in self._known:
-            self._known[named, whole] = self._renamed(named, whole=whole)
-        return self._known[named, whole]
+    def _renamed(self, named: frozenset[str]) -> Renamed:
+        matrices = _held(self._old, named)
+        allowed = frozenset(n for n, held in self._new.items() if held <= matrices)
+        if self._around in allowed:
+            return Renamed((self._around,), allowed)
+        if _held(self._new, allowed) != matrices:
+            return Renamed(None, allowed)
+        return Renamed(tuple(sorted(allowed, key=natural_key)), allowed)
 
-    def _renamed(self, named: frozenset[str], *, whole: bool) -> tuple[str, ...] | None:
-        if whole and named == self.old.keys():
-            return (self.around,)
-        matrices = _held(self.old, named)
-        covered = [n for n, held in self.new.items() if held <= matrices]
-        if _held(self.new, covered) != matrices:
-            return None
-        return tuple(sorted(covered, key=natural_key))
-
-    def within(self, rest: str, wanted: tuple[str, ...]) -> bool:
-        """Whether a new module holds nothing that is not in these."""
-        if self.around in wanted or rest in wanted:
+    def is_held(self, rest: str, held: frozenset[str]) -> bool:
+        """Whether a new module is among these, or all that is in it."""
+        if rest in held:
             return True
-        return rest != self.around and self.new[rest] <= _held(self.new, wanted)
+        return rest == self._around and self._new.keys() - {rest} <= held
+
+    def changed(self, old: frozenset[str], new: frozenset[str]) -> bool:
+        """Whether these old modules hold other matrices than these new ones."""
+        return _held(self._old, old) != _held(self._new, new)
+
+    def lost(self, rest: str) -> bool:
+        """Whether old modules are in this one, but no new ones."""
+        return rest in self._within[0] and rest not in self._within[1]
 
 
 class Renamings:
@@ -61,41 +81,83 @@ class Renamings:
     def __init__(self, stacks: Iterable[Stack], entries: Iterable[StackEntry]) -> None:
         """entries: of the plan; a stack's old names are those of its origin."""
         by_name = {s.name: s for s in stacks}
-        self.stacks = frozenset(by_name)
         self._kinds: dict[str, tuple[Stack, Layout, Layout]] = {}
         self._known: dict[object, Modules] = {}
         self._of: dict[str, Modules] = {}
+        changed = []
         for entry in entries:
             stack = by_name[entry.name]
             old, new = (stack.recipe.layout(n) for n in (entry.origin_layout, entry.layout))
-            if old is not None and new is not None and old.name != new.name:
+            if old is not None and new is not None:
                 self._kinds[entry.name] = (stack, old, new)
-        self.changed = tuple(sorted(self._kinds, key=natural_key))
+                changed += [entry.name] if old.name != new.name else []
+        self.changed = tuple(sorted(changed, key=natural_key))
+        self.unchanged = self._kinds.keys() - {*changed}
+        self.nested = _nested(by_name)
+        self.shorter = {name: tuple(_shorter(name)) for name in self.changed}
 
     def modules(self, stack: str) -> Modules:
         """The modules of one of them."""
         if stack not in self._of:
             of, old, new = self._kinds[stack]
-            key = (of.recipe.name, old, new, of.sizes.experts)
+            key = (of.recipe.name, old, new, of.sizes.experts, "experts" in stack.split("."))
             if key not in self._known:
                 self._known[key] = Modules(of, old, new)
             self._of[stack] = self._known[key]
         return self._of[stack]
 
     def found(self, name: str) -> tuple[str, str] | None:
-        """The stack that has an old module of this name, and what follows the stack's name."""
+        """The stack that has a module of this name, old or new, and what follows its own."""
         for head in _heads(name):
-            if head in self._kinds and (rest := name[len(head) :]) in self.modules(head).old:
-                return head, rest
+            if head in self._kinds:
+                rest, modules = name[len(head) :], self.modules(head)
+                if rest in modules.old_rests.all or rest in modules.new_rests.all:
+                    return head, rest
         return None
+
+    def lost(self, name: str) -> bool:
+        """Whether old modules of a stack are in this one, but no new ones."""
+        inside = [(h, name[len(h) :]) for h in _heads(name) if h in self._kinds]
+        return any(self.modules(head).lost(rest) for head, rest in inside)
 
 
 def _heads(name: str) -> Iterator[str]:
     return accumulate(name.split("."), "{}.{}".format)
 
 
+def _shorter(name: str) -> Iterator[str]:
+    """A stack's name without some of its first words, down to its layer's number."""
+    for _ in range(_SHORTER):
+        first, _, name = name.partition(".")
+        if not name or first.isdecimal() or name.partition(".")[0].isdecimal():
+            return
+        yield name
+
+
+def _nested(names: Iterable[str]) -> frozenset[str]:
+    """The names with which another one ends."""
+    known = set(names)
+    ends = (n[at:] for n in known for at in range(1, len(n)))
+    return frozenset(end for end in ends if end in known)
+
+
 def _held(modules: dict[str, Matrices], names: Iterable[str]) -> Matrices:
     return frozenset[tuple[int, str]]().union(*(modules[n] for n in names))
+
+
+def _within(rests: Iterable[str]) -> frozenset[str]:
+    """All names of modules in which some of these are, or which are one of these."""
+    return frozenset(head for rest in rests for head in accumulate(rest.split("."), "{}.{}".format))
+
+
+def _named(stack: Stack, layout: Layout) -> tuple[dict[str, Matrices], str | None]:
+    """The modules of a layout, and the one around them, if that is one too."""
+    modules = _modules(stack, layout)
+    around = _around(modules)
+    joined = not all(line.per_expert for line in layout.weight_lines)
+    if not joined or "experts" not in (stack.name + around).split("."):
+        return modules, None
+    return modules | {around: _held(modules, modules)}, around
 
 
 def _around(rests: Iterable[str]) -> str:

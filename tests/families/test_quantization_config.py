@@ -88,7 +88,6 @@ def test_what_the_new_names_cannot_say_is_left_and_said(names: list[str], tmp_pa
     "quantization",
     [
         {"ignore": ["lm_head", "experts", "model.layers.0.mlp.shared_experts.up_proj"]},
-        {"ignore": [STACK.format(0)]},
         {"targets": "Linear"},
         {"ignore": []},
         {},
@@ -126,15 +125,12 @@ DYNAMIC = [r"model\.layers\.0\.mlp\.experts", r"model\.layers\.1\.mlp\.experts"]
         ("ignore", [r"re:.*\.experts\..*down_proj"], []),
         ("ignore", [r"re:.*gate_proj", r"re:.*up_proj", r"re:.*down_proj"], []),
         ("ignore", ["re:.*shared_experts.*", "re:.*mlp.gate$", "re:.*self_attn.*"], []),
-        ("ignore", [r"re:.*mlp\.experts$"], []),
         ("exclude_modules", ["*.mlp.experts.*", "lm_head"], []),
         ("exclude_modules", ["model.layers.0.mlp.experts*"], []),
         ("exclude_modules", ["model.layers.?.mlp*"], []),
         ("dynamic", [r"-:.*experts.*"], []),
         ("modules_to_not_convert", [r"model\.layers\.[01]\.mlp"], []),
         ("modules_to_not_convert", [r"model.layers.\d+.mlp.experts"], []),
-        # of none: a part of a module's name is no module
-        ("modules_to_not_convert", [r"model.layers.1.mlp.experts.\d+.(gate|up|down)"], []),
         # not any more
         ("ignore", [r"re:.*\.experts\.\d+\..*", "lm_head"], BOTH),
         ("ignore", [r"re:.*layers\.1\.mlp\.experts\.[0-9]+\.(gate|up|down)_proj"], BOTH[1:]),
@@ -209,6 +205,15 @@ def test_a_pattern_of_some_experts_is_left_and_said(place: str, texts: list[str]
         ({"x": [["mlp.experts.0.up_proj"]]}, "x", "mlp.experts.0.up_proj"),
         ({"targets": r"re:.*experts\.\d+"}, "targets", "experts"),
         ({"unheard_of": ["*experts.?.*"]}, "unheard_of", "experts"),
+        # of none: a part of a module's name is no module
+        (
+            {"modules_to_not_convert": [r"model.layers.1.mlp.experts.\d+.(gate|up|down)"]},
+            "modules_to_not_convert",
+            "experts",
+        ),
+        # of none, but of all where experts are joined
+        ({"ignore": [STACK.format(0)]}, "ignore", STACK.format(0)),
+        ({"ignore": [r"re:.*mlp\.experts$"]}, "ignore", "experts"),
     ],
 )
 def test_other_patterns_are_left_and_said(

@@ -26,7 +26,8 @@ from moeconv.mapfiles import read_map
 from moeconv.placement.documents import FORMATS
 from moeconv.placement.formats import resolve, written
 from moeconv.placement.placement import Layers, Placement, trivial
-from moeconv.plan.patterns import Budget, Mode, Unsupported, glob, regular
+from moeconv.plan.automaton import Budget, Mode, Unsupported
+from moeconv.plan.patterns import glob, regular
 from moeconv.strictjson import loads
 from tests.badinput.builders import entries, framed, index_doc, nbytes, qwen, two_files
 from tests.badinput.test_recipes import GOOD
