@@ -50,6 +50,14 @@ def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
         call(descriptor, _offset(offset), _offset(nbytes), ctypes.c_uint(_WRITE_NOW))
 
 
+def early_writeback_pays(path: Path) -> bool:
+    """Whether to begin writing a file before it is whole saves time.
+
+    Not on btrfs: it finds room and sums data in the thread that asks, and in smaller pieces.
+    """
+    return _kind(path) != _BTRFS
+
+
 def open_direct(path: Path) -> int | None:
     """A second descriptor of a file, for writes past the page cache; None where they do not pay.
 

@@ -15,6 +15,7 @@ from moeconv.engine.methods import KERNEL, REFLINK, Methods
 from moeconv.engine.syscalls import (
     clone_range,
     copy_in_kernel,
+    early_writeback_pays,
     open_direct,
     reserve,
     start_writeback,
@@ -39,6 +40,7 @@ class DiskTarget:
         self._finished = finished
         self._descriptor = -1
         self._direct: int | None = None
+        self._early = False  # writeback before all is there
         self._refused = False  # writes past the page cache, by the device
         self._writing = threading.Lock()
 
@@ -56,6 +58,7 @@ class DiskTarget:
             else:
                 reserve(self._descriptor, self._file.size)
             self._direct = open_direct(self._partial)
+            self._early = early_writeback_pays(self._partial)
         self.write(memoryview(self._file.header), 0)
 
     def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
@@ -126,7 +129,8 @@ class DiskTarget:
 
     def settle(self, offset: int, nbytes: int) -> None:
         """Let the disk begin on a batch while the next one is copied."""
-        start_writeback(self._descriptor, offset, nbytes)
+        if self._early:
+            start_writeback(self._descriptor, offset, nbytes)
 
     def finish(self, digests: Digests) -> None:
         """Bring it to the disk. Raises IoFailed, DiskFull."""
