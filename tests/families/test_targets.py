@@ -131,6 +131,33 @@ def test_sglang_has_its_own_names_for_the_scales_of_deepseek_v4(tmp_path: Path):
     assert tree_sha256(tmp_path / "back") == tree_sha256(src)
 
 
+def test_sglang_has_gate_and_up_of_gpt_oss_alternating(tmp_path: Path):
+    gate_up, bias = np.stack([GATE, UP], 2).reshape(E, 2 * I, H), np.stack([BIAS_G, BIAS_U], 2)
+    tensors = {
+        "gate_up_proj": turned(gate_up),
+        "gate_up_proj_bias": bias.reshape(E, 2 * I),
+        "down_proj": turned(DOWN),
+        "down_proj_bias": BIAS_D,
+    }
+    src = write_checkpoint(
+        tmp_path / "src",
+        {f"{STACK}.{n}": bf16(np.ascontiguousarray(a)) for n, a in tensors.items()},
+        {"model_type": "gpt_oss", "num_local_experts": E, "hidden_size": H},
+    )
+    moeconv.fuse(src, tmp_path / "out", layout="sglang")
+    wanted = {
+        "w13_weight": gate_up,
+        "w13_weight_bias": bias.reshape(E, 2 * I),
+        "w2_weight": DOWN,
+        "w2_weight_bias": BIAS_D,
+    }
+    assert read_tensors(tmp_path / "out") == {
+        f"{STACK}.{n}": bf16(np.ascontiguousarray(a)) for n, a in wanted.items()
+    }
+    moeconv.fuse(tmp_path / "out", tmp_path / "back")
+    assert read_tensors(tmp_path / "back") == read_tensors(src)
+
+
 @pytest.mark.parametrize("layout", ["sglang", "kn", "megablocks"])
 def test_mxfp4_of_gpt_oss_has_no_such_layout(layout: str, tmp_path: Path):
     text = f"""{STACK}.gate_up_proj_blocks U8 2,64,2,16
