@@ -12,20 +12,20 @@ from moeconv.errors import (
     ConfigMismatch,
     Damaged,
     LayoutContradiction,
-    MixedLayouts,
     MoeconvError,
     UnknownExpertTensor,
     UnknownLayout,
     quoted,
 )
 from moeconv.layout.axes import geometry
+from moeconv.layout.bynames import by_names
 from moeconv.layout.complete import completeness, contradiction
 from moeconv.layout.fit import Fit, fit
 from moeconv.layout.layers import bare_stacks, lost_stacks, unequal_stacks
 from moeconv.layout.match import Found, collect
 from moeconv.layout.ranges import in_ranges, no_range
-from moeconv.layout.readings import Reading, granule_names, readings
-from moeconv.layout.recipe import COMPANIONS, WEIGHTS, Layout, Recipe
+from moeconv.layout.readings import Reading, granule_names, readings, turned_about
+from moeconv.layout.recipe import Layout, Recipe
 from moeconv.layout.said import against_config, said_of_quantisation, said_sizes, states_experts
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.layout.told import Told, told_first
@@ -152,16 +152,16 @@ def _unknown_from_layout(name: str, recipes: tuple[Recipe, ...]) -> list[Moeconv
 
 def _unfit_from_layout(name: str, collected: dict[str, Found]) -> list[MoeconvError]:
     """A layout that no stack's names can have: to go on without a word would be to guess."""
-    by_names = [(stack, _by_names(found)) for stack, found in collected.items()]
-    if not by_names or any(
+    named = [(stack, by_names(found)) for stack, found in collected.items()]
+    if not named or any(
         isinstance(layouts, list) and name in (layout.name for layout in layouts)
-        for _, layouts in by_names
+        for _, layouts in named
     ):
         return []
     return [
         LayoutContradiction(
             f"no expert stack has the names of layout {quoted(name)}",
-            at=", ".join(quoted(stack) for stack, _ in by_names[:3]),
+            at=", ".join(quoted(stack) for stack, _ in named[:3]),
             cause="`--from-layout` says how SRC is stored, and SRC says otherwise",
             fix="leave it away; `moeconv inspect SRC` shows what is there",
         )
@@ -201,6 +201,9 @@ def _judge(
     if len(survivors) > 1:
         return [_ambiguous(name, found, [layout for layout, *_ in survivors])]
     layout, reading, sizes = survivors[0]
+    for other in () if known else turned_about(readings(found, layout, granules), reading):
+        if fit(found, layout, reading=other, count=count, known=said).sizes is not None:
+            return [_either_way(name, found, reading, other)]
     if known and sizes_of(known) != (sizes.experts, sizes.width, sizes.hidden):
         return [_against_manifest(name, known, sizes)]
     held = {"experts": sizes.experts, "width": sizes.width, "hidden": sizes.hidden}
@@ -214,7 +217,7 @@ def _candidates(name: str, found: Found) -> list[Layout] | MoeconvError:
         return _unknown(name, found)
     if found.recipe.ids and not found.recipe.taken:
         return no_range(name, found)
-    return _by_names(found)
+    return by_names(found)
 
 
 def _judge_passed(name: str, found: Found, config: Config) -> list[MoeconvError]:
@@ -272,46 +275,6 @@ def _unknown(name: str, found: Found) -> MoeconvError:
     )
 
 
-def _by_names(found: Found) -> list[Layout] | MoeconvError:
-    present = found.templates()
-    layouts = [layout for layout in found.recipe.layouts if _names_fit(found, layout)]
-    if layouts:
-        return layouts
-    touched = [
-        layout
-        for layout in found.recipe.layouts
-        if present & {line.template for line in layout.lines} and not layout.in_parts
-    ]
-    samples = {
-        template: next(iter(tensors.values()))
-        for (template, _), tensors in sorted(found.tensors.items())
-    }
-    return MixedLayouts(
-        "one expert stack is stored in two layouts at once",
-        at=found.place(*list(samples.values())[:4]),
-        cause=f"its names belong to the layouts {', '.join(quoted(t.name) for t in touched)}",
-        fix="keep one of the two in the directory; moeconv cannot know which one is right",
-    )
-
-
-def _names_fit(found: Found, layout: Layout) -> bool:
-    """Whether all names are of a layout; of one in parts, both parts must be there."""
-    present = set(found.tensors)
-    if not layout.in_parts:
-        return found.templates() <= {line.template for line in layout.lines}
-    parts = [
-        {
-            (ln.template, c.name)
-            for ln in layout.lines
-            if ln.part == p
-            for c in found.recipe.components
-            if ln.holds(c)
-        }
-        for p in (WEIGHTS, COMPANIONS)
-    ]
-    return present <= parts[0] | parts[1] and all(present & part for part in parts)
-
-
 def _count(found: Found) -> int:
     return 1 + max(expert for tensors in found.tensors.values() for expert in tensors)
 
@@ -351,6 +314,19 @@ def _ambiguous(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
         at=quoted(stack),
         cause=f"the shapes fit each of them: {shapes}",
         fix=f"find out who wrote it, then say `--from-layout {layouts[0].name}` or another",
+    )
+
+
+def _either_way(stack: str, found: Found, one: Reading, other: Reading) -> MoeconvError:
+    key = next(key for key in one if one[key][1] != other[key][1])
+    tensor = next(iter(found.tensors[key].values()))
+    recipe = found.recipe.name
+    return AmbiguousLayout(
+        f"{quoted(tensor.name)} may be turned or not: its shape does not tell",
+        at=found.place(tensor),
+        cause=f"{list(tensor.shape)} fits both `{one[key][1]}` and `{other[key][1]}`",
+        fix=f"find out who wrote it; `moeconv recipes show {recipe}` prints the recipe: leave the "
+        "one that is right under `axes` and give it with `--recipe FILE`",
     )
 
 

@@ -47,6 +47,21 @@ def readings(found: Found, layout: Layout, granules: dict[str, int]) -> list[Rea
     return [{k: v for part in picked for k, v in part.items()} for picked in product(*choices)]
 
 
+def turned_about(options: list[Reading], chosen: Reading) -> Iterator[Reading]:
+    """The readings that differ from the chosen one in nothing but the order of axes.
+
+    Where such a one fits, too, the bytes would go elsewhere, and nothing here says which is right.
+    """
+    for other in options:
+        pairs = [(chosen[key], other[key]) for key in chosen]
+        alike = all(
+            one.axes == two.axes and sorted(map(str, a.flat)) == sorted(map(str, b.flat))
+            for (one, a), (two, b) in pairs
+        )
+        if alike and any(a != b for (_, a), (_, b) in pairs):
+            yield other
+
+
 def _held(found: Found, layout: Layout) -> Iterator[tuple[Line, Component]]:
     for line in layout.lines:
         for component in found.recipe.components:

@@ -201,12 +201,12 @@ class Layout:
         return tuple(dict.fromkeys(p for line in self.lines for p in line.projections))
 
 
-def half_apart(alone: Layout, fused: Layout) -> Layout:
-    """Weights expert by expert, their companions fused.
+def half_apart(published: Layout, fused: Layout) -> Layout:
+    """Weights as they are published, expert by expert for most, and their companions fused.
 
     So transformers saves fp8 experts that it holds fused: it takes apart what it joined.
     """
-    weights = (replace(line, part=WEIGHTS) for line in alone.lines)
+    weights = (replace(line, part=WEIGHTS) for line in published.lines)
     companions = (replace(line, part=COMPANIONS) for line in fused.lines)
     return Layout(HALF_APART, (*weights, *companions))
 

@@ -75,12 +75,16 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
 
 
 def _half_apart(layouts: tuple[Layout, ...], fuse: str | None, unfuse: str | None) -> list[Layout]:
-    """The mixture of the two layouts that transformers may save, if it is one."""
+    """The mixture of the two layouts that transformers may save, if it is one.
+
+    It saves weights as they are published: one by one, or fused under other names.
+    """
     by_name = {layout.name: layout for layout in layouts}
-    fused, alone = by_name.get(fuse or ""), by_name.get(unfuse or "")
-    if not fused or not alone or fused.numbered or not alone.per_expert or HALF_APART in by_name:
+    fused, published = by_name.get(fuse or ""), by_name.get(unfuse or "hub")
+    if not fused or not published or fused.numbered or HALF_APART in by_name:
         return []
-    return [half_apart(alone, fused)]
+    apart = {ln.template for ln in published.lines}.isdisjoint(ln.template for ln in fused.lines)
+    return [half_apart(published, fused)] if apart else []
 
 
 def _refuse(where: str, found: list[str]) -> BadRecipe:
