@@ -13,7 +13,6 @@ from moeconv.errors import (
     ExpertGap,
     ExpertOutOfRange,
     ExpertShape,
-    LayoutContradiction,
     MissingExpert,
     MissingScale,
     MoeconvError,
@@ -302,13 +301,3 @@ def _two_kinds(
                 fix="convert from a checkpoint whose experts are alike",
             )
     return None
-
-
-def contradiction(stack: str, found: Found, reasons: list[str]) -> MoeconvError:
-    """Names of a known layout, shapes of none."""
-    return LayoutContradiction(
-        f"the shapes in {quoted(stack)} fit no layout of its family",
-        at=found.place(found.all()[0]),
-        cause="\n         ".join(reasons),
-        fix="check that config.json belongs to these tensors; `moeconv recipes show` lists layouts",
-    )

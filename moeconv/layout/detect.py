@@ -9,7 +9,6 @@ from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import (
     AmbiguousLayout,
-    ConfigMismatch,
     Damaged,
     LayoutContradiction,
     MoeconvError,
@@ -19,16 +18,18 @@ from moeconv.errors import (
 )
 from moeconv.layout.axes import geometry
 from moeconv.layout.bynames import by_names
-from moeconv.layout.complete import completeness, contradiction
+from moeconv.layout.complete import completeness
 from moeconv.layout.fit import Fit, fit
+from moeconv.layout.granules import several_sizes, stated_granules
 from moeconv.layout.layers import bare_stacks, lost_stacks, unequal_stacks
 from moeconv.layout.match import Found, collect
 from moeconv.layout.ranges import in_ranges, no_range
-from moeconv.layout.readings import Reading, granule_names, readings, turned_about
+from moeconv.layout.readings import Reading, bound, readings, turned_about
 from moeconv.layout.recipe import Layout, Recipe
-from moeconv.layout.said import against_config, said_of_quantisation, said_sizes, states_experts
+from moeconv.layout.said import against_config, said_sizes, states_experts
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.layout.told import Told, told_first
+from moeconv.layout.why import no_fit
 from moeconv.manifest import StackEntry
 from moeconv.names import natural_key
 from moeconv.units import counted
@@ -186,21 +187,25 @@ def _judge(
     problems = completeness(name, found, candidates[0], experts=said.get("experts"))
     if problems:
         return problems
-    granules, unsaid = _granules(name, found, candidates, config)
+    choices, unsaid = stated_granules(name, found, candidates, config)
     count = _count(found) if candidates[0].numbered else None
     fits = [
-        (c, *_first_fit(options, found, c, count, said))
+        (c, granules, *_first_fit(options, found, c, count, said))
         for c in candidates
+        for granules in choices
         for options in (told_first(readings(found, c, granules), c, name, told),)
     ]
-    survivors = [(layout, reading, f.sizes) for layout, reading, f in fits if f.sizes is not None]
-    if not survivors and unsaid is not None:
-        return [unsaid]
+    survivors = [(la, g, reading, f.sizes) for la, g, reading, f in fits if f.sizes is not None]
+    layouts = list({layout.name: layout for layout, *_ in survivors}.values())
     if not survivors:
-        return [contradiction(name, found, [reason for *_, f in fits for reason in f.reasons])]
-    if len(survivors) > 1:
-        return [_ambiguous(name, found, [layout for layout, *_ in survivors])]
-    layout, reading, sizes = survivors[0]
+        why = [reason for *_, f in fits for reason in f.reasons]
+        return [no_fit(name, found, candidates, choices, unsaid, count, said, why)]
+    if len(layouts) > 1:
+        return [_ambiguous(name, found, layouts)]
+    layout, granules, reading, sizes = survivors[0]
+    others = [r for *_, r, _ in survivors[1:] if bound(r) != bound(reading)]
+    if others and not known:
+        return [several_sizes(name, found, [reading, *others])]
     for other in () if known else turned_about(readings(found, layout, granules), reading):
         if fit(found, layout, reading=other, count=count, known=said).sizes is not None:
             return [_either_way(name, found, reading, other)]
@@ -277,30 +282,6 @@ def _unknown(name: str, found: Found) -> MoeconvError:
 
 def _count(found: Found) -> int:
     return 1 + max(expert for tensors in found.tensors.values() for expert in tensors)
-
-
-def _granules(
-    stack: str, found: Found, layouts: list[Layout], config: Config
-) -> tuple[dict[str, int], MoeconvError | None]:
-    """The granules that config.json says, and what to say if one that it does not say is needed."""
-    out: dict[str, int] = {}
-    unsaid: MoeconvError | None = None
-    paths = dict(found.recipe.config.granules)  # `block.0` is item 0 of what `block` names
-    for name, owner in sorted(granule_names(found, layouts).items()):
-        key, _, index = name.partition(".")
-        full = tuple(f"{p}.{index}" if index else p for p in paths[key])
-        hit = said_of_quantisation(config, found.recipe, stack, full)
-        if hit is None or type(hit[1]) is not int or hit[1] < 1:
-            unsaid = unsaid or ConfigMismatch(
-                f"{quoted(stack)} has {quoted(owner)} tensors, "
-                "but config.json does not say the block size",
-                at=f"config.json, key {quoted(full[0] if full else name)}",
-                cause="a block size is never inferred from shapes",
-                fix="use the config.json that belongs to these tensors",
-            )
-        else:
-            out[name] = hit[1]
-    return out, unsaid
 
 
 def _ambiguous(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:

@@ -140,14 +140,6 @@ def test_no_block_size_is_asked_for_where_there_are_no_blocks(tmp_path: Path):
     assert "0.down_proj.weight" in str(caught.value)
 
 
-def test_a_scale_that_fits_no_reading(tmp_path: Path):
-    parts = {"weight": "F8_E4M3 N K", "weight_scale": "F32 N 3"}
-    config = {"model_type": "qwen3_moe"}
-    src = phantom(tmp_path / "src", per_expert(parts, width=256), config)
-    with pytest.raises((LayoutContradiction, ConfigMismatch)):
-        moeconv.fuse(src, tmp_path / "out")
-
-
 @pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F32"])
 def test_half_a_matrix_is_not_taken_for_a_packed_one(dtype: str, tmp_path: Path):
     tensors = per_expert({"weight": f"{dtype} N K"}, width=64)
@@ -234,19 +226,6 @@ def test_down_may_be_of_another_format(tmp_path: Path):
     made = {t.name: t.shape for f in plan.files for t in f.tensors}
     assert made[f"{STACK}.gate_up_proj"] == (2, 128, 128)
     assert made[f"{STACK}.down_proj"] == (2, 256, 64)
-
-
-@pytest.mark.parametrize("sizes", [[32], [32, 32], [32, 64]])
-def test_the_group_size_may_stand_in_any_group(sizes: list[int], tmp_path: Path):
-    groups = {f"group_{n}": {"weights": {"group_size": s}} for n, s in enumerate(sizes, start=1)}
-    config = {"model_type": "qwen3_moe", "quantization_config": {"config_groups": groups}}
-    tensors = per_expert(ASYMMETRIC, width=64)
-    if len(set(sizes)) > 1:  # nothing says which of them is the experts'
-        tensors = per_expert(GPTQ, width=64)
-        refused(ConfigMismatch, tmp_path, tensors, config, "block size")
-    else:
-        src = phantom(tmp_path / "src", tensors, config)
-        assert moeconv.fuse(src, tmp_path / "out", dry_run=True).plan.stacks
 
 
 def test_a_whole_layer_without_the_scales_that_others_have(tmp_path: Path):
