@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moeconv.checkpoint.config import Config
@@ -18,7 +19,7 @@ from moeconv.errors import (
 )
 from moeconv.layout.axes import geometry
 from moeconv.layout.bynames import by_names
-from moeconv.layout.complete import completeness
+from moeconv.layout.complete import bare_dtype, completeness
 from moeconv.layout.fit import Fit, fit
 from moeconv.layout.granules import several_sizes, stated_granules
 from moeconv.layout.layers import bare_stacks, lost_stacks, unequal_stacks
@@ -26,7 +27,7 @@ from moeconv.layout.match import Found, collect
 from moeconv.layout.ranges import in_ranges, no_range
 from moeconv.layout.readings import Reading, bound, readings, turned_about
 from moeconv.layout.recipe import Layout, Recipe
-from moeconv.layout.said import against_config, said_sizes, states_experts
+from moeconv.layout.said import against_config, said_sizes, says_quantised, states_experts
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.layout.told import Told, told_first
 from moeconv.layout.why import no_fit
@@ -122,7 +123,7 @@ def detect(
         tuple(problems),
         tuple(damaged),
         tuple(sorted(passed, key=natural_key)),
-        tuple(_said_of_passed(passed)),
+        (*_said_of_passed(passed), *_said_of_bare(collected.values() if known is None else ())),
         as_they_are,
     )
 
@@ -136,6 +137,13 @@ def _said_of_passed(passed: dict[str, Found]) -> Iterator[str]:
             f"{counted(count, 'stack')} with {quoted(component)}: copied through as they are, "
             "this format cannot be rearranged"
         )
+
+
+def _said_of_bare(stacks: Iterable[Found]) -> Iterator[str]:
+    dtypes = Counter(dtype for found in stacks if (dtype := bare_dtype(found)))
+    for dtype, count in dtypes.items():
+        if not dtype.startswith("F8"):  # which may be meant as it is
+            yield f"{counted(count, 'stack')} of {dtype} without scales: moved as they are"
 
 
 def _unknown_from_layout(name: str, recipes: tuple[Recipe, ...]) -> list[MoeconvError]:
@@ -184,7 +192,13 @@ def _judge(
     wanted = known.layout if known else from_layout
     candidates = [c for c in candidates if c.name == wanted] or candidates
     said = _from_manifest(known) if known else said_sizes(name, found.recipe, config)
-    problems = completeness(name, found, candidates[0], experts=said.get("experts"))
+    problems = completeness(
+        name,
+        found,
+        candidates[0],
+        experts=said.get("experts"),
+        quantised=not known and says_quantised(config, found.recipe, name),
+    )
     if problems:
         return problems
     choices, unsaid = stated_granules(name, found, candidates, config)
@@ -231,7 +245,7 @@ def _judge_passed(name: str, found: Found, config: Config) -> list[MoeconvError]
     if isinstance(candidates, MoeconvError):
         return [candidates]
     said = said_sizes(name, found.recipe, config).get("experts")
-    problems = completeness(name, found, candidates[0], experts=said)
+    problems = completeness(name, found, candidates[0], experts=said, quantised=False)
     if problems or not candidates[0].per_expert:
         return problems
     return against_config(name, found.recipe, {"experts": _count(found)}, config)

@@ -53,6 +53,11 @@ class Component:
         return not self.axes.letters & {OUT, IN}
 
 
+def of_inputs(component: str) -> bool:
+    """Whether it says something of an expert's inputs: only some layers may be calibrated so."""
+    return component.startswith(("input_", "activation_"))
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One stored tensor of a layout: name template, the projections it joins, the weight's axes.

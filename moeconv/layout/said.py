@@ -32,6 +32,11 @@ def said_of_quantisation(
     return []
 
 
+def says_quantised(config: Config, recipe: Recipe, stack: str) -> bool:
+    """Whether there is a `quantization_config` for a stack."""
+    return bool(said_of_quantisation(config, recipe, stack, ("quantization_config",)))
+
+
 def layers_said(config: Config, recipe: Recipe, section: str) -> int | None:
     """The number of layers in a section."""
     for _, value in _in_section(config, recipe, section, LAYER_COUNTS):

@@ -23,6 +23,7 @@ from tests.phantoms import Shape, phantom, rows
 
 STACK = "model.layers.0.mlp.experts"
 FP8 = {"model_type": "qwen3_moe", "quantization_config": {"weight_block_size": [128, 128]}}
+PLAIN = {"model_type": "qwen3_moe"}
 GROUPS = {"model_type": "qwen3_moe", "quantization_config": {"group_size": 32}}
 
 
@@ -66,8 +67,8 @@ def refused(
 
 @pytest.mark.parametrize("width", [192, 64, 200])
 def test_blocks_that_straddle_gate_and_up(width: int, tmp_path: Path):
-    tensors = per_expert(BLOCKS, width=width)
-    refused(StraddlingBlock, tmp_path, tensors, FP8, "blocks of 128", f"{width} rows")
+    facts = ("blocks of 128", f"{width} rows", "keep this stack per-expert")
+    refused(StraddlingBlock, tmp_path, per_expert(BLOCKS, width=width), FP8, *facts)
 
 
 @pytest.mark.parametrize("width", [128, 384])
@@ -117,7 +118,9 @@ def test_unfusing_a_scale_that_straddles(
     src = phantom(tmp_path / "src", tensors, FP8)
     with pytest.raises(kind) as caught:
         moeconv.unfuse(src, tmp_path / "out")
-    facts = ("needs 4 where 3 stands",) if rows_of_scales == 3 else ("blocks of 128", "192 rows")
+    facts = ("needs 4 where 3 stands",)
+    if rows_of_scales == 4:
+        facts = ("blocks of 128", "192 rows", "the checkpoint that this one was joined from")
     assert all(fact in str(caught.value) for fact in facts)
     assert not (tmp_path / "out").exists()
 
@@ -198,6 +201,50 @@ def test_a_companion_that_is_missing(part: str, which: str, tmp_path: Path):
         if not name.endswith(f"{which}.{part}")
     }
     refused(MissingScale, tmp_path, tensors, GROUPS, part)
+
+
+def test_one_expert_of_16_bits_among_fp8_is_said_to_be_that(tmp_path: Path):
+    """It has no scales because it needs none: there is nothing to download."""
+    tensors = per_expert({"weight": "F8_E4M3 N K", "weight_scale": "F32 N 1"}, width=64)
+    tensors |= {
+        n.replace(".0.", ".2.").replace("layers.2", "layers.0"): t for n, t in tensors.items()
+    }
+    for name, (_, shape) in list(tensors.items()):
+        if ".experts.2." in name:
+            tensors[name] = ("BF16", shape)
+    for p in ("gate", "up", "down"):
+        del tensors[f"{STACK}.2.{p}_proj.weight_scale"]
+    src = phantom(tmp_path / "src", tensors, {"model_type": "qwen3_moe"})
+    with pytest.raises(ExpertDtype) as refusal:
+        moeconv.fuse(src, tmp_path / "out")
+    assert "2.gate_proj.weight` has dtype BF16, not F8_E4M3" in str(refusal.value)
+    assert "missing-scale" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"weight": "F8_E4M3 N K"}, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        ({"weight": "U8 N K//2"}, {"quant_method": "modelopt"}),
+        ({"weight": "I8 N K"}, {"quant_method": "compressed-tensors"}),
+        ({"weight_packed": "U8 N K//2"}, None),
+        # what is left says nothing of how large the numbers are
+        ({"weight": "F8_E4M3 N K", "input_scale": "F32"}, {"quant_method": "fp8"}),
+    ],
+)
+def test_weights_that_lost_all_their_scales(
+    parts: dict[str, str], said: dict[str, object] | None, tmp_path: Path
+):
+    config = {"model_type": "qwen3_moe"} | ({"quantization_config": said} if said else {})
+    refused(MissingScale, tmp_path, per_expert(parts, width=64), config, "but no scales")
+
+
+def test_fp8_that_nothing_says_is_scaled_is_what_it_is(tmp_path: Path):
+    src = phantom(tmp_path / "f8", per_expert({"weight": "F8_E5M2 N K"}, width=64), PLAIN)
+    assert moeconv.fuse(src, tmp_path / "out", dry_run=True).plan.notes == ()
+    src = phantom(tmp_path / "u8", per_expert({"weight": "U8 N K"}, width=64), PLAIN)
+    (note,) = moeconv.fuse(src, tmp_path / "out", dry_run=True).plan.notes
+    assert note.startswith("1 stack of U8 without scales")
 
 
 def test_a_companion_without_its_packed_weight(tmp_path: Path):
