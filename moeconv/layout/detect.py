@@ -217,6 +217,8 @@ def _judge(
     if len(layouts) > 1:
         return [_ambiguous(name, found, layouts)]
     layout, granules, reading, sizes = survivors[0]
+    if layout.ask and not known and from_layout != layout.name:
+        return [_to_be_asked(name, found, layout)]
     others = [r for *_, r, _ in survivors[1:] if bound(r) != bound(reading)]
     if others and not known:
         return [several_sizes(name, found, [reading, *others])]
@@ -309,6 +311,15 @@ def _ambiguous(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
         at=quoted(stack),
         cause=f"the shapes fit each of them: {shapes}",
         fix=f"find out who wrote it, then say `--from-layout {layouts[0].name}` or another",
+    )
+
+
+def _to_be_asked(stack: str, found: Found, layout: Layout) -> MoeconvError:
+    return AmbiguousLayout(
+        f"{quoted(stack)} has the names of layout {quoted(layout.name)}, which do not tell enough",
+        at=found.place(found.all()[0]),
+        cause=str(layout.ask),
+        fix=f"find out who wrote it; if it is that layout, say `--from-layout {layout.name}`",
     )
 
 

@@ -168,12 +168,14 @@ class Layout:
     """One way to store a stack: a line for every stored tensor.
 
     square: for mixed-up files only; the layout is thought of only where that line's tensor is
-    square, because only there has a program written it.
+    square, because only there has a program written it. ask: why names like these are not enough
+    to take a foreign file for it.
     """
 
     name: str
     lines: tuple[Line, ...]
     square: str | None = None
+    ask: str | None = None
 
     @property
     def per_expert(self) -> bool:

@@ -183,14 +183,14 @@ def _layouts(table: Table, components: tuple[Component, ...]) -> tuple[Layout, .
     for name in table.names():
         entry = table.table(name)
         special = entry.table("axes") if entry.has("axes") else None
-        square = entry.optional_text("square")
+        square, ask = entry.optional_text("square"), entry.optional_text("ask")
         lines = [_line(entry, key, special, components) for key in entry.names() if key in _LINES]
         if special:
             special.finish()
         entry.expects(_LINES)
         entry.finish()
         _check_layout(entry, lines, square)
-        out.append(Layout(name, tuple(lines), square))
+        out.append(Layout(name, tuple(lines), square, ask))
     if not out:
         table.problems.add("layouts", "there is none")
     return tuple(out)

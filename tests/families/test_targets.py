@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import moeconv
-from moeconv.errors import UnknownLayout
+from moeconv.errors import AmbiguousLayout, UnknownLayout
 from moeconv.library import shared_layouts, shipped_recipes
 from tests.helpers import Spec, read_tensors, tree_sha256, write_checkpoint
 from tests.phantoms import phantom, rows
@@ -96,11 +96,16 @@ def test_gated_experts(layout: str, tmp_path: Path):
 
 @pytest.mark.parametrize("layout", shared_layouts())
 def test_a_foreign_set_in_that_layout_is_read(layout: str, tmp_path: Path):
-    """The names say which layout it is: none of them is used by another."""
+    """The names say which layout it is, but for one that others use otherwise."""
     tensors = {f"{STACK}.{n}": bf16(np.ascontiguousarray(a)) for n, a in GATED[layout].items()}
     config = {"model_type": "qwen3_moe", "num_experts": E}
     src = write_checkpoint(tmp_path / "src", tensors, config)
-    moeconv.unfuse(src, tmp_path / "out")
+    asked = None
+    if layout == "up-gate":
+        with pytest.raises(AmbiguousLayout, match="ERNIE has the name, too, and gate first"):
+            moeconv.unfuse(src, tmp_path / "out")
+        asked = layout
+    moeconv.unfuse(src, tmp_path / "out", from_layout=asked)
     assert read_tensors(tmp_path / "out") == read_tensors(gated(tmp_path / "gated"))
 
 
