@@ -17,6 +17,8 @@ ITEMS = {"F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "I32": "u4", "I8":
 # the others have blocks, groups or packed integers
 UNPACKED = {
     "fp8 by tensor",
+    "fp8 by tensor, a list of one",
+    "int8 by tensor",
     "fp8 by channel",
     "int8 by channel, Ascend",
     "int8 by channel, one dimension",
