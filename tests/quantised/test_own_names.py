@@ -73,6 +73,29 @@ def test_fp4_of_deepseek_v4(layout: str, tmp_path: Path):
     assert tree_sha256(tmp_path / "back") == tree_sha256(src)
 
 
+@pytest.mark.parametrize("shape", [(E, 2), (E,), (E, 2, 1), (E, 1, 1)])
+def test_one_scale_for_a_matrix_of_deepseek_v4(shape: tuple[int, ...], tmp_path: Path):
+    """As numbers or as grids of one block, of each of gate and up or of both."""
+    stack = "layers.0.ffn.experts"
+    both = RNG.random(shape).astype("f4")
+    down = RNG.random((E, 1, 1) if len(shape) == 3 else (E,)).astype("f4")
+    tensors = {
+        f"{stack}.gate_up_proj": spec("F8_E4M3", random_bytes(E, 2 * I, H)),
+        f"{stack}.gate_up_proj_scale_inv": spec("F32", both),
+        f"{stack}.down_proj": spec("F8_E4M3", random_bytes(E, H, I)),
+        f"{stack}.down_proj_scale_inv": spec("F32", down),
+    }
+    src = write_checkpoint(tmp_path / "src", tensors, {"model_type": "deepseek_v4"})
+    moeconv.unfuse(src, tmp_path / "out")
+    made = read_tensors(tmp_path / "out")
+    for e in range(E):
+        for place, p in enumerate(("w1", "w3")):
+            half = both[e].reshape(-1)[min(place, both[e].size - 1)]
+            assert made[f"{stack}.{e}.{p}.scale"][2] == half.tobytes()
+    moeconv.unfuse(tmp_path / "out", tmp_path / "back")
+    assert tree_sha256(tmp_path / "back") == tree_sha256(src)
+
+
 def test_mxfp4_of_gpt_oss(tmp_path: Path):
     """Rows alternate, and blocks of 32 are a dimension of their own: [E, 2I, H/32, 16]."""
     stack = "model.layers.0.mlp.experts"
