@@ -223,7 +223,8 @@ def _judge(
     if others and not known:
         return [several_sizes(name, found, [reading, *others])]
     for other in () if known else turned_about(readings(found, layout, granules), reading):
-        if fit(found, layout, reading=other, count=count, known=said).sizes is not None:
+        fitting = fit(found, layout, reading=other, count=count, known=said).sizes is not None
+        if fitting and _elsewhere(layout, sizes, reading, other):
             return [_either_way(name, found, reading, other)]
     if known and sizes_of(known) != (sizes.experts, sizes.width, sizes.hidden):
         return [_against_manifest(name, known, sizes)]
@@ -312,6 +313,21 @@ def _ambiguous(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
         cause=f"the shapes fit each of them: {shapes}",
         fix=f"find out who wrote it, then say `--from-layout {layouts[0].name}` or another",
     )
+
+
+def _elsewhere(layout: Layout, sizes: Sizes, one: Reading, other: Reading) -> bool:
+    """Whether a reading has any matrix in another place: turned or not, a grid of 1 x 1 is one."""
+
+    def places(reading: Reading) -> list[object]:
+        shapes = [
+            geometry(reading[line.template, name][1], sizes.of(line, name))
+            for line in layout.lines
+            for template, name in reading
+            if template == line.template
+        ]
+        return [(g.pair_stride, [axis for axis in g.matrix if axis[0] > 1]) for g in shapes]
+
+    return places(one) != places(other)
 
 
 def _to_be_asked(stack: str, found: Found, layout: Layout) -> MoeconvError:
