@@ -44,9 +44,9 @@ _FUSED = _places("""
 """)
 _TURNED = _places("""
     {s}.gate_up_proj           | gate up | weight           | E K (G O)
-    {s}.gate_up_proj_scale_inv | gate up | weight_scale_inv | E (G O) K
+    {s}.gate_up_proj_scale_inv | gate up | weight_scale_inv | E K (G O)
     {s}.down_proj              | down    | weight           | E K O
-    {s}.down_proj_scale_inv    | down    | weight_scale_inv | E O K
+    {s}.down_proj_scale_inv    | down    | weight_scale_inv | E K O
 """)
 
 
@@ -175,7 +175,8 @@ def models(draw: st.DrawFn) -> Model:
         width = "intermediate_size" if family in _PLAIN_WIDTH else "moe_intermediate_size"
         keys = ("n_routed_experts" if family == "nemotron_h" else "num_local_experts", width)
         config |= dict(zip((*keys, "hidden_size"), sizes, strict=True))
-    if BLOCK in FAMILIES[family].components:
+    quantised = BLOCK in FAMILIES[family].components and draw(st.booleans())
+    if quantised:
         config["quantization_config"] = {"weight_block_size": list(block)}
     prefixes = draw(st.lists(st.sampled_from(_PREFIXES), min_size=1, max_size=3, unique=True))
     stacks = {}
@@ -187,7 +188,7 @@ def models(draw: st.DrawFn) -> Model:
         if kind not in kinds:
             kinds[kind] = sizes if said else draw(_sizes(block[0]))
         name = f"{prefix}.{FAMILIES[family].stack}"
-        stacks[name] = draw(_parts(family, kinds[kind], block, rng, alike))
+        stacks[name] = draw(_parts(family, kinds[kind], block if quantised else None, rng, alike))
     return Model(family, stacks, draw(_others(rng)), config)
 
 
@@ -214,26 +215,33 @@ def _parts(  # noqa: PLR0917
     draw: st.DrawFn,
     family: str,
     sizes: tuple[int, int, int],
-    block: tuple[int, int],
+    block: tuple[int, int] | None,
     rng: np.random.Generator,
     alike: dict[str, list[str]],
 ) -> Parts:
     experts, width, hidden = sizes
     held = {p for place in FAMILIES[family].layouts["per-expert"] for p in place.projections}
     parts: Parts = {}
+    first = draw(st.sampled_from(DTYPES))
     for side in (("gate", "up"), ("down",)):
         rows, columns = (hidden, width) if side == ("down",) else (width, hidden)
-        dtype = draw(st.sampled_from(DTYPES))
+        # where scales may be turned, a square grid of one side alone would not tell
+        turned = "hub" in FAMILIES[family].layouts and BLOCK in FAMILIES[family].components
+        dtype = first if turned or side != ("down",) else draw(st.sampled_from(DTYPES))
         if dtype == "F4" and (family not in _WHOLE_NIBBLES or rows * columns % 2):
             dtype = "U8"
+        by, across = block or (1, 1)
         lengths = {
             "weight": {"O": rows, "K": columns},
-            BLOCK: {"O": -(-rows // block[0]), "K": -(-columns // block[1])},
+            BLOCK: {"O": -(-rows // by), "K": -(-columns // across)},
             "bias": {"O": rows},
         }
         if dtype not in alike:  # one dtype with scales here and none there would be a loss
             names = FAMILIES[family].components
-            drawn = draw(subsets(names))
+            drawn = set(draw(subsets(names)))
+            # where config.json speaks of blocks, such weights without scales have lost them
+            drawn -= set() if block else {BLOCK}
+            drawn |= {BLOCK} if block and dtype.startswith(("F4", "F6", "F8", "I", "U")) else set()
             biased = "bias" in next(iter(alike.values()), drawn)  # so would biases on one side
             alike[dtype] = [n for n in names if (biased if n == "bias" else n in drawn)]
         for component in ("weight", *alike[dtype]):

@@ -23,17 +23,17 @@ class Config:
     present: bool = False
 
     def at(self, path: str) -> Json:
-        """The value at a dotted path; list items by number; None where there is nothing.
-
-        `*` stands for every key of an object, where all that have the rest of the path agree.
-        """
-        head, star, rest = path.partition(".*.")
-        if star:
-            group = self.at(head)
-            of = group.values() if isinstance(group, dict) else ()
-            found = [v for item in of if (v := _below(item, rest)) is not None]
-            return found[0] if found and all(v == found[0] for v in found) else None
+        """The value at a dotted path; list items by number; None where there is nothing."""
         return _below(self.doc, path)
+
+    def every(self, path: str) -> list[Json]:
+        """The values at a path in which `*` stands for every key of an object."""
+        head, star, rest = path.partition(".*.")
+        if not star:
+            return [] if (value := self.at(path)) is None else [value]
+        group = self.at(head)
+        of = group.values() if isinstance(group, dict) else ()
+        return [value for item in of if (value := _below(item, rest)) is not None]
 
     @property
     def model_type(self) -> str | None:

@@ -13,7 +13,6 @@ from moeconv.errors import (
     ExpertGap,
     ExpertOutOfRange,
     ExpertShape,
-    LayoutContradiction,
     MissingExpert,
     MissingScale,
     MoeconvError,
@@ -21,7 +20,7 @@ from moeconv.errors import (
     quoted,
 )
 from moeconv.layout.match import SHARED, Found
-from moeconv.layout.recipe import DOWN, WEIGHT, Layout, Line
+from moeconv.layout.recipe import DOWN, WEIGHT, Layout, Line, of_inputs
 from moeconv.units import counted
 
 _FETCH = "download the shard again, then `moeconv inspect SRC`"
@@ -31,11 +30,11 @@ _QUANTISED = frozenset(d for d in BITS if d.startswith(("F4", "F6", "F8", "I", "
 
 
 def completeness(
-    stack: str, found: Found, layout: Layout, *, experts: int | None
+    stack: str, found: Found, layout: Layout, *, experts: int | None, quantised: bool
 ) -> list[MoeconvError]:
     """What is missing or odd in a stack that is stored in `layout`.
 
-    experts: E from config.json, where it says one.
+    experts: E from config.json, where it says one; quantised: whether it says that there are such.
     """
     problems: list[MoeconvError] = []
     ids = _expert_ids(found, layout)
@@ -49,27 +48,43 @@ def completeness(
         # an id out of range makes every other expert look incomplete: say the one thing
         if not gaps:
             problems += _missing_weights(stack, found, layout, ids, experts)
-    problems += _companions(stack, found, layout)
     for (_, component), tensors in found.tensors.items():
         if component not in found.recipe.passed:  # a JSON blob is as long as its numbers
             problems += _odd_ones(stack, found, tensors)
+    problems += _companions(stack, found, layout)
     problems += _pairs(stack, found, layout)
     # where one projection has them, `_pairs` said it
-    return problems or _bare_packed(stack, found)
+    return problems or _bare(stack, found, quantised=quantised)
 
 
-def _bare_packed(stack: str, found: Found) -> list[MoeconvError]:
-    """Packed integers that nothing scales: the whole stack lost its scales."""
+def bare_dtype(found: Found) -> str | None:
+    """The dtype of weights that mean nothing alone, if no part beside them could scale them."""
+    scaled = ("scale" in component and not of_inputs(component) for _, component in found.tensors)
+    if found.passed or any(scaled):
+        return None
+    weights = (t for (_, c), t in found.tensors.items() if c in found.recipe.weights)
+    dtypes = {tensor.dtype for tensors in weights for tensor in tensors.values()}
+    return next(iter(sorted(dtypes & _QUANTISED)), None)
+
+
+def _bare(stack: str, found: Found, *, quantised: bool) -> list[MoeconvError]:
+    """Quantised weights of which none has a scale: the whole stack lost them.
+
+    fp8 may be meant as it is, and integers be what a recipe of one's own makes of them: config.json
+    must say that they are quantised, or their name.
+    """
+    dtype = bare_dtype(found)
     names = {component for _, component in found.tensors}
     packed = [c for c in found.recipe.weights if c != WEIGHT and c in names]
-    if not packed or any("scale" in name for name in names):
+    if dtype is None or not (packed or quantised):
         return []
-    tensor = next(next(iter(t.values())) for (_, c), t in found.tensors.items() if c == packed[0])
+    kind = packed[0] if packed else WEIGHT
+    tensor = next(next(iter(t.values())) for (_, c), t in found.tensors.items() if c == kind)
     return [
         MissingScale(
-            f"{quoted(stack)} has {quoted(packed[0])} but no scales",
+            f"{quoted(stack)} has {quoted(kind)} in {dtype} but no scales",
             at=found.place(tensor),
-            cause="packed integers are no numbers without them; no expert has any",
+            cause="quantised weights are no numbers without them; no expert has any",
             fix=_FETCH,
         )
     ]
@@ -196,7 +211,9 @@ def _companions(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
                     fix=_FETCH,
                 )
             )
-        bare = [i for i in weights if i not in tensors]
+        # one of another dtype may need none, and that it is of another was said
+        usual = Counter(t.dtype for t in weights.values()).most_common(1)
+        bare = [i for i, t in weights.items() if i not in tensors and t.dtype == usual[0][0]]
         if bare:
             tensor = weights[bare[0]]
             problems.append(
@@ -302,13 +319,3 @@ def _two_kinds(
                 fix="convert from a checkpoint whose experts are alike",
             )
     return None
-
-
-def contradiction(stack: str, found: Found, reasons: list[str]) -> MoeconvError:
-    """Names of a known layout, shapes of none."""
-    return LayoutContradiction(
-        f"the shapes in {quoted(stack)} fit no layout of its family",
-        at=found.place(found.all()[0]),
-        cause="\n         ".join(reasons),
-        fix="check that config.json belongs to these tensors; `moeconv recipes show` lists layouts",
-    )

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import (
     AmbiguousLayout,
-    ConfigMismatch,
     Damaged,
     LayoutContradiction,
-    MixedLayouts,
     MoeconvError,
     UnknownExpertTensor,
     UnknownLayout,
     quoted,
 )
 from moeconv.layout.axes import geometry
-from moeconv.layout.complete import completeness, contradiction
+from moeconv.layout.bynames import by_names
+from moeconv.layout.complete import bare_dtype, completeness
 from moeconv.layout.fit import Fit, fit
+from moeconv.layout.granules import several_sizes, stated_granules
 from moeconv.layout.layers import bare_stacks, lost_layers, lost_stacks, unequal_stacks
 from moeconv.layout.match import Found, collect
 from moeconv.layout.ranges import in_ranges, no_range
-from moeconv.layout.readings import Reading, granule_names, readings
-from moeconv.layout.recipe import COMPANIONS, WEIGHTS, Layout, Recipe
-from moeconv.layout.said import against_config, said_of_quantisation, said_sizes, states_experts
+from moeconv.layout.readings import Reading, bound, readings, turned_about
+from moeconv.layout.recipe import Layout, Recipe
+from moeconv.layout.said import against_config, said_sizes, says_quantised, states_experts
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.layout.told import Told, told_first
+from moeconv.layout.why import no_fit
 from moeconv.manifest import StackEntry
 from moeconv.names import natural_key
 from moeconv.units import counted
@@ -122,7 +124,7 @@ def detect(
         tuple(problems),
         tuple(damaged),
         tuple(sorted(passed, key=natural_key)),
-        tuple(_said_of_passed(passed)),
+        (*_said_of_passed(passed), *_said_of_bare(collected.values() if known is None else ())),
         as_they_are,
     )
 
@@ -136,6 +138,13 @@ def _said_of_passed(passed: dict[str, Found]) -> Iterator[str]:
             f"{counted(count, 'stack')} with {quoted(component)}: copied through as they are, "
             "this format cannot be rearranged"
         )
+
+
+def _said_of_bare(stacks: Iterable[Found]) -> Iterator[str]:
+    dtypes = Counter(dtype for found in stacks if (dtype := bare_dtype(found)))
+    for dtype, count in dtypes.items():
+        if not dtype.startswith("F8"):  # which may be meant as it is
+            yield f"{counted(count, 'stack')} of {dtype} without scales: moved as they are"
 
 
 def _unknown_from_layout(name: str, recipes: tuple[Recipe, ...]) -> list[MoeconvError]:
@@ -153,16 +162,16 @@ def _unknown_from_layout(name: str, recipes: tuple[Recipe, ...]) -> list[Moeconv
 
 def _unfit_from_layout(name: str, collected: dict[str, Found]) -> list[MoeconvError]:
     """A layout that no stack's names can have: to go on without a word would be to guess."""
-    by_names = [(stack, _by_names(found)) for stack, found in collected.items()]
-    if not by_names or any(
+    named = [(stack, by_names(found)) for stack, found in collected.items()]
+    if not named or any(
         isinstance(layouts, list) and name in (layout.name for layout in layouts)
-        for _, layouts in by_names
+        for _, layouts in named
     ):
         return []
     return [
         LayoutContradiction(
             f"no expert stack has the names of layout {quoted(name)}",
-            at=", ".join(quoted(stack) for stack, _ in by_names[:3]),
+            at=", ".join(quoted(stack) for stack, _ in named[:3]),
             cause="`--from-layout` says how SRC is stored, and SRC says otherwise",
             fix="leave it away; `moeconv inspect SRC` shows what is there",
         )
@@ -184,24 +193,40 @@ def _judge(
     wanted = known.layout if known else from_layout
     candidates = [c for c in candidates if c.name == wanted] or candidates
     said = _from_manifest(known) if known else said_sizes(name, found.recipe, config)
-    problems = completeness(name, found, candidates[0], experts=said.get("experts"))
+    problems = completeness(
+        name,
+        found,
+        candidates[0],
+        experts=said.get("experts"),
+        quantised=not known and says_quantised(config, found.recipe, name),
+    )
     if problems:
         return problems
-    granules, unsaid = _granules(name, found, candidates, config)
+    choices, unsaid = stated_granules(name, found, candidates, config)
     count = _count(found) if candidates[0].numbered else None
     fits = [
-        (c, *_first_fit(options, found, c, count, said))
+        (c, granules, *_first_fit(options, found, c, count, said))
         for c in candidates
+        for granules in choices
         for options in (told_first(readings(found, c, granules), c, name, told),)
     ]
-    survivors = [(layout, reading, f.sizes) for layout, reading, f in fits if f.sizes is not None]
-    if not survivors and unsaid is not None:
-        return [unsaid]
+    survivors = [(la, g, reading, f.sizes) for la, g, reading, f in fits if f.sizes is not None]
+    layouts = list({layout.name: layout for layout, *_ in survivors}.values())
     if not survivors:
-        return [contradiction(name, found, [reason for *_, f in fits for reason in f.reasons])]
-    if len(survivors) > 1:
-        return [_ambiguous(name, found, [layout for layout, *_ in survivors])]
-    layout, reading, sizes = survivors[0]
+        why = [reason for *_, f in fits for reason in f.reasons]
+        return [no_fit(name, found, candidates, choices, unsaid, count, said, why)]
+    if len(layouts) > 1:
+        return [_ambiguous(name, found, layouts)]
+    layout, granules, reading, sizes = survivors[0]
+    if layout.ask and not known and from_layout != layout.name:
+        return [_to_be_asked(name, found, layout)]
+    others = [r for *_, r, _ in survivors[1:] if bound(r) != bound(reading)]
+    if others and not known:
+        return [several_sizes(name, found, [reading, *others])]
+    for other in () if known else turned_about(readings(found, layout, granules), reading):
+        fitting = fit(found, layout, reading=other, count=count, known=said).sizes is not None
+        if fitting and _elsewhere(layout, sizes, reading, other):
+            return [_either_way(name, found, reading, other)]
     if known and sizes_of(known) != (sizes.experts, sizes.width, sizes.hidden):
         return [_against_manifest(name, known, sizes)]
     held = {"experts": sizes.experts, "width": sizes.width, "hidden": sizes.hidden}
@@ -215,7 +240,7 @@ def _candidates(name: str, found: Found) -> list[Layout] | MoeconvError:
         return _unknown(name, found)
     if found.recipe.ids and not found.recipe.taken:
         return no_range(name, found)
-    return _by_names(found)
+    return by_names(found)
 
 
 def _judge_passed(name: str, found: Found, config: Config) -> list[MoeconvError]:
@@ -224,7 +249,7 @@ def _judge_passed(name: str, found: Found, config: Config) -> list[MoeconvError]
     if isinstance(candidates, MoeconvError):
         return [candidates]
     said = said_sizes(name, found.recipe, config).get("experts")
-    problems = completeness(name, found, candidates[0], experts=said)
+    problems = completeness(name, found, candidates[0], experts=said, quantised=False)
     if problems or not candidates[0].per_expert:
         return problems
     return against_config(name, found.recipe, {"experts": _count(found)}, config)
@@ -273,72 +298,8 @@ def _unknown(name: str, found: Found) -> MoeconvError:
     )
 
 
-def _by_names(found: Found) -> list[Layout] | MoeconvError:
-    present = found.templates()
-    layouts = [layout for layout in found.recipe.layouts if _names_fit(found, layout)]
-    if layouts:
-        return layouts
-    touched = [
-        layout
-        for layout in found.recipe.layouts
-        if present & {line.template for line in layout.lines} and not layout.in_parts
-    ]
-    samples = {
-        template: next(iter(tensors.values()))
-        for (template, _), tensors in sorted(found.tensors.items())
-    }
-    return MixedLayouts(
-        "one expert stack is stored in two layouts at once",
-        at=found.place(*list(samples.values())[:4]),
-        cause=f"its names belong to the layouts {', '.join(quoted(t.name) for t in touched)}",
-        fix="keep one of the two in the directory; moeconv cannot know which one is right",
-    )
-
-
-def _names_fit(found: Found, layout: Layout) -> bool:
-    """Whether all names are of a layout; of one in parts, both parts must be there."""
-    present = set(found.tensors)
-    if not layout.in_parts:
-        return found.templates() <= {line.template for line in layout.lines}
-    parts = [
-        {
-            (ln.template, c.name)
-            for ln in layout.lines
-            if ln.part == p
-            for c in found.recipe.components
-            if ln.holds(c)
-        }
-        for p in (WEIGHTS, COMPANIONS)
-    ]
-    return present <= parts[0] | parts[1] and all(present & part for part in parts)
-
-
 def _count(found: Found) -> int:
     return 1 + max(expert for tensors in found.tensors.values() for expert in tensors)
-
-
-def _granules(
-    stack: str, found: Found, layouts: list[Layout], config: Config
-) -> tuple[dict[str, int], MoeconvError | None]:
-    """The granules that config.json says, and what to say if one that it does not say is needed."""
-    out: dict[str, int] = {}
-    unsaid: MoeconvError | None = None
-    paths = dict(found.recipe.config.granules)  # `block.0` is item 0 of what `block` names
-    for name, owner in sorted(granule_names(found, layouts).items()):
-        key, _, index = name.partition(".")
-        full = tuple(f"{p}.{index}" if index else p for p in paths[key])
-        hit = said_of_quantisation(config, found.recipe, stack, full)
-        if hit is None or type(hit[1]) is not int or hit[1] < 1:
-            unsaid = unsaid or ConfigMismatch(
-                f"{quoted(stack)} has {quoted(owner)} tensors, "
-                "but config.json does not say the block size",
-                at=f"config.json, key {quoted(full[0] if full else name)}",
-                cause="a block size is never inferred from shapes",
-                fix="use the config.json that belongs to these tensors",
-            )
-        else:
-            out[name] = hit[1]
-    return out, unsaid
 
 
 def _ambiguous(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
@@ -352,6 +313,43 @@ def _ambiguous(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
         at=quoted(stack),
         cause=f"the shapes fit each of them: {shapes}",
         fix=f"find out who wrote it, then say `--from-layout {layouts[0].name}` or another",
+    )
+
+
+def _elsewhere(layout: Layout, sizes: Sizes, one: Reading, other: Reading) -> bool:
+    """Whether a reading has any matrix in another place: turned or not, a grid of 1 x 1 is one."""
+
+    def places(reading: Reading) -> list[object]:
+        shapes = [
+            geometry(reading[line.template, name][1], sizes.of(line, name))
+            for line in layout.lines
+            for template, name in reading
+            if template == line.template
+        ]
+        return [(g.pair_stride, [axis for axis in g.matrix if axis[0] > 1]) for g in shapes]
+
+    return places(one) != places(other)
+
+
+def _to_be_asked(stack: str, found: Found, layout: Layout) -> MoeconvError:
+    return AmbiguousLayout(
+        f"{quoted(stack)} has the names of layout {quoted(layout.name)}, which do not tell enough",
+        at=found.place(found.all()[0]),
+        cause=str(layout.ask),
+        fix=f"find out who wrote it; if it is that layout, say `--from-layout {layout.name}`",
+    )
+
+
+def _either_way(stack: str, found: Found, one: Reading, other: Reading) -> MoeconvError:
+    key = next(key for key in one if one[key][1] != other[key][1])
+    tensor = next(iter(found.tensors[key].values()))
+    recipe = found.recipe.name
+    return AmbiguousLayout(
+        f"{quoted(tensor.name)} may be turned or not: its shape does not tell",
+        at=found.place(tensor),
+        cause=f"{list(tensor.shape)} fits both `{one[key][1]}` and `{other[key][1]}`",
+        fix=f"find out who wrote it; `moeconv recipes show {recipe}` prints the recipe: leave the "
+        "one that is right under `axes` and give it with `--recipe FILE`",
     )
 
 

@@ -12,6 +12,7 @@ from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import ConfigMismatch, MissingExpert, MissingScale, MoeconvError, quoted
 from moeconv.layout.moelayers import layers_stated, main_kind
+from moeconv.layout.recipe import of_inputs
 from moeconv.layout.stack import Stack
 from moeconv.placement.words import spans
 
@@ -129,7 +130,7 @@ def bare_stacks(stacks: Iterable[Stack]) -> list[MoeconvError]:
         for projection in stack.layout.projections if match else ():
             held = {m.component: m.dtype for m in stack.members if projection in m.line.projections}
             weight, dtype = next((c.name, d) for c, d in held.items() if c.weight)
-            rest = frozenset(c.name for c in held if not c.weight and not _of_inputs(c.name))
+            rest = frozenset(c.name for c in held if not c.weight and not of_inputs(c.name))
             kind = (match[1] or "", match[3] or "") if match else ("", "")
             groups[*kind, projection, weight, dtype].append((stack, rest))
     problems: dict[str, MoeconvError] = {}
@@ -148,11 +149,6 @@ def bare_stacks(stacks: Iterable[Stack]) -> list[MoeconvError]:
                 fix="download the shard that holds them, then `moeconv inspect SRC`",
             )
     return list(problems.values())
-
-
-def _of_inputs(component: str) -> bool:
-    """Whether it says something of an expert's inputs: only some layers may be calibrated so."""
-    return component.startswith(("input_", "activation_"))
 
 
 def _routes(

@@ -25,21 +25,26 @@ def granule_names(found: Found, layouts: list[Layout]) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for layout in layouts:
-        for line, component in _held(found, layout):
+        for line, component in held(found, layout):
             for axes in component.readings:
                 for form in line.forms(component.read_as(axes)):
-                    if _same_rank(found, (line.template, component.name), form):
+                    if same_rank(found, (line.template, component.name), form):
                         names.update(dict.fromkeys(form.granules, component.name))
     return names
 
 
-def readings(found: Found, layout: Layout, granules: dict[str, int]) -> list[Reading]:
+def readings(
+    found: Found, layout: Layout, granules: dict[str, int], *, only: frozenset[str] | None = None
+) -> list[Reading]:
     """All readings of the tensors in `layout`, the recipe's first choices first.
 
     granules: the numbers of those that config.json says; readings that need others are left out.
+    only: of these components, as if there were no others.
     """
     groups: dict[tuple[str, bool], list[tuple[Line, Component]]] = {}
-    for line, component in _held(found, layout):
+    for line, component in held(found, layout):
+        if only is not None and component.name not in only:
+            continue
         # down may be of another precision than gate and up; scales of one name are of one kind
         side = component.weight and line.projections == (DOWN,)
         groups.setdefault((component.name, side), []).append((line, component))
@@ -47,7 +52,28 @@ def readings(found: Found, layout: Layout, granules: dict[str, int]) -> list[Rea
     return [{k: v for part in picked for k, v in part.items()} for picked in product(*choices)]
 
 
-def _held(found: Found, layout: Layout) -> Iterator[tuple[Line, Component]]:
+def bound(reading: Reading) -> dict[Key, Axes]:
+    """The axes alone: two of a component's may be one, once their granules have numbers."""
+    return {key: axes for key, (_, axes) in reading.items()}
+
+
+def turned_about(options: list[Reading], chosen: Reading) -> Iterator[Reading]:
+    """The readings that differ from the chosen one in nothing but the order of axes.
+
+    Where such a one fits, too, the bytes would go elsewhere, and nothing here says which is right.
+    """
+    for other in options:
+        pairs = [(chosen[key], other[key]) for key in chosen]
+        alike = all(
+            one.axes == two.axes and sorted(map(str, a.flat)) == sorted(map(str, b.flat))
+            for (one, a), (two, b) in pairs
+        )
+        if alike and any(a != b for (_, a), (_, b) in pairs):
+            yield other
+
+
+def held(found: Found, layout: Layout) -> Iterator[tuple[Line, Component]]:
+    """The lines and components of a layout that are there."""
     for line in layout.lines:
         for component in found.recipe.components:
             if found.tensors.get((line.template, component.name)):
@@ -59,7 +85,7 @@ def _choices(
 ) -> Iterator[Reading]:
     """The readings of one component's tensors that have as many dimensions as these."""
     known = [r for r in _forms(members) if _bindable(r, granules) and _packable(found, r)]
-    fitting = [r for r in known if all(_same_rank(found, key, a) for key, (_, a) in r.items())]
+    fitting = [r for r in known if all(same_rank(found, key, a) for key, (_, a) in r.items())]
     for reading in fitting or known[:1]:
         yield {key: (c, axes.bound(granules)) for key, (c, axes) in reading.items()}
 
@@ -89,5 +115,6 @@ def _packable(found: Found, reading: Reading) -> bool:
     )
 
 
-def _same_rank(found: Found, key: Key, axes: Axes) -> bool:
+def same_rank(found: Found, key: Key, axes: Axes) -> bool:
+    """Whether a tensor has as many dimensions as these axes."""
     return len(axes.dims) == len(next(iter(found.tensors[key].values())).shape)

@@ -53,6 +53,11 @@ class Component:
         return not self.axes.letters & {OUT, IN}
 
 
+def of_inputs(component: str) -> bool:
+    """Whether it says something of an expert's inputs: only some layers may be calibrated so."""
+    return component.startswith(("input_", "activation_"))
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One stored tensor of a layout: name template, the projections it joins, the weight's axes.
@@ -163,12 +168,14 @@ class Layout:
     """One way to store a stack: a line for every stored tensor.
 
     square: for mixed-up files only; the layout is thought of only where that line's tensor is
-    square, because only there has a program written it.
+    square, because only there has a program written it. ask: why names like these are not enough
+    to take a foreign file for it.
     """
 
     name: str
     lines: tuple[Line, ...]
     square: str | None = None
+    ask: str | None = None
 
     @property
     def per_expert(self) -> bool:
@@ -201,12 +208,12 @@ class Layout:
         return tuple(dict.fromkeys(p for line in self.lines for p in line.projections))
 
 
-def half_apart(alone: Layout, fused: Layout) -> Layout:
-    """Weights expert by expert, their companions fused.
+def half_apart(published: Layout, fused: Layout) -> Layout:
+    """Weights as they are published, expert by expert for most, and their companions fused.
 
     So transformers saves fp8 experts that it holds fused: it takes apart what it joined.
     """
-    weights = (replace(line, part=WEIGHTS) for line in alone.lines)
+    weights = (replace(line, part=WEIGHTS) for line in published.lines)
     companions = (replace(line, part=COMPANIONS) for line in fused.lines)
     return Layout(HALF_APART, (*weights, *companions))
 

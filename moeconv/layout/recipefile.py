@@ -76,12 +76,16 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
 
 
 def _half_apart(layouts: tuple[Layout, ...], fuse: str | None, unfuse: str | None) -> list[Layout]:
-    """The mixture of the two layouts that transformers may save, if it is one."""
+    """The mixture of the two layouts that transformers may save, if it is one.
+
+    It saves weights as they are published: one by one, or fused under other names.
+    """
     by_name = {layout.name: layout for layout in layouts}
-    fused, alone = by_name.get(fuse or ""), by_name.get(unfuse or "")
-    if not fused or not alone or fused.numbered or not alone.per_expert or HALF_APART in by_name:
+    fused, published = by_name.get(fuse or ""), by_name.get(unfuse or "hub")
+    if not fused or not published or fused.numbered or HALF_APART in by_name:
         return []
-    return [half_apart(alone, fused)]
+    apart = {ln.template for ln in published.lines}.isdisjoint(ln.template for ln in fused.lines)
+    return [half_apart(published, fused)] if apart else []
 
 
 def _refuse(where: str, found: list[str]) -> BadRecipe:
@@ -180,14 +184,14 @@ def _layouts(table: Table, components: tuple[Component, ...]) -> tuple[Layout, .
     for name in table.names():
         entry = table.table(name)
         special = entry.table("axes") if entry.has("axes") else None
-        square = entry.optional_text("square")
+        square, ask = entry.optional_text("square"), entry.optional_text("ask")
         lines = [_line(entry, key, special, components) for key in entry.names() if key in _LINES]
         if special:
             special.finish()
         entry.expects(_LINES)
         entry.finish()
         _check_layout(entry, lines, square)
-        out.append(Layout(name, tuple(lines), square))
+        out.append(Layout(name, tuple(lines), square, ask))
     if not out:
         table.problems.add("layouts", "there is none")
     return tuple(out)

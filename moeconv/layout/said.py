@@ -8,6 +8,7 @@ from typing import Final
 
 from moeconv.checkpoint.config import Config
 from moeconv.errors import ConfigMismatch, MoeconvError, quoted
+from moeconv.jsonvalue import Json
 from moeconv.layout.recipe import Recipe
 from moeconv.names import printable
 
@@ -19,15 +20,21 @@ _Hit = tuple[str, object]  # a key, and what it says
 
 def said_of_quantisation(
     config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...]
-) -> _Hit | None:
-    """The first of these keys that is there, in the first section for the stack that has any.
+) -> list[Json]:
+    """All that is at these keys, in the first section for the stack that has any.
 
     The root is one of them for every stack: a `quantization_config` there is the whole model's.
     """
     for section in (*recipe.config.sections_of(stack), ""):
-        if hits := _in_section(config, recipe, section, paths):
-            return hits[0]
-    return None
+        full = (recipe.config.path(section, path) for path in paths)
+        if values := [value for path in full for value in config.every(path)]:
+            return values
+    return []
+
+
+def says_quantised(config: Config, recipe: Recipe, stack: str) -> bool:
+    """Whether there is a `quantization_config` for a stack."""
+    return bool(said_of_quantisation(config, recipe, stack, ("quantization_config",)))
 
 
 def layers_said(config: Config, recipe: Recipe, section: str) -> int | None:

@@ -6,6 +6,7 @@ As text, so that a recipe is whole wherever it goes: `moeconv recipes show`, and
 from __future__ import annotations
 
 import re
+import tomllib
 
 from moeconv.layout.recipe import GATE, PARAMETER, Recipe
 from moeconv.layout.recipefile import parse_recipe
@@ -13,13 +14,14 @@ from moeconv.layout.recipefile import parse_recipe
 _BLOCKS = re.compile(r"\n\n(?=(?:#[^\n]*\n)*\[)")
 _HEADER = re.compile(r"^\[([^\]]+)\]", re.MULTILINE)
 _SUFFIX = re.compile(r'^suffix = "([^"]*)"', re.MULTILINE)
-_PLACE = re.compile(r'^targets = "([^"]*)"', re.MULTILINE)
+_TEMPLATE = re.compile(r'"(\S+): ')
 
 
 def completed(text: str, *, gated: str, plain: str, components: str, where: str) -> Recipe:
     """The recipe of `text` with the shared layouts and components that it lacks."""
-    own = parse_recipe(text + _granules(text, components), where=where)
-    taken = {c.suffix for c in own.components} | {c.name for c in own.components}
+    own = tomllib.loads(text)
+    has = {(name, part.get("suffix")) for name, part in own.get("components", {}).items()}
+    taken = {word for words in has for word in words}
     parts = [text.rstrip("\n")]
     for key, block in _blocks(components):
         kind, _, name = key.partition(".")
@@ -28,13 +30,16 @@ def completed(text: str, *, gated: str, plain: str, components: str, where: str)
             continue
         if key not in _headers(text):
             parts.append(block)
-    if own.fuse is not None:
-        place = _PLACE.search(text)
-        at = place[1] if place else "{stack}"
-        gate = any(GATE in la.projections for la in own.layouts)
+    if "fuse" in own:
+        at = own.get("targets", "{stack}")
+        layouts = {name: _templates(lines) for name, lines in own["layouts"].items()}
+        gate = any(GATE in key for lines in own["layouts"].values() for key in lines)
         for key, block in _blocks(gated if gate else plain):
-            if not _there(own, key.partition(".")[2], block.replace("{experts}", at)):
-                parts.append(block.replace("{experts}", at))
+            more = block.replace("{experts}", at)
+            # another one under the same tensor names is this layout, too
+            name, same = key.partition(".")[2], set(map(_plain, _TEMPLATE.findall(more)))
+            if name not in layouts and same not in layouts.values():
+                parts.append(more)
     return parse_recipe("\n\n".join(parts) + "\n", where=where)
 
 
@@ -51,18 +56,10 @@ def _headers(text: str) -> set[str]:
     return set(_HEADER.findall(text))
 
 
-def _granules(text: str, components: str) -> str:
-    """The shared granules, which a recipe's own axes may name."""
-    key = "config.granules"
-    return "" if key in _headers(text) else "\n\n" + dict(_blocks(components))[key] + "\n"
-
-
-def _there(own: Recipe, name: str, block: str) -> bool:
-    """Whether a recipe has that layout, or another one under the same tensor names."""
-    names = {_plain(text) for text in re.findall(r'"(\S+): ', block)}
-    return own.layout(name) is not None or any(
-        {_plain(line.template) for line in layout.lines} == names for layout in own.layouts
-    )
+def _templates(lines: dict[str, object]) -> set[str]:
+    """The tensor names of a layout, with one hole for components."""
+    texts = (text for text in lines.values() if isinstance(text, str) and ": " in text)
+    return {_plain(text.rpartition(": ")[0]) for text in texts}
 
 
 def _plain(template: str) -> str:

@@ -183,7 +183,7 @@ def format_notes(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str,
     said = {
         f"{member.component.name}: {member.component.note}": None
         for stack, target in zip(stacks, targets, strict=True)
-        if stack.layout.per_expert and not target.per_expert and target.name == stack.recipe.fuse
+        if stack.layout.name != target.name == stack.recipe.fuse and not target.per_expert
         for member in stack.members
         if member.component.note
     }

@@ -175,7 +175,10 @@ def refuse_straddling(stack: Stack, line: Line, component: Component, axes: Axes
                     at=quoted(stack.name),
                     cause=f"each matrix has {size} rows; {size} is not a multiple of {granule}, "
                     f"so in `{axes}` one block would lie across two of them",
-                    fix="keep this stack per-expert, or dequantise it first",
+                    fix="keep this stack per-expert, or dequantise it first"
+                    if line not in {m.line for m in stack.members}
+                    # nothing comes of it but what it is: no layout takes such blocks apart
+                    else "convert the checkpoint that this one was joined from, or dequantise it",
                 )
 
 

@@ -200,7 +200,7 @@ def test_scales_without_a_block_size_in_config(src: Path, out: Path):
     write(src, qwen(dtype="F8_E4M3", block=8))
     refused(
         ConfigMismatch,
-        *(STACK, "weight_scale_inv", "quantization_config.weight_block_size.0"),
+        *(STACK, "weight_scale_inv", "quantization_config.weight_block_size"),
         src=src,
         out=out,
     )

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.errors import DuplicateTensor, UnknownExpertTensor
+from moeconv.errors import DuplicateTensor
 from tests.families.plain import QWEN, planned
-from tests.helpers import INDEX_NAME, read_tensors, tree_sha256
+from tests.helpers import INDEX_NAME, Spec, read_tensors, tree_sha256, write_checkpoint
 from tests.phantoms import phantom, rows
 
 BESIDE = {
@@ -49,13 +49,20 @@ model.layers.{0-1}.residual_mlp.w1.weight BF16 8,16"""
     assert sum(fate.verb == "copied" for fate in plan.ledger) == 4
 
 
-def test_names_of_grok_1_that_no_recipe_has_are_refused(tmp_path: Path):
-    text = "\n".join(
-        f"model.layers.0.moe_block.experts.{{0-3}}.{p}.weight BF16 {shape}"
-        for p, shape in (("linear", "8,16"), ("linear_v", "8,16"), ("linear_1", "16,8"))
-    )
-    with pytest.raises(UnknownExpertTensor, match="moe_block"):
-        planned(tmp_path, text, {"model_type": "grok-1"})
+def test_grok_1_has_names_of_its_own(tmp_path: Path):
+    stack = "model.layers.0.moe_block.experts"
+    tensors: dict[str, Spec] = {}
+    for e in range(2):
+        for number, p in enumerate(("linear", "linear_v", "linear_1")):
+            shape = (1, 3) if p != "linear_1" else (3, 1)
+            tensors[f"{stack}.{e}.{p}.weight"] = ("U8", shape, bytes([10 * e + number] * 3))
+    config = {"model_type": "grok-1", "num_experts": 2, "hidden_size": 3, "intermediate_size": 1}
+    src = write_checkpoint(tmp_path / "src", tensors, config)
+    moeconv.fuse(src, tmp_path / "out")
+    assert read_tensors(tmp_path / "out") == {
+        f"{stack}.gate_up_proj": ("U8", (2, 2, 3), bytes([0] * 3 + [1] * 3 + [10] * 3 + [11] * 3)),
+        f"{stack}.down_proj": ("U8", (2, 3, 1), bytes([2] * 3 + [12] * 3)),
+    }
 
 
 @pytest.mark.parametrize(

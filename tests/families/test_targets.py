@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import moeconv
-from moeconv.errors import UnknownLayout
+from moeconv.errors import AmbiguousLayout, UnknownLayout
 from moeconv.library import shared_layouts, shipped_recipes
 from tests.helpers import Spec, read_tensors, tree_sha256, write_checkpoint
 from tests.phantoms import phantom, rows
@@ -96,11 +96,16 @@ def test_gated_experts(layout: str, tmp_path: Path):
 
 @pytest.mark.parametrize("layout", shared_layouts())
 def test_a_foreign_set_in_that_layout_is_read(layout: str, tmp_path: Path):
-    """The names say which layout it is: none of them is used by another."""
+    """The names say which layout it is, but for one that others use otherwise."""
     tensors = {f"{STACK}.{n}": bf16(np.ascontiguousarray(a)) for n, a in GATED[layout].items()}
     config = {"model_type": "qwen3_moe", "num_experts": E}
     src = write_checkpoint(tmp_path / "src", tensors, config)
-    moeconv.unfuse(src, tmp_path / "out")
+    asked = None
+    if layout == "up-gate":
+        with pytest.raises(AmbiguousLayout, match="ERNIE has the name, too, and gate first"):
+            moeconv.unfuse(src, tmp_path / "out")
+        asked = layout
+    moeconv.unfuse(src, tmp_path / "out", from_layout=asked)
     assert read_tensors(tmp_path / "out") == read_tensors(gated(tmp_path / "gated"))
 
 
@@ -129,6 +134,33 @@ def test_sglang_has_its_own_names_for_the_scales_of_deepseek_v4(tmp_path: Path):
     assert names == {f"{w}_{p}" for w in ("w13", "w2") for p in ("weight", "weight_scale_inv")}
     moeconv.unfuse(tmp_path / "out", tmp_path / "back")
     assert tree_sha256(tmp_path / "back") == tree_sha256(src)
+
+
+def test_sglang_has_gate_and_up_of_gpt_oss_alternating(tmp_path: Path):
+    gate_up, bias = np.stack([GATE, UP], 2).reshape(E, 2 * I, H), np.stack([BIAS_G, BIAS_U], 2)
+    tensors = {
+        "gate_up_proj": turned(gate_up),
+        "gate_up_proj_bias": bias.reshape(E, 2 * I),
+        "down_proj": turned(DOWN),
+        "down_proj_bias": BIAS_D,
+    }
+    src = write_checkpoint(
+        tmp_path / "src",
+        {f"{STACK}.{n}": bf16(np.ascontiguousarray(a)) for n, a in tensors.items()},
+        {"model_type": "gpt_oss", "num_local_experts": E, "hidden_size": H},
+    )
+    moeconv.fuse(src, tmp_path / "out", layout="sglang")
+    wanted = {
+        "w13_weight": gate_up,
+        "w13_weight_bias": bias.reshape(E, 2 * I),
+        "w2_weight": DOWN,
+        "w2_weight_bias": BIAS_D,
+    }
+    assert read_tensors(tmp_path / "out") == {
+        f"{STACK}.{n}": bf16(np.ascontiguousarray(a)) for n, a in wanted.items()
+    }
+    moeconv.fuse(tmp_path / "out", tmp_path / "back")
+    assert read_tensors(tmp_path / "back") == read_tensors(src)
 
 
 @pytest.mark.parametrize("layout", ["sglang", "kn", "megablocks"])

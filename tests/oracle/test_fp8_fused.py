@@ -75,7 +75,9 @@ def test_saved_half_apart(scheme: str, block: tuple[int, int] | None, tmp_path: 
     assert {d.mark for d in moeconv.diff(halves, tmp_path / "src")} == {"="}
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "minimax_m2", "deepseek_v3", "jamba"])
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "minimax_m2", "deepseek_v3", "deepseek_v4", "jamba"]
+)
 def test_half_apart_in_other_families(model_type: str, tmp_path: Path):
     """Where transformers renames experts on loading, it renames their fused scales back, too."""
     model = saved(tmp_path, "static", None, model_type)
@@ -90,6 +92,43 @@ def test_half_apart_in_other_families(model_type: str, tmp_path: Path):
     assert alone == whole  # but for the names of the blocks around them
     moeconv.unfuse(tmp_path / "alone", tmp_path / "back")
     assert tree_sha256(tmp_path / "back") == tree_sha256(tmp_path / "halves")
+
+
+@pytest.mark.parametrize(("scheme", "block"), SCHEMES)
+@pytest.mark.parametrize("model_type", ["granitemoe", "step3p7", "inkling2"])
+def test_weights_under_the_hubs_names_and_scales_under_others(
+    model_type: str, scheme: str, block: tuple[int, int] | None, tmp_path: Path
+):
+    """Where the Hub's layout is fused itself, or stacked, transformers renames weights only."""
+    model = saved(tmp_path, scheme, block, model_type)
+    model.save_pretrained(tmp_path / "halves")
+    plan = moeconv.fuse(tmp_path / "halves", tmp_path / "out").plan
+    assert {s.origin_layout for s in plan.stacks} == {"half-apart"}
+    made, whole = (
+        sorted(b for n, b in file_bits(tmp_path / root).items() if ".experts." in n)
+        for root in ("out", "src")
+    )
+    assert made == whole
+    moeconv.unfuse(tmp_path / "out", tmp_path / "back")
+    assert tree_sha256(tmp_path / "back") == tree_sha256(tmp_path / "halves")
+
+
+def test_blocks_of_turned_weights_are_turned(tmp_path: Path):
+    """Llama 4: the block is one of the tensor as it lies, [K, O]."""
+    saved(tmp_path, "dynamic", (8, 8), "llama4_text")
+    moeconv.unfuse(tmp_path / "src", tmp_path / "out")
+    whole, alone = file_tensors(tmp_path / "src"), file_tensors(tmp_path / "out")
+    scales = [n for n in whole if n.endswith("experts.gate_up_proj_scale_inv")]
+    assert scales
+    for name in scales:
+        stack = name.removesuffix(".gate_up_proj_scale_inv")
+        for e, grid in enumerate(whole[name]):
+            for half, rows in zip(("gate", "up"), grid.T.chunk(2), strict=True):
+                assert bits(alone[f"{stack}.{e}.{half}_proj.weight_scale_inv"]) == bits(rows)
+            down = whole[f"{stack}.down_proj_scale_inv"][e].T
+            assert bits(alone[f"{stack}.{e}.down_proj.weight_scale_inv"]) == bits(down)
+    moeconv.unfuse(tmp_path / "out", tmp_path / "back")
+    assert tree_sha256(tmp_path / "back") == tree_sha256(tmp_path / "src")
 
 
 @pytest.mark.parametrize(("scheme", "block"), SCHEMES)

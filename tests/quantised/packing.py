@@ -36,22 +36,22 @@ def bf16(codes: Array) -> Floats:
     return (codes.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def nibbles(packed: Array, *, of: int, axis: int) -> Array:
-    """Unsigned 4-bit values, low ones first, `of` in each item along `axis`."""
-    shifts = np.arange(of, dtype=np.uint64) * 4
-    wide = packed.astype(np.uint64)[..., None] >> shifts & 15
+def nibbles(packed: Array, *, of: int, axis: int, bits: int = 4) -> Array:
+    """Unsigned values of so many bits, low ones first, `of` in each item along `axis`."""
+    shifts = np.arange(of, dtype=np.uint64) * bits
+    wide = packed.astype(np.uint64)[..., None] >> shifts & (2**bits - 1)
     moved = np.moveaxis(wide, -1, axis + 1)
     shape = list(packed.shape)
     shape[axis] *= of
     return moved.reshape(shape).astype(np.uint8)
 
 
-def packed(values: Array, *, of: int, axis: int, dtype: str) -> Array:
+def packed(values: Array, *, of: int, axis: int, dtype: str, bits: int = 4) -> Array:
     """The inverse of `nibbles`."""
     shape = list(values.shape)
     shape[axis : axis + 1] = [shape[axis] // of, of]
     apart = np.moveaxis(values.reshape(shape).astype(np.uint64), axis + 1, -1)
-    shifts = np.arange(of, dtype=np.uint64) * 4
+    shifts = np.arange(of, dtype=np.uint64) * bits
     return (apart << shifts).sum(-1).astype(dtype)
 
 
@@ -142,7 +142,61 @@ def _fp4(parts: Parts, weight: str, scale: Array, group: int) -> Floats:
     return np.asarray(values * np.repeat(scale, group, axis=1))
 
 
+def _pack_quantized(bits: int) -> Format:
+    """compressed-tensors' integers in groups of 32, symmetric: offset binary along K."""
+    of = 32 // bits
+
+    def write(rng: np.random.Generator, rows: int, columns: int) -> Parts:
+        values = rng.integers(0, 2**bits, (rows, columns))
+        return {
+            "weight_packed": packed(values, of=of, axis=1, dtype="u4", bits=bits),
+            "weight_scale": _halves(rng, rows, columns // 32),
+            "weight_shape": np.array([rows, columns], "i8"),
+        }
+
+    def read(parts: Parts) -> Floats:
+        values = nibbles(parts["weight_packed"], of=of, axis=1, bits=bits).astype(np.float64)
+        scales = np.repeat(bf16(parts["weight_scale"]), 32, axis=1)
+        return np.asarray((values - 2 ** (bits - 1)) * scales)
+
+    return Format(
+        {"weight_packed": "I32", "weight_scale": "BF16", "weight_shape": "I64"},
+        write,
+        read,
+        {"weight_packed": "_packed", "weight_scale": "_scale", "weight_shape": "_shape"},
+        {"quantization_config": {"config_groups": {"group_0": {"weights": {"group_size": 32}}}}},
+    )
+
+
+def _asymmetric(bits: int) -> Format:
+    """The same with zero points, packed along N."""
+    of, form = 32 // bits, _pack_quantized(bits)
+
+    def write(rng: np.random.Generator, rows: int, columns: int) -> Parts:
+        zeros = rng.integers(0, 2**bits, (rows, columns // 32))
+        zero_point = packed(zeros, of=of, axis=0, dtype="u4", bits=bits)
+        return {**form.write(rng, rows, columns), "weight_zero_point": zero_point}
+
+    def read(parts: Parts) -> Floats:
+        values = nibbles(parts["weight_packed"], of=of, axis=1, bits=bits).astype(np.float64)
+        zeros = nibbles(parts["weight_zero_point"], of=of, axis=0, bits=bits)
+        scales = np.repeat(bf16(parts["weight_scale"]), 32, axis=1)
+        return np.asarray((values - np.repeat(zeros, 32, axis=1)) * scales)
+
+    return Format(
+        {**form.dtypes, "weight_zero_point": "I32"},
+        write,
+        read,
+        {**form.fused, "weight_zero_point": "_zero_point"},
+        form.config,
+    )
+
+
 FORMATS: dict[str, Format] = {
+    "INT8, pack-quantized": _pack_quantized(8),
+    "INT8, pack-quantized, asymmetric": _asymmetric(8),
+    "INT2, pack-quantized": _pack_quantized(2),
+    "INT2, pack-quantized, asymmetric": _asymmetric(2),
     "block fp8, F32 scales": Format(
         {"weight": "F8_E4M3", "weight_scale_inv": "F32"},
         _block, _read_block(_plain), _INV, _BLOCK,
@@ -207,6 +261,17 @@ FORMATS: dict[str, Format] = {
         lambda p: e4m3(p["weight"]) * float(p["weight_scale"].reshape(-1)[0]),
         {**_SCALE, "input_scale": "_input_scale"}, {},
     ),
+    "fp8 by tensor, a list of one": Format(
+        {"weight": "F8_E4M3", "weight_scale": "F32"},
+        lambda rng, n, k: {"weight": _codes(rng, n, k), "weight_scale": _floats(rng, 1)},
+        lambda p: e4m3(p["weight"]) * float(p["weight_scale"].reshape(-1)[0]), _SCALE, {},
+    ),
+    "int8 by tensor": Format(
+        {"weight": "I8", "weight_scale": "F32"},
+        lambda rng, n, k: {"weight": _bytes(rng, n, k).view(np.int8), "weight_scale": _floats(rng)},
+        lambda p: p["weight"].astype(np.float64) * float(p["weight_scale"].reshape(-1)[0]),
+        _SCALE, {},
+    ),
     "fp8 by channel": Format(
         {"weight": "F8_E4M3", "weight_scale": "BF16"},
         lambda rng, n, k: {"weight": _codes(rng, n, k), "weight_scale": _halves(rng, n, 1)},
@@ -265,6 +330,19 @@ FORMATS: dict[str, Format] = {
                    * p["scales"].astype(np.float64)[p["g_idx"]]).T,
         {"qweight": "_qweight", "qzeros": "_qzeros", "scales": "_scales", "g_idx": "_g_idx"},
         {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}},
+    ),
+    "GPTQ of 8 bits": Format(
+        {"qweight": "I32", "qzeros": "I32", "scales": "F16", "g_idx": "I32"},
+        lambda rng, n, k: {
+            "qweight": packed(rng.integers(0, 256, (k, n)), of=4, axis=0, dtype="u4", bits=8),
+            "qzeros": packed(rng.integers(0, 256, (k // 32, n)), of=4, axis=1, dtype="u4", bits=8),
+            "scales": (rng.random((k // 32, n)) + 0.5).astype(np.float16),
+            "g_idx": np.arange(k).astype("u4") // 32},
+        lambda p: ((nibbles(p["qweight"], of=4, axis=0, bits=8).astype(np.float64)
+                    - nibbles(p["qzeros"], of=4, axis=1, bits=8)[p["g_idx"]] - 1)
+                   * p["scales"].astype(np.float64)[p["g_idx"]]).T,
+        {"qweight": "_qweight", "qzeros": "_qzeros", "scales": "_scales", "g_idx": "_g_idx"},
+        {"quantization_config": {"quant_method": "gptq", "bits": 8, "group_size": 32}},
     ),
     "AWQ": Format(
         {"qweight": "I32", "qzeros": "I32", "scales": "F16"},

@@ -17,6 +17,8 @@ ITEMS = {"F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "I32": "u4", "I8":
 # the others have blocks, groups or packed integers
 UNPACKED = {
     "fp8 by tensor",
+    "fp8 by tensor, a list of one",
+    "int8 by tensor",
     "fp8 by channel",
     "int8 by channel, Ascend",
     "int8 by channel, one dimension",
@@ -141,6 +143,29 @@ def test_a_fused_set_says_that_nothing_reads_it(tmp_path: Path):
     src = checkpoint(tmp_path / "fp8", form, experts(form))
     (note,) = moeconv.fuse(src, tmp_path / "fp8-out", dry_run=True).plan.notes
     assert note.startswith("weight_scale: transformers does not read")
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_it_says_so_of_every_family(stacked: bool, tmp_path: Path):
+    """Step 3 has axes of its own for scales; what is said of them is what all say."""
+    form, head = FORMATS["NVFP4 of modelopt"], "model.layers.0.moe"
+    packed = experts(form)
+    tensors = {
+        f"{head}.experts.{e}.{p}_proj.{part}": spec(form.dtypes[part], array)
+        for (e, p), parts in packed.items()
+        for part, array in parts.items()
+    }
+    if stacked:
+        tensors = {
+            f"{head}.{p}_proj.{part}": spec(kind, np.stack([packed[e, p][part] for e in range(E)]))
+            for p in SHAPES
+            for part, kind in form.dtypes.items()
+        }
+    src = write_checkpoint(tmp_path / "src", tensors, CONFIG | {"model_type": "step3p5"})
+    notes = moeconv.fuse(src, tmp_path / "out").plan.notes
+    assert [n for n in notes if n.startswith("weight_scale_2: no engine")]
+    assert [n for n in notes if n.startswith("weight_scale_2 of gate and up differ in 3 experts")]
+    assert [n for n in notes if n.startswith("input_scale of gate and up differ in 3 experts")]
 
 
 @pytest.mark.parametrize(
