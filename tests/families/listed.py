@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from random import Random
 
 from hypothesis import strategies as st
 
@@ -65,7 +65,7 @@ class Place:
     rule: Callable[[str, str], bool]
     keys: bool = False
 
-    def config(self, texts: Iterable[str]) -> dict[str, Any]:
+    def config(self, texts: Iterable[str]) -> dict[str, object]:
         held = {t: {"bits": 4} for t in texts} if self.keys else list(texts)
         return {"quant_method": self.method, self.key: held}
 
@@ -163,29 +163,29 @@ def _pattern(place: Place, regex: str, glob: str) -> str:
     return regex
 
 
-def _exact(place: Place, name: str, stack: str, names: list[str], rng: Any) -> list[str]:
+def _exact(place: Place, name: str, stack: str, names: list[str], rng: Random) -> list[str]:
     return [_literal(place, name)]
 
 
-def _alike(place: Place, name: str, stack: str, names: list[str], rng: Any) -> list[str]:
+def _alike(place: Place, name: str, stack: str, names: list[str], rng: Random) -> list[str]:
     """All of a stack."""
     return [_literal(place, n) for n in names if n.startswith(f"{stack}.")]
 
 
-def _leaf(place: Place, name: str, stack: str, names: list[str], rng: Any) -> list[str]:
+def _leaf(place: Place, name: str, stack: str, names: list[str], rng: Random) -> list[str]:
     """One projection of a stack."""
     last = name.rpartition(".")[2]
     alike = [n for n in names if n.startswith(f"{stack}.") and n.endswith(f".{last}")]
     return [_literal(place, n) for n in alike]
 
 
-def _begun(place: Place, name: str, stack: str, names: list[str], rng: Any) -> list[str]:
+def _begun(place: Place, name: str, stack: str, names: list[str], rng: Random) -> list[str]:
     """A module around it, by itself."""
     words = name.split(".")
     return [_literal(place, ".".join(words[: rng.randrange(1, len(words) + 1)]))]
 
 
-def _below(place: Place, name: str, stack: str, names: list[str], rng: Any) -> list[str]:
+def _below(place: Place, name: str, stack: str, names: list[str], rng: Random) -> list[str]:
     """What begins as a module around it."""
     words = name.split(".")
     head = ".".join(words[: rng.randrange(1, len(words))])
@@ -193,7 +193,7 @@ def _below(place: Place, name: str, stack: str, names: list[str], rng: Any) -> l
     return [_pattern(place, re.escape(head) + tail[0], head + tail[1])]
 
 
-def _ended(place: Place, name: str, stack: str, names: list[str], rng: Any) -> list[str]:
+def _ended(place: Place, name: str, stack: str, names: list[str], rng: Random) -> list[str]:
     """An end of it, as it is or as a pattern."""
     words = name.split(".")
     end = ".".join(words[rng.randrange(len(words)) :])
@@ -202,7 +202,7 @@ def _ended(place: Place, name: str, stack: str, names: list[str], rng: Any) -> l
     return [_pattern(place, ".*" + re.escape(end) + rng.choice(["", "$"]), f"*{end}")]
 
 
-def _numbers(place: Place, name: str, stack: str, names: list[str], rng: Any) -> list[str]:
+def _numbers(place: Place, name: str, stack: str, names: list[str], rng: Random) -> list[str]:
     """It, with some other number in the place of each."""
 
     def regex(found: re.Match[str]) -> str:
@@ -215,7 +215,7 @@ def _numbers(place: Place, name: str, stack: str, names: list[str], rng: Any) ->
     return [_pattern(place, numbers.sub(regex, re.escape(name)), numbers.sub(glob, name))]
 
 
-def _everywhere(place: Place, name: str, stack: str, names: list[str], rng: Any) -> list[str]:
+def _everywhere(place: Place, name: str, stack: str, names: list[str], rng: Random) -> list[str]:
     """Some of the last words, wherever they stand."""
     last = sorted({n.rpartition(".")[2] for n in names})
     some = rng.sample(last, rng.randrange(1, len(last) + 1))
