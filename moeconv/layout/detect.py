@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moeconv.checkpoint.config import Config
@@ -27,7 +27,13 @@ from moeconv.layout.match import Found, collect
 from moeconv.layout.ranges import in_ranges, no_range
 from moeconv.layout.readings import Reading, bound, readings, turned_about
 from moeconv.layout.recipe import Layout, Recipe
-from moeconv.layout.said import against_config, said_sizes, says_quantised, states_experts
+from moeconv.layout.said import (
+    against_config,
+    said_sizes,
+    says_quantised,
+    says_scaled,
+    states_experts,
+)
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.layout.told import Told, told_first
 from moeconv.layout.why import no_fit
@@ -124,7 +130,7 @@ def detect(
         tuple(problems),
         tuple(damaged),
         tuple(sorted(passed, key=natural_key)),
-        (*_said_of_passed(passed), *_said_of_bare(collected.values() if known is None else ())),
+        (*_said_of_passed(passed), *_said_of_bare(collected if known is None else {}, config)),
         as_they_are,
     )
 
@@ -140,11 +146,16 @@ def _said_of_passed(passed: dict[str, Found]) -> Iterator[str]:
         )
 
 
-def _said_of_bare(stacks: Iterable[Found]) -> Iterator[str]:
-    dtypes = Counter(dtype for found in stacks if (dtype := bare_dtype(found)))
+def _said_of_bare(collected: dict[str, Found], config: Config) -> Iterator[str]:
+    dtypes = Counter(
+        dtype
+        for stack, found in collected.items()
+        if (dtype := bare_dtype(found))
+        # fp8 may be meant as it is, if nothing is said to be quantised
+        and (not dtype.startswith("F8") or says_quantised(config, found.recipe, stack))
+    )
     for dtype, count in dtypes.items():
-        if not dtype.startswith("F8"):  # which may be meant as it is
-            yield f"{counted(count, 'stack')} of {dtype} without scales: moved as they are"
+        yield f"{counted(count, 'stack')} of {dtype} without scales: moved as they are"
 
 
 def _unknown_from_layout(name: str, recipes: tuple[Recipe, ...]) -> list[MoeconvError]:
@@ -198,7 +209,7 @@ def _judge(
         found,
         candidates[0],
         experts=said.get("experts"),
-        quantised=not known and says_quantised(config, found.recipe, name),
+        quantised=not known and says_scaled(config, found.recipe, name),
     )
     if problems:
         return problems

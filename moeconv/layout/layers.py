@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from itertools import chain
 from typing import Final
 
 from moeconv.checkpoint.config import Config
@@ -13,12 +12,14 @@ from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import ConfigMismatch, MissingExpert, MissingScale, MoeconvError, quoted
 from moeconv.layout.moelayers import layers_stated, main_kind
 from moeconv.layout.recipe import of_inputs
+from moeconv.layout.said import mtp_layers_said
 from moeconv.layout.stack import Stack
+from moeconv.placement.placement import kind_and_layer
 from moeconv.placement.words import spans
 
 MAX_LAYERS: Final = 10_000
 
-_OUTERMOST = re.compile(r"((?:[^.]+\.)*?)([0-9]{1,9})\.")  # the first number of a name
+_NUMBER = re.compile(r"([0-9]{1,9})\.")
 _LAYER = re.compile(r"(.*\.)?([0-9]{1,9})(?:\.(.+))?", re.DOTALL)
 
 
@@ -68,20 +69,22 @@ def lost_layers(
     """Layers that config.json counts and that have no tensor at all: a shard that is not there.
 
     Of the kind with most stacks, where a model has one row of layers: an encoder and a decoder are
-    counted under keys of their own.
+    counted under keys of their own. Experts alone, or MTP alone, are no whole model anyway, and the
+    last layers that are counted may be those of MTP, which stand elsewhere.
     """
     main = main_kind(stacks)
-    first = _OUTERMOST.match(main[0].name) if main else None
-    stated = layers_stated(main, config) if first else None
-    if first is None or stated is None or stated > MAX_LAYERS:
+    kind = kind_and_layer(main[0].name) if main else None
+    stated = layers_stated(main, config) if kind else None
+    if kind is None or stated is None or stated > MAX_LAYERS:
         return []
-    head = first[1]
-    if {"encoder", "decoder"} & set(head.split(".")):
-        return []
-    found = map(_OUTERMOST.match, chain((s.name for s in stacks), (t.name for t in others)))
-    present = {int(match[2]) for match in found if match and match[1] == head}
+    head = kind[0][0]
+    beside = _numbers(head, (t.name for t in others))
+    present = {n for n in beside | _numbers(head, (s.name for s in stacks)) if n < stated}
     lost = [n for n in range(stated) if n not in present]
-    if not lost:
+    apart = {"encoder", "decoder"} & set(head.split("."))
+    if not lost or not present or not beside or apart:
+        return []
+    if lost[0] > max(present) and len(lost) <= mtp_layers_said(config):
         return []
     return [
         ConfigMismatch(
@@ -91,6 +94,12 @@ def lost_layers(
             fix="download the shards that hold them, or use the config.json of these tensors",
         )
     ]
+
+
+def _numbers(head: str, names: Iterable[str]) -> set[int]:
+    """The numbers that follow `head` in these names."""
+    found = (_NUMBER.match(name, len(head)) for name in names if name.startswith(head))
+    return {int(match[1]) for match in found if match}
 
 
 def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[MoeconvError]:

@@ -9,9 +9,12 @@ from typing import Final
 from moeconv.checkpoint.config import Config
 from moeconv.errors import ConfigMismatch, MoeconvError, quoted
 from moeconv.jsonvalue import Json
-from moeconv.layout.recipe import Recipe
+from moeconv.layout.recipe import SECTIONS, Recipe
 from moeconv.names import printable
 
+# keys of what was not quantised, of several quantisers
+_LEFT_ALONE: Final = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
+_SCALED: Final = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark", "gptq", "awq")
 LAYER_COUNTS: Final = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
 
@@ -32,17 +35,35 @@ def said_of_quantisation(
     return []
 
 
+def says_scaled(config: Config, recipe: Recipe, stack: str) -> bool:
+    """Whether config.json says that a stack is quantised by a method whose weights have scales.
+
+    Not where a list of what was not converted may be of this stack: casts to fp8 have no scales.
+    """
+    paths = tuple(f"quantization_config.{key}" for key in ("quant_method", *_LEFT_ALONE))
+    methods, *lists = (said_of_quantisation(config, recipe, stack, (path,)) for path in paths)
+    left = [t for values in lists for v in values if isinstance(v, list) for t in v]
+    return any(method in _SCALED for method in methods) and not any(
+        isinstance(text, str) and ("experts" in text or stack.startswith(text)) for text in left
+    )
+
+
 def says_quantised(config: Config, recipe: Recipe, stack: str) -> bool:
-    """Whether there is a `quantization_config` for a stack."""
-    return bool(said_of_quantisation(config, recipe, stack, ("quantization_config",)))
+    """Whether there is a `quantization_config` for a stack, with anything in it."""
+    return any(said_of_quantisation(config, recipe, stack, ("quantization_config",)))
 
 
 def layers_said(config: Config, recipe: Recipe, section: str) -> int | None:
-    """The number of layers in a section."""
-    for _, value in _in_section(config, recipe, section, LAYER_COUNTS):
-        if type(value) is int and value > 0:
-            return value
-    return None
+    """The number of layers in a section; of several the least: LongCat counts halves, too."""
+    said = [v for _, v in _in_section(config, recipe, section, LAYER_COUNTS) if type(v) is int]
+    return min((v for v in said if v > 0), default=None)
+
+
+def mtp_layers_said(config: Config) -> int:
+    """The number of layers that predict further tokens, under any key that speaks of them."""
+    parts = [config.doc, *(config.at(section) for section in SECTIONS if section)]
+    items = [item for part in parts if isinstance(part, dict) for item in part.items()]
+    return max((v for k, v in items if ("mtp" in k or "nextn" in k) and type(v) is int), default=0)
 
 
 def states_experts(stack: str, recipe: Recipe, config: Config) -> bool:

@@ -75,3 +75,38 @@ def test_a_layer_that_is_not_there_at_all(there: tuple[int, ...], tmp_path: Path
         planned(tmp_path / "lost", text, config)
     dense = "\n".join(f"model.layers.{n}.input_layernorm.weight BF16 16" for n in range(3))
     assert len(planned(tmp_path / "dense", f"{text}\n{dense}", config).plan.stacks) == len(there)
+
+
+LAYERS = "\n".join(f"model.layers.{n}.input_layernorm.weight BF16 16" for n in range(4))
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        # LongCat counts the halves of its layers, too
+        (LAYERS, {"num_layers": 4, "num_hidden_layers": 8}),
+        # the last ones that are counted are those of MTP, in a tree of their own
+        (LAYERS, {"num_hidden_layers": 5, "num_nextn_predict_layers": 1}),
+        (LAYERS, {"num_hidden_layers": 6, "text_config": {"mtp_num_hidden_layers": 2}}),
+        # experts without anything beside them are no model
+        ("", {"num_hidden_layers": 61}),
+        # numbers before the layer's
+        (LAYERS, {"num_hidden_layers": 4}),
+    ],
+)
+def test_layers_that_nobody_misses(text: str, config: dict[str, object], tmp_path: Path):
+    experts = "\n".join(QWEN.splitlines()[:3])
+    planned(tmp_path / "plain", f"{experts}\n{text}", {"model_type": "qwen3_moe"} | config)
+    staged = f"{experts}\n{text}".replace("model.", "towers.1.model.")
+    planned(tmp_path / "staged", staged, {"model_type": "qwen3_moe"} | config)
+
+
+def test_more_layers_than_those_of_mtp_are_missed(tmp_path: Path):
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 6, "num_nextn_predict_layers": 1}
+    with pytest.raises(ConfigMismatch, match="nothing of layer 4"):
+        planned(tmp_path, f"{QWEN}\n{LAYERS}", config)
+
+
+def test_mtp_alone_is_no_whole_model(tmp_path: Path):
+    text = QWEN.replace("layers.0", "layers.61") + "\nmodel.layers.61.eh_proj.weight BF16 16,32"
+    planned(tmp_path, text, {"model_type": "deepseek_v3", "num_hidden_layers": 61})

@@ -67,6 +67,25 @@ def test_weights_that_lost_all_their_scales(
     refused(MissingScale, tmp_path, per_expert(parts, width=64), config, "but no scales")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"quant_method": "none"},
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        {"quant_method": "fp8", "modules_to_not_convert": ["experts"]},
+        {"quant_method": "compressed-tensors", "ignore": [STACK]},
+        {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.0"]},
+    ],
+)
+def test_fp8_that_was_left_alone_needs_no_scales(said: dict[str, object], tmp_path: Path):
+    """What others cast, or what a quantiser was told to leave; it is said all the same."""
+    config = {"model_type": "qwen3_moe", "quantization_config": said}
+    src = phantom(tmp_path / "src", per_expert({"weight": "F8_E4M3 N K"}, width=64), config)
+    notes = moeconv.fuse(src, tmp_path / "out", dry_run=True).plan.notes
+    assert any("F8_E4M3 without scales" in note for note in notes) == bool(said)
+
+
 def test_fp8_that_nothing_says_is_scaled_is_what_it_is(tmp_path: Path):
     src = phantom(tmp_path / "f8", per_expert({"weight": "F8_E5M2 N K"}, width=64), PLAIN)
     assert moeconv.fuse(src, tmp_path / "out", dry_run=True).plan.notes == ()
