@@ -45,10 +45,10 @@ def _said(checkpoint: Checkpoint) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
         inner = Config(part, present=True) if isinstance(part, dict) else Config()
         chosen = fitting(model_type=inner.model_type, architectures=inner.architectures)
         if chosen:
-            note = (
-                f"no recipe knows model_type {quoted(config.model_type or '')}; its "
-                f"{quoted(section)} is {quoted(inner.model_type or '')}: taken as such"
-            )
+            kind = config.model_type
+            who = f"no recipe knows model_type {quoted(kind)}" if kind else "there is no model_type"
+            said = quoted(inner.model_type or ", ".join(inner.architectures))
+            note = f"{who}; the {quoted(section)} in config.json is {said}: taken as such"
             return chosen, (note,)
     if not any("expert" in t.name for t in checkpoint.tensors):
         return (), ()
@@ -74,7 +74,8 @@ def _two_tongues(config: Config, recipes: tuple[Recipe, ...]) -> Iterator[str]:
 
 
 def _bare(name: str) -> str:
-    return name.replace("_", "").casefold()
+    """What of a name is the same in types and architectures, which turn its words about."""
+    return "".join(sorted(name.replace("_", "").casefold()))
 
 
 def _misnamed(detection: Detection) -> bool:

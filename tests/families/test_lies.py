@@ -23,6 +23,7 @@ def test_where_config_json_says_another_family_the_names_win(tmp_path: Path):
         ("qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe"),
         ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", None),
         ("deepseek_v3", "DeepseekV3ForCausalLM", None),
+        ("bailing_moe_v2", "BailingV2MoeForCausalLM", None),
         ("kimi_k25_text", "KimiK25TextForCausalLM", None),
         ("bailing_moe", "BailingMoeV2ForCausalLM", "bailing_moe_v2"),
         ("kimi_k2", "NobodyKnowsForCausalLM", None),
@@ -36,6 +37,11 @@ def test_a_type_and_an_architecture_of_two_families_are_said(
     said = [n for n in plan.notes if "the names of the tensors decide" in n]
     assert [f"`{other}`" in note for note in said] == ([True] if other else [])
     assert [s.recipe for s in plan.stacks] == ["qwen3_moe"]
+
+
+def test_a_config_that_names_only_its_language_model(tmp_path: Path):
+    plan = planned(tmp_path, QWEN, {"text_config": {"model_type": "qwen3_moe"}}).plan
+    assert any(n.startswith("there is no model_type; the `text_config`") for n in plan.notes)
 
 
 def test_names_win_only_where_they_leave_no_layout_open(tmp_path: Path):
