@@ -46,8 +46,10 @@ def no_fit(  # noqa: PLR0917
         return _contradiction(stack, found, tried, reasons)
     keys = " or ".join(quoted(key) for key in asked)
     tensor = _sample(found, layout, odd)
+    sizes = sorted({f"`{name}` {size}" for granules in choices for name, size in granules.items()})
+    stated = f"only {', '.join(sizes)}, which does not fit" if sizes else "none"
     return ConfigMismatch(
-        f"{_said(tensor)} fits no reading that needs no block size, and config.json says none",
+        f"{_said(tensor)} needs a block size, and config.json says {stated}",
         at=f"{found.place(tensor)}; config.json, key {keys}",
         cause="\n         ".join((*tried, "a block size is never inferred from shapes")),
         fix="use the config.json that belongs to these tensors; if it is, no recipe knows their "

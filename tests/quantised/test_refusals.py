@@ -355,3 +355,15 @@ def test_mxfp4_of_gpt_oss_one_expert_at_a_time(tmp_path: Path):
     assert made[f"{stack}.1.gate_proj.scales"] == ("U8", (2, 1), bytes([4, 6]))
     moeconv.fuse(tmp_path / "out", tmp_path / "again")
     assert read_tensors(tmp_path / "again") == tensors
+
+
+def test_a_size_that_is_said_and_does_not_fit_is_named(tmp_path: Path):
+    """config.json says groups of 64, the scales are of 128."""
+    parts = {
+        "weight_packed": "I32 N K//8",
+        "weight_scale": "BF16 N K//128",
+        "weight_shape": "I64 2",
+    }
+    config = {"model_type": "qwen3_moe", "quantization_config": {"group_size": 64}}
+    facts = ("weight_scale", "`group` 64", "does not fit")
+    refused(ConfigMismatch, tmp_path, per_expert(parts, width=256), config, *facts)
