@@ -160,6 +160,8 @@ class Mentions:
     def _meaning(self, place: str, reader: Place, text: str) -> _Meaning | None:
         """What a text means; None where it is a name alone, or too much to find out."""
         key = (place, text)
+        if key not in self._meanings and reader.plain(text) and not self.renamings.near(text):
+            self._meanings[key] = None
         if key not in self._meanings:
             try:
                 reading = reader.reading(text, self.budget)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, takewhile
 from typing import Final
 
@@ -114,6 +115,31 @@ class Renamings:
                 if rest in modules.old_rests.all or rest in modules.new_rests.all:
                     return head, rest
         return None
+
+    def near(self, text: str) -> bool:
+        """Whether a text that is no pattern can be one of these modules, around one, or its end.
+
+        Lists have thousands of names that are not: they need not be held against every stack.
+        """
+        if text in self._around or any(head in self._stems for head in _heads(text)):
+            return True
+        head, _, word = text.rpartition(".")
+        return word in self._lasts if head else any(end.endswith(word) for end in self._lasts)
+
+    @cached_property
+    def _stems(self) -> frozenset[str]:
+        return frozenset(self._kinds).union(*self.shorter.values())
+
+    @cached_property
+    def _around(self) -> frozenset[str]:
+        return frozenset(path for head in self._stems for path in _heads(head))
+
+    @cached_property
+    def _lasts(self) -> frozenset[str]:
+        """The last words of the names of stacks and of their modules."""
+        kinds = {id(m): m for m in map(self.modules, self._kinds)}.values()
+        ends = (end for m in kinds for rests in (m.old_rests, m.new_rests) for end in rests.ends)
+        return frozenset(head.rpartition(".")[2] for head in self._stems).union(ends)
 
     def lost(self, name: str) -> bool:
         """Whether old modules of a stack are in this one, but no new ones."""

@@ -58,12 +58,17 @@ class Place:
             return _Part(text, budget, anywhere=True)
         if self._ends:
             # a dot stands for any character there, which in names of modules is a dot
-            plain = not is_pattern(text) and not text.endswith(".")
+            plain = self.plain(text)
             module = _Module(text, budget) if plain else regular(text, "modules", budget)
             return _Either(module, _Part(text, budget, anywhere=False))
         if self._globs and is_pattern(text):
             return glob(text, budget)
         return None
+
+    def plain(self, text: str) -> bool:
+        """Whether a text means a module with what is in it, or ends of names, and no pattern."""
+        patterned = text.startswith("re:") or is_pattern(text) or text.endswith(".")
+        return self._ends and not patterned
 
     def beside(self, pattern: str, name: str) -> str:
         """A name as it must be written beside a pattern."""

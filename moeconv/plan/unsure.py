@@ -33,6 +33,8 @@ def is_unsure(mentions: Mentions, said: Text) -> bool:
 
 def _may_mean(mentions: Mentions, said: Text, reader: Place) -> bool:
     text = said.text
+    if reader.plain(text) and not mentions.renamings.near(text):
+        return False
     reading = reader.reading(text, mentions.budget)
     if reading is not None:
         # a list in a list was not looked at; a reader may know the modules by shorter names
