@@ -9,7 +9,7 @@ the scales mean is decided here, and a grid that could mean something else is an
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import torch
@@ -28,9 +28,14 @@ SCALES: Final = "_scale_inv"
 COMPANIONS: Final = (SCALES, "_activation_scale")
 STACK_DIMENSIONS: Final = 3
 UP_TO_THE_LAYER: Final = re.compile(r"^.*?\.\d+\.")
-GATE_UP: Final = "gate_up_proj"
+GATE_UP: Final = (".gate_up_proj", ".mlp.input_linear.weight")
 # of modules that do not say it themselves: gate and up in halves, and whether turned
-TURNED: Final = {"Llama4TextExperts": True, "LongcatFlashExperts": False, "Step3p7Experts": False}
+TURNED: Final = {
+    "JetMoeParallelExperts": False,
+    "Llama4TextExperts": True,
+    "LongcatFlashExperts": False,
+    "Step3p7Experts": False,
+}
 # two-dimensional, [(E I), H] all three
 FLAT: Final = {"DbrxExpertGLU": "moe_num_experts"}
 FLAT_TURNED: Final = "w2"
@@ -103,6 +108,7 @@ class StackDequantize(ConversionOps):
         module = model.get_submodule(path)
         stack, scales = _as_stack(module, weights, scales)
         lie = _lie(module, parameter, stack, turns=self.turns)
+        lie = replace(lie, joint=full_layer_name.endswith(GATE_UP))
         block = self.hf_quantizer.quantization_config.weight_block_size
         grid = _grid(scales, lie, len(stack), None if block is None else (block[0], block[1]))
         if grid is None:
@@ -137,13 +143,11 @@ class StackFP8HfQuantizer(FineGrainedFP8HfQuantizer):
                 operations = [op for rule in known for op in rule.operations]
                 turns = any(isinstance(op, Transpose) for op in operations)
                 sources = [stack, *(stack + companion for companion in COMPANIONS)]
-                # transformers finds a rule by its source: no second one may be left beside it
+                # transformers finds a rule by its source: no second one may be left beside it, and
+                # the first wins, where its own for every `weight` fits JetMoE's stacks, too
                 rules = [rule for rule in rules if rule not in known]
-                rules.append(
-                    WeightConverter(
-                        sources, stack, [StackDequantize(self, turns=turns), *operations]
-                    )
-                )
+                operations = [StackDequantize(self, turns=turns), *operations]
+                rules.insert(0, WeightConverter(sources, stack, operations))
         return rules
 
     def get_new_dtype(
@@ -185,6 +189,8 @@ def _as_stack(
 def _lie(module: nn.Module, parameter: str, stack: torch.Tensor, *, turns: bool) -> Lie:
     """How a stack lies: as its module has it, or the other way about if a rule turns it then.
 
+    Whether gate and up are in it, its whole name tells.
+
     Raises:
         ValueError: the module does not tell.
     """
@@ -202,7 +208,7 @@ def _lie(module: nn.Module, parameter: str, stack: torch.Tensor, *, turns: bool)
         turned = not turned
     if turned and packed > 1:
         raise ValueError(f"{kind}.{parameter}: which of two packed values is which is not known")
-    return Lie(rows, columns, turned, joint=parameter == GATE_UP, alternating=not halves)
+    return Lie(rows, columns, turned, alternating=not halves)
 
 
 def _grid(
@@ -259,7 +265,7 @@ def _stacks(model: PreTrainedModel) -> list[str]:
         f"{path}.{name}"
         for path, module in model.named_modules()
         for name, p in module.named_parameters(recurse=False)
-        if "experts" in path.split(".")
+        if ("experts" in path.split(".") or type(module).__name__ in TURNED)
         and (p.ndim == STACK_DIMENSIONS or type(module).__name__ in FLAT)
     )
     return sorted({UP_TO_THE_LAYER.sub("", name) for name in stacks})

@@ -170,7 +170,13 @@ HOLDS = {
     "dbrx": "flat",
     "mixtral": "halves",
     "longcat_flash": "halves",
+    "jetmoe": "halves",
 }
+# under these names, JetMoE's beside the experts' module
+STORED = (
+    *("gate_up_proj", "down_proj", "mlp.w1", "mlp.v1", "mlp.w2"),
+    *(".input_linear.weight", ".output_linear.weight"),
+)
 # one for each expert and projection: a grid of blocks, or a number in the three ways it is written
 SHAPES: dict[str, tuple[int, ...] | None] = {"blocks": None, "[]": (), "[1]": (1,), "[1,1]": (1, 1)}
 
@@ -254,8 +260,8 @@ def test_dequantised_by_hand(model_type: str, scales: str, tmp_path: Path):
         at = stack.rpartition("layers.")[2].replace("block_sparse_moe", "mlp")
         held = [
             p
-            for part in ("gate_up_proj", "down_proj", "mlp.w1", "mlp.v1", "mlp.w2")
-            if (p := parameters.get(f"{at}.{part}")) is not None
+            for part in STORED
+            if (p := parameters.get(f"{at}.{part}".replace(".experts..", "."))) is not None
         ]
         wanted = stacks_of(matrices, HOLDS[model_type])
         assert len(held) == len(wanted)
