@@ -10,7 +10,9 @@ def dequantize_fused_fp8() -> None:
 
     transformers 5.23 leaves those scales out (`dequantize=True`, or no GPU that can use fp8). After
     this call `from_pretrained`, in this process, gives the same parameters for an fp8 checkpoint
-    and for what `moeconv fuse` makes of it. What transformers keeps in fp8 is not touched.
+    and for what `moeconv fuse` makes of it: block fp8 and numbers for each expert, of transformers'
+    own models. Where scales could be taken in two ways, or fp8 experts have none, the load fails.
+    What transformers keeps in fp8 is not touched.
 
     Raises:
         UnsupportedTransformers: it is not installed, or not made as this needs it.

@@ -4,6 +4,7 @@ Where it dequantises on load it needs `moeconv.runtime.dequantize_fused_fp8()` f
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 import moeconv
 import moeconv.runtime
-from moeconv.errors import UnsupportedTransformers
+from moeconv.errors import StraddlingBlock, UnsupportedTransformers
 from tests.helpers import tree_sha256
 from tests.oracle.tiny import tiny_model
 from tests.oracle.torchbytes import file_tensors, model_bits
@@ -124,8 +125,8 @@ def test_dequantising_is_equal_before_and_after(model_type: str, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("fused_fp8")
-@pytest.mark.parametrize("numbers", [False, True])
-def test_dequantising_a_stack_that_is_turned_on_loading(tmp_path: Path, *, numbers: bool):
+@pytest.mark.parametrize("numbers", [0, 1, 2])
+def test_dequantising_a_stack_that_is_turned_on_loading(tmp_path: Path, *, numbers: int):
     """transformers has a rule for these names already, which turns [E, K, O]: it comes after."""
     model: Any = tiny_model("qwen3_vl_moe")
     model.save_pretrained(tmp_path)
@@ -133,10 +134,14 @@ def test_dequantising_a_stack_that_is_turned_on_loading(tmp_path: Path, *, numbe
     stacks = [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
     true = {}
     for name in stacks:
-        plain = tensors[name].float()
+        plain = tensors[name].float().mT.contiguous()  # transformers saves it unturned
         experts, rows, columns = plain.shape
-        scales = torch.rand(experts, *([] if numbers else [rows // 8, columns // 8])) + 0.5
-        grid = scales.reshape(experts, *((1, 1) if numbers else scales.shape[1:]))
+        pair = numbers == 2 and "gate_up" in name
+        # in the file gate and up are columns
+        grid = torch.rand(experts, 1, 2 if pair else 1) + 0.5
+        scales = grid.reshape(experts, *([2] if pair else []))
+        if not numbers:
+            scales = grid = torch.rand(experts, rows // 8, columns // 8) + 0.5
         wide = grid.repeat_interleave(rows // grid.shape[1], 1)
         wide = wide.repeat_interleave(columns // grid.shape[2], 2)
         tensors[name] = plain.to(torch.float8_e4m3fn)
@@ -155,8 +160,172 @@ def test_dequantising_a_stack_that_is_turned_on_loading(tmp_path: Path, *, numbe
     parameters = dict(loaded.named_parameters())
     assert stacks
     for name in stacks:
-        turned = parameters[name].shape != true[name].shape
-        assert torch.equal(parameters[name], true[name].mT if turned else true[name])
+        assert torch.equal(parameters[name], true[name].mT)
+
+
+# how transformers holds each family's stacks: as [E, O, K] or turned, and gate and up in halves,
+# alternating, or apart in two dimensions
+HOLDS = {
+    "llama4_text": "turned halves",
+    "aria_text": "turned halves",
+    "openai_privacy_filter": "turned halves",
+    "gpt_oss": "turned alternating",
+    "dbrx": "flat",
+    "mixtral": "halves",
+    "longcat_flash": "halves",
+    "jetmoe": "halves",
+}
+# under these names, JetMoE's beside the experts' module
+STORED = (
+    *("gate_up_proj", "down_proj", "mlp.w1", "mlp.v1", "mlp.w2"),
+    *(".input_linear.weight", ".output_linear.weight"),
+)
+# one for each expert and projection: a grid of blocks, or a number in the three ways it is written
+SHAPES: dict[str, tuple[int, ...] | None] = {"blocks": None, "[]": (), "[1]": (1,), "[1,1]": (1, 1)}
+
+
+def by_hand(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, holds: str) -> list[Any]:
+    """The parameters that hold these experts, [E, O, K] each."""
+    if holds == "flat":
+        return [gate.flatten(0, 1), up.flatten(0, 1), down.mT.flatten(0, 1)]
+    joined = torch.stack([gate, up], 2) if "alternating" in holds else torch.stack([gate, up], 1)
+    gate_up = joined.flatten(1, 2)
+    return [gate_up.mT, down.mT] if "turned" in holds else [gate_up, down]
+
+
+def one_by_one(
+    model_type: str, scales: tuple[int, ...] | None, root: Path
+) -> tuple[Any, dict[str, dict[str, list[torch.Tensor]]]]:
+    """A checkpoint of fp8 experts, its model class, and what multiplied matrices each stack has."""
+    model: Any = tiny_model(model_type)
+    model.save_pretrained(root / "plain")
+    moeconv.unfuse(root / "plain", root / "alone", layout="per-expert")
+    tensors: dict[str, torch.Tensor] = {}
+    true: dict[str, dict[str, list[torch.Tensor]]] = {}
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in sorted(
+        file_tensors(root / "alone").items(), key=lambda item: natural(item[0])
+    ):
+        found = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)\.weight", name)
+        tensors[name] = tensor
+        if found is None:
+            continue
+        grid = (tensor.shape[0] // BLOCK, tensor.shape[1] // BLOCK) if scales is None else scales
+        scale = torch.rand(grid, generator=generator) + 0.5
+        wide = scale
+        if scales is None:
+            wide = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        tensors[name] = tensor.to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+        matrix = (tensors[name].float() * wide).to(torch.bfloat16)
+        true.setdefault(found[1], {}).setdefault(found[2], []).append(matrix)
+    (root / "src").mkdir()
+    save_file(tensors, root / "src" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((root / "plain" / "config.json").read_bytes())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "weight_block_size": [BLOCK, BLOCK] if scales is None else None,
+    }
+    (root / "src" / "config.json").write_text(json.dumps(config))
+    return type(model), true
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def stacks_of(true: dict[str, list[torch.Tensor]], holds: str) -> list[torch.Tensor]:
+    names = ("w1", "v1", "w2") if "v1" in true else ("w1", "w3", "w2")
+    if "w1" not in true:
+        names = ("gate_proj", "up_proj", "down_proj")
+    gate, up, down = (torch.stack(true[name]) for name in names)
+    return by_hand(gate, up, down, holds)
+
+
+@pytest.mark.usefixtures("fused_fp8")
+@pytest.mark.parametrize("scales", SHAPES)
+@pytest.mark.parametrize("model_type", HOLDS)
+def test_dequantised_by_hand(model_type: str, scales: str, tmp_path: Path):
+    """Each parameter is what the matrices and scales make one by one."""
+    model_class, true = one_by_one(model_type, SHAPES[scales], tmp_path)
+    if (model_type, scales) == ("gpt_oss", "blocks"):
+        with pytest.raises(StraddlingBlock):
+            moeconv.fuse(tmp_path / "src", tmp_path / "out")
+        return
+    moeconv.fuse(tmp_path / "src", tmp_path / "out")
+    loaded, told = model_class.from_pretrained(
+        tmp_path / "out", output_loading_info=True, **DEQUANTISE
+    )
+    assert not any(told.values())
+    parameters = {n.rpartition("layers.")[2]: p for n, p in loaded.named_parameters()}
+    assert true
+    for stack, matrices in true.items():
+        at = stack.rpartition("layers.")[2].replace("block_sparse_moe", "mlp")
+        held = [
+            p
+            for part in STORED
+            if (p := parameters.get(f"{at}.{part}".replace(".experts..", "."))) is not None
+        ]
+        wanted = stacks_of(matrices, HOLDS[model_type])
+        assert len(held) == len(wanted)
+        for parameter, by_matrix in zip(held, wanted, strict=True):
+            assert torch.equal(parameter, by_matrix)
+
+
+def with_scales(model_type: str, shapes: dict[str, tuple[int, ...]], root: Path) -> Any:
+    """A fused fp8 checkpoint as others might write it, blocks of 8, and its model class."""
+    model: Any = tiny_model(model_type)
+    model.save_pretrained(root)
+    tensors = dict(file_tensors(root))
+    for name in list(tensors):
+        part = name.rpartition(".experts.")[2]
+        if part in shapes:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.rand(shapes[part]) + 0.5
+    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((root / "config.json").read_bytes())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    (root / "config.json").write_text(json.dumps(config))
+    return type(model)
+
+
+@pytest.mark.usefixtures("fused_fp8")
+@pytest.mark.parametrize(
+    ("model_type", "part", "shape"),
+    [
+        # not turned with the weights, [8, 32, 96] and [8, 48, 32]; both would divide
+        ("llama4_text", "gate_up_proj", (8, 12, 4)),
+        ("aria_text", "fc1.weight", (8, 12, 4)),
+        ("aria_text", "fc2.weight", (8, 4, 6)),
+        ("openai_privacy_filter", "gate_up_proj", (8, 12, 4)),
+        ("openai_privacy_filter", "down_proj", (8, 4, 6)),
+        # another size of blocks, two numbers for down, the numbers of other experts
+        ("llama4_text", "gate_up_proj", (8, 2, 6)),
+        ("llama4_text", "down_proj", (8, 2)),
+        ("aria_text", "fc2.weight", (8, 2, 1)),
+        ("llama4_text", "down_proj", (4, 6, 4)),
+        # columns of gate and up in turn: blocks of which?
+        ("gpt_oss", "gate_up_proj", (8, 4, 12)),
+        # DBRX's w2 as [(E K/8) O/8] is right, not turned it has three dimensions
+        ("dbrx", "mlp.w2", (8, 4, 3)),
+        ("dbrx", "mlp.w1", (8, 2)),
+    ],
+)
+def test_what_is_not_certain_is_refused(
+    model_type: str, part: str, shape: tuple[int, ...], tmp_path: Path
+):
+    model_class = with_scales(model_type, {part: shape}, tmp_path)
+    with pytest.raises(RuntimeError, match="conversion"):
+        model_class.from_pretrained(tmp_path, **DEQUANTISE)
+
+
+@pytest.mark.usefixtures("fused_fp8")
+def test_fp8_experts_without_a_rule_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """transformers would cast them as they are, and name the scales as unexpected."""
+    monkeypatch.setattr("moeconv.runtime.fused_fp8._stacks", lambda _: [])
+    model_class = with_scales("openai_privacy_filter", {"down_proj": (8, 6, 4)}, tmp_path)
+    with pytest.raises(ValueError, match="unfuse --layout per-expert"):
+        model_class.from_pretrained(tmp_path, **DEQUANTISE)
 
 
 @pytest.mark.usefixtures("fused_fp8")

@@ -1,4 +1,4 @@
-"""Block fp8 of Qwen3-VL as the Hub has its weights, turned: scales turned with them, or not."""
+"""Block fp8 of weights that are stored turned: scales turned with them, or not."""
 
 from pathlib import Path
 
@@ -69,3 +69,67 @@ def test_a_square_grid_alone_does_not_tell(tmp_path: Path):
         moeconv.fuse(src, tmp_path / "out", from_layout="hub")
     assert "`E K/4 (G O/4)` and `E (G O/4) K/4`" in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+FUSED = {
+    "llama4_text": ("model.layers.0.feed_forward.experts", "gate_up_proj", "down_proj"),
+    "aria_text": ("model.layers.0.mlp.experts", "gate_up_proj", "down_proj"),
+    "openai_privacy_filter": ("model.layers.0.mlp.experts", "gate_up_proj", "down_proj"),
+}
+SIZES = {
+    "num_local_experts": E,
+    "moe_num_experts": E,
+    "intermediate_size": I,
+    "hidden_size": H,
+}
+
+
+@pytest.mark.parametrize("scales", [True, False])
+@pytest.mark.parametrize("family", FUSED)
+def test_where_the_fused_form_is_turned(family: str, scales: bool, tmp_path: Path):
+    """transformers has the blocks of the tensor as it lies; others turned the weights alone."""
+    stack, *parts = FUSED[family]
+    given = {}
+    for part, known in zip(parts, SHAPES, strict=True):
+        given[f"{stack}.{part}"] = stored(WEIGHTS[known], turned=True)
+        given[f"{stack}.{part}_scale_inv"] = stored(SCALES[known], turned=scales)
+    config = {**CONFIG, **SIZES, "model_type": family}
+    src = write_checkpoint(tmp_path / "src", given, config)
+    moeconv.unfuse(src, tmp_path / "alone", layout="per-expert")
+    alone = read_tensors(tmp_path / "alone")
+    grid = alone[f"{stack}.1.up_proj.weight_scale_inv"]
+    assert grid == ("F32", (I // B, H // B), SCALES["gate_up_proj"][1, I // B :].tobytes())
+    grid = alone[f"{stack}.1.down_proj.weight_scale_inv"]
+    assert grid == ("F32", (H // B, I // B), SCALES["down_proj"][1].tobytes())
+    moeconv.unfuse(tmp_path / "alone", tmp_path / "back")
+    assert tree_sha256(tmp_path / "back") == tree_sha256(src)
+    apart = write_checkpoint(tmp_path / "apart", alone, config)
+    moeconv.fuse(apart, tmp_path / "again")
+    again = read_tensors(tmp_path / "again")
+    assert again[f"{stack}.{parts[0]}_scale_inv"] == stored(SCALES["gate_up_proj"], turned=True)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_dbrxs_down_is_turned(flat: bool, tmp_path: Path):
+    stack = "transformer.blocks.0.ffn.experts"
+    grid = SCALES["down_proj"].transpose(0, 2, 1).reshape(-1, H // B) if flat else None
+    tensors = {}
+    for part, half in (("w1", slice(0, I)), ("v1", slice(I, 2 * I))):
+        blocks = slice(half.start // B, half.stop // B)
+        tensors[f"{stack}.mlp.{part}"] = stored(
+            WEIGHTS["gate_up_proj"][:, half].reshape(-1, H), turned=False
+        )
+        tensors[f"{stack}.mlp.{part}_scale_inv"] = stored(
+            SCALES["gate_up_proj"][:, blocks].reshape(-1, H // B), turned=False
+        )
+    down = WEIGHTS["down_proj"].transpose(0, 2, 1).reshape(-1, H)
+    tensors[f"{stack}.mlp.w2"] = stored(down, turned=False)
+    tensors[f"{stack}.mlp.w2_scale_inv"] = stored(
+        SCALES["down_proj"] if grid is None else grid, turned=False
+    )
+    sizes = {"d_model": H, "ffn_config": {"moe_num_experts": E, "ffn_hidden_size": I}}
+    src = write_checkpoint(tmp_path / "src", tensors, {**CONFIG, **sizes, "model_type": "dbrx"})
+    moeconv.unfuse(src, tmp_path / "alone", layout="per-expert")
+    alone = read_tensors(tmp_path / "alone")
+    scale = alone[f"{stack}.1.w2.weight_scale_inv"]
+    assert scale == ("F32", (H // B, I // B), SCALES["down_proj"][1].tobytes())
