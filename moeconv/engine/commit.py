@@ -133,8 +133,8 @@ def _take_back(work: Workplace, problem: BaseException) -> None:
         left = work.take_back()
         if left and isinstance(problem, MoeconvError):
             problem.cause = f"{problem.cause}; {left}" if problem.cause else left
-        elif left:
-            problem.add_note(left)
+        elif left or isinstance(problem, KeyboardInterrupt):
+            problem.add_note(left or "what was written is taken back")
 
 
 class _Commit:
