@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from moeconv.cli.convert import fuse, unfuse
 from moeconv.cli.demo import demo
@@ -15,12 +17,26 @@ from moeconv.cli.merge import merge
 from moeconv.cli.placement import placement
 from moeconv.cli.recipes import recipes
 from moeconv.cli.shard import shard
-from moeconv.cli.ui import end_cleanly_when_told
+from moeconv.cli.ui import end_cleanly_when_told, interrupted, interruptible
 from moeconv.cli.verify import verify
 from moeconv.version import __version__
 
+
+class _Verbs(TyperGroup):
+    """Ends interruptions outside of a verb as `handled` does: typer would say nothing of them."""
+
+    def make_context(self, *args: Any, **more: Any) -> Any:  # noqa: ANN401 - typer keeps its types
+        with interruptible():
+            return super().make_context(*args, **more)
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
+        with interruptible():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
     name="moeconv",
+    cls=_Verbs,
     help="Converts Mixture-of-Experts checkpoints between layouts, byte for byte, and proves it.",
     no_args_is_help=True,
     # the default would eat the brackets of shapes and draw boxes into logs
@@ -60,8 +76,11 @@ def _root(
 
 def main() -> None:
     """The console script."""
-    end_cleanly_when_told()
-    app()
+    try:
+        end_cleanly_when_told()
+        app()
+    except KeyboardInterrupt as problem:
+        sys.exit(interrupted(problem))
 
 
 if __name__ == "__main__":

@@ -219,6 +219,23 @@ def end_cleanly_when_told() -> None:
     signal.signal(signal.SIGTERM, told)
 
 
+def interrupted(problem: KeyboardInterrupt) -> int:
+    """Say in one line that a run was ended, and what became of its files; the exit code."""
+    terminated = isinstance(problem, Terminated)
+    said = ["terminated" if terminated else "interrupted", *getattr(problem, "__notes__", [])]
+    sys.stderr.write(f"{'; '.join(said)}\n")
+    return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """An interruption becomes its line and its exit code."""
+    try:
+        yield
+    except KeyboardInterrupt as problem:
+        raise typer.Exit(interrupted(problem)) from None
+
+
 @contextmanager
 def handled(ui: Ui) -> Iterator[Ui]:
     """Run a command's body: every way to fail becomes a message and an exit code."""
@@ -231,11 +248,7 @@ def handled(ui: Ui) -> Iterator[Ui]:
         ui.error(problem)
         raise typer.Exit(problem.exit_code) from None
     except KeyboardInterrupt as problem:
-        told = "terminated" if isinstance(problem, Terminated) else "interrupted"
-        kept = [*getattr(problem, "__notes__", [])] or ["what was written is taken back"]
-        sys.stderr.write(f"{told}; {'; '.join(kept)}\n")
-        code = EXIT_TERMINATED if isinstance(problem, Terminated) else EXIT_INTERRUPTED
-        raise typer.Exit(code) from None
+        raise typer.Exit(interrupted(problem)) from None
     except BrokenPipeError:
         # whoever read us has left; Python would complain once more when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -108,6 +108,7 @@ def commit(
                 progress=progress,
                 later=later,
                 kept=kept,
+                resumed=journal is not None,
             ).run()
             work.done(restored=plan.restores)
         except BaseException as problem:
@@ -132,8 +133,8 @@ def _take_back(work: Workplace, problem: BaseException) -> None:
         left = work.take_back()
         if left and isinstance(problem, MoeconvError):
             problem.cause = f"{problem.cause}; {left}" if problem.cause else left
-        elif left:
-            problem.add_note(left)
+        elif left or isinstance(problem, KeyboardInterrupt):
+            problem.add_note(left or "what was written is taken back")
 
 
 class _Commit:
@@ -149,6 +150,7 @@ class _Commit:
         progress: Progress,
         later: bool,
         kept: dict[str, Digests],
+        resumed: bool,
     ) -> None:
         self.plan = plan
         self.checkpoint = checkpoint
@@ -159,6 +161,7 @@ class _Commit:
         self.room = room
         self.later = later
         self.kept = kept
+        self.resumed = resumed
         self.progress = progress
         self.parts: dict[str, Part] = {}
         self.virtual: tuple[Part, ...] = ()
@@ -174,7 +177,8 @@ class _Commit:
             self.virtual = virtual_parts(self.plan.files, self.plan.stacks, self.expected)
         else:
             self.methods.ask(f.path for f in self.checkpoint.files)
-            if not self.kept and REFLINK not in self.methods.found.values():
+            # a resumed run has freed room since, and what it still needs each file will ask for
+            if not self.resumed and REFLINK not in self.methods.found.values():
                 refuse_short(self.out, replace(self.room, shared=0))
             for file in self.plan.files:
                 if file.name in self.kept:

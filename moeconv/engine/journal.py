@@ -34,6 +34,7 @@ class Journal:
     plan: str
     names: tuple[str, ...]
     finished: Finished
+    aside: int | None = None  # the inode of the old output that the run put aside
 
 
 def plan_digest(plan: Plan, identity: Json) -> str:
@@ -60,6 +61,7 @@ def read_journal(out: Path) -> Journal | None:
         problems = Problems()
         head = Table(loads(lines[0], where=JOURNAL_NAME), "", problems)
         plan, names = head.digest("plan"), head.texts("names")
+        aside = head.integer("aside") if head.has("aside") else None
         if problems.found:
             return None
     except MoeconvError:
@@ -71,7 +73,7 @@ def read_journal(out: Path) -> Journal | None:
         except MoeconvError:
             break
         finished[entry.text("file")] = [list(row) for row in entry.text_lists("digests")]
-    return None if problems.found else Journal(plan, names, finished)
+    return None if problems.found else Journal(plan, names, finished, aside)
 
 
 class JournalFile:
@@ -104,9 +106,9 @@ class JournalFile:
         mine = os.fstat(self._descriptor)
         return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
-    def begin(self, plan: str, names: tuple[str, ...]) -> None:
-        """Its first line: what is to be made, of which plan. Raises IoFailed."""
-        self._append({"plan": plan, "names": list(names)})
+    def begin(self, plan: str, names: tuple[str, ...], aside: int | None = None) -> None:
+        """Its first line: what is to be made, of which plan, in whose place. Raises IoFailed."""
+        self._append({"plan": plan, "names": list(names), "aside": aside})
 
     def lock(self) -> None:
         """Take one that another run left. Raises WouldOverwrite where that run lives, IoFailed."""

@@ -8,7 +8,8 @@ from typing import Final
 
 from moeconv.checkpoint.papers import read_bounded
 from moeconv.checkpoint.reading import file_digest
-from moeconv.engine.journal import JOURNAL_NAME, ours_by_journal
+from moeconv.engine.aside import beside, noted_aside
+from moeconv.engine.journal import JOURNAL_NAME, ours_by_journal, read_journal
 from moeconv.errors import (
     IoFailed,
     MoeconvError,
@@ -73,23 +74,48 @@ def refuse_existing(out: Path, *, overwrite: bool, resume: bool = False) -> None
         return
     if not overwrite:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        old = noted_aside(out, read_journal(out)) if unfinished else None
         raise WouldOverwrite(
             f"{quoted(str(out))} is {'half-done' if unfinished else 'not empty'}",
             at=quoted(str(out)),
             cause=f"it holds {quoted(names[0])}{more}"
-            + (": a run of moeconv was killed there" if unfinished else ""),
+            + (": a run of moeconv was killed there" if unfinished else "")
+            + (f"; the old output is at {quoted(str(old))}" if old else ""),
             fix="run the same command with `--resume`, or with `--overwrite` to start anew"
             if unfinished
             else "give another directory, or `--overwrite` if moeconv made this one",
         )
-    strangers = sorted(set(_files_below(out)) - _ours(out))
-    if strangers:
+    others = strangers(out)
+    if others:
         raise WouldOverwrite(
             f"{quoted(str(out))} holds files that moeconv did not make",
-            at=quoted(strangers[0]) + (f" and {len(strangers) - 1} more" if strangers[1:] else ""),
+            at=quoted(others[0]) + (f" and {len(others) - 1} more" if others[1:] else ""),
             cause="`--overwrite` replaces only what moeconv wrote and nobody changed since",
             fix="move them away, or give another directory",
         )
+
+
+def strangers(out: Path) -> list[str]:
+    """The files in OUT that moeconv did not make, or that somebody changed since."""
+    return sorted(set(_files_below(out)) - _ours(out))
+
+
+def left_aside(out: Path) -> Path | None:
+    """The old output of an overwriting run that was killed; None unless it is wholly ours.
+
+    The journal of that run notes it. There is none where the run had come to its end all but this,
+    or had not made anything yet.
+    """
+    journal, aside = read_journal(out), beside(out)
+    if journal is not None:
+        found = noted_aside(out, journal)
+    else:
+        begun = out.exists() and set(_files_below(out)) - {JOURNAL_NAME}
+        found = aside if not begun or (out / ROOT_NAME).exists() else None
+    if found is None or found.is_symlink() or not found.is_dir():
+        return None
+    known = (found / ROOT_NAME).exists() or (found / PARTS_DIR).is_dir()
+    return found if known and not strangers(found) else None
 
 
 def _refuse_below_file(out: Path) -> None:

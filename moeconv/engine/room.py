@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from moeconv.checkpoint.source import Checkpoint
-from moeconv.engine.syscalls import may_clone
+from moeconv.engine.syscalls import file_system, may_clone
 from moeconv.engine.tiles import CLONED_TILE_BYTES, whole_blocks
 from moeconv.errors import DiskFull, quoted
 from moeconv.plan.values import CopyTile, Plan
@@ -73,8 +73,8 @@ def _clonable(plan: Plan, checkpoint: Checkpoint, place: Path) -> Iterator[int]:
     """The bytes of each run that stands alike in its blocks on the same file system."""
     if plan.virtual:
         return
-    device, block = place.stat().st_dev, max(os.statvfs(place).f_bsize, 4096)
-    near = [file.path.stat().st_dev == device for file in checkpoint.files]
+    here, block = file_system(place), max(os.statvfs(place).f_bsize, 4096)
+    near = [file_system(file.path) == here for file in checkpoint.files]
     for tile in (t for file in plan.files for t in file.tiles):
         if isinstance(tile, CopyTile) and near[tile.file] and tile.nbytes >= CLONED_TILE_BYTES:
             first, last = whole_blocks(tile.offset, tile.start, tile.nbytes, block)

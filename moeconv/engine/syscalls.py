@@ -15,6 +15,10 @@ _CANNOT: Final = frozenset(
     {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
 )
 _CLONE_RANGE: Final = 0x4020940D  # FICLONERANGE: _IOW(0x94, 13, struct file_clone_range)
+# BTRFS_IOC_FS_INFO: _IOR(0x94, 31, struct btrfs_ioctl_fs_info_args), 1024 bytes, fsid from 16 on
+_FS_INFO: Final = 0x8400941F
+_FS_INFO_BYTES: Final = 1024
+_FSID: Final = slice(16, 32)
 _WRITE_NOW: Final = 2  # SYNC_FILE_RANGE_WRITE: start writing, do not wait
 # statfs(2), f_type
 _EXT4: Final = 0xEF53
@@ -77,6 +81,25 @@ def open_direct(path: Path) -> int | None:
 def may_clone(path: Path) -> bool:
     """Whether a file system is of a kind that can share blocks; only `clone_range` knows."""
     return _kind(path) in _CLONING_FILE_SYSTEMS
+
+
+def file_system(path: Path) -> int | bytes:
+    """What is alike for two files between which `clone_range` may do. Raises OSError.
+
+    Not the device on btrfs: each subvolume says another one, and statfs(2) another `f_fsid`, too.
+    """
+    if _kind(path) == _BTRFS:
+        facts = bytearray(_FS_INFO_BYTES)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(descriptor, _FS_INFO, facts)
+            return bytes(facts[_FSID])
+        except OSError as problem:
+            if problem.errno not in _CANNOT and problem.errno != errno.ENOTTY:
+                raise
+        finally:
+            os.close(descriptor)
+    return path.stat().st_dev
 
 
 def _kind(path: Path) -> int | None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moeconv.engine.aside import beside, remove_output
 from moeconv.engine.files import writing
 from moeconv.engine.journal import JOURNAL_NAME, Journal, JournalFile, busy
-from moeconv.engine.output import PARTIAL_SUFFIX
+from moeconv.engine.output import PARTIAL_SUFFIX, left_aside
 from moeconv.engine.undisturbed import undisturbed
 from moeconv.errors import IoFailed, WouldOverwrite, quoted
 from moeconv.manifest import PARTS_DIR, ROOT_NAME
@@ -28,20 +28,21 @@ def fsync_directory(path: Path) -> None:
 
 
 def forget_journal(out: Path) -> None:
-    """End a run that was killed after its commit, with nothing but its journal to remove.
+    """End a run that was killed after its commit: its journal goes, and the old output.
 
     Raises WouldOverwrite where that run lives, IoFailed.
     """
-    if not (out / JOURNAL_NAME).exists():
-        return
-    journal = JournalFile(out)
-    journal.lock()
+    work = Workplace(out)
     try:
-        with writing(out):
-            (out / JOURNAL_NAME).unlink()
-            fsync_directory(out / PARTS_DIR)
+        work.lock()
+        work.aside = left_aside(out)
+        if work.journal is not None:
+            with writing(out):
+                (out / JOURNAL_NAME).unlink()
+                fsync_directory(out / PARTS_DIR)
     finally:
-        journal.close()
+        work.close()
+    work.drop_old()
 
 
 @dataclass(slots=True)
@@ -61,14 +62,11 @@ class Workplace:
         An old output is put aside, not deleted: it comes back if this run fails.
         Raises WouldOverwrite where another run is at work, IoFailed, DiskFull.
         """
-        replacing = overwrite and self.out.is_dir() and any(self.out.iterdir())
-        if replacing:
+        if overwrite:
             with writing(self.out):
-                self._clear_aside()
+                self._refuse_busy()
         with undisturbed(), writing(self.out):
-            if replacing:
-                self.out.rename(self._beside)
-                self.aside = self._beside
+            old = self._put_aside() if overwrite or self.keeps else None
             self.folder(self.out)
             try:
                 (self.out / PARTS_DIR).mkdir()
@@ -77,7 +75,7 @@ class Workplace:
             self.made_folders.append(self.out / PARTS_DIR)
             self.journal = JournalFile(self.out)
             self.made_files.append((self.out / JOURNAL_NAME, self.journal.create()))
-        self.journal.begin(plan, names)
+        self.journal.begin(plan, names, old)
 
     def lock(self) -> None:
         """Take the journal that another run left, if there is one.
@@ -94,6 +92,7 @@ class Workplace:
         After `lock`. Raises IoFailed.
         """
         self.keeps = True
+        self.aside = left_aside(self.out)
         if self.journal is not None:
             self.journal.reopen()
         staying = {*kept, JOURNAL_NAME}
@@ -104,13 +103,8 @@ class Workplace:
                 if name not in staying:
                     (self.out / name).unlink(missing_ok=True)
 
-    @property
-    def _beside(self) -> Path:
-        """Where the old output waits."""
-        return self.out.with_name(f".{self.out.name}.replaced")
-
-    def _clear_aside(self) -> None:
-        """Make sure that the old output is nobody's at work, and that its place beside is free."""
+    def _refuse_busy(self) -> None:
+        """Make sure that nobody is at work on the old output."""
         journal = self.out / JOURNAL_NAME
         if journal.exists():
             descriptor = os.open(journal, os.O_RDONLY | os.O_CLOEXEC)
@@ -120,9 +114,23 @@ class Workplace:
                 raise busy(self.out) from None
             finally:
                 os.close(descriptor)
-        aside = self._beside
-        if (aside / ROOT_NAME).exists() and (self.out / ROOT_NAME).exists():
-            shutil.rmtree(aside)  # left by a run that came to its end all but this
+
+    def _put_aside(self) -> int | None:
+        """Free the place of OUT; the inode of the old output, if there is one.
+
+        Where a run was killed that had put one aside, that is still the old output.
+        """
+        aside, left = beside(self.out), left_aside(self.out)
+        there = self.out.is_dir() and any(self.out.iterdir())
+        if left is not None and (self.out / ROOT_NAME).exists():
+            remove_output(left)  # left by a run that came to its end all but this
+        elif left is not None:
+            if self.out.is_dir():
+                remove_output(self.out)
+            self.aside = left
+            return left.stat().st_ino
+        if not there:
+            return None
         if os.path.lexists(aside):
             raise WouldOverwrite(
                 f"{quoted(str(aside))} is in the way",
@@ -130,6 +138,9 @@ class Workplace:
                 cause="an overwriting run that was killed left the old output there",
                 fix="move it back or remove it, then run again",
             )
+        self.out.rename(aside)
+        self.aside = aside
+        return aside.stat().st_ino
 
     def folder(self, path: Path) -> None:
         """Make a folder and its parents, remembering each."""
@@ -170,10 +181,11 @@ class Workplace:
         """Remove the old output: the new one stands, so nothing here can make the run fail."""
         while self.aside is not None and self.aside.exists():
             try:
-                shutil.rmtree(self.aside, ignore_errors=True)
+                remove_output(self.aside)
             except KeyboardInterrupt:
                 continue
-            return
+            except OSError:
+                return
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -188,7 +200,8 @@ class Workplace:
                 with suppress(OSError):
                     path.unlink()
         if self.keeps and ours:
-            return "`--resume` goes on from what is finished"
+            old = self._where_old()
+            return "; ".join(filter(None, ("`--resume` goes on from what is finished", old)))
         for path, inode in reversed(self.made_files):  # first what says that the output is whole
             with suppress(OSError):
                 if path.lstat().st_ino == inode:
@@ -202,4 +215,8 @@ class Workplace:
             if not os.path.lexists(self.out):
                 self.aside.rename(self.out)
                 return None
-        return f"the old output is at {quoted(str(self.aside))}"
+        return self._where_old()
+
+    def _where_old(self) -> str | None:
+        there = self.aside is not None and self.aside.exists()
+        return f"the old output is at {quoted(str(self.aside))}" if there else None

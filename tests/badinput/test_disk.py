@@ -1,6 +1,7 @@
 """Too little room: known before the first byte, or met on the way; OUT is as it was either way."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import moeconv
 from moeconv.errors import DiskFull
 from tests.badinput.builders import Tensors, qwen, write
 from tests.badinput.checks import holds, tree, untouched
+from tests.faults.killed import forked
+from tests.helpers import tree_sha256
 
 PAGE = 4096
 
@@ -127,3 +130,22 @@ def test_a_disk_that_fills_up_with_the_papers(
         moeconv.fuse(src, small_disk / "out")
     holds(caught.value, DiskFull, "No space left")
     assert tree(small_disk / "out") is None
+
+
+def test_a_resumed_run_has_the_room_that_its_own_remains_took(
+    src: Path, small_disk: Path, tmp_path: Path
+):
+    # killed in its first file, on a disk where that fits once
+    write(src, {**qwen(), "model.embed_tokens.weight": ("BF16", (32 * 1024, 24))})
+    out = small_disk / "out"
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert forked(lambda: moeconv.fuse(src, out, progress=die)) == signal.SIGKILL
+    partials = list((out / "moeconv").glob(".*.partial"))
+    assert partials
+    assert not moeconv.fuse(src, small_disk / "other", dry_run=True).room.enough
+    moeconv.fuse(src, out, resume=True)
+    moeconv.fuse(src, tmp_path / "whole")
+    assert tree_sha256(out) == tree_sha256(tmp_path / "whole")

@@ -27,10 +27,31 @@ main()
 """
 
 
-@pytest.mark.parametrize(
+SIGNALS = pytest.mark.parametrize(
     ("number", "code", "said"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
 )
+
+# the signal comes as a function is called: MODULE NAME NUMBER, and then the command
+AT_A_CALL = """
+import importlib, os, sys
+from moeconv.cli.main import main
+module, name, number = sys.argv[1:4]
+*owner, name = name.split(".")
+place = importlib.import_module(module)
+for part in owner:
+    place = getattr(place, part)
+real = getattr(place, name)
+def told(*args, **more):
+    os.kill(os.getpid(), int(number))
+    return real(*args, **more)
+setattr(place, name, told)
+sys.argv = ["moeconv", *sys.argv[4:]]
+main()
+"""
+
+
+@SIGNALS
 @pytest.mark.parametrize("existed", [True, False])
 def test_interrupt_leaves_out_as_it_was(
     source: Path, tmp_path: Path, *, existed: bool, number: int, code: int, said: str
@@ -53,7 +74,7 @@ def test_interrupt_leaves_out_as_it_was(
     process.send_signal(number)
     _, talk = process.communicate(timeout=30)
     assert process.returncode == code
-    assert said in talk
+    assert talk.endswith(f"{said}; what was written is taken back\n")
     assert out.exists() == existed
     assert not existed or not list(out.iterdir())
 
@@ -79,3 +100,31 @@ def test_demo_can_be_kept(tmp_path: Path) -> None:
     assert done.code == 0
     assert (tmp_path / "kept" / "fused" / "moeconv.json").exists()
     assert moeconv("demo", "-o", tmp_path / "kept").code == 6
+
+
+@SIGNALS
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("typer.main", "get_command"),  # before the command line is read
+        ("typer.core", "TyperGroup.parse_args"),
+        ("moeconv.cli.verify", "Ui"),  # before the verb has begun
+        ("moeconv.checks", "verify"),
+        ("moeconv.cli.ui", "Ui.data"),
+    ],
+    ids=lambda place: place[1],
+)
+def test_at_any_moment_it_is_one_line(  # noqa: PLR0917 - parameters
+    source: Path, tmp_path: Path, place: tuple[str, str], number: int, code: int, said: str
+) -> None:
+    assert moeconv("fuse", source, "-o", tmp_path / "out").code == 0
+    done = subprocess.run(
+        [sys.executable, "-c", AT_A_CALL, *place, str(int(number)), "verify", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.splitlines()[-1] == said  # nothing was written: nothing is taken back
+    assert "Traceback" not in done.stderr

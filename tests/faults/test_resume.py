@@ -148,11 +148,11 @@ def test_a_run_that_lives_is_not_taken_for_one_that_barely_began(
     """Between the lock of its journal and the first line in it."""
     real, out = JournalFile.begin, tmp_path / "out"
 
-    def begin(self: JournalFile, plan: str, names: tuple[str, ...]) -> None:
+    def begin(self: JournalFile, plan: str, names: tuple[str, ...], aside: int | None) -> None:
         monkeypatch.setattr(JournalFile, "begin", real)
         with pytest.raises(WouldOverwrite, match="another run"):
             moeconv.shard(src, out, resume=True, **SAME)
-        real(self, plan, names)
+        real(self, plan, names, aside)
 
     monkeypatch.setattr(JournalFile, "begin", begin)
     moeconv.shard(src, out, **SAME)

@@ -1,0 +1,135 @@
+"""Clones and blocks that a disk refuses, early writeback where it pays, and other ways on."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import moeconv
+from moeconv.engine import methods, syscalls, target
+from moeconv.engine.journal import read_journal
+from moeconv.errors import DiskFull, IoFailed
+from tests.badinput.checks import holds, tree
+from tests.engine.test_methods import WAYS, big, cloning, source  # noqa: F401 - a fixture
+from tests.faults.killed import forked
+from tests.helpers import tree_sha256
+
+KINDS = pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+
+
+def fails_as_the_disk_does(code: int, run: Callable[[], object]) -> None:
+    """With our own error, in the system's words."""
+    kind = DiskFull if code == errno.ENOSPC else IoFailed
+    with pytest.raises(IoFailed) as caught:
+        run()
+    holds(caught.value, kind, os.strerror(code))
+
+
+@KINDS
+@pytest.mark.parametrize("turn", [1, 2, 7])  # the first is the question whether it clones at all
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_clone_that_fails(  # noqa: PLR0917 - parameters
+    cloning: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    turn: int,
+    overwrite: bool,
+) -> None:
+    moeconv.fuse(source(tmp_path / "src"), cloning / "fused")
+    if overwrite:
+        moeconv.fuse(cloning / "fused", cloning / "out")
+    before, made, real = tree(cloning / "out"), 0, fcntl.ioctl
+
+    def ioctl(descriptor: int, request: int, *rest: Any) -> Any:
+        nonlocal made
+        made += request == syscalls._CLONE_RANGE
+        if made == turn and request == syscalls._CLONE_RANGE:
+            raise OSError(code, os.strerror(code))
+        return real(descriptor, request, *rest)
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    fails_as_the_disk_does(
+        code,
+        lambda: moeconv.shard(
+            cloning / "fused", cloning / "out", ep_size=4, overwrite=overwrite, jobs=1
+        ),
+    )
+    monkeypatch.undo()
+    assert tree(cloning / "out") == before
+    assert sorted(p.name for p in cloning.iterdir() if p.name.startswith(".out")) == []
+    shutil.rmtree(cloning / "fused")
+    shutil.rmtree(cloning / "out", ignore_errors=True)
+
+
+@KINDS
+@pytest.mark.parametrize("turn", [1, 2])
+def test_blocks_that_are_not_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, turn: int
+) -> None:
+    src, real, made = big(tmp_path / "src"), syscalls._libc, 0
+
+    def fallocate(*_: object) -> int:
+        nonlocal made
+        made += 1
+        ctypes.set_errno(code if made == turn else errno.EOPNOTSUPP)
+        return -1  # what cannot give blocks ahead is no failure
+
+    monkeypatch.setattr(target, "REFLINK", "none here")
+    calls = {"statfs": real.statfs, "sync_file_range": real.sync_file_range}
+    monkeypatch.setattr(syscalls, "_libc", SimpleNamespace(fallocate=fallocate, **calls))
+    fails_as_the_disk_does(code, lambda: moeconv.shard(src, tmp_path / "out", ep_size=2, jobs=1))
+    assert made == turn
+    assert tree(tmp_path / "out") is None
+    moeconv.shard(src, tmp_path / "out", ep_size=2)
+
+
+def test_early_writeback_is_not_asked_for_on_btrfs(
+    cloning: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(target, "start_writeback", lambda _fd, _at, nbytes: asked.append(nbytes))
+    result = moeconv.fuse(big(tmp_path / "src"), cloning / "out")
+    xfs = cloning.parent.name.startswith("xfs")
+    assert sum(asked) >= result.plan.tensor_bytes if xfs else not asked
+    shutil.rmtree(cloning / "out")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("jobs", [(1, 5), (3, 1)], ids=str)
+def test_resumed_by_another_way_and_with_other_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, jobs: tuple[int, int]
+) -> None:
+    src, out = big(tmp_path / "src"), tmp_path / "out"
+    same: dict[str, Any] = {"ep_size": 2, "max_shard_size": 1_500_000}
+    moeconv.shard(src, tmp_path / "whole", **same)
+
+    def die(*_: object) -> None:
+        if len(list(out.glob("*.safetensors"))) > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert forked(lambda: moeconv.shard(src, out, jobs=jobs[0], progress=die, **same)) == 9
+    journal = read_journal(out)
+    assert journal is not None
+    kept = {name: (out / name).stat().st_mtime_ns for name in journal.finished}
+    assert kept
+    for name, fake in WAYS[way].items():
+        monkeypatch.setattr(target, name, fake or (lambda *_: 0))
+    if way == "buffer":
+        monkeypatch.setattr(methods, "copy_in_kernel", lambda *_: 0)
+    result = moeconv.shard(src, out, resume=True, jobs=jobs[1], **same)
+    assert result.methods is not None
+    assert tree_sha256(out) == tree_sha256(tmp_path / "whole")
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
