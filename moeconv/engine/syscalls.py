@@ -54,12 +54,13 @@ def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
         call(descriptor, _offset(offset), _offset(nbytes), ctypes.c_uint(_WRITE_NOW))
 
 
-def early_writeback_pays(path: Path) -> bool:
-    """Whether to begin writing a file before it is whole saves time.
+def is_btrfs(path: Path) -> bool:
+    """Whether a file is on btrfs, where two things that pay elsewhere cost more than they save.
 
-    Not on btrfs: it finds room and sums data in the thread that asks, and in smaller pieces.
+    Writeback before a file is whole: it finds room and sums data in the thread that asks, in small
+    pieces. And copies in the kernel of what was just read: these go through a pipe, 64 KiB each.
     """
-    return _kind(path) != _BTRFS
+    return _kind(path) == _BTRFS
 
 
 def open_direct(path: Path) -> int | None:

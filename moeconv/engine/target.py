@@ -15,7 +15,7 @@ from moeconv.engine.methods import KERNEL, REFLINK, Methods
 from moeconv.engine.syscalls import (
     clone_range,
     copy_in_kernel,
-    early_writeback_pays,
+    is_btrfs,
     open_direct,
     reserve,
     start_writeback,
@@ -40,7 +40,7 @@ class DiskTarget:
         self._finished = finished
         self._descriptor = -1
         self._direct: int | None = None
-        self._early = False  # writeback before all is there
+        self._plainly = False  # without early writeback, and from the buffer that was hashed
         self._refused = False  # writes past the page cache, by the device
         self._writing = threading.Lock()
 
@@ -58,13 +58,13 @@ class DiskTarget:
             else:
                 reserve(self._descriptor, self._file.size)
             self._direct = open_direct(self._partial)
-            self._early = early_writeback_pays(self._partial)
+            self._plainly = is_btrfs(self._partial)
         self.write(memoryview(self._file.header), 0)
 
     def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
         """Write `view` at `offset`, by the quickest way that is open. Raises IoFailed, DiskFull."""
         done = self._write_direct(view, offset)
-        if origin is not None and done < len(view):
+        if origin is not None and done < len(view) and not self._plainly:
             source, start = origin
             done += self._copy(source, start + done, offset + done, len(view) - done)
         if done == len(view):
@@ -129,7 +129,7 @@ class DiskTarget:
 
     def settle(self, offset: int, nbytes: int) -> None:
         """Let the disk begin on a batch while the next one is copied."""
-        if self._early:
+        if not self._plainly:
             start_writeback(self._descriptor, offset, nbytes)
 
     def finish(self, digests: Digests) -> None:
