@@ -13,6 +13,16 @@ def _nothing(*_: object) -> None:
     """Neither before nor after."""
 
 
+def watched(real: Callable[P, T], look: Callable[P, object]) -> Callable[P, T]:
+    """The call; look: called first with the same arguments, and may raise in its place."""
+
+    def call(*args: P.args, **more: P.kwargs) -> T:
+        look(*args, **more)
+        return real(*args, **more)
+
+    return call
+
+
 def around(
     real: Callable[P, T],
     *,

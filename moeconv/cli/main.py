@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from moeconv.cli.convert import fuse, unfuse
 from moeconv.cli.demo import demo
@@ -17,26 +15,12 @@ from moeconv.cli.merge import merge
 from moeconv.cli.placement import placement
 from moeconv.cli.recipes import recipes
 from moeconv.cli.shard import shard
-from moeconv.cli.ui import end_cleanly_when_told, interrupted, interruptible
+from moeconv.cli.signals import end_when_told
 from moeconv.cli.verify import verify
 from moeconv.version import __version__
 
-
-class _Verbs(TyperGroup):
-    """Ends interruptions outside of a verb as `handled` does: typer would say nothing of them."""
-
-    def make_context(self, *args: Any, **more: Any) -> Any:  # noqa: ANN401 - typer keeps its types
-        with interruptible():
-            return super().make_context(*args, **more)
-
-    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
-        with interruptible():
-            return super().invoke(ctx)
-
-
 app = typer.Typer(
     name="moeconv",
-    cls=_Verbs,
     help="Converts Mixture-of-Experts checkpoints between layouts, byte for byte, and proves it.",
     no_args_is_help=True,
     # the default would eat the brackets of shapes and draw boxes into logs
@@ -76,11 +60,8 @@ def _root(
 
 def main() -> None:
     """The console script."""
-    try:
-        end_cleanly_when_told()
-        app()
-    except KeyboardInterrupt as problem:
-        sys.exit(interrupted(problem))
+    end_when_told()
+    app()
 
 
 if __name__ == "__main__":

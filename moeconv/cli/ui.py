@@ -6,18 +6,17 @@ import io
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
-from typing import Final, NoReturn, Protocol, TextIO
+from typing import Final, Protocol, TextIO
 
 import typer
 
+from moeconv.cli.signals import interrupted, interruptible
 from moeconv.errors import InternalError, MoeconvError, UsageProblem, quoted
 from moeconv.jsonvalue import Json
 from moeconv.names import printable
@@ -25,8 +24,6 @@ from moeconv.units import human_size
 
 HEARTBEAT_SECONDS: Final = 10.0
 EXIT_NO: Final = 1
-EXIT_INTERRUPTED: Final = 130
-EXIT_TERMINATED: Final = 143  # as if SIGTERM had ended us
 EXIT_PIPE: Final = 141  # as if the closed pipe's signal had ended us
 _STYLES: Final = {"error": "31;1", "warning": "33;1", "note": "36"}
 
@@ -206,42 +203,13 @@ class _Heartbeat(Progress):
             )
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: schedulers send it, and it must end a run as cleanly as Ctrl-C does."""
-
-
-def end_cleanly_when_told() -> None:
-    """Turn SIGTERM into an exception in the main thread."""
-
-    def told(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, told)
-
-
-def interrupted(problem: KeyboardInterrupt) -> int:
-    """Say in one line that a run was ended, and what became of its files; the exit code."""
-    terminated = isinstance(problem, Terminated)
-    said = ["terminated" if terminated else "interrupted", *getattr(problem, "__notes__", [])]
-    sys.stderr.write(f"{'; '.join(said)}\n")
-    return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """An interruption becomes its line and its exit code."""
-    try:
-        yield
-    except KeyboardInterrupt as problem:
-        raise typer.Exit(interrupted(problem)) from None
-
-
 @contextmanager
 def handled(ui: Ui) -> Iterator[Ui]:
     """Run a command's body: every way to fail becomes a message and an exit code."""
     try:
-        yield ui
-        sys.stdout.flush()
+        with interruptible():
+            yield ui
+            sys.stdout.flush()
     except typer.Exit:
         raise
     except MoeconvError as problem:

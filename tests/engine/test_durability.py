@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import pytest
 
 import moeconv
 from moeconv.engine.journal import JOURNAL_NAME
 from tests.badinput.builders import config, qwen, write
+from tests.calls import watched
 
+Name: TypeAlias = str | os.PathLike[str]
 ROOT, INDEX = "moeconv.json", "model.safetensors.index.json"
 
 
@@ -23,31 +24,23 @@ class Steps:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
         self.out = out
         self.made: list[tuple[str, str]] = []
-        real = {name: getattr(os, name) for name in ("fsync", "rename", "replace", "unlink")}
+        looks = {"fsync": self._synced, "unlink": self._unlinked}
+        looks |= dict.fromkeys(("rename", "replace"), self._named)
+        for name, look in looks.items():
+            monkeypatch.setattr(os, name, watched(getattr(os, name), look))
 
-        def fsync(descriptor: int) -> None:
-            real["fsync"](descriptor)
-            path = Path(f"/proc/self/fd/{descriptor}").readlink()
-            self.made.append(("sync", self._name(path)))
+    def _synced(self, descriptor: int) -> None:
+        self._add("sync", os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115 - a name
 
-        def named(name: str) -> Callable[..., None]:
-            def call(source: Any, target: Any, **more: Any) -> None:
-                self.made.extend((("from", self._name(source)), ("name", self._name(target))))
-                real[name](source, target, **more)
+    def _unlinked(self, path: Name, **_: object) -> None:
+        self._add("unlink", path)
 
-            return call
+    def _named(self, source: Name, target: Name, **_: object) -> None:
+        self._add("from", source)
+        self._add("name", target)
 
-        def unlink(path: Any, **more: Any) -> None:
-            real["unlink"](path, **more)
-            self.made.append(("unlink", self._name(path)))
-
-        monkeypatch.setattr(os, "fsync", fsync)
-        monkeypatch.setattr(os, "unlink", unlink)
-        for name in ("rename", "replace"):
-            monkeypatch.setattr(os, name, named(name))
-
-    def _name(self, path: Any) -> str:
-        return os.path.relpath(path, self.out)
+    def _add(self, what: str, path: Name) -> None:
+        self.made.append((what, os.path.relpath(path, self.out)))
 
     def first(self, what: str, name: str, since: int = 0) -> int:
         """Where a step comes next; fails where it does not."""

@@ -11,7 +11,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -20,6 +19,7 @@ from moeconv.engine import methods, syscalls, target
 from moeconv.engine.journal import read_journal
 from moeconv.errors import DiskFull, IoFailed
 from tests.badinput.checks import holds, tree
+from tests.calls import watched
 from tests.engine.test_methods import WAYS, big, cloning, source  # noqa: F401 - a fixture
 from tests.faults.killed import forked
 from tests.helpers import tree_sha256
@@ -49,16 +49,15 @@ def test_a_clone_that_fails(  # noqa: PLR0917 - parameters
     moeconv.fuse(source(tmp_path / "src"), cloning / "fused")
     if overwrite:
         moeconv.fuse(cloning / "fused", cloning / "out")
-    before, made, real = tree(cloning / "out"), 0, fcntl.ioctl
+    before, made = tree(cloning / "out"), 0
 
-    def ioctl(descriptor: int, request: int, *rest: Any) -> Any:
+    def fail(_descriptor: int, request: int, *_: object) -> None:
         nonlocal made
         made += request == syscalls._CLONE_RANGE
         if made == turn and request == syscalls._CLONE_RANGE:
             raise OSError(code, os.strerror(code))
-        return real(descriptor, request, *rest)
 
-    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(fcntl, "ioctl", watched(fcntl.ioctl, fail))
     fails_as_the_disk_does(
         code,
         lambda: moeconv.shard(
@@ -113,7 +112,7 @@ def test_resumed_by_another_way_and_with_other_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, jobs: tuple[int, int]
 ) -> None:
     src, out = big(tmp_path / "src"), tmp_path / "out"
-    same: dict[str, Any] = {"ep_size": 2, "max_shard_size": 1_500_000}
+    same: dict[str, int] = {"ep_size": 2, "max_shard_size": 1_500_000}
     moeconv.shard(src, tmp_path / "whole", **same)
 
     def die(*_: object) -> None:

@@ -82,13 +82,13 @@ W132 = ("w1", "w3", "w2")
 class Family:
     """One recipe: its layer's name, where experts lie in it, and what is special of its layouts.
 
-    at: where fused tensors go; each: names of one expert's. own: layouts that other families have
-    in another way or not at all; lacks: shared ones that it has not.
+    at: where fused tensors go; each: names of one expert's, if they are elsewhere. own: layouts
+    that other families have in another way or not at all; lacks: shared ones that it has not.
     """
 
     model_type: str
     at: str
-    each: str
+    each: str = ""
     words: tuple[str, str, str] = GUD
     own: dict[str, Callable[[str], Made]] = field(default_factory=dict)
     lacks: frozenset[str] = frozenset()
@@ -96,7 +96,10 @@ class Family:
     first: int = 0
 
     def source(self) -> Made:
-        return alone(*(f"{self.each}.{word}.weight" for word in self.words), first=self.first)
+        return alone(
+            *(f"{self.each or self.at + '.{}'}.{word}.weight" for word in self.words),
+            first=self.first,
+        )
 
     def layouts(self) -> dict[str, Made]:
         at = self.at
@@ -113,10 +116,6 @@ class Family:
         return {n: made for n, made in (shared | own).items() if n not in self.lacks}
 
 
-def usual(model_type: str, at: str, **rest: object) -> Family:
-    return Family(model_type, at, f"{at}.{{}}", **rest)  # type: ignore[arg-type]
-
-
 def joined(kind: Callable[[str, str], Made], gate_up: str, down: str) -> Callable[[str], Made]:
     return lambda at: kind(f"{at}.{gate_up}", f"{at}.{down}")
 
@@ -125,44 +124,44 @@ VL = {"text_config": {"moe_num_experts": [E, E]}}
 LAYER, MLP = "model.layers.0", "model.layers.0.mlp.experts"
 TURNED = joined(columns, "gate_up_proj", "down_proj")
 FAMILIES = {
-    "aria": usual("aria", MLP, own={
+    "aria": Family("aria", MLP, own={
         "hub": joined(columns, "fc1.weight", "fc2.weight"), "fused": TURNED}),
-    "dbrx": usual("dbrx", "transformer.blocks.0.ffn.experts", words=("w1", "v1", "w2"), own={
+    "dbrx": Family("dbrx", "transformer.blocks.0.ffn.experts", words=("w1", "v1", "w2"), own={
         "fused": lambda at: flat(f"{at}.mlp.w1", f"{at}.mlp.v1", f"{at}.mlp.w2")},
         lacks=frozenset({"megablocks"})),
-    "deepseek_v4": usual("deepseek_v4", "layers.0.ffn.experts", words=W132),
-    "dots3_vision": usual(
+    "deepseek_v4": Family("deepseek_v4", "layers.0.ffn.experts", words=W132),
+    "dots3_vision": Family(
         "dots3_note", "vision_tower.blocks.0.mlp.experts", words=("fc1", "fc3", "fc2")),
     "ernie4_5_vl_text": Family("ernie4_5_vl_moe", f"{LAYER}.mlp.text_moe.experts",
         f"{LAYER}.mlp.experts.{{}}", config=VL),
     "ernie4_5_vl_vision": Family("ernie4_5_vl_moe", f"{LAYER}.mlp.vision_moe.experts",
         f"{LAYER}.mlp.experts.{{}}", config=VL, first=E),
-    "fused_on_the_hub": usual("mistral4", MLP),
-    "gemma4": usual("gemma4", f"{LAYER}.experts"),
-    "gpt_oss": usual("gpt_oss", MLP, own={
+    "fused_on_the_hub": Family("mistral4", MLP),
+    "gemma4": Family("gemma4", f"{LAYER}.experts"),
+    "gpt_oss": Family("gpt_oss", MLP, own={
         "fused": joined(alternating_columns, "gate_up_proj", "down_proj"),
         "sglang": joined(alternating_rows, "w13_weight", "w2_weight")}),
-    "granitemoe": usual("granitemoe", f"{LAYER}.block_sparse_moe.experts", own={
+    "granitemoe": Family("granitemoe", f"{LAYER}.block_sparse_moe.experts", own={
         "hub": lambda at: rows(f"{at.removesuffix('.experts')}.input_linear.weight",
                                f"{at.removesuffix('.experts')}.output_linear.weight")}),
-    "grok1": usual("grok-1", f"{LAYER}.moe_block.experts",
+    "grok1": Family("grok-1", f"{LAYER}.moe_block.experts",
         words=("linear", "linear_v", "linear_1")),
-    "hunyuan": usual("hunyuan", MLP, own={"hub": lambda at: alone_up_first(
+    "hunyuan": Family("hunyuan", MLP, own={"hub": lambda at: alone_up_first(
         f"{at}.{{}}.gate_and_up_proj.weight", f"{at}.{{}}.down_proj.weight")}),
-    "inkling": usual("inkling_mm_model", MLP, own={
+    "inkling": Family("inkling_mm_model", MLP, own={
         "hub": joined(alternating_rows, "w13_weight", "w2_weight")}, lacks=frozenset({"sglang"})),
-    "jamba": usual("jamba", f"{LAYER}.feed_forward.experts"),
-    "jetmoe": usual("jetmoe", f"{LAYER}.mlp.experts", own={
+    "jamba": Family("jamba", f"{LAYER}.feed_forward.experts"),
+    "jetmoe": Family("jetmoe", f"{LAYER}.mlp.experts", own={
         "fused": lambda at: rows(f"{at.removesuffix('.experts')}.input_linear.weight",
                                  f"{at.removesuffix('.experts')}.output_linear.weight")}),
-    "kimi_k3": usual("kimi_k3", f"{LAYER}.block_sparse_moe.experts", words=W132),
-    "lfm2_moe": usual("lfm2_moe", f"{LAYER}.feed_forward.experts", words=W132),
-    "llama4": usual("llama4", f"{LAYER}.feed_forward.experts", own={"fused": TURNED}),
-    "mistral_large4": usual("mistral_large4", "layers.0.experts", words=W132),
-    "mixtral": usual("mixtral", f"{LAYER}.block_sparse_moe.experts", words=W132),
-    "openai_privacy_filter": usual("openai_privacy_filter", MLP, own={"fused": TURNED}),
-    "qwen3_moe": usual("qwen3_moe", MLP),
-    "qwen3_vl_moe": usual("qwen3_vl_moe", MLP, own={"hub": TURNED}),
+    "kimi_k3": Family("kimi_k3", f"{LAYER}.block_sparse_moe.experts", words=W132),
+    "lfm2_moe": Family("lfm2_moe", f"{LAYER}.feed_forward.experts", words=W132),
+    "llama4": Family("llama4", f"{LAYER}.feed_forward.experts", own={"fused": TURNED}),
+    "mistral_large4": Family("mistral_large4", "layers.0.experts", words=W132),
+    "mixtral": Family("mixtral", f"{LAYER}.block_sparse_moe.experts", words=W132),
+    "openai_privacy_filter": Family("openai_privacy_filter", MLP, own={"fused": TURNED}),
+    "qwen3_moe": Family("qwen3_moe", MLP),
+    "qwen3_vl_moe": Family("qwen3_vl_moe", MLP, own={"hub": TURNED}),
     "step3": Family("step3p5", MLP, f"{LAYER}.moe.experts.{{}}", own={"hub": lambda _: apart(
         *(f"{LAYER}.moe.{p}.weight" for p in GUD))}),
 }  # fmt: skip

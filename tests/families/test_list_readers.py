@@ -3,7 +3,6 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -44,8 +43,8 @@ def alone(layer: int, experts: range = range(3)) -> list[str]:
 def converted(
     root: Path,
     text: str,
-    quantization: dict[str, Any],
-    config: dict[str, Any] | None = None,
+    quantization: dict[str, object],
+    config: dict[str, object] | None = None,
     *,
     layout: str = "fused",
 ) -> Result:
@@ -56,10 +55,17 @@ def converted(
     return verb(src, root / "out", layout=layout)
 
 
-def now(result: Result, *path: str) -> Any:
-    found = json.loads((result.out / "config.json").read_bytes())["quantization_config"]
-    for key in path:
-        found = found[key]
+def now(result: Result) -> dict[str, object]:
+    """The `quantization_config` of an output."""
+    config = json.loads((result.out / "config.json").read_bytes())
+    found: dict[str, object] = config["quantization_config"]
+    return found
+
+
+def texts_now(result: Result, key: str) -> list[str]:
+    """A list of it."""
+    found = now(result)[key]
+    assert isinstance(found, list)
     return found
 
 
@@ -70,17 +76,17 @@ def notes(result: Result) -> list[str]:
 @pytest.mark.parametrize("place", ["ignore", "exclude_modules", "ignored_layers"])
 def test_the_name_of_joined_experts_becomes_each_of_them(place: str, tmp_path: Path):
     result = converted(tmp_path, FUSED, {place: [STACK.format(0)]}, layout="per-expert")
-    assert now(result, place) == alone(0)
+    assert texts_now(result, place) == alone(0)
 
 
 def test_the_name_of_joined_experts_becomes_that_of_the_module_within(tmp_path: Path):
     result = converted(tmp_path, FUSED, {"ignore": [STACK.format(0)]}, layout="megablocks")
-    assert now(result, "ignore") == [f"{STACK.format(0)}.mlp"]
+    assert texts_now(result, "ignore") == [f"{STACK.format(0)}.mlp"]
 
 
 def test_the_name_of_joined_experts_stays_where_they_stay_joined(tmp_path: Path):
     result = converted(tmp_path, FUSED, {"ignore": [STACK.format(0)]}, layout="sglang")
-    assert now(result, "ignore") == [STACK.format(0)]
+    assert texts_now(result, "ignore") == [STACK.format(0)]
     assert notes(result) == []
 
 
@@ -98,7 +104,7 @@ def test_a_format_of_joined_experts_becomes_that_of_each(tmp_path: Path):
 def test_a_name_that_means_nothing_yet_is_said(tmp_path: Path):
     """One that experts have where they are joined, of experts that are not."""
     result = converted(tmp_path, ALONE, {"ignore": [STACK.format(0), "lm_head"]})
-    assert now(result, "ignore") == [STACK.format(0), "lm_head"]
+    assert texts_now(result, "ignore") == [STACK.format(0), "lm_head"]
     (note,) = notes(result)
     assert f"`{STACK.format(0)}` left as written" in note
 
@@ -119,8 +125,8 @@ def test_transformers_takes_ends_of_names_and_all_that_is_in_a_module(
     place: str, texts: list[str], layout: str, added: list[str], tmp_path: Path
 ):
     result = converted(tmp_path, ALONE, {"quant_method": "fp8", place: texts}, layout=layout)
-    assert [t for t in now(result, place) if t not in texts] == added
-    assert [t for t in now(result, place) if t not in added] == texts
+    assert [t for t in texts_now(result, place) if t not in texts] == added
+    assert [t for t in texts_now(result, place) if t not in added] == texts
 
 
 def test_an_end_that_half_a_new_name_has_is_said(tmp_path: Path):
@@ -142,7 +148,7 @@ def test_an_end_that_half_a_new_name_has_is_said(tmp_path: Path):
 def test_awq_takes_parts_of_names(texts: list[str], wanted: list[str] | None, tmp_path: Path):
     quantization = {"quant_method": "awq", "modules_to_not_convert": texts}
     result = converted(tmp_path, ALONE, quantization, layout="sglang")
-    found = now(result, "modules_to_not_convert")
+    found = texts_now(result, "modules_to_not_convert")
     if wanted is None:
         assert found == texts
         assert "names some experts" in notes(result)[0]
@@ -155,27 +161,27 @@ def test_the_name_of_a_block_that_moves_gets_the_new_one_beside_it(tmp_path: Pat
     """Step 3's experts are in `moe` on the Hub, in `mlp.experts` where they are joined."""
     lists = {"modules_to_not_convert": ["model.layers.3.moe"]}
     result = converted(tmp_path, STEP, lists, {"model_type": "step3p5"})
-    found = now(result, "modules_to_not_convert")
+    found = texts_now(result, "modules_to_not_convert")
     assert found == ["model.layers.3.moe", "model.layers.3.mlp.experts"]
 
 
 def test_ends_of_names_without_the_word_experts(tmp_path: Path):
     lists = {"llm_int8_skip_modules": ["input_linear", "output_linear"]}
     result = converted(tmp_path, GRANITE, lists, {"model_type": "granitemoe"})
-    assert "model.layers.0.block_sparse_moe.experts" in now(result, "llm_int8_skip_modules")
+    assert "model.layers.0.block_sparse_moe.experts" in texts_now(result, "llm_int8_skip_modules")
 
 
 def test_a_glob_with_a_class(tmp_path: Path):
     lists = {"exclude_modules": ["model.layers.[!1].block_sparse_moe.input_*"]}
     result = converted(tmp_path, GRANITE, lists, {"model_type": "granitemoe"})
     experts = "model.layers.0.block_sparse_moe.experts"
-    assert now(result, "exclude_modules")[1:] == [f"{experts}.gate_up_proj"]
+    assert texts_now(result, "exclude_modules")[1:] == [f"{experts}.gate_up_proj"]
 
 
 def test_a_text_where_a_list_is_usual(tmp_path: Path):
     """It is one of a list of one, if it stays one."""
     result = converted(tmp_path, FUSED, {"targets": f"{STACK.format(0)}.gate_up_proj"}, layout="kn")
-    assert now(result, "targets") == f"{STACK.format(0)}.gate_up_kn"
+    assert now(result)["targets"] == f"{STACK.format(0)}.gate_up_kn"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +221,7 @@ def test_a_text_where_a_list_is_usual(tmp_path: Path):
     ],
 )
 def test_what_is_not_understood_is_said(
-    text: str, model_type: str, quantization: dict[str, Any], told: str, tmp_path: Path
+    text: str, model_type: str, quantization: dict[str, object], told: str, tmp_path: Path
 ):
     config = {"model_type": model_type, "n_routed_experts": 3} if model_type else None
     if config and model_type != "kimi_k25":
@@ -239,7 +245,7 @@ def test_what_is_not_understood_is_said(
         {"dynamic": {"-:.*self_attn.*": {}}},
     ],
 )
-def test_what_is_about_other_modules_is_not_said(quantization: dict[str, Any], tmp_path: Path):
+def test_what_is_about_other_modules_is_not_said(quantization: dict[str, object], tmp_path: Path):
     result = converted(tmp_path, ALONE, quantization)
     assert now(result) == quantization
     assert notes(result) == []
@@ -249,7 +255,7 @@ def test_what_is_about_other_modules_is_not_said(quantization: dict[str, Any], t
 def test_a_module_around_experts_that_is_not_called_so_is_not_theirs(text: str, tmp_path: Path):
     """Its reader asks for single modules; a router is in it, too."""
     result = converted(tmp_path, JET, {"ignore": [text]}, {"model_type": "jetmoe"}, layout="sglang")
-    assert now(result, "ignore") == [text]
+    assert texts_now(result, "ignore") == [text]
     assert notes(result) == []
 
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,10 +16,11 @@ from moeconv.engine import workplace
 from moeconv.errors import IoFailed, WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree, untouched
+from tests.calls import watched
 from tests.faults.killed import count_calls, forked
 from tests.faults.test_resume import fail_after
 
-SAME: dict[str, Any] = {"ep_size": 2, "max_shard_size": 100_000}
+SAME: dict[str, int] = {"ep_size": 2, "max_shard_size": 100_000}
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_resumed_run_that_fails_says_so_too_and_the_next_one_ends_it(
 
 @pytest.mark.parametrize("more", [{"resume": True}, {"overwrite": True}], ids=str)
 def test_the_new_output_stood_already(
-    src: Path, out: Path, tmp_path: Path, more: dict[str, Any]
+    src: Path, out: Path, tmp_path: Path, more: dict[str, object]
 ) -> None:
     """Killed while the old one was being removed: what is left of it goes."""
     moeconv.shard(src, out, overwrite=True, **SAME)
@@ -187,13 +187,11 @@ def test_what_says_whose_it_is_goes_last(
     src: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone: list[str] = []
-    real = os.unlink
 
-    def unlink(path: Any, **more: Any) -> None:
+    def note(path: Path, **_: object) -> None:
         gone.append(str(path))
-        real(path, **more)
 
-    monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.setattr(os, "unlink", watched(os.unlink, note))
     workplace.remove_output(out)
     assert gone[-1].endswith("moeconv.json")
     papers = [n for n, path in enumerate(gone) if "/moeconv/" in path]

@@ -7,12 +7,12 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 import moeconv
 import moeconv.runtime
@@ -42,9 +42,9 @@ def quantised(weight: torch.Tensor, scale_dtype: torch.dtype) -> dict[str, torch
     }
 
 
-def published(model_type: str, root: Path, scale_dtype: torch.dtype) -> Any:
+def published(model_type: str, root: Path, scale_dtype: torch.dtype) -> type[PreTrainedModel]:
     """A tiny checkpoint whose routed experts are block fp8, and its model class."""
-    model: Any = tiny_model(model_type)
+    model = tiny_model(model_type)
     model.save_pretrained(root)
     tensors: dict[str, torch.Tensor] = {}
     linears = {n.removesuffix(".weight") for n in file_tensors(root) if n.endswith("proj.weight")}
@@ -128,7 +128,7 @@ def test_dequantising_is_equal_before_and_after(model_type: str, tmp_path: Path)
 @pytest.mark.parametrize("numbers", [0, 1, 2])
 def test_dequantising_a_stack_that_is_turned_on_loading(tmp_path: Path, *, numbers: int):
     """transformers has a rule for these names already, which turns [E, K, O]: it comes after."""
-    model: Any = tiny_model("qwen3_vl_moe")
+    model = tiny_model("qwen3_vl_moe")
     model.save_pretrained(tmp_path)
     tensors = dict(file_tensors(tmp_path))
     stacks = [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
@@ -184,7 +184,9 @@ STORED = (
 SHAPES: dict[str, tuple[int, ...] | None] = {"blocks": None, "[]": (), "[1]": (1,), "[1,1]": (1, 1)}
 
 
-def by_hand(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, holds: str) -> list[Any]:
+def by_hand(
+    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, holds: str
+) -> list[torch.Tensor]:
     """The parameters that hold these experts, [E, O, K] each."""
     if holds == "flat":
         return [gate.flatten(0, 1), up.flatten(0, 1), down.mT.flatten(0, 1)]
@@ -195,9 +197,9 @@ def by_hand(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, holds: str
 
 def one_by_one(
     model_type: str, scales: tuple[int, ...] | None, root: Path
-) -> tuple[Any, dict[str, dict[str, list[torch.Tensor]]]]:
+) -> tuple[type[PreTrainedModel], dict[str, dict[str, list[torch.Tensor]]]]:
     """A checkpoint of fp8 experts, its model class, and what multiplied matrices each stack has."""
-    model: Any = tiny_model(model_type)
+    model = tiny_model(model_type)
     model.save_pretrained(root / "plain")
     moeconv.unfuse(root / "plain", root / "alone", layout="per-expert")
     tensors: dict[str, torch.Tensor] = {}
@@ -272,9 +274,11 @@ def test_dequantised_by_hand(model_type: str, scales: str, tmp_path: Path):
             assert torch.equal(parameter, by_matrix)
 
 
-def with_scales(model_type: str, shapes: dict[str, tuple[int, ...]], root: Path) -> Any:
+def with_scales(
+    model_type: str, shapes: dict[str, tuple[int, ...]], root: Path
+) -> type[PreTrainedModel]:
     """A fused fp8 checkpoint as others might write it, blocks of 8, and its model class."""
-    model: Any = tiny_model(model_type)
+    model = tiny_model(model_type)
     model.save_pretrained(root)
     tensors = dict(file_tensors(root))
     for name in list(tensors):

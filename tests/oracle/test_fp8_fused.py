@@ -5,11 +5,11 @@ Its experts have activation scales `[E]`, and where a matrix has one scale, grid
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import moeconv
 from tests.helpers import tree_sha256
@@ -23,12 +23,12 @@ SCHEMES = [("static", (8, 8)), ("dynamic", None), ("static", None)]
 
 def saved(
     root: Path, scheme: str, block: tuple[int, int] | None, model_type: str = "qwen3_moe"
-) -> Any:
+) -> PreTrainedModel:
     """A tiny model that transformers quantised and saved in its own layout; no two scales alike."""
-    plain: Any = tiny_model(model_type)
+    plain = tiny_model(model_type)
     plain.save_pretrained(root / "plain")
     config = transformers.FineGrainedFP8Config(activation_scheme=scheme, weight_block_size=block)
-    model: Any = type(plain).from_pretrained(root / "plain", quantization_config=config)
+    model = type(plain).from_pretrained(root / "plain", quantization_config=config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         if ".experts." in name and "scale" in name:

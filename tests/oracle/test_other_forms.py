@@ -1,7 +1,6 @@
 """transformers is the judge of the forms that are not per expert: turned, foreign, fused only."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -37,7 +36,7 @@ def assert_same_model(model: nn.Module, root: Path) -> None:
 
 
 def test_qwen3_vl_from_the_hub_and_back(tmp_path: Path):
-    model: Any = tiny_model("qwen3_vl_moe")
+    model = tiny_model("qwen3_vl_moe")
     model.save_pretrained(tmp_path / "saved")
     hub = turned(tmp_path / "saved", tmp_path / "hub")
     assert_same_model(model, hub)  # the judge takes it for a file of the Hub
@@ -65,7 +64,7 @@ def test_qwen3_vl_where_a_tensor_is_square(halves: int, mixed: str, tmp_path: Pa
     config = tiny_model("qwen3_vl_moe").config
     config.text_config.moe_intermediate_size = config.text_config.hidden_size * halves // 2
     torch.manual_seed(0)
-    model: Any = type(tiny_model("qwen3_vl_moe"))._from_config(config, dtype=torch.bfloat16).eval()
+    model = type(tiny_model("qwen3_vl_moe"))._from_config(config, dtype=torch.bfloat16).eval()
     model.save_pretrained(tmp_path / "right")
     right = file_bits(tmp_path / "right")
     hub = turned(tmp_path / "right", tmp_path / "hub")
@@ -91,7 +90,7 @@ def test_qwen3_vl_where_a_tensor_is_square(halves: int, mixed: str, tmp_path: Pa
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "qwen3_5_moe", "dots1"])
 def test_unfuse_of_a_file_that_transformers_fused(model_type: str, tmp_path: Path):
-    model: Any = tiny_model(model_type)
+    model = tiny_model(model_type)
     model.save_pretrained(tmp_path / "published")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     moeconv.unfuse(tmp_path / "fused", tmp_path / "out")
@@ -107,7 +106,7 @@ def test_unfuse_of_a_file_that_transformers_fused(model_type: str, tmp_path: Pat
 )
 def test_transformers_own_names_are_read_too(model_type: str, tmp_path: Path):
     """A fused file has the module names of transformers; in some families they are others."""
-    model: Any = tiny_model(model_type)
+    model = tiny_model(model_type)
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     moeconv.unfuse(tmp_path / "fused", tmp_path / "out", layout="per-expert")
     assert not any(name.endswith("gate_up_proj") for name in file_bits(tmp_path / "out"))
@@ -134,14 +133,14 @@ def test_each_expert_of_a_fused_family_is_what_transformers_takes_it_for(
     model_type: str, tmp_path: Path
 ):
     """Which rows are gate and which are up, by what the module says of itself."""
-    model: Any = tiny_model(model_type)
+    model = tiny_model(model_type)
     model.save_pretrained(tmp_path / "src", save_original_format=False)
     moeconv.unfuse(tmp_path / "src", tmp_path / "out", layout="per-expert")
     files = file_tensors(tmp_path / "out")
     stacks = {n.rpartition(".")[0] for n in file_tensors(tmp_path / "src") if "gate_up_proj" in n}
     assert stacks
     for stack in stacks:
-        module: Any = model.get_submodule(stack)
+        module = model.get_submodule(stack)
         # Llama 4 is older than these attributes, and both
         turned_ = getattr(module, "is_transposed", True)
         halves = getattr(module, "is_concatenated", True)
@@ -156,7 +155,7 @@ def test_each_expert_of_a_fused_family_is_what_transformers_takes_it_for(
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "granitemoe"])
 def test_families_that_are_published_fused_only(model_type: str, tmp_path: Path):
-    model: Any = tiny_model(model_type)
+    model = tiny_model(model_type)
     model.save_pretrained(tmp_path / "src", save_original_format=False)
     with pytest.raises(NoPerExpertForm) as refusal:
         moeconv.unfuse(tmp_path / "src", tmp_path / "out")

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -77,7 +76,7 @@ def case(
 ) -> Iterator[Case]:
     """Every conversion once a family; the tests below look at what came out."""
     root = tmp_path_factory.mktemp(request.param)
-    model: Any = tiny_model(request.param)
+    model = tiny_model(request.param)
     made = Case(request.param, model, *(root / n for n in ("src", "out", "back", "theirs")))
     size = sum(t.nbytes for t in model.state_dict().values())
     model.save_pretrained(made.src, max_shard_size=size // 4)
@@ -139,7 +138,7 @@ def test_proofs_agree(case: Case):
 
 def test_every_expert_is_in_its_own_place(tmp_path: Path):
     """Held against the published tensors one by one, without transformers' fusing code."""
-    model: Any = tiny_model("qwen3_moe")
+    model = tiny_model("qwen3_moe")
     experts, width = model.config.num_experts, model.config.moe_intermediate_size
     model.save_pretrained(tmp_path / "src")
     moeconv.fuse(tmp_path / "src", tmp_path / "out")
@@ -160,9 +159,9 @@ def test_what_cannot_be_a_case_cannot(tmp_path: Path):
     """The reasons in IMPOSSIBLE are true."""
     assert IMPOSSIBLE.keys() == {"doge", "cosmos3_omni", "vitpose_backbone"}
     for model_type in ("doge", "cosmos3_omni"):
-        model: Any = tiny_model(model_type)
+        model = tiny_model(model_type)
         assert not any(is_expert(name) for name in model.state_dict())
     # what it calls experts are plain layers, and its forward is told which one to use
-    pose: Any = tiny_model("vitpose_backbone")
+    pose = tiny_model("vitpose_backbone")
     assert "dataset_index" in inspect.signature(pose.forward).parameters
     assert not any("router" in name or ".gate." in name for name in pose.state_dict())

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import moeconv
 from moeconv.errors import UnknownFamily
@@ -26,11 +26,11 @@ WRAPPERS = [
 ]
 
 
-def saved(root: Path, wrapper: str, text: str, tower: dict[str, object]) -> Any:
+def saved(root: Path, wrapper: str, text: str, tower: dict[str, object]) -> type[PreTrainedModel]:
     """A tiny wrapper around a family's tiny model; its class."""
     parts = {"model_type": wrapper, "text_config": family(text)["config"], "vision_config": tower}
     config = transformers.CONFIG_MAPPING[wrapper].from_dict(parts)
-    auto: Any = transformers.AutoModelForImageTextToText
+    auto = transformers.AutoModelForImageTextToText
     model = auto.from_config(config, dtype=torch.bfloat16)
     keep_in_float32(model)
     randomize(model, 0)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 FAMILIES = Path(__file__).resolve().parents[1] / "data" / "families"
 MODEL_TYPES: tuple[str, ...] = tuple(sorted(path.stem for path in FAMILIES.glob("*.json")))
@@ -38,7 +39,7 @@ SPEAKING = frozenset(
 _FIRST_PLAIN_ID = 10
 
 
-def tiny_model(model_type: str, *, seed: int = 0) -> nn.Module:
+def tiny_model(model_type: str, *, seed: int = 0) -> PreTrainedModel:
     """Build the tiny model of a family, in eval mode, every saved float tensor random.
 
     BF16, and F32 where the family insists on it (routers, mostly): the dtypes that
@@ -47,8 +48,8 @@ def tiny_model(model_type: str, *, seed: int = 0) -> nn.Module:
     """
     of = family(model_type)
     config = transformers.CONFIG_MAPPING[model_type].from_dict(_runnable(of["config"]))
-    model_class: Any = getattr(transformers, of["class"])
-    model: nn.Module = model_class._from_config(config, dtype=torch.bfloat16)
+    model_class: type[PreTrainedModel] = getattr(transformers, of["class"])
+    model: PreTrainedModel = model_class._from_config(config, dtype=torch.bfloat16)
     keep_in_float32(model)
     randomize(model, seed)
     return model.eval()
