@@ -8,7 +8,7 @@ import pytest
 import moeconv
 from moeconv.checkpoint.quantlists import changed_lists
 from moeconv.jsonvalue import Json
-from tests.families.test_quantization_config import checkpoint, config_of, modules
+from tests.families.listing import checkpoint, config_of, modules
 from tests.phantoms import phantom
 from tests.quantised.test_half_apart import CONFIG, HALVES, rows
 

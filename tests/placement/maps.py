@@ -1,16 +1,39 @@
-"""Random checkpoints' layers and placements for them."""
+"""Random checkpoints' layers and placements for them; maps of four experts by row and by id."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import strategies as st
 
-from moeconv.placement.placement import Layers, Placement
+from moeconv.errors import BadPlacement
+from moeconv.placement.documents import RawMap
+from moeconv.placement.formats import resolve
+from moeconv.placement.placement import Layers, Placement, trivial
+from tests.badinput.checks import holds
 
 # as DeepSeek-V3, in small: a dense layer, three MoE layers, one of MTP
 SMALL = Layers(experts=4, moe=(1, 2, 3), beyond=(4,), hidden=4)
+DEEPSEEK = Layers(256, tuple(range(3, 61)), (61,), 61)
 PLAIN = Layers(experts=4, moe=(1, 2), beyond=(), hidden=3)
+
+
+A, B, C, D = (0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (2, 3, 0, 1)
+
+
+def unfit(raw: RawMap, layers: Layers, *facts: str) -> None:
+    with pytest.raises(BadPlacement) as caught:
+        resolve(raw, layers)
+    holds(caught.value, BadPlacement, *facts)
+
+
+def by_row(name: str, *rows: tuple[int, ...]) -> RawMap:
+    return RawMap(name, "by row", tuple(enumerate(rows)), count=len(rows))
+
+
+def by_id(name: str, *ids: int) -> RawMap:
+    return RawMap(name, "by layer id", tuple((n, trivial(4, 4 + n)) for n in sorted(ids)))
 
 
 def placed(layers: Layers, *rows: tuple[int, ...]) -> Placement:
