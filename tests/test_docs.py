@@ -72,7 +72,7 @@ def error_classes() -> list[type[errors.MoeconvError]]:
     found, queue = [], [errors.MoeconvError]
     while queue:
         queue += (subclasses := queue.pop().__subclasses__())
-        found += [c for c in subclasses if c.__module__ == errors.__name__]
+        found += [c for c in subclasses if c.__module__.startswith(f"{errors.__name__}.")]
     return found
 
 

@@ -116,7 +116,7 @@ def locate(src: str | Path) -> Path:
 def open_checkpoint(path: Path, *, without: tuple[str, ...] = ()) -> Checkpoint:
     """Read all headers, the index, config.json; list the sidecars. Opens no data.
 
-    without: globs of sidecars to leave out. Raises the classes of errors.py §3 and §4.
+    without: globs of sidecars to leave out. Raises the classes of `errors.files`.
     """
     if path.is_file():
         return _open_file(path)
