@@ -128,3 +128,19 @@ def test_at_any_moment_it_is_one_line(  # noqa: PLR0917 - parameters
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.splitlines()[-1] == said  # nothing was written: nothing is taken back
     assert "Traceback" not in done.stderr
+
+
+def test_signals_that_are_ignored_stay_so(source: Path, tmp_path: Path) -> None:
+    """As under `nohup`, and for what a shell runs in the background."""
+    assert moeconv("fuse", source, "-o", tmp_path / "out").code == 0
+    ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{AT_A_CALL}"
+    place = ("moeconv.checks", "verify", str(int(signal.SIGINT)))
+    done = subprocess.run(
+        [sys.executable, "-c", ignoring, *place, "verify", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ok: ")
