@@ -24,7 +24,8 @@ GIB = 1024**3
 def measured(*arguments: str) -> tuple[dict[str, object], int]:
     """The JSON of a command in a process of its own, and that process's peak memory in bytes."""
     code = (
-        "import runpy, sys\n"
+        "import os, runpy, sys\n"
+        "os._exit = sys.exit  # it is to end below\n"
         "sys.argv = ['moeconv', *sys.argv[1:]]\n"
         "try: runpy.run_module('moeconv', run_name='__main__')\n"
         "except SystemExit as end: status = end.code\n"

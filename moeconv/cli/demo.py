@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -37,6 +36,8 @@ def demo(
             output.mkdir(parents=True, exist_ok=True)
             _run(ui, output)
             return
+        import tempfile  # of all commands only this one needs it
+
         folder = Path(tempfile.mkdtemp(prefix="moeconv-demo-"))
         try:
             _run(ui, folder)

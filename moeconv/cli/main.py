@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -16,7 +19,9 @@ from moeconv.cli.placement import placement
 from moeconv.cli.recipes import recipes
 from moeconv.cli.shard import shard
 from moeconv.cli.signals import end_when_told
+from moeconv.cli.ui import EXIT_PIPE, printing
 from moeconv.cli.verify import verify
+from moeconv.errors import IoFailed
 from moeconv.version import __version__
 
 app = typer.Typer(
@@ -60,8 +65,48 @@ def _root(
 
 def main() -> None:
     """The console script."""
+    _open_closed()
     end_when_told()
-    app()
+    _leave_out_others(sys.argv[1:])
+    try:
+        with printing():  # help and versions are typer's own words
+            try:
+                app()
+            except SystemExit as end:
+                _leave(end)
+    except BrokenPipeError:
+        os._exit(EXIT_PIPE)
+    except IoFailed as problem:
+        sys.stderr.write(f"{problem}\n")
+        raise SystemExit(problem.exit_code) from None
+
+
+def _open_closed() -> None:
+    """Whoever closed a stream (`>&-`) wants silence, and Python leaves None in its place."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the end
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+
+
+def _leave_out_others(arguments: list[str]) -> None:
+    """Where the first word is a verb, the flags of all others need not be looked at."""
+    wanted = next(iter(arguments), None)
+    named = [c for c in app.registered_commands if c.callback and c.callback.__name__ == wanted]
+    if named:
+        app.registered_commands, app.registered_groups = named, []
+
+
+def _leave(end: SystemExit) -> NoReturn:
+    """End here: to take half a million tensors apart one by one helps nobody.
+
+    By then all files are closed and on the disk; only what is said may still wait to be written.
+    """
+    if not isinstance(end.code, int):
+        raise end
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(end.code)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import digest, hasher
 from moeconv.engine.crew import Limits, Progress, run_tiles
 from moeconv.engine.files import NEW_FILE, partial_path, writing
+from moeconv.engine.gather import BUFFER_BYTES
 from moeconv.engine.journal import barely_begun, plan_digest, resumable
 from moeconv.engine.methods import REFLINK, Methods
 from moeconv.engine.papers import (
@@ -29,7 +30,7 @@ from moeconv.engine.papers import (
 from moeconv.engine.resume import finished_before, identity
 from moeconv.engine.room import Room, refuse_short
 from moeconv.engine.target import DiskTarget
-from moeconv.engine.tiles import BUFFER_BYTES, Digests, Promised
+from moeconv.engine.tiles import Digests, Promised
 from moeconv.engine.undisturbed import undisturbed
 from moeconv.engine.workplace import Workplace, fsync_directory
 from moeconv.errors import Damaged, MoeconvError, NameCollision, SourceChanged, quoted

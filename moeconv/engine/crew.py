@@ -9,13 +9,21 @@ from typing import Final, Protocol, TypeAlias
 
 from moeconv.checkpoint.source import DataFile
 from moeconv.digest import EMPTY_DIGEST
-from moeconv.engine.memory import Memory
+from moeconv.engine.memory import PAGE_BYTES, Memory
 from moeconv.engine.sources import Sources, opened
-from moeconv.engine.tiles import Bytes, Digests, Promised, Stopped, TileRunner
+from moeconv.engine.tiles import (
+    Bytes,
+    Digests,
+    Promised,
+    Stopped,
+    TileRunner,
+    whole_blocks,
+)
 from moeconv.engine.undisturbed import undisturbed
-from moeconv.plan.values import OutputFile, Tile
+from moeconv.plan.values import CopyTile, OutputFile, Tile
 
 BATCH_BYTES: Final = 64 * 1024 * 1024
+CLONE_COST_BYTES: Final = 64 * 1024  # as long as one clone takes
 Progress: TypeAlias = Callable[[int], None]
 
 
@@ -219,12 +227,22 @@ def _job(file: OutputFile, target: Target, promised: Promised) -> _Job:
     batch: list[Tile] = []
     size = 0
     for tile in file.tiles:
-        if batch and size + tile.nbytes > BATCH_BYTES:
+        cost = _cost(tile, target, promised)
+        if batch and size + cost > BATCH_BYTES:
             batches.append(tuple(batch))
             batch, size = [], 0
         batch.append(tile)
-        size += tile.nbytes
+        size += cost
     # a file without data still has one batch, so that it is made at all
     batches.append(tuple(batch))
     digests = [[EMPTY_DIGEST] * tensor.units for tensor in file.tensors]
     return _Job(file, target, promised, digests, batches[::-1], len(batches))
+
+
+def _cost(tile: Tile, target: Target, promised: Promised) -> int:
+    """Bytes to move, about: clones that nobody reads cost a call each, and wait for one another."""
+    if target.clones and isinstance(tile, CopyTile) and tile.nbytes > CLONE_COST_BYTES:
+        first, last = whole_blocks(tile.offset, tile.start, tile.nbytes, PAGE_BYTES)
+        if first < last and promised(tile.tensor, tile.unit) is not None:
+            return CLONE_COST_BYTES
+    return tile.nbytes

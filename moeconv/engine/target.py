@@ -26,6 +26,12 @@ from moeconv.plan.values import OutputFile
 # Writes past the page cache: in whole pages, and long enough to be worth waiting for the disk.
 DIRECT_BYTES: Final = 256 * 1024
 
+# shorter copies in the kernel cost more than to write what is in a buffer already
+KERNEL_BYTES: Final = 64 * 1024
+
+# fewer bytes in the page cache than that can wait for the end
+SETTLED_BYTES: Final = 4 * 1024 * 1024
+
 Finished: TypeAlias = Callable[[OutputFile, Path, Digests], None]
 
 
@@ -42,6 +48,7 @@ class DiskTarget:
         self._direct: int | None = None
         self._plainly = False  # without early writeback, and from the buffer that was hashed
         self._refused = False  # writes past the page cache, by the device
+        self._unsettled = 0  # bytes that wait in the page cache; a hint, so the lock is not asked
         self._writing = threading.Lock()
 
     @property
@@ -64,7 +71,7 @@ class DiskTarget:
     def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
         """Write `view` at `offset`, by the quickest way that is open. Raises IoFailed, DiskFull."""
         done = self._write_direct(view, offset)
-        if origin is not None and done < len(view) and not self._plainly:
+        if origin is not None and len(view) - done >= KERNEL_BYTES and not self._plainly:
             source, start = origin
             done += self._copy(source, start + done, offset + done, len(view) - done)
         if done == len(view):
@@ -75,6 +82,7 @@ class DiskTarget:
             while done < len(view):
                 count = os.pwrite(self._descriptor, view[done:], offset + done)
                 self._methods.tally.add(written=count)
+                self._unsettled += count
                 done += count
 
     def _write_direct(self, view: memoryview, offset: int) -> int:
@@ -110,6 +118,7 @@ class DiskTarget:
             return 0
         with self._writing, writing(self._path):
             done = copy_in_kernel(source, offset, self._descriptor, at, nbytes)
+            self._unsettled += done
         self._methods.tally.add(copied=done)
         return done
 
@@ -128,8 +137,12 @@ class DiskTarget:
         return first, last
 
     def settle(self, offset: int, nbytes: int) -> None:
-        """Let the disk begin on a batch while the next one is copied."""
-        if not self._plainly:
+        """Let the disk begin on a batch while the next one is copied.
+
+        Not for the edges of clones: each would be a write of its own, with somebody waiting.
+        """
+        if not self._plainly and (not self.clones or self._unsettled >= SETTLED_BYTES):
+            self._unsettled = 0
             start_writeback(self._descriptor, offset, nbytes)
 
     def finish(self, digests: Digests) -> None:

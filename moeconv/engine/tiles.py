@@ -7,15 +7,13 @@ from collections.abc import Callable
 from typing import Final, Protocol, TypeAlias
 
 from moeconv.digest import digest, hasher
-from moeconv.engine.memory import Memory, mapped
+from moeconv.engine.gather import BUFFER_BYTES, Gather
+from moeconv.engine.memory import Memory
 from moeconv.engine.sources import Sources
 from moeconv.errors import MoeconvError, quoted
 from moeconv.plan.values import CopyTile, OutputFile, Span, Tile, WeaveTile
 
-# fits the second-level cache: larger buffers copy slower, smaller ones pay more calls
-BUFFER_BYTES: Final = 1024 * 1024
-
-# from this size on a tile is copied by itself, in the kernel where that is possible
+# from this size on bytes are copied by themselves, in the kernel where that is possible
 LARGE_TILE_BYTES: Final = 256 * 1024
 
 # a clone costs as much as a small copy
@@ -56,7 +54,7 @@ class Stopped(Exception):
 
 
 class TileRunner:
-    """One worker's buffer, and the loop that fills and empties it."""
+    """One worker: the loop that fills and empties its buffer."""
 
     def __init__(
         self,
@@ -70,8 +68,7 @@ class TileRunner:
         self._memory = memory
         self._stop = stop
         self._advance = advance
-        # pages of its own, as writing past the page cache asks for
-        self._buffer = memoryview(mapped(BUFFER_BYTES))
+        self._gather = Gather()
 
     def run(
         self,
@@ -87,32 +84,25 @@ class TileRunner:
         ones for whoever wants none.
         Raises IoFailed, SourceChanged, UnequalShared; Stopped when told to.
         """
-        at, filled, number, alone = tiles[0].start, 0, 0, 0
+        number = alone = 0
         large = CLONED_TILE_BYTES if target.clones else LARGE_TILE_BYTES
         while number < len(tiles):
+            self._refuse_stopped()
             tile, number = tiles[number], number + 1
             if isinstance(tile, CopyTile) and tile.nbytes < large:
-                if filled + tile.nbytes > BUFFER_BYTES:
-                    self._flush(target, at, filled)
-                    at, filled = tile.start, 0
-                self._small(tile, digests, filled)
-                filled += tile.nbytes
-                continue
-            self._flush(target, at, filled)
-            if isinstance(tile, CopyTile):
+                self._small(tile, digests, target)
+            elif isinstance(tile, CopyTile):
                 several: list[CopyTile] = []
                 if target.clones and number > alone:
                     several = _in_a_row(tiles, number - 1, promised)
                 if len(several) > 1 and self._at_once(several, digests, target, promised):
                     number += len(several) - 1
-                    tile = several[-1]
                 else:
                     alone = max(alone, number + len(several) - 1)  # asked once for all of them
                     self._large(tile, digests, target, promised)
             elif not (tile.straight and self._straight(tile, digests, target, promised)):
                 self._weave(file, tile, digests, target)
-            at, filled = tile.start + tile.nbytes, 0
-        self._flush(target, at, filled)
+        self._gather.flush(target)
 
     def _at_once(
         self, tiles: list[CopyTile], digests: Digests, target: Bytes, promised: Promised
@@ -129,11 +119,12 @@ class TileRunner:
         self._beside((first, last), head.file, head.offset, head.start, nbytes, target)
         return True
 
-    def _small(self, tile: CopyTile, digests: Digests, filled: int) -> None:
+    def _small(self, tile: CopyTile, digests: Digests, target: Bytes) -> None:
         """Gather: many scales and norms make one write."""
-        view = self._buffer[filled : filled + tile.nbytes]
+        view = self._gather.place(target, tile.start, tile.nbytes)
         self._sources.read_into(tile.file, view, tile.offset)
         digests[tile.tensor][tile.unit] = digest(view)
+        self._advance(tile.nbytes)
 
     def _large(self, tile: CopyTile, digests: Digests, target: Bytes, promised: Promised) -> None:
         """Clone what can be cloned; read, hash and copy the rest, a piece at a time."""
@@ -146,9 +137,10 @@ class TileRunner:
             self._beside((first, last), tile.file, tile.offset, tile.start, tile.nbytes, target)
             return
         state = hasher()
+        buffer = self._gather.whole(target)
         for done in range(0, tile.nbytes, BUFFER_BYTES):
             self._refuse_stopped()
-            view = self._buffer[: min(BUFFER_BYTES, tile.nbytes - done)]
+            view = buffer[: min(BUFFER_BYTES, tile.nbytes - done)]
             self._sources.read_into(tile.file, view, tile.offset + done)
             state.update(view)
             for start, stop in _outside(done, done + len(view), first, last):
@@ -183,8 +175,13 @@ class TileRunner:
         self._advance(last - first)
 
     def _move(self, file: int, offset: int, at: int, nbytes: int, target: Bytes) -> None:
-        """Copy bytes that nobody needs to see."""
-        done = 0
+        """Copy bytes that nobody needs to see; a clone's edges meet those of its neighbours."""
+        if nbytes < LARGE_TILE_BYTES:
+            if nbytes:
+                self._sources.read_into(file, self._gather.place(target, at, nbytes), offset)
+                self._advance(nbytes)
+            return
+        done, buffer = 0, self._gather.whole(target)
         source = self._sources.descriptor(file)
         while done < nbytes:
             self._refuse_stopped()
@@ -192,20 +189,14 @@ class TileRunner:
             count = target.copy(source, offset + done, at + done, size)
             if not count:
                 count = min(BUFFER_BYTES, nbytes - done)
-                self._sources.read_into(file, self._buffer[:count], offset + done)
-                target.write(self._buffer[:count], at + done)
+                self._sources.read_into(file, buffer[:count], offset + done)
+                target.write(buffer[:count], at + done)
             done += count
             self._advance(count)
 
     def _refuse_stopped(self) -> None:
         if self._stop.is_set():
             raise Stopped
-
-    def _flush(self, target: Bytes, at: int, filled: int) -> None:
-        self._refuse_stopped()
-        if filled:
-            target.write(self._buffer[:filled], at)
-            self._advance(filled)
 
     def _weave(self, file: OutputFile, tile: WeaveTile, digests: Digests, target: Bytes) -> None:
         from moeconv.engine.weave import memory_of, weave  # NumPy takes longer than to plan

@@ -1,19 +1,21 @@
 """`--align source`: files that begin where most of their bytes can be cloned from the source.
 
 A clone needs source and target at the same place within a block, not at its start. So a file's
-header is padded to that place (its *phase*), and tensors that want the same phase stand together.
+header is padded to that place (its *phase*). Tensors keep the source's order, because then the odd
+sizes between two of them stand between them here, too, and one phase fits a whole source file.
 Nothing but names, sizes, the flag and the source's own offsets decides, never the file system.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from itertools import chain
+from collections import Counter
+from dataclasses import dataclass
 from typing import Final
 
+from moeconv.checkpoint.dtypes import alignment
 from moeconv.plan.draft import Draft
 from moeconv.plan.tiles import tiles_of
-from moeconv.plan.values import CopyTile
+from moeconv.plan.values import CopyTile, Tile
 
 PAGE: Final = 4096  # the smallest block of the file systems that clone
 PAGE_ALIGNED: Final = "page"
@@ -23,49 +25,116 @@ _STEP: Final = 8  # every tensor starts at a multiple of its dtype's size, at mo
 _WORTH_A_FILE: Final = 64 * 1024 * 1024
 
 
-def wanted_phase(draft: Draft) -> int | None:
-    """The phase at which most of a tensor's bytes could be cloned; None where none could."""
+@dataclass(frozen=True, slots=True, order=True)
+class Home:
+    """Where most of a tensor's bytes come from.
+
+    file, offset: of the first of them, in the source; phase: of a page, at which the tensor would
+    have to start so that they can be cloned; None where none can.
+    """
+
+    file: int
+    offset: int
+    phase: int | None = None
+
+
+def home(draft: Draft) -> Home:
+    """The home of a tensor: that of the tiles, alike in their phase, that have most bytes."""
     votes: Counter[int] = Counter()
+    first: dict[int, Home] = {}
+    anyway: Home | None = None
     for tile in tiles_of(draft, tensor=0, offset=0):
-        if isinstance(tile, CopyTile):
-            source, nbytes = tile.offset, tile.nbytes
-        elif tile.straight:
-            source, nbytes = tile.spans[0].offset, tile.nbytes
-        else:
+        file, offset = _origin(tile)
+        anyway = anyway or Home(file, offset)
+        if not (isinstance(tile, CopyTile) or tile.straight):
             continue
-        phase = (source - tile.start) % PAGE
+        phase = (offset - tile.start) % PAGE
         # the two blocks at the edges are written in any case
-        if phase % _STEP == 0 and nbytes >= 2 * PAGE:
-            votes[phase] += nbytes - PAGE
-    return _winner(votes)
+        if phase % _STEP == 0 and tile.nbytes >= 2 * PAGE:
+            votes[phase] += tile.nbytes - PAGE
+            here = Home(file, offset, phase)
+            first[phase] = min(first.get(phase, here), here)
+    winner = _winner(votes)
+    if winner is not None:
+        return first[winner]
+    source = draft.source
+    return anyway or (Home(source.file, source.offset) if source is not None else Home(0, 0))
 
 
-def file_phase(drafts: list[Draft], phases: dict[str, int | None]) -> int:
+def _origin(tile: Tile) -> tuple[int, int]:
+    """Source file and offset of a tile's first byte."""
+    if isinstance(tile, CopyTile):
+        return tile.file, tile.offset
+    return tile.spans[0].file, tile.spans[0].offset
+
+
+def file_phase(drafts: list[Draft], homes: dict[str, Home]) -> int:
     """The phase of a file's data section under which most of its bytes can be cloned."""
     votes: Counter[int] = Counter()
     at = 0
     for draft in drafts:
-        phase = phases[draft.name]
-        if phase is not None and (phase - at) % _STEP == 0:
-            votes[(phase - at) % PAGE] += draft.nbytes
+        phase = _data_phase(homes[draft.name], at)
+        if phase is not None:
+            votes[phase] += draft.nbytes
         at += draft.nbytes
     return _winner(votes) or 0
+
+
+def _data_phase(place: Home, at: int) -> int | None:
+    """The phase of a data section in which a tensor that starts `at` into it can be cloned."""
+    if place.phase is None or (place.phase - at) % _STEP:
+        return None
+    return (place.phase - at) % PAGE
 
 
 def _winner(votes: Counter[int]) -> int | None:
     return min(votes, key=lambda phase: (-votes[phase], phase)) if votes else None
 
 
-def by_phase(drafts: list[Draft], phases: dict[str, int | None]) -> list[list[Draft]]:
-    """The drafts, those together that want one phase; what is not worth a file comes last."""
-    groups: dict[int | None, list[Draft]] = defaultdict(list)
+@dataclass(slots=True)
+class _Group:
+    """Tensors that follow one another and can share a file, and the phase they want of it."""
+
+    phase: int | None
+    drafts: list[Draft]
+    nbytes: int
+
+    def join(self, other: _Group) -> None:
+        """Take those that follow; the larger one's phase counts."""
+        if self.phase is None or (other.phase is not None and self.nbytes < other.nbytes):
+            self.phase = other.phase
+        self.drafts += other.drafts
+        self.nbytes += other.nbytes
+
+
+def by_home(drafts: list[Draft], homes: dict[str, Home]) -> list[list[Draft]]:
+    """The drafts in the order of the source, cut where another phase begins to pay."""
+    # two tensors can have one home only if they share bytes: the sort is stable
+    ordered = sorted(drafts, key=lambda d: (homes[d.name].file, homes[d.name].offset))
+    runs: list[_Group] = []
+    at = 0
+    for draft in ordered:
+        run = _Group(_data_phase(homes[draft.name], at), [draft], draft.nbytes)
+        if runs and (run.phase is None or run.phase == runs[-1].phase):
+            runs[-1].join(run)
+        else:
+            runs.append(run)
+        at += draft.nbytes
+    groups = runs[:1]
+    for run in runs[1:]:
+        small = min(run.nbytes, groups[-1].nbytes) < _WORTH_A_FILE
+        if small or run.phase == groups[-1].phase:
+            groups[-1].join(run)
+        else:
+            groups.append(run)
+    return [group.drafts for group in groups] or [[]]
+
+
+def misplaced(drafts: list[Draft]) -> bool:
+    """Whether a tensor would not start at a multiple of its dtype's size."""
+    at = 0
     for draft in drafts:
-        groups[phases[draft.name]].append(draft)
-    large = [
-        group
-        for phase, group in groups.items()
-        if phase is not None and sum(d.nbytes for d in group) >= _WORTH_A_FILE
-    ]
-    kept = {d.name for d in chain.from_iterable(large)}
-    rest = [d for d in drafts if d.name not in kept]
-    return [*large, rest] if rest or not large else large
+        if at % min(alignment(draft.dtype), _STEP):
+            return True
+        at += draft.nbytes
+    return False

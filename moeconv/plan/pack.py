@@ -17,7 +17,7 @@ from moeconv.errors import NameCollision, quoted
 from moeconv.jsonvalue import Json
 from moeconv.manifest import numbered
 from moeconv.names import natural_key
-from moeconv.plan.align import PAGE, PAGE_ALIGNED, by_phase, file_phase, wanted_phase
+from moeconv.plan.align import PAGE, PAGE_ALIGNED, by_home, file_phase, home, misplaced
 from moeconv.plan.draft import Draft
 from moeconv.plan.tiles import tiles_of
 from moeconv.plan.values import OutputFile, OutputTensor, Tile
@@ -49,18 +49,20 @@ def pack(
     """
     ordered = sorted(drafts, key=lambda d: natural_key(d.name))
     _refuse_collisions(ordered)
-    phases: dict[str, int | None] | None
     if packing.align == PAGE_ALIGNED:
-        phases = None
-        shards = _filled(ordered, packing.max_shard_size)
+        shards = [_ordered(shard) for shard in _filled(ordered, packing.max_shard_size)]
+        phases = [0] * len(shards)
     else:
-        phases = {d.name: wanted_phase(d) for d in ordered}
-        groups = by_phase(ordered, phases)
-        shards = [shard for group in groups for shard in _filled(group, packing.max_shard_size)]
-    out = []
-    for name, shard in zip(numbered(prefix, len(shards)), map(_ordered, shards), strict=True):
-        phase = 0 if phases is None else file_phase(shard, phases)
-        out.append(placed(shard, name, rank=rank, phase=phase))
+        homes = {d.name: home(d) for d in ordered}
+        groups = by_home(ordered, homes)
+        found = [shard for group in groups for shard in _filled(group, packing.max_shard_size)]
+        shards = [_ordered(shard) if misplaced(shard) else shard for shard in found]
+        phases = [file_phase(shard, homes) for shard in shards]
+    names = numbered(prefix, len(shards))
+    out = [
+        placed(shard, name, rank=rank, phase=phase)
+        for name, shard, phase in zip(names, shards, phases, strict=True)
+    ]
     return tuple(out)
 
 
@@ -95,7 +97,7 @@ def _refuse_collisions(ordered: list[Draft]) -> None:
 
 
 def _ordered(shard: list[Draft]) -> list[Draft]:
-    # the sort is stable and the shard is in natural order already
+    """Page multiples first, then larger dtypes; the sort is stable, so else as they came."""
     return sorted(shard, key=lambda d: (d.nbytes % PAGE != 0, -alignment(d.dtype)))
 
 

@@ -15,7 +15,8 @@ from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.digest import digest
 from moeconv.engine.crew import Limits, Progress, Reader, run_tiles
-from moeconv.engine.tiles import BUFFER_BYTES, Digests, Origin
+from moeconv.engine.gather import BUFFER_BYTES
+from moeconv.engine.tiles import Digests, Origin
 from moeconv.errors import Damaged, IoFailed, MoeconvError, TensorNotInFile, quoted
 from moeconv.layout.detect import Detection
 from moeconv.plan.existing import plan_onto, plan_onto_set
