@@ -16,7 +16,7 @@ from moeconv.engine import methods, target, tiles
 from moeconv.errors import Damaged
 from moeconv.plan.values import CopyTile
 from tests.badinput.builders import config, qwen, write
-from tests.calls import around
+from tests.calls import around, watched
 from tests.helpers import tree_sha256
 
 MAKE = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}
@@ -112,6 +112,34 @@ def test_align_source_clones_from_a_foreign_one(
     assert share(back) >= 0.9
     assert tree_sha256(cloning / "back") == tree_sha256(src)
     for out in ("src", "page", "aligned", "back"):
+        shutil.rmtree(cloning / out)
+
+
+def test_the_edges_of_two_clones_are_one_write(
+    cloning: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two clones lies one block, of both; nothing else is written, or copied in pieces."""
+    src = phased(cloning / "src")
+    writes: list[int] = []
+    clones: list[int] = []
+    settled: list[int] = []
+
+    def seen(_fd: int, data: memoryview, _at: int) -> None:
+        writes.append(len(data))
+
+    monkeypatch.setattr(os, "pwrite", watched(os.pwrite, seen))
+    monkeypatch.setattr(target, "start_writeback", lambda *_: settled.append(1))
+    monkeypatch.setattr(
+        target, "clone_range", watched(target.clone_range, lambda *call: clones.append(call[4]))
+    )
+    result = moeconv.fuse(src, cloning / "out", align="source", digests="later")
+    assert len(clones) >= 8 * 2 * 2 - 2  # experts, layers, stacks; some meet in the source, too
+    assert len(writes) <= len(clones) + 2  # beside them a header, and what is too small
+    assert result.methods is not None
+    assert result.methods.tally.copied == 0
+    assert settled == []  # so few bytes wait for the end
+    assert moeconv.verify(cloning / "out", level="source", source=src).problems == ()
+    for out in ("src", "out"):
         shutil.rmtree(cloning / out)
 
 
