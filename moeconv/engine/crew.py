@@ -38,6 +38,10 @@ class Limits:
 class Target(Bytes, Protocol):
     """A file from its opening to its end."""
 
+    @property
+    def serial(self) -> bool:
+        """Whether a file of copied bytes is best written in order, by one worker."""
+
     def open(self) -> None:
         """Called once before the first byte, by whichever worker comes first."""
 
@@ -59,6 +63,7 @@ class Reader:
     """What targets have in common that only look at bytes: nothing is cloned or taken unread."""
 
     clones = False
+    serial = False
 
     def copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
         """Everything is to be read."""
@@ -87,6 +92,7 @@ class _Job:
     digests: Digests
     waiting: list[tuple[Tile, ...]]  # batches, last first
     pending: int
+    alone: bool  # nobody helps the worker who has it
     opened: bool = False
     opening: threading.Lock = field(default_factory=threading.Lock)
 
@@ -185,7 +191,8 @@ class _Crew:
                     current = self._queue.pop()
                     self._open.append(current)
                 else:
-                    current = max(self._open, key=lambda j: len(j.waiting), default=None)
+                    shared = (j for j in self._open if not j.alone)
+                    current = max(shared, key=lambda j: len(j.waiting), default=None)
             if current is None or not current.waiting:
                 return None
             return current, current.waiting.pop()
@@ -236,13 +243,32 @@ def _job(file: OutputFile, target: Target, promised: Promised) -> _Job:
     # a file without data still has one batch, so that it is made at all
     batches.append(tuple(batch))
     digests = [[EMPTY_DIGEST] * tensor.units for tensor in file.tensors]
-    return _Job(file, target, promised, digests, batches[::-1], len(batches))
+    alone = target.serial and _mostly_copied(file, target)
+    return _Job(file, target, promised, digests, batches[::-1], len(batches), alone)
 
 
 def _cost(tile: Tile, target: Target, promised: Promised) -> int:
     """Bytes to move, about: clones that nobody reads cost a call each, and wait for one another."""
-    if target.clones and isinstance(tile, CopyTile) and tile.nbytes > CLONE_COST_BYTES:
-        first, last = whole_blocks(tile.offset, tile.start, tile.nbytes, PAGE_BYTES)
-        if first < last and promised(tile.tensor, tile.unit) is not None:
+    if tile.nbytes > CLONE_COST_BYTES and _clonable(tile, target):
+        units = (tile.unit,) if isinstance(tile, CopyTile) else (p.unit for p in tile.pieces)
+        if all(promised(tile.tensor, unit) is not None for unit in units):
             return CLONE_COST_BYTES
     return tile.nbytes
+
+
+def _mostly_copied(file: OutputFile, target: Target) -> bool:
+    """Whether there is hardly more to do than to copy bytes: nothing to permute, or to clone."""
+    copied = 0
+    for tile in file.tiles:
+        if not isinstance(tile, CopyTile) and not tile.straight:
+            return False
+        copied += 0 if _clonable(tile, target) else tile.nbytes
+    return 2 * copied > file.size
+
+
+def _clonable(tile: Tile, target: Target) -> bool:
+    if not target.clones or not (isinstance(tile, CopyTile) or tile.straight):
+        return False
+    offset = tile.offset if isinstance(tile, CopyTile) else tile.spans[0].offset
+    first, last = whole_blocks(offset, tile.start, tile.nbytes, PAGE_BYTES)
+    return first < last

@@ -55,10 +55,11 @@ def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
 
 
 def is_btrfs(path: Path) -> bool:
-    """Whether a file is on btrfs, where two things that pay elsewhere cost more than they save.
+    """Whether a file is on btrfs, where what pays elsewhere costs more than it saves.
 
-    Writeback before a file is whole: it finds room and sums data in the thread that asks, in small
-    pieces. And copies in the kernel of what was just read: these go through a pipe, 64 KiB each.
+    Many workers on one file: they wait for one another, and each write inside a file looks for
+    what was there before. And copies in the kernel of what was just read: these go through a pipe,
+    64 KiB each.
     """
     return _kind(path) == _BTRFS
 

@@ -21,6 +21,7 @@ from moeconv.engine.syscalls import (
     start_writeback,
 )
 from moeconv.engine.tiles import Digests, Origin, whole_blocks
+from moeconv.engine.writeback import Writeback
 from moeconv.plan.values import OutputFile
 
 # Writes past the page cache: in whole pages, and long enough to be worth waiting for the disk.
@@ -46,7 +47,8 @@ class DiskTarget:
         self._finished = finished
         self._descriptor = -1
         self._direct: int | None = None
-        self._plainly = False  # without early writeback, and from the buffer that was hashed
+        self._serial = is_btrfs(out)
+        self._writeback: Writeback | None = None
         self._refused = False  # writes past the page cache, by the device
         self._unsettled = 0  # bytes that wait in the page cache; a hint, so the lock is not asked
         self._writing = threading.Lock()
@@ -56,22 +58,31 @@ class DiskTarget:
         """Whether blocks of a source can be had without a copy."""
         return REFLINK in self._methods.found.values()
 
+    @property
+    def serial(self) -> bool:
+        """Whether a file of copied bytes is best written in order, by one worker."""
+        return self._serial
+
     def open(self) -> None:
-        """Create the file at its full size, with its header. Raises IoFailed, DiskFull."""
+        """Create the file, at its full size where that helps, with its header.
+
+        Raises IoFailed, DiskFull.
+        """
         with writing(self._path):
             self._descriptor = os.open(self._partial, NEW_FILE, 0o666)
-            if self.clones:  # blocks of its own would only be thrown away again
+            if self._serial:  # it grows: a write inside a file looks for what was there
+                self._writeback = Writeback(self._descriptor)
+            elif self.clones:  # blocks of its own would only be thrown away again
                 os.truncate(self._descriptor, self._file.size)
             else:
                 reserve(self._descriptor, self._file.size)
             self._direct = open_direct(self._partial)
-            self._plainly = is_btrfs(self._partial)
         self.write(memoryview(self._file.header), 0)
 
     def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
         """Write `view` at `offset`, by the quickest way that is open. Raises IoFailed, DiskFull."""
         done = self._write_direct(view, offset)
-        if origin is not None and len(view) - done >= KERNEL_BYTES and not self._plainly:
+        if origin is not None and len(view) - done >= KERNEL_BYTES and not self._serial:
             source, start = origin
             done += self._copy(source, start + done, offset + done, len(view) - done)
         if done == len(view):
@@ -141,18 +152,31 @@ class DiskTarget:
 
         Not for the edges of clones: each would be a write of its own, with somebody waiting.
         """
-        if not self._plainly and (not self.clones or self._unsettled >= SETTLED_BYTES):
-            self._unsettled = 0
+        if self.clones and self._unsettled < SETTLED_BYTES:
+            return
+        self._unsettled = 0
+        if self._writeback is not None:
+            self._writeback.begin(offset, nbytes)
+        else:
             start_writeback(self._descriptor, offset, nbytes)
 
     def finish(self, digests: Digests) -> None:
         """Bring it to the disk. Raises IoFailed, DiskFull."""
+        self._end_writeback()
         with writing(self._path):
+            if self._serial:
+                os.truncate(self._descriptor, self._file.size)
             os.fsync(self._descriptor)
         self._finished(self._file, self._partial, digests)
 
+    def _end_writeback(self) -> None:
+        if self._writeback is not None:
+            self._writeback.end()
+            self._writeback = None
+
     def close(self) -> None:
         """Close the descriptor."""
+        self._end_writeback()
         if self._direct is not None:
             os.close(self._direct)
             self._direct = None

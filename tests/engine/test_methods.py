@@ -4,6 +4,8 @@ import errno
 import os
 import shutil
 import subprocess
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 import moeconv
 from moeconv.api import Result
-from moeconv.engine import methods, target, tiles
+from moeconv.engine import crew, methods, target, tiles, writeback
 from moeconv.errors import Damaged
 from moeconv.plan.values import CopyTile
 from tests.badinput.builders import config, qwen, write
@@ -237,6 +239,60 @@ def test_a_disk_that_takes_less_than_whole_pages_gets_the_rest_through_the_cache
     assert tally.direct + tally.copied + tally.written >= MATRICES_BYTES
     assert (tally.direct > 0) == (answer != "refused")
     assert tree_sha256(tmp_path / "out") == tree_sha256(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("layout", ["fused", "kn"])
+def test_btrfs_gets_a_file_in_order_and_begins_on_it_meanwhile(
+    cloning: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """There many hands on a file make it slower; permuting is work that they can share."""
+    src = big(tmp_path / "src")
+    threads: dict[int, set[int]] = defaultdict(set)
+    offsets: dict[int, list[int]] = defaultdict(list)
+    begun: set[int] = set()
+
+    def wrote(file: int, _data: memoryview, at: int) -> None:
+        threads[file].add(threading.get_ident())
+        offsets[file].append(at)
+
+    monkeypatch.setattr(crew, "BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(target, "SETTLED_BYTES", 0)
+    monkeypatch.setattr(os, "pwrite", watched(os.pwrite, wrote))
+    for room in (target, writeback):
+        look = watched(room.start_writeback, lambda *_: begun.add(threading.get_ident()))
+        monkeypatch.setattr(room, "start_writeback", look)
+    moeconv.fuse(src, cloning / "out", layout=layout, jobs=4)
+    if cloning.parent.name.startswith("btrfs"):
+        (file,) = threads
+        assert begun.isdisjoint(threads[file])
+        assert len(begun) == 1
+        if layout == "fused":
+            assert len(threads[file]) == 1
+            assert offsets[file] == sorted(offsets[file])
+    assert moeconv.verify(cloning / "out", level="source", source=src).ok
+    shutil.rmtree(cloning / "out")
+
+
+@pytest.mark.parametrize(
+    ("align", "digests", "layout", "alone"),
+    [
+        ("page", "now", "fused", True),
+        ("page", "now", "kn", False),  # turned
+        ("source", "now", "fused", False),  # cloned, and hashed by all
+        ("source", "later", "fused", False),
+    ],
+)
+def test_who_is_left_alone_on_btrfs(  # noqa: PLR0917
+    cloning: Path, monkeypatch: pytest.MonkeyPatch, align: str, digests: str, layout: str,
+    alone: bool,
+) -> None:  # fmt: skip
+    src = phased(cloning / "src")
+    jobs: list[bool] = []
+    monkeypatch.setattr(crew, "_job", around(crew._job, after=lambda job: jobs.append(job.alone)))
+    moeconv.fuse(src, cloning / "out", align=align, digests=digests, layout=layout)
+    assert jobs == [alone and cloning.parent.name.startswith("btrfs")]
+    for out in ("src", "out"):
+        shutil.rmtree(cloning / out)
 
 
 def test_turned_matrices_go_past_the_page_cache_too(cloning: Path, tmp_path: Path) -> None:
