@@ -6,6 +6,7 @@ so blocks are mapped once and handed from tile to tile.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import threading
 from collections import deque
@@ -35,6 +36,11 @@ def mapped(size: int) -> mmap.mmap:
             cause="the system gave none: it is full, or this process has a limit",
             fix="take fewer `--jobs` or a smaller `--max-memory`",
         ) from None
+
+
+def begins_page(view: memoryview) -> bool:
+    """Whether a view's first byte is the first of a page of memory; only writable ones can tell."""
+    return not view.readonly and ctypes.addressof(ctypes.c_char.from_buffer(view)) % PAGE_BYTES == 0
 
 
 class Memory:

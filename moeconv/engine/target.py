@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from moeconv.engine.files import NEW_FILE, partial_path, writing
-from moeconv.engine.memory import PAGE_BYTES
+from moeconv.engine.memory import PAGE_BYTES, begins_page
 from moeconv.engine.methods import KERNEL, REFLINK, Methods
 from moeconv.engine.syscalls import (
     clone_range,
@@ -81,31 +81,42 @@ class DiskTarget:
 
     def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
         """Write `view` at `offset`, by the quickest way that is open. Raises IoFailed, DiskFull."""
-        done = self._write_direct(view, offset)
-        if origin is not None and len(view) - done >= KERNEL_BYTES and not self._serial:
-            source, start = origin
-            done += self._copy(source, start + done, offset + done, len(view) - done)
-        if done == len(view):
-            return
+        first, last = self._write_direct(view, offset)
+        for start, stop in ((0, first), (last, len(view))):
+            done = start
+            if origin is not None and stop - start >= KERNEL_BYTES and not self._serial:
+                source, begin = origin
+                done += self._copy(source, begin + start, offset + start, stop - start)
+            if done < stop:
+                self._write_cached(view[done:stop], offset + done)
+
+    def _write_cached(self, view: memoryview, offset: int) -> None:
         # the kernel lets one thread at a time write to a file, and the others spin meanwhile:
         # here they sleep, or rather read and hash what comes next
         with self._writing, writing(self._path):
+            done = 0
             while done < len(view):
                 count = os.pwrite(self._descriptor, view[done:], offset + done)
                 self._methods.tally.add(written=count)
                 self._unsettled += count
                 done += count
 
-    def _write_direct(self, view: memoryview, offset: int) -> int:
-        """How much of `view` went past the page cache: no copy in memory, and no lock."""
-        whole = len(view) // PAGE_BYTES * PAGE_BYTES
-        if self._direct is None or offset % PAGE_BYTES or whole < DIRECT_BYTES or self._refused:
-            return 0
-        done = 0
+    def _write_direct(self, view: memoryview, offset: int) -> tuple[int, int]:
+        """What of `view` went past the page cache, [first, last): not copied, and without a lock.
+
+        Whole pages can, if they are pages of memory, too.
+        """
+        first = min(-offset % PAGE_BYTES, len(view))
+        whole = (len(view) - first) // PAGE_BYTES * PAGE_BYTES
+        if self._direct is None or self._refused or whole < DIRECT_BYTES:
+            return 0, 0
+        if not begins_page(view[first:]):
+            return 0, 0
+        done = first
         with writing(self._path):
-            while done < whole:
+            while done < first + whole:
                 try:
-                    count = os.pwrite(self._direct, view[done:whole], offset + done)
+                    count = os.pwrite(self._direct, view[done : first + whole], offset + done)
                 except OSError as problem:
                     if problem.errno == errno.EINVAL:  # a device with stricter rules
                         self._refused = True
@@ -114,13 +125,13 @@ class DiskTarget:
                 done += count
                 if not count or count % PAGE_BYTES:
                     break
-        self._methods.tally.add(direct=done)
-        return done
+        self._methods.tally.add(direct=done - first)
+        return first, done
 
     def copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
         """Bytes that the kernel copied by itself, all or a first part; 0 where it cannot."""
         past = self._direct is not None and not self._refused
-        if past and at % PAGE_BYTES == 0 and nbytes >= DIRECT_BYTES:
+        if past and nbytes >= DIRECT_BYTES + PAGE_BYTES:
             return 0  # to read and write them past the page cache is quicker
         return self._copy(source, offset, at, nbytes)
 

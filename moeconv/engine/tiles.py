@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final, Protocol, TypeAlias
 
 from moeconv.digest import digest, hasher
-from moeconv.engine.gather import BUFFER_BYTES, Gather
+from moeconv.engine.gather import Gather, pieces
 from moeconv.engine.memory import Memory
 from moeconv.engine.sources import Sources
 from moeconv.errors import MoeconvError, quoted
@@ -138,14 +138,14 @@ class TileRunner:
             return
         state = hasher()
         buffer = self._gather.whole(target)
-        for done in range(0, tile.nbytes, BUFFER_BYTES):
+        for done, size, place in pieces(tile.start, tile.nbytes):
             self._refuse_stopped()
-            view = buffer[: min(BUFFER_BYTES, tile.nbytes - done)]
+            view = buffer[place : place + size]
             self._sources.read_into(tile.file, view, tile.offset + done)
             state.update(view)
             for start, stop in _outside(done, done + len(view), first, last):
-                place = (source, tile.offset + start)
-                target.write(view[start - done : stop - done], tile.start + start, place)
+                origin = (source, tile.offset + start)
+                target.write(view[start - done : stop - done], tile.start + start, origin)
             self._advance(len(view))
         digests[tile.tensor][tile.unit] = state.hexdigest()
 
@@ -188,9 +188,10 @@ class TileRunner:
             size = min(UNSEEN_BYTES, nbytes - done)
             count = target.copy(source, offset + done, at + done, size)
             if not count:
-                count = min(BUFFER_BYTES, nbytes - done)
-                self._sources.read_into(file, buffer[:count], offset + done)
-                target.write(buffer[:count], at + done)
+                _, count, place = next(pieces(at + done, nbytes - done))
+                view = buffer[place : place + count]
+                self._sources.read_into(file, view, offset + done)
+                target.write(view, at + done)
             done += count
             self._advance(count)
 
