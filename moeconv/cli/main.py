@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -18,8 +17,8 @@ from moeconv.cli.merge import merge
 from moeconv.cli.placement import placement
 from moeconv.cli.recipes import recipes
 from moeconv.cli.shard import shard
-from moeconv.cli.signals import end_when_told
-from moeconv.cli.ui import EXIT_PIPE, printing
+from moeconv.cli.signals import end_when_told, hear_no_more
+from moeconv.cli.streams import open_streams
 from moeconv.cli.verify import verify
 from moeconv.errors import IoFailed
 from moeconv.version import __version__
@@ -64,29 +63,25 @@ def _root(
 
 
 def main() -> None:
-    """The console script."""
-    _open_closed()
+    """The console script: it ends the process that it runs in."""
+    open_streams()
     end_when_told()
     _leave_out_others(sys.argv[1:])
     try:
-        with printing():  # help and versions are typer's own words
-            try:
-                app()
-            except SystemExit as end:
-                _leave(end)
-    except BrokenPipeError:
-        os._exit(EXIT_PIPE)
+        try:
+            app()
+        except SystemExit as end:
+            _leave(end)
+        except OSError as problem:  # typer's own files, those of `--install-completion`
+            raise IoFailed(
+                "this cannot be done",
+                at=problem.filename,
+                cause=problem.strerror,
+                fix="check that the directory is there and may be written to",
+            ) from None
     except IoFailed as problem:
         sys.stderr.write(f"{problem}\n")
         raise SystemExit(problem.exit_code) from None
-
-
-def _open_closed() -> None:
-    """Whoever closed a stream (`>&-`) wants silence, and Python leaves None in its place."""
-    if sys.stdout is None:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the end
-    if sys.stderr is None:
-        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 
 def _leave_out_others(arguments: list[str]) -> None:
@@ -104,6 +99,7 @@ def _leave(end: SystemExit) -> NoReturn:
     """
     if not isinstance(end.code, int):
         raise end
+    hear_no_more()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(end.code)

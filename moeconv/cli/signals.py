@@ -26,6 +26,12 @@ def end_when_told() -> None:
     _answer(_end)
 
 
+def hear_no_more() -> None:
+    """What is done is done: no signal turns it into something else on the way out."""
+    for number in _PROBLEMS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _end(problem: KeyboardInterrupt) -> NoReturn:
     # not the exception itself: typer would take it, and end without a word
     raise SystemExit(interrupted(problem))

@@ -17,14 +17,13 @@ from typing import Final, Protocol, TextIO
 import typer
 
 from moeconv.cli.signals import interrupted, interruptible
-from moeconv.errors import InternalError, IoFailed, MoeconvError, UsageProblem, quoted
+from moeconv.errors import InternalError, MoeconvError, UsageProblem, quoted
 from moeconv.jsonvalue import Json
 from moeconv.names import printable
 from moeconv.units import human_size
 
 HEARTBEAT_SECONDS: Final = 10.0
 EXIT_NO: Final = 1
-EXIT_PIPE: Final = 141  # as if the closed pipe's signal had ended us
 _STYLES: Final = {"error": "31;1", "warning": "33;1", "note": "36"}
 
 
@@ -39,9 +38,8 @@ class Ui:
 
     # --- data ----------------------------------------------------------------------------------
     def data(self, text: str) -> None:
-        """One line (or more) of data. Raises IoFailed, BrokenPipeError."""
-        with printing():
-            sys.stdout.write(f"{text}\n")
+        """One line (or more) of data."""
+        sys.stdout.write(f"{text}\n")
 
     def document(self, doc: Json) -> None:
         """The one JSON document of a `--json` run."""
@@ -205,31 +203,12 @@ class _Heartbeat(Progress):
 
 
 @contextmanager
-def printing() -> Iterator[None]:
-    """Within, what goes wrong with standard output is said as any other failure."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as problem:
-        # Python would complain once more when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise IoFailed(
-            "cannot print the result",
-            at="standard output",
-            cause=problem.strerror,
-            fix="what is on the disk is as it should be; send the output elsewhere",
-        ) from None
-
-
-@contextmanager
 def handled(ui: Ui) -> Iterator[Ui]:
     """Run a command's body: every way to fail becomes a message and an exit code."""
     try:
         with interruptible():
             yield ui
-            with printing():
-                sys.stdout.flush()
+            sys.stdout.flush()
     except typer.Exit:
         raise
     except MoeconvError as problem:
@@ -237,10 +216,6 @@ def handled(ui: Ui) -> Iterator[Ui]:
         raise typer.Exit(problem.exit_code) from None
     except KeyboardInterrupt as problem:
         raise typer.Exit(interrupted(problem)) from None
-    except BrokenPipeError:
-        # whoever read us has left; Python would complain once more when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(EXIT_PIPE) from None
     except Exception as problem:  # noqa: BLE001 - the one place that turns bugs into words
         ui.error(_bug(problem))
         if ui.verbose:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -85,35 +84,6 @@ def test_help_loads_nothing_heavy() -> None:
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in loaded
     assert not loaded & {"torch", "numpy", "huggingface_hub", "rich.table", "tqdm", "xxhash"}
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["fuse", "--help"], ["recipes", "list"]])
-def test_output_that_cannot_be_printed(arguments: list[str]) -> None:
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "moeconv", *arguments],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            env=environment(),
-        )
-    assert done.returncode == 3
-    said = done.stderr.splitlines()
-    assert said[:2] == ["error[io]: cannot print the result", "  at: standard output"]
-    assert said[2] == "  cause: No space left on device"
-
-
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_a_closed_stream_is_silence(closed: str, tmp_path: Path) -> None:
-    """The exit code is that of the same run with its streams open."""
-    for arguments, code in (("recipes list", 0), ("--help", 0), ("inspect nothing", 3)):
-        shell = ["sh", "-c", f"{sys.executable} -m moeconv {arguments} {closed}"]
-        done = subprocess.run(
-            shell, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment()
-        )
-        assert done.returncode == code
-        assert "Traceback" not in done.stderr
 
 
 def test_unknown_flag_is_usage(source: Path) -> None:
