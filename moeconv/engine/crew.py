@@ -9,16 +9,9 @@ from typing import Final, Protocol, TypeAlias
 
 from moeconv.checkpoint.source import DataFile
 from moeconv.digest import EMPTY_DIGEST
-from moeconv.engine.memory import PAGE_BYTES, Memory
+from moeconv.engine.memory import Memory
 from moeconv.engine.sources import Sources, opened
-from moeconv.engine.tiles import (
-    Bytes,
-    Digests,
-    Promised,
-    Stopped,
-    TileRunner,
-    whole_blocks,
-)
+from moeconv.engine.tiles import Bytes, Digests, Promised, Stopped, TileRunner
 from moeconv.engine.undisturbed import undisturbed
 from moeconv.plan.values import CopyTile, OutputFile, Tile
 
@@ -37,6 +30,9 @@ class Limits:
 
 class Target(Bytes, Protocol):
     """A file from its opening to its end."""
+
+    def clonable(self, file: int, offset: int, at: int, nbytes: int) -> bool:
+        """Whether some of a run of bytes of source file `file` can be had without a copy."""
 
     @property
     def serial(self) -> bool:
@@ -64,6 +60,10 @@ class Reader:
 
     clones = False
     serial = False
+
+    def clonable(self, file: int, offset: int, at: int, nbytes: int) -> bool:
+        """Everything is to be read."""
+        return False
 
     def copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
         """Everything is to be read."""
@@ -156,8 +156,9 @@ class _Crew:
                 _wait_out(thread, done)
             raise
         finally:
-            for job in self._open:
-                job.target.close()
+            with undisturbed():
+                for job in self._open:
+                    job.target.close()
         if self._failure is not None:
             raise self._failure
 
@@ -267,8 +268,7 @@ def _mostly_copied(file: OutputFile, target: Target) -> bool:
 
 
 def _clonable(tile: Tile, target: Target) -> bool:
-    if not target.clones or not (isinstance(tile, CopyTile) or tile.straight):
-        return False
-    offset = tile.offset if isinstance(tile, CopyTile) else tile.spans[0].offset
-    first, last = whole_blocks(offset, tile.start, tile.nbytes, PAGE_BYTES)
-    return first < last
+    if isinstance(tile, CopyTile):
+        return target.clonable(tile.file, tile.offset, tile.start, tile.nbytes)
+    span = tile.spans[0]
+    return tile.straight and target.clonable(span.file, span.offset, tile.start, tile.nbytes)

@@ -46,14 +46,22 @@ class Methods:
     block: int = 4096
     tally: Tally = field(default_factory=Tally)
     found: dict[int, str] = field(default_factory=dict)  # by the source's st_dev
+    devices: tuple[int, ...] = ()  # of the source's files
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, sources: Iterable[Path]) -> None:
         """Find the methods for all file systems that these files are on, before any byte moves."""
+        devices: list[int] = []
         for path in sources:
-            if path.stat().st_dev not in self.found:
+            devices.append(path.stat().st_dev)
+            if devices[-1] not in self.found:
                 with opened(path, name=path.name) as (descriptor, _):
                     self.of(descriptor)
+        self.devices = tuple(devices)
+
+    def of_file(self, number: int) -> str:
+        """The best method for a file of the source, of those that were asked for."""
+        return self.found.get(self.devices[number], BUFFER) if self.devices else BUFFER
 
     def of(self, source: int) -> str:
         """The best method for an open file of the source. Raises IoFailed, DiskFull."""

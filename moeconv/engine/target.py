@@ -58,6 +58,11 @@ class DiskTarget:
         """Whether blocks of a source can be had without a copy."""
         return REFLINK in self._methods.found.values()
 
+    def clonable(self, file: int, offset: int, at: int, nbytes: int) -> bool:
+        """Whether some of a run of bytes of source file `file` can be had without a copy."""
+        first, last = whole_blocks(offset, at, nbytes, self._methods.block)
+        return first < last and self._methods.of_file(file) == REFLINK
+
     @property
     def serial(self) -> bool:
         """Whether a file of copied bytes is best written in order, by one worker."""
@@ -175,8 +180,6 @@ class DiskTarget:
         """Bring it to the disk. Raises IoFailed, DiskFull."""
         self._end_writeback()
         with writing(self._path):
-            if self._serial:
-                os.truncate(self._descriptor, self._file.size)
             os.fsync(self._descriptor)
         self._finished(self._file, self._partial, digests)
 

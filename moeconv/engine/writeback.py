@@ -9,7 +9,7 @@ from moeconv.engine.syscalls import start_writeback
 
 
 class Writeback:
-    """One file's early writeback, in a thread of its own.
+    """One file's early writeback, in a thread of its own. A hint: what is left, fsync does.
 
     btrfs finds room for bytes and sums them in the thread that asks for their writeback: a worker
     would stand still meanwhile, and a fsync at the end would do all of it at once.
@@ -18,18 +18,28 @@ class Writeback:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._ranges: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+        self._over = threading.Event()
+        self._ended = threading.Event()
+        try:
+            threading.Thread(target=self._work, daemon=True).start()
+        except RuntimeError:  # the system has no thread more
+            self._over.set()
+            self._ended.set()
 
     def begin(self, offset: int, nbytes: int) -> None:
         """Let the disk begin on these bytes, soon."""
         self._ranges.put((offset, nbytes))
 
     def end(self) -> None:
-        """Wait until all was begun; the descriptor may be closed then."""
+        """Leave what waits to whoever needs it; from here on the descriptor is not used."""
+        self._over.set()
         self._ranges.put(None)
-        self._thread.join()
+        # not `join`: before 3.13 it takes a thread for dead when a signal comes
+        self._ended.wait()
 
     def _work(self) -> None:
-        while (asked := self._ranges.get()) is not None:
-            start_writeback(self._descriptor, *asked)
+        try:
+            while (asked := self._ranges.get()) is not None and not self._over.is_set():
+                start_writeback(self._descriptor, *asked)
+        finally:
+            self._ended.set()

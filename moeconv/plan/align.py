@@ -45,7 +45,7 @@ def home(draft: Draft) -> Home:
     anyway: Home | None = None
     for tile in tiles_of(draft, tensor=0, offset=0):
         file, offset = _origin(tile)
-        anyway = anyway or Home(file, offset)
+        anyway = min(anyway or Home(file, offset), Home(file, offset))
         if not (isinstance(tile, CopyTile) or tile.straight):
             continue
         phase = (offset - tile.start) % PAGE
@@ -93,29 +93,39 @@ def _winner(votes: Counter[int]) -> int | None:
 
 @dataclass(slots=True)
 class _Group:
-    """Tensors that follow one another and can share a file, and the phase they want of it."""
+    """Tensors that follow one another and can share a file.
+
+    phase: that of a data section in which most of them can be cloned, None where none can; nbytes:
+    of those that want it.
+    """
 
     phase: int | None
-    drafts: list[Draft]
     nbytes: int
+    drafts: list[Draft]
+
+    def agrees(self, other: _Group) -> bool:
+        """Whether one phase is as good for both as two."""
+        return None in {self.phase, other.phase} or self.phase == other.phase
 
     def join(self, other: _Group) -> None:
-        """Take those that follow; the larger one's phase counts."""
-        if self.phase is None or (other.phase is not None and self.nbytes < other.nbytes):
-            self.phase = other.phase
+        """Take those that follow; the phase is that of more bytes."""
+        if self.phase == other.phase:
+            self.nbytes += other.nbytes
+        elif self.nbytes < other.nbytes:
+            self.phase, self.nbytes = other.phase, other.nbytes
         self.drafts += other.drafts
-        self.nbytes += other.nbytes
 
 
 def by_home(drafts: list[Draft], homes: dict[str, Home]) -> list[list[Draft]]:
     """The drafts in the order of the source, cut where another phase begins to pay."""
-    # two tensors can have one home only if they share bytes: the sort is stable
+    # two tensors have one home only where they share bytes: the sort is stable
     ordered = sorted(drafts, key=lambda d: (homes[d.name].file, homes[d.name].offset))
     runs: list[_Group] = []
     at = 0
     for draft in ordered:
-        run = _Group(_data_phase(homes[draft.name], at), [draft], draft.nbytes)
-        if runs and (run.phase is None or run.phase == runs[-1].phase):
+        phase = _data_phase(homes[draft.name], at)
+        run = _Group(phase, 0 if phase is None else draft.nbytes, [draft])
+        if runs and runs[-1].agrees(run):
             runs[-1].join(run)
         else:
             runs.append(run)
@@ -123,7 +133,7 @@ def by_home(drafts: list[Draft], homes: dict[str, Home]) -> list[list[Draft]]:
     groups = runs[:1]
     for run in runs[1:]:
         small = min(run.nbytes, groups[-1].nbytes) < _WORTH_A_FILE
-        if small or run.phase == groups[-1].phase:
+        if small or groups[-1].agrees(run):
             groups[-1].join(run)
         else:
             groups.append(run)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import moeconv
+from moeconv.plan.align import Home, by_home
+from moeconv.plan.draft import Draft
 from moeconv.plan.values import CopyTile, OutputFile
 from tests.badinput.builders import config, qwen, two_files, write
 from tests.bench.make_checkpoint import write_phantom
@@ -70,3 +72,54 @@ def test_small_files_share_one_of_ours(tmp_path: Path) -> None:
     assert len(files) == 1
     names = [t.name for f in files for t in f.tensors]
     assert len(names) == len(set(names)) == 7  # two stacks of two, two routers, the embedding
+
+
+MIB = 1 << 20
+
+
+def grouped(*homes: tuple[int, Home]) -> list[int]:
+    """The number of tensors in each file, of tensors of so many MiB at these homes."""
+    drafts = [
+        Draft(f"t{n}", "U8", (s * MIB,), s * MIB, None, None) for n, (s, _) in enumerate(homes)
+    ]
+    groups = by_home(drafts, {f"t{n}": home for n, (_, home) in enumerate(homes)})
+    return [len(group) for group in groups]
+
+
+def test_another_file_begins_only_where_it_pays_for_both() -> None:
+    turned, here, there = Home(0, 0), Home(0, 70 * MIB, 8), Home(1, 0, 16)
+    assert grouped((70, here), (70, there)) == [1, 1]
+    assert grouped((70, turned), (70, here)) == [2]  # what wants no start agrees with any
+    assert grouped((63, here), (70, there)) == [2]
+    assert grouped((70, here), (63, there)) == [2]
+    # bytes that want nothing pay for nothing
+    assert grouped((1, here), (70, Home(0, 71 * MIB)), (1, there), (70, Home(1, MIB))) == [4]
+    assert grouped((70, here), (1, there), (70, Home(1, MIB, 8)), (70, Home(2, 0, 16))) == [3, 1]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("outer", [0, 1])
+def test_a_stack_stands_where_its_first_byte_stands(
+    tmp_path: Path, outer: int, padded: bool
+) -> None:
+    """Not where its first expert does, or its last; whether it can be cloned or not."""
+    plain = qwen(2, 64, 512, layers=2)
+    parts = {n: s for n, s in plain.items() if ".experts." in n}
+    first = "model.layers.{}.mlp.experts.{}."
+    inner = 1 - outer
+    pairs = ((outer, outer), (inner, inner), (inner, outer), (outer, inner))  # layer, expert
+    order = [first.format(*pair) for pair in pairs]
+    tensors = {n: s for stem in order for n, s in parts.items() if n.startswith(stem)}
+    tensors |= plain
+    said = config(experts=2, width=64, hidden=512, num_hidden_layers=2)
+    src = write(tmp_path / "src", tensors, config=said)
+    if padded:
+        data = src / "model.safetensors"
+        raw = data.read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        head = raw[8 : 8 + size].ljust(size + -size % 8)
+        data.write_bytes(len(head).to_bytes(8, "little") + head + raw[8 + size :])
+    files = planned(src)
+    assert (clonable(files) > 0) == padded
+    names = [t.name for f in files for t in f.tensors if "experts" in t.name]
+    assert [int(n.split(".")[2]) for n in names] == [outer, outer, inner, inner]
