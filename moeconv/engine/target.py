@@ -178,19 +178,15 @@ class DiskTarget:
 
     def finish(self, digests: Digests) -> None:
         """Bring it to the disk. Raises IoFailed, DiskFull."""
-        self._end_writeback()
         with writing(self._path):
             os.fsync(self._descriptor)
         self._finished(self._file, self._partial, digests)
 
-    def _end_writeback(self) -> None:
+    def close(self) -> None:
+        """Close the descriptor."""
         if self._writeback is not None:
             self._writeback.end()
             self._writeback = None
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        self._end_writeback()
         if self._direct is not None:
             os.close(self._direct)
             self._direct = None
