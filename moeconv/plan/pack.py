@@ -1,7 +1,8 @@
 """Giving drafts a place: which file, in which order, at which offset, under which header.
 
 FORMAT.md §3: shards by natural order of names; within a file page multiples first, then larger
-dtypes, then natural order; data starts on a page. Nothing but names, sizes and flags decides.
+dtypes, then natural order; data starts on a page. With `--align source` the source's order and
+offsets decide instead (`align.py`). The file system never does.
 """
 
 from __future__ import annotations

@@ -144,3 +144,11 @@ def test_signals_that_are_ignored_stay_so(source: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ok: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_on_the_way_out_changes_nothing(number: int) -> None:
+    """What was done was done: nobody must be told to do it again."""
+    command = [sys.executable, "-c", AT_A_CALL, "os", "_exit", str(int(number)), "recipes", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert (done.returncode, done.stderr) == (0, "")

@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import pytest
 
 import moeconv
+from moeconv.api import default_jobs
 from moeconv.engine import methods
+from moeconv.engine.syscalls import open_direct
 from moeconv.errors import DiskFull
 from tests.badinput.builders import config, qwen, write
 from tests.calls import around
-from tests.engine.test_methods import cloning, source  # noqa: F401 - a fixture
+from tests.engine.test_methods import big, cloning, phased, source  # noqa: F401 - a fixture
 
 MIB = 1024 * 1024
 FIEMAP, SYNC, SHARED = 0xC020660B, 1, 0x2000  # linux/fiemap.h
@@ -128,3 +130,31 @@ def test_clones_need_no_room(
     assert result.methods.tally.cloned >= room.shared
     for name in ("fused", "ranks"):
         shutil.rmtree(cloning / name)
+
+
+@pytest.mark.parametrize("digests", ["now", "later"])
+def test_what_lies_across_pages_goes_past_the_page_cache_but_for_its_ends(
+    tmp_path: Path, digests: str
+) -> None:
+    """With `--align source` matrices seldom begin with a page."""
+    probe = tmp_path / "probe"
+    probe.write_bytes(b"")
+    descriptor = open_direct(probe)
+    if descriptor is None:
+        pytest.skip("the temporary directory's file system takes no writes past the page cache")
+    os.close(descriptor)
+    src = phased(tmp_path / "src", big)
+    result = moeconv.fuse(src, tmp_path / "out", align="source", digests=digests)
+    assert result.methods is not None
+    starts = [t.offset % 4096 for f in result.plan.files for t in f.tensors if "experts" in t.name]
+    assert all(starts)
+    tally = result.methods.tally
+    # 12 matrices of 512 KiB: a page at most stays behind at either end of each
+    assert tally.direct >= 12 * (512 * 1024 - 2 * 4096)
+    assert moeconv.verify(tmp_path / "out", level="source", source=src, fill=digests == "later").ok
+
+
+@pytest.mark.parametrize(("cores", "jobs"), [(None, 2), (1, 2), (2, 4), (64, 8)])
+def test_two_workers_a_core(monkeypatch: pytest.MonkeyPatch, cores: int | None, jobs: int) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert default_jobs() == jobs
