@@ -99,9 +99,9 @@ def _leave(end: SystemExit) -> NoReturn:
     """
     if not isinstance(end.code, int):
         raise end
-    hear_no_more()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    hear_no_more()
     os._exit(end.code)
 
 
