@@ -95,10 +95,11 @@ def _winner(votes: Counter[int]) -> int | None:
 class _Group:
     """Tensors that follow one another and can share a file.
 
-    phase: that of a data section in which most of them can be cloned, None where none can; nbytes:
-    of those that want it.
+    at: where they start in the row of all; phase: that of a data section of all in which most of
+    them could be cloned, None where none could; nbytes: of those that want it.
     """
 
+    at: int
     phase: int | None
     nbytes: int
     drafts: list[Draft]
@@ -124,7 +125,7 @@ def by_home(drafts: list[Draft], homes: dict[str, Home]) -> list[list[Draft]]:
     at = 0
     for draft in ordered:
         phase = _data_phase(homes[draft.name], at)
-        run = _Group(phase, 0 if phase is None else draft.nbytes, [draft])
+        run = _Group(at, phase, 0 if phase is None else draft.nbytes, [draft])
         if runs and runs[-1].agrees(run):
             runs[-1].join(run)
         else:
@@ -137,7 +138,23 @@ def by_home(drafts: list[Draft], homes: dict[str, Home]) -> list[list[Draft]]:
             groups[-1].join(run)
         else:
             groups.append(run)
-    return [group.drafts for group in groups] or [[]]
+    return _linked(groups) or [[]]
+
+
+def _linked(groups: list[_Group]) -> list[list[Draft]]:
+    """The groups, each behind an earlier one that ends in its phase, if there is one."""
+    rows: dict[int, list[Draft]] = {}  # by the phase in which they end
+    found: list[list[Draft]] = []
+    for group in groups:
+        # all of one group, which may have none
+        start = ((group.phase or 0) + group.at) % PAGE
+        row = rows.pop(start, None)
+        if row is None:
+            row = []
+            found.append(row)
+        row += group.drafts
+        rows[(start + sum(d.nbytes for d in group.drafts)) % PAGE] = row
+    return found
 
 
 def misplaced(drafts: list[Draft]) -> bool:
