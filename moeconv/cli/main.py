@@ -17,10 +17,10 @@ from moeconv.cli.merge import merge
 from moeconv.cli.placement import placement
 from moeconv.cli.recipes import recipes
 from moeconv.cli.shard import shard
-from moeconv.cli.signals import end_when_told, hear_no_more
+from moeconv.cli.signals import ENDED, end_when_told, hear_no_more
 from moeconv.cli.streams import open_streams
 from moeconv.cli.verify import verify
-from moeconv.errors import IoFailed
+from moeconv.errors import IoFailed, quoted
 from moeconv.version import __version__
 
 app = typer.Typer(
@@ -62,26 +62,47 @@ def _root(
     """Converts Mixture-of-Experts checkpoints between layouts, byte for byte, and proves it."""
 
 
-def main() -> None:
-    """The console script: it ends the process that it runs in."""
+def main() -> NoReturn:
+    """The console script: it ends the process that it runs in.
+
+    At once: to take half a million tensors apart one by one helps nobody, and by then all files
+    are closed and on the disk.
+    """
     open_streams()
     end_when_told()
     _leave_out_others(sys.argv[1:])
     try:
+        code = _run()
+    except SystemExit as end:  # told while it said its last words, or there was nobody to hear them
+        code = _code(end)
+    hear_no_more()
+    os._exit(code)
+
+
+def _run() -> int:
+    """Carry out the command line; its exit code, when all of it is said."""
+    try:
         try:
             app()
         except SystemExit as end:
-            _leave(end)
+            code = _code(end)
         except OSError as problem:  # typer's own files, those of `--install-completion`
             raise IoFailed(
                 "this cannot be done",
-                at=problem.filename,
+                at=quoted(str(problem.filename)),
                 cause=problem.strerror,
                 fix="check that the directory is there and may be written to",
             ) from None
+        if code not in ENDED:  # whoever wants an end may not be kept by a reader who is slow
+            sys.stdout.flush()
     except IoFailed as problem:
         sys.stderr.write(f"{problem}\n")
-        raise SystemExit(problem.exit_code) from None
+        return problem.exit_code
+    return code
+
+
+def _code(end: SystemExit) -> int:
+    return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
 def _leave_out_others(arguments: list[str]) -> None:
@@ -90,19 +111,6 @@ def _leave_out_others(arguments: list[str]) -> None:
     named = [c for c in app.registered_commands if c.callback and c.callback.__name__ == wanted]
     if named:
         app.registered_commands, app.registered_groups = named, []
-
-
-def _leave(end: SystemExit) -> NoReturn:
-    """End here: to take half a million tensors apart one by one helps nobody.
-
-    By then all files are closed and on the disk; only what is said may still wait to be written.
-    """
-    if not isinstance(end.code, int):
-        raise end
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    hear_no_more()
-    os._exit(end.code)
 
 
 if __name__ == "__main__":

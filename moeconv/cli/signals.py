@@ -12,6 +12,7 @@ from typing import Final, NoReturn
 
 EXIT_INTERRUPTED: Final = 130
 EXIT_TERMINATED: Final = 143  # as if SIGTERM had ended us
+ENDED: Final = frozenset({EXIT_INTERRUPTED, EXIT_TERMINATED})
 
 
 class Terminated(KeyboardInterrupt):

@@ -7,15 +7,22 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Final
+from typing import Final, TextIO
 
 from moeconv.errors import IoFailed
 
 EXIT_PIPE: Final = 141  # as if the closed pipe's signal had ended us
+_LAST_STREAM: Final = 2
 
 
 class Data(io.TextIOWrapper):
     """Standard output. Raises IoFailed; SystemExit where whoever read it has left."""
+
+    def give_up(self) -> None:
+        """What still waits to be written would fail once more at the end, or wait for ever."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
 
     def write(self, text: str) -> int:
         """As any stream's."""
@@ -32,22 +39,16 @@ class Data(io.TextIOWrapper):
         try:
             yield
         except BrokenPipeError:
-            self._give_up()
+            self.give_up()
             raise SystemExit(EXIT_PIPE) from None
         except OSError as problem:
-            self._give_up()
+            self.give_up()
             raise IoFailed(
                 "cannot print the result",
                 at="standard output",
                 cause=problem.strerror,
                 fix="what is on the disk is as it should be; send the output elsewhere",
             ) from None
-
-    def _give_up(self) -> None:
-        """What still waits to be written would fail once more at the end."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())
-        os.close(nowhere)
 
 
 class Talk(io.TextIOWrapper):
@@ -67,17 +68,29 @@ class Talk(io.TextIOWrapper):
 
 def open_streams() -> None:
     """Make both what they are here; one that was closed (`>&-`) is silence."""
-    # the lower number first: a file that we open must not get it
+    # a file of ours must not get the number of a stream, to which others may print
+    while (number := os.open(os.devnull, os.O_RDWR)) <= _LAST_STREAM:
+        continue
+    os.close(number)
     sys.stdout = _like(Data, sys.stdout)
     sys.stderr = _like(Talk, sys.stderr)
 
 
-def _like(kind: type[io.TextIOWrapper], stream: object) -> io.TextIOWrapper:
+def _like(kind: type[io.TextIOWrapper], stream: TextIO | None) -> TextIO:
+    """The same stream as such a kind; one that a host put there is left as it is."""
+    if stream is None:
+        return kind(io.FileIO(os.devnull, "w"), encoding="utf-8", errors="backslashreplace")
     if not isinstance(stream, io.TextIOWrapper):
-        return kind(io.FileIO(os.devnull, "w"), encoding="utf-8")
+        return stream
+    try:
+        stream.flush()
+        number = stream.fileno()
+    except OSError:  # of no file
+        return stream
+    # with a buffer of its own: a raw file may take a part of what it is given and say so to nobody
     return kind(
-        stream.buffer,
+        io.BufferedWriter(io.FileIO(number, "w", closefd=False)),
         encoding=stream.encoding,
         errors=stream.errors,
-        line_buffering=stream.line_buffering,
+        line_buffering=stream.line_buffering or stream.write_through,
     )

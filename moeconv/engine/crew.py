@@ -94,6 +94,7 @@ class _Job:
     pending: int
     alone: bool  # nobody helps the worker who has it
     opened: bool = False
+    failed: bool = False
     opening: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -200,9 +201,12 @@ class _Crew:
 
     def _carry_out(self, runner: TileRunner, job: _Job, batch: tuple[Tile, ...]) -> None:
         with job.opening:
+            if job.failed:
+                raise Stopped
             if not job.opened:
+                job.failed = True  # whoever waits must not try again
                 job.target.open()
-                job.opened = True
+                job.opened, job.failed = True, False
         if batch:
             runner.run(job.file, batch, job.digests, job.target, job.promised)
             start, last = batch[0].start, batch[-1]

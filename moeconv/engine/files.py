@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
-from moeconv.engine.tiles import Digests
 from moeconv.errors import DiskFull, IoFailed, quoted
 from moeconv.manifest import PARTS_DIR
-from moeconv.plan.values import OutputFile
 
 NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-Finished: TypeAlias = Callable[[OutputFile, Path, Digests], None]
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 

@@ -41,7 +41,7 @@ class Gather:
         return view
 
     def whole(self, target: Writes) -> memoryview:
-        """The whole buffer, for somebody who empties it before the next call."""
+        """The whole buffer, for somebody who empties it before the next call, cut by `pieces`."""
         self.flush(target)
         return self._buffer
 

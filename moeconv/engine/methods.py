@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint.reading import opened
+from moeconv.checkpoint.reading import opened, unreadable
 from moeconv.engine.files import NEW_FILE, partial_path, writing
 from moeconv.engine.syscalls import clone_range, copy_in_kernel
 
@@ -50,10 +50,16 @@ class Methods:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, sources: Iterable[Path]) -> None:
-        """Find the methods for all file systems that these files are on, before any byte moves."""
+        """Find the methods for all file systems that these files are on, before any byte moves.
+
+        Raises IoFailed, DiskFull.
+        """
         devices: list[int] = []
         for path in sources:
-            devices.append(path.stat().st_dev)
+            try:
+                devices.append(path.stat().st_dev)
+            except OSError as problem:
+                raise unreadable(path, problem, name=path.name) from None
             if devices[-1] not in self.found:
                 with opened(path, name=path.name) as (descriptor, _):
                     self.of(descriptor)

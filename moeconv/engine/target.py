@@ -134,7 +134,7 @@ class DiskTarget:
         return first, done
 
     def copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
-        """Bytes that the kernel copied by itself, all or a first part; 0 where it cannot."""
+        """Bytes that the kernel copied by itself, all or a first part; 0 where it does not."""
         past = self._direct is not None and not self._refused
         if past and nbytes >= DIRECT_BYTES + PAGE_BYTES:
             return 0  # to read and write them past the page cache is quicker
@@ -188,8 +188,8 @@ class DiskTarget:
             self._writeback.end()
             self._writeback = None
         if self._direct is not None:
-            os.close(self._direct)
-            self._direct = None
+            direct, self._direct = self._direct, None
+            os.close(direct)
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)

@@ -31,7 +31,7 @@ class Writeback:
         self._ranges.put((offset, nbytes))
 
     def end(self) -> None:
-        """Leave what waits to whoever needs it; from here on the descriptor is not used."""
+        """Leave what waits to fsync; when the range at hand is begun, the descriptor is free."""
         self._over.set()
         self._ranges.put(None)
         # not `join`: before 3.13 it takes a thread for dead when a signal comes

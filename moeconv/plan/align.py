@@ -50,7 +50,7 @@ def home(draft: Draft) -> Home:
             continue
         phase = (offset - tile.start) % PAGE
         # the two blocks at the edges are written in any case
-        if phase % _STEP == 0 and tile.nbytes >= 2 * PAGE:
+        if tile.nbytes >= 2 * PAGE:
             votes[phase] += tile.nbytes - PAGE
             here = Home(file, offset, phase)
             first[phase] = min(first.get(phase, here), here)
@@ -74,7 +74,7 @@ def file_phase(drafts: list[Draft], homes: dict[str, Home]) -> int:
     at = 0
     for draft in drafts:
         phase = _data_phase(homes[draft.name], at)
-        if phase is not None:
+        if phase is not None and phase % _STEP == 0:
             votes[phase] += draft.nbytes
         at += draft.nbytes
     return _winner(votes) or 0
@@ -82,9 +82,7 @@ def file_phase(drafts: list[Draft], homes: dict[str, Home]) -> int:
 
 def _data_phase(place: Home, at: int) -> int | None:
     """The phase of a data section in which a tensor that starts `at` into it can be cloned."""
-    if place.phase is None or (place.phase - at) % _STEP:
-        return None
-    return (place.phase - at) % PAGE
+    return None if place.phase is None else (place.phase - at) % PAGE
 
 
 def _winner(votes: Counter[int]) -> int | None:
@@ -104,6 +102,11 @@ class _Group:
     nbytes: int
     drafts: list[Draft]
 
+    @property
+    def start(self) -> int:
+        """Where in a page they would have to start; where none can be cloned, anywhere."""
+        return ((self.phase or 0) + self.at) % PAGE
+
     def agrees(self, other: _Group) -> bool:
         """Whether one phase is as good for both as two."""
         return None in {self.phase, other.phase} or self.phase == other.phase
@@ -119,7 +122,7 @@ class _Group:
 
 def by_home(drafts: list[Draft], homes: dict[str, Home]) -> list[list[Draft]]:
     """The drafts in the order of the source, cut where another phase begins to pay."""
-    # two tensors have one home only where they share bytes: the sort is stable
+    # the sort is stable: where two have one home, names decide
     ordered = sorted(drafts, key=lambda d: (homes[d.name].file, homes[d.name].offset))
     runs: list[_Group] = []
     at = 0
@@ -134,7 +137,7 @@ def by_home(drafts: list[Draft], homes: dict[str, Home]) -> list[list[Draft]]:
     groups = runs[:1]
     for run in runs[1:]:
         small = min(run.nbytes, groups[-1].nbytes) < _WORTH_A_FILE
-        if small or groups[-1].agrees(run):
+        if small or groups[-1].agrees(run) or run.start % _STEP:
             groups[-1].join(run)
         else:
             groups.append(run)
@@ -142,19 +145,19 @@ def by_home(drafts: list[Draft], homes: dict[str, Home]) -> list[list[Draft]]:
 
 
 def _linked(groups: list[_Group]) -> list[list[Draft]]:
-    """The groups, each behind an earlier one that ends in its phase, if there is one."""
-    rows: dict[int, list[Draft]] = {}  # by the phase in which they end
-    found: list[list[Draft]] = []
+    """The groups, each behind the first that ends where it wants to start, if there is one."""
+    rows: list[list[Draft]] = []
+    ends: list[int] = []
     for group in groups:
-        # all of one group, which may have none
-        start = ((group.phase or 0) + group.at) % PAGE
-        row = rows.pop(start, None)
-        if row is None:
-            row = []
-            found.append(row)
-        row += group.drafts
-        rows[(start + sum(d.nbytes for d in group.drafts)) % PAGE] = row
-    return found
+        if group.start in ends:
+            number = ends.index(group.start)
+        else:
+            number = len(rows)
+            rows.append([])
+            ends.append(group.start)
+        rows[number] += group.drafts
+        ends[number] = (group.start + sum(d.nbytes for d in group.drafts)) % PAGE
+    return rows
 
 
 def misplaced(drafts: list[Draft]) -> bool:

@@ -48,7 +48,7 @@ def pack(
     prefix: how their names begin; rank: whose they are, in an expert-parallel set.
     Raises NameCollision where two output tensors would have one name.
     """
-    ordered = sorted(drafts, key=lambda d: natural_key(d.name))
+    ordered = _natural(drafts)
     _refuse_collisions(ordered)
     if packing.align == PAGE_ALIGNED:
         shards = [_ordered(shard) for shard in _filled(ordered, packing.max_shard_size)]
@@ -57,7 +57,7 @@ def pack(
         homes = {d.name: home(d) for d in ordered}
         groups = by_home(ordered, homes)
         found = [shard for group in groups for shard in _filled(group, packing.max_shard_size)]
-        shards = [_ordered(shard) if misplaced(shard) else shard for shard in found]
+        shards = [_ordered(_natural(shard)) if misplaced(shard) else shard for shard in found]
         phases = [file_phase(shard, homes) for shard in shards]
     names = numbered(prefix, len(shards))
     out = [
@@ -95,6 +95,10 @@ def _refuse_collisions(ordered: list[Draft]) -> None:
                 fix="choose another `--layout`",
             )
         seen[draft.name] = draft
+
+
+def _natural(drafts: Iterable[Draft]) -> list[Draft]:
+    return sorted(drafts, key=lambda d: natural_key(d.name))
 
 
 def _ordered(shard: list[Draft]) -> list[Draft]:
