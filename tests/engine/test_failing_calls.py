@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 import moeconv
-from moeconv.engine import methods, syscalls, target
+from moeconv.engine import crew, methods, syscalls, target
 from moeconv.engine.journal import read_journal
 from moeconv.errors import DiskFull, IoFailed
 from tests.badinput.checks import holds, tree
@@ -133,3 +134,22 @@ def test_resumed_by_another_way_and_with_other_workers(
     assert result.methods is not None
     assert tree_sha256(out) == tree_sha256(tmp_path / "whole")
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_a_file_that_cannot_be_made_is_tried_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waited for its opening would find a half-made one, and say that instead."""
+    opened: list[int] = []
+
+    def fail(_: target.DiskTarget) -> None:
+        opened.append(1)
+        time.sleep(0.2)
+        raise IoFailed("no space")
+
+    monkeypatch.setattr(crew, "BATCH_BYTES", 1)
+    monkeypatch.setattr(target.DiskTarget, "open", fail)
+    big(tmp_path / "src")
+    with pytest.raises(IoFailed, match="no space"):
+        moeconv.fuse(tmp_path / "src", tmp_path / "out", jobs=4)
+    assert opened == [1]
