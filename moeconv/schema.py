@@ -6,7 +6,8 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from itertools import chain
+from typing import Final, TypeGuard
 
 from moeconv.errors import quoted
 from moeconv.jsonvalue import Json
@@ -180,18 +181,11 @@ class Table:
 
     def integer_lists(self, key: str, length: int) -> tuple[tuple[int, ...], ...]:
         """A list of lists of `length` integers each."""
-        value, out = self.raw(key), []
-        for item in value if isinstance(value, list) else ():
-            row = _counts(item)
-            if row is None or len(row) != length:
-                break
-            out.append(row)
-        else:
-            if isinstance(value, list):
-                return tuple(out)
+        value = self.raw(key)
+        if isinstance(value, list) and _are_counts(value, length):
+            return tuple(map(tuple, value))
         for place, item in self._items(key):  # once more, slowly, to say what is wrong
-            row = _counts(item)
-            if row is None or len(row) != length:
+            if not _are_counts([item], length):
                 self.problems.add(place, f"must be {length} integers between 0 and 2^53-1")
         return ()
 
@@ -223,15 +217,17 @@ class Table:
             self.problem(key, f"unknown key; did you mean `{near[0]}`?" if near else "unknown key")
 
 
-def _counts(value: Json) -> tuple[int, ...] | None:
-    if not isinstance(value, list):
-        return None
-    row = []
-    for item in value:
-        if type(item) is not int or not 0 <= item <= MAX_COUNT:
-            return None
-        row.append(item)
-    return tuple(row)
+def _are_counts(rows: list[Json], length: int) -> TypeGuard[list[list[int]]]:
+    """Whether all are lists of so many counts; there may be millions of them."""
+    lists = [row for row in rows if isinstance(row, list)]
+    integers = [item for item in chain.from_iterable(lists) if type(item) is int]
+    return (
+        len(lists) == len(rows)
+        and set(map(len, lists)) <= {length}
+        and len(integers) == length * len(rows)
+        and min(integers, default=0) >= 0
+        and max(integers, default=0) <= MAX_COUNT
+    )
 
 
 def is_digest(text: str) -> bool:

@@ -24,7 +24,7 @@ from moeconv.errors import (
     quoted,
 )
 from moeconv.jsonvalue import Json
-from moeconv.strictjson import encodable, loads
+from moeconv.strictjson import encodable, loads, may_escape
 
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -106,11 +106,14 @@ def parse_header(raw: bytes, *, file_size: int, file: int, where: str) -> Header
         raise _bad(where, "its header is not as long as its first eight bytes say")
     if raw[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
         raise _bad(where, "its header does not start with `{`")
-    doc = loads(raw[LENGTH_BYTES:], where=f"header of {quoted(where)}")
+    doc = loads(raw[LENGTH_BYTES:], where=f"header of {quoted(where)}", shallow=True)
     if not isinstance(doc, dict):
         raise _bad(where, "its header is not a JSON object")
     metadata = _metadata(doc.pop(_METADATA, {}), where)
     start = len(raw)
+    for name in doc if may_escape(raw) else ():
+        if not encodable(name):
+            raise _bad(where, "the name holds a lone surrogate", tensor=name)
     tensors = tuple(
         _tensor(name, entry, where=where, file=file, data_start=start)
         for name, entry in doc.items()
@@ -151,8 +154,6 @@ def _tensor(name: str, entry: Json, *, where: str, file: int, data_start: int) -
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
         raise _bad(where, "an entry needs `dtype`, `shape`, `data_offsets`, no more", tensor=name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not encodable(name):
-        raise _bad(where, "the name holds a lone surrogate", tensor=name)
     if len(name) > MAX_NAME_BYTES // 4 and len(name.encode()) > MAX_NAME_BYTES:
         raise _bad(where, f"the name is longer than {MAX_NAME_BYTES:,} bytes", tensor=name[:100])
     if not isinstance(dtype, str) or dtype not in BITS:

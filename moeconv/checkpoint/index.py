@@ -8,7 +8,7 @@ from typing import Final
 from moeconv.errors import BadIndex, MoeconvError, UnsafePath, quoted
 from moeconv.jsonvalue import Json
 from moeconv.names import file_name_problem
-from moeconv.strictjson import encodable, loads
+from moeconv.strictjson import encodable, loads, may_escape
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_INDEX_BYTES: Final = 512 * 1024 * 1024
@@ -34,13 +34,14 @@ def parse_index(raw: bytes, *, name: str) -> Index:
 
     Raises BadIndex, UnsafePath, BadJson, DuplicateKey.
     """
-    doc = loads(raw, where=quoted(name))
+    doc = loads(raw, where=quoted(name), shallow=True)
     weight_map = doc.get("weight_map") if isinstance(doc, dict) else None
     if not isinstance(doc, dict) or not isinstance(weight_map, dict):
         raise _bad(name, "it needs a `weight_map` object")
+    escaped = may_escape(raw)
     checked: dict[str, str] = {}
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not encodable(tensor) or not encodable(file):
+        if not isinstance(file, str) or (escaped and not encodable(tensor + file)):
             raise _bad(name, f"the entry of {quoted(tensor)} is not a text")
         checked[tensor] = file
     problems = [

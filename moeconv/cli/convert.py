@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from moeconv.cli import options
 from moeconv.cli.ui import Ui, checked_color, handled
 
 if TYPE_CHECKING:
     from moeconv.api import Result
+
+# to the end of the process: taking half a million tensors apart one by one helps nobody
+_HELD: Final[list[Result]] = []
 
 
 def _command(verb: str, help_text: str) -> Callable[..., None]:
@@ -79,9 +82,10 @@ def show_result(ui: Ui, verb: str, result: Result) -> None:
     """What a writing verb did, or in a dry run would do: notes, warnings, and the result."""
     from moeconv.cli.show import copying_lines, plan_document, plan_summary, plan_table
 
-    for stack in result.source.detection.stacks:
+    _HELD.append(result)
+    for stack in result.source.detection.stacks if ui.verbose else ():
         ui.debug(f"{stack.name}: {stack.layout.name} by recipe {stack.recipe.name}, {stack.sizes}")
-    for tensor in result.plan.ledger:
+    for tensor in result.plan.ledger if ui.verbose else ():
         ui.debug(f"{tensor.source}: {tensor.verb} into {', '.join(tensor.into[:3])}")
     for warning in result.source.checkpoint.warnings:
         ui.warn(warning)
@@ -103,4 +107,4 @@ def show_result(ui: Ui, verb: str, result: Result) -> None:
     ui.debug(counts)
     for hint in hints:
         ui.say(hint)
-    ui.result(str(result.out), plan_document(verb, result))
+    ui.result(str(result.out), lambda: plan_document(verb, result))

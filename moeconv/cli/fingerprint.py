@@ -32,4 +32,4 @@ def fingerprint(
                 jobs=jobs,
                 progress=progress,
             )
-        ui.result(value, {"type": "fingerprint", "fingerprint": value})
+        ui.result(value, lambda: {"type": "fingerprint", "fingerprint": value})

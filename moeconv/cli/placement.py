@@ -124,7 +124,7 @@ def convert(
         write_single(output, written(to, found, layers, ep_size=ep_size))
         ui.say(f"{raw.format}, {assumed}")
         doc = _document(to, found, ep_size, assumed)
-        ui.result(str(output), {**doc, "source_format": raw.format, "output": str(output)})
+        ui.result(str(output), lambda: {**doc, "source_format": raw.format, "output": str(output)})
 
 
 def _layers(source: str) -> tuple[Layers, Path]:

@@ -99,7 +99,7 @@ def check(
         from moeconv.library import load_recipe
 
         recipe = load_recipe(file)
-        ui.result(f"ok: {recipe.name}", {"type": "recipe", "ok": True, **_as_dict(recipe)})
+        ui.result(f"ok: {recipe.name}", lambda: {"type": "recipe", "ok": True, **_as_dict(recipe)})
 
 
 def _as_dict(recipe: Recipe) -> dict[str, Json]:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol, TextIO
@@ -45,10 +45,10 @@ class Ui:
         """The one JSON document of a `--json` run."""
         self.data(json.dumps(doc, indent=2, ensure_ascii=False))
 
-    def result(self, path: str, doc: Json) -> None:
+    def result(self, path: str, doc: Callable[[], Json]) -> None:
         """What a writing verb leaves behind: its path, or the whole document with `--json`."""
         if self.json:
-            self.document(doc)
+            self.document(doc())
         else:
             self.data(path)
 

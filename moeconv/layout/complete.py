@@ -230,6 +230,8 @@ def _companions(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
 
 def _odd_ones(stack: str, found: Found, tensors: dict[int, StoredTensor]) -> list[MoeconvError]:
     problems: list[MoeconvError] = []
+    if len({(t.dtype, t.shape) for t in tensors.values()}) == 1:
+        return problems
     for kind, what, facts in (
         (ExpertDtype, "dtype", {e: t.dtype for e, t in tensors.items()}),
         (ExpertShape, "shape", {e: str(list(t.shape)) for e, t in tensors.items()}),

@@ -212,17 +212,18 @@ def fates(
         if any(_shares(stack, line, component) for line in lines):
             usual = "shared"
         nbytes = matrix_bytes(member) * len(member.line.projections)
+        beyond = [(len(its) - 1) * nbytes for its in many]
+        joined = tuple(dict.fromkeys(name(None) for name, per_expert in named if not per_expert))
+        apart = [name for name, per_expert in named if per_expert]
         for tensor, experts in zip(member.tensors, held, strict=True):
             # one with no expert of its own says the same as another that is read
             verb = usual if experts else "replica"
-            into: dict[str, None] = {}
-            for name, per_expert in named:
-                if per_expert:
-                    into |= dict.fromkeys(name(n) for e in experts for n in many[e])
-                else:
-                    into[name(None)] = None
-            copies = sum(len(many[e]) - 1 for e in experts)
-            out.append(Fate(tensor.name, verb, tuple(into), tensor.nbytes, copies * nbytes))
+            into = joined
+            if apart:
+                names = (name(n) for name in apart for e in experts for n in many[e])
+                into = tuple(dict.fromkeys((*joined, *names)))
+            added = sum([beyond[e] for e in experts])
+            out.append(Fate(tensor.name, verb, into, tensor.nbytes, added))
     return out
 
 

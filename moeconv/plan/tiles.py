@@ -80,23 +80,24 @@ class _Weaver:
         target = self.woven.geometry
         nbytes = self.run_bytes // len(self.members)
         pairs = [
-            (m, projection_place(m, p))
-            for m, p in zip(self.members, self.woven.expert.projections, strict=True)
+            (
+                member.place,
+                g * target.pair_stride * self.bits // 8,
+                member.geometry.expert_stride * self.bits // 8,
+                member.geometry.pair_stride * projection_place(member, name) * self.bits // 8,
+            )
+            for g, (member, name) in enumerate(
+                zip(self.members, self.woven.expert.projections, strict=True)
+            )
         ]
-        for number, key in enumerate(self.keys):
-            base = self.offset + number * self.run_bytes
-            for g, (member, place) in enumerate(pairs):
-                source, position = member.place(key)
-                inner = member.geometry.expert_stride * position
-                inner += member.geometry.pair_stride * place
-                yield CopyTile(
-                    base + g * target.pair_stride * self.bits // 8,
-                    nbytes,
-                    self.tensor,
-                    number * len(pairs) + g,
-                    source.file,
-                    source.offset + inner * self.bits // 8,
-                )
+        base, unit = self.offset, 0
+        for key in self.keys:
+            for place, start, step, inner in pairs:
+                source, position = place(key)
+                at = source.offset + step * position + inner
+                yield CopyTile(base + start, nbytes, self.tensor, unit, source.file, at)
+                unit += 1
+            base += self.run_bytes
 
     def _weave(self, number: int, keys: tuple[int, ...]) -> WeaveTile:
         spans: list[Span] = []

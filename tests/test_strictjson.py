@@ -1,0 +1,70 @@
+"""JSON that is read faster where it is shallow means, and refuses, what it means else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeconv.errors import DuplicateKey, MoeconvError
+from moeconv.jsonvalue import Json
+from moeconv.strictjson import loads
+
+KEYS = st.sampled_from(["a", "b", ":", 'a":', "é", "a.b"])
+LEAVES = st.none() | st.booleans() | st.integers(-9, 9) | KEYS
+
+
+def spelled(pairs: list[tuple[str, str]], colon: str) -> str:
+    """An object with its pairs as they come, twice the same key too."""
+    return "{" + ",".join(f"{json.dumps(key)}{colon}{value}" for key, value in pairs) + "}"
+
+
+def objects(values: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    """Objects whose keys may stand twice, with and without spaces before colons."""
+    pairs = st.lists(st.tuples(KEYS, values), max_size=4)
+    return st.builds(spelled, pairs, st.sampled_from([":", " :", ": "]))
+
+
+DOCUMENTS = st.recursive(
+    LEAVES.map(json.dumps),
+    lambda inner: objects(inner) | st.lists(inner, max_size=3).map(lambda x: f"[{','.join(x)}]"),
+    max_leaves=12,
+)
+
+
+def outcome(text: str, *, shallow: bool) -> Json | tuple[str, ...]:
+    """The document, or what is said against it."""
+    try:
+        return loads(text.encode(), where="here", shallow=shallow)
+    except MoeconvError as problem:
+        return (type(problem).__name__, str(problem))
+
+
+@given(DOCUMENTS)
+def test_shallow_or_not_is_one(text: str) -> None:
+    assert outcome(text, shallow=True) == outcome(text, shallow=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a":1,"a":1}',
+        '{"a":{"b":1,"b":1}}',
+        '{"a":{"b":1},"a":{"b":1}}',
+        '{"a":{"b":{"c":1,"c":2}}}',
+        '{"a":[{"c":1,"c":2}]}',
+        '{"a" :1,"a" :1}',
+        # as many members as there are `":`, but one is a text's
+        '{"a" :{"b":1},"a" :{":":1}}',
+    ],
+)
+def test_a_key_that_stands_twice_is_seen(text: str) -> None:
+    with pytest.raises(DuplicateKey):
+        loads(text.encode(), where="here", shallow=True)
+
+
+def test_text_with_colons_is_no_duplicate() -> None:
+    doc: Json = {"a:b": {":": ":::"}, "c": {}}
+    assert loads(json.dumps(doc).encode(), where="here", shallow=True) == doc
