@@ -1,5 +1,17 @@
-"""`python -m moeconv`."""
+"""The console script, and `python -m moeconv`."""
 
-from moeconv.cli.main import main
+import gc
+from typing import NoReturn
 
-main()
+
+def main() -> NoReturn:
+    """Carry out the command line; the process ends with it."""
+    # what a command makes lives to its end, none of it in cycles; its modules first of all
+    gc.disable()
+    from moeconv.cli.main import main as carry_out
+
+    carry_out()
+
+
+if __name__ == "__main__":
+    main()

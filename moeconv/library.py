@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import tomllib
 from functools import cache
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from moeconv.errors import BadManifest, BadRecipe, quoted
@@ -15,23 +13,18 @@ from moeconv.layout.shared import completed
 from moeconv.manifest import ROOT_NAME, Root
 
 
-def _folder() -> Traversable:
-    shipped = files("moeconv") / "recipes"
-    if shipped.is_dir():
-        return shipped
+@cache
+def _folder() -> Path:
+    package = Path(__file__).resolve().parent
     # an editable install runs from the repository, where recipes/ stands beside the package
-    return Path(__file__).resolve().parents[1] / "recipes"
+    places = (package / "recipes", package.parent / "recipes")
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 @cache
 def _texts() -> dict[str, str]:
     """The text of each shipped recipe by file name, in the order of names."""
-    found = sorted((f for f in _folder().iterdir() if f.name.endswith(".toml")), key=_file_name)
-    return {f.name: f.read_text("utf-8") for f in found}
-
-
-def _file_name(file: Traversable) -> str:
-    return file.name
+    return {f.name: f.read_text("utf-8") for f in sorted(_folder().glob("*.toml"))}
 
 
 @cache

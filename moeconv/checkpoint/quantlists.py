@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-SECTIONS: Final = frozenset({"quantization_config", "compression_config"})
+from moeconv.checkpoint.config import QUANTIZATION
+
 _SPACE: Final = " \t\r\n"
 _VALUE = json.JSONDecoder()
 
@@ -125,7 +126,7 @@ def _walk(text: str, start: int, place: str, *, inside: bool) -> tuple[list[_Lis
         key, at = _VALUE.raw_decode(text, at)
         begin = _skip(text, _skip(text, at) + 1)
         below = f"{place}.{key}" if place else key
-        more, stop = _walk(text, begin, below, inside=inside or key in SECTIONS)
+        more, stop = _walk(text, begin, below, inside=inside or key in QUANTIZATION)
         inner += more
         entries.append(_Item(key, text[head:at], text[at:stop]))
         at = _skip(text, stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moeconv.checkpoint.quantlists import SECTIONS
+from moeconv.checkpoint.config import QUANTIZATION
 from moeconv.jsonvalue import Json
 
 
@@ -39,7 +39,7 @@ def _methods(value: Json, place: str, *, inside: bool) -> Iterator[tuple[str, st
         yield place, method.lower()
     for key, item in value.items():
         below = f"{place}.{key}" if place else key
-        yield from _methods(item, below, inside=inside or key in SECTIONS)
+        yield from _methods(item, below, inside=inside or key in QUANTIZATION)
 
 
 def _texts(value: Json, place: str, *, inside: bool, alone: bool = True) -> Iterator[Text]:
@@ -48,7 +48,7 @@ def _texts(value: Json, place: str, *, inside: bool, alone: bool = True) -> Iter
             if inside and not key.replace("_", "").isalnum():
                 yield Text(place, key)
             below = f"{place}.{key}" if place else key
-            yield from _texts(item, below, inside=inside or key in SECTIONS)
+            yield from _texts(item, below, inside=inside or key in QUANTIZATION)
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item, place, inside=inside, alone=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -69,7 +68,6 @@ def main() -> NoReturn:
     At once: to take half a million tensors apart one by one helps nobody, and by then all files
     are closed and on the disk.
     """
-    gc.disable()  # what a command makes lives to its end, and none of it in cycles
     open_streams()
     end_when_told()
     _leave_out_others(sys.argv[1:])

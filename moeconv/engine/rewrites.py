@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Final
 
-from moeconv.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES
-from moeconv.checkpoint.quantlists import changed_lists
-from moeconv.checkpoint.quanttexts import quant_methods, quant_texts
+from moeconv.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES, QUANTIZATION
 from moeconv.checkpoint.reading import read_document
 from moeconv.checkpoint.source import Checkpoint
-from moeconv.errors import quoted
 from moeconv.layout.stack import Stack
-from moeconv.plan.mentions import Mentions
-from moeconv.plan.modules import Renamings
-from moeconv.plan.unsure import is_unsure
 from moeconv.plan.values import Plan, Rewrite
+from moeconv.strictjson import may_escape
 
 # the files that name modules, and whether all of a file is about quantisation
 _DOCUMENTS: Final = ((CONFIG_NAME, False), ("hf_quant_config.json", True))
@@ -31,9 +25,21 @@ def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...])
         return _restoring(plan, checkpoint)
     own = checkpoint.origin
     origin = dict(own.origin.sidecars) if own else {}
+    there = {sidecar.name for sidecar in checkpoint.sidecars}
+    speaking = [
+        (name, inside)
+        for name, inside in _DOCUMENTS
+        if name in there and (inside or name in origin or _names_some(_read(checkpoint, name)))
+    ]
+    if not speaking:
+        return plan
+    # a fifth of the start of a command, and most checkpoints need none of it
+    from moeconv.engine.rewording import reworded
+    from moeconv.plan.modules import Renamings
+
     renamings = Renamings(stacks, plan.stacks)
     rewrites, notes = [], []
-    for name, inside in _DOCUMENTS:
+    for name, inside in speaking:
         concerned = renamings.changed or name in origin
         now = _read(checkpoint, name) if concerned else None
         if now is None:
@@ -45,44 +51,11 @@ def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...])
     return replace(plan, rewrites=tuple(rewrites), notes=(*plan.notes, *notes))
 
 
-def reworded(
-    name: str, first: bytes, renamings: Renamings, *, inside: bool
-) -> tuple[bytes, list[str]]:
-    """A document in the new names, and what is to be said of it."""
-    if not renamings.changed:
-        return first, []
-    try:
-        document = json.loads(first)
-        mentions = Mentions(renamings, quant_methods(document, inside=inside))
-        after, unchanged = changed_lists(first, mentions.reworded, inside=inside)
-        mentions.left(unchanged)
-        said = list(quant_texts(document, inside=inside))
-    except (ValueError, IndexError, RecursionError):
-        return first, []  # no JSON, and nobody's list of modules
-    notes = [f"{name}, `{p}`: {n:,} names of experts renamed" for p, n in mentions.renamed.items()]
-    notes += [
-        f"{name}, `{place}`: {count:,} names added, of experts that a pattern no longer means"
-        for place, count in mentions.added.items()
-    ]
-    notes += [
-        f"{name}, `{place}`: names some experts of a stack only, left as it is"
-        for place in mentions.kept
-    ]
-    unsure = [(t.place, t.text) for t in said if is_unsure(mentions, t)]
-    return after, notes + _left_notes(name, [*mentions.shifted, *unsure])
-
-
-def _left_notes(name: str, pairs: list[tuple[str, str]]) -> list[str]:
-    """What names experts, or may, in a way that is not rewritten."""
-    left: dict[str, list[str]] = {}
-    for place, text in dict.fromkeys(pairs):
-        left.setdefault(place, []).append(text)
-    return [
-        f"{name}, `{place}`: {quoted(texts[0])}"
-        + (f" and {len(texts) - 1:,} more" if texts[1:] else "")
-        + " left as written: see whether the new names are still meant"
-        for place, texts in left.items()
-    ]
+def _names_some(config: bytes | None) -> bool:
+    """Whether a config.json may hold a list of modules: it would stand in one of these members."""
+    if config is None:
+        return False
+    return may_escape(config) or any(section.encode() in config for section in QUANTIZATION)
 
 
 def _restoring(plan: Plan, checkpoint: Checkpoint) -> Plan:

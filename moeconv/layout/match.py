@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import quoted
-from moeconv.layout.recipe import WEIGHT, Recipe
+from moeconv.layout.recipe import WEIGHT, Line, Recipe
 
 SHARED = -1  # stands for the expert id of a tensor that holds all experts
 
@@ -63,14 +63,9 @@ class _Matcher:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         lines = {line.template: line for layout in recipe.layouts for line in layout.lines}
-        self._patterns = [
-            (
-                template,
-                {line.word(c): c.name for c in recipe.components},
-                re.compile(line.pattern(recipe.components, recipe.passed), re.ASCII),
-            )
-            for template, line in lines.items()
-        ]
+        self._lines = lines
+        # compiled when a name gets there: mostly the first one knows it
+        self._patterns: dict[str, tuple[re.Pattern[str], dict[str, str]]] = {}
         stems = "|".join(line.stem() for line in lines.values())
         # a stack that ends in the layer's number is told from other numbers by what follows
         self._stack = re.compile(rf"({recipe.stack_pattern})(?={stems})", re.ASCII | re.DOTALL)
@@ -88,7 +83,8 @@ class _Matcher:
         return None if known is None else (match.group(1), known)
 
     def _rest(self, rest: str) -> _Rest | None:
-        for template, by_word, pattern in self._patterns:
+        for template, line in self._lines.items():
+            pattern, by_word = self._pattern(template, line)
             match = pattern.fullmatch(rest)
             if match is None:
                 continue
@@ -103,6 +99,14 @@ class _Matcher:
                 return _Rest(template, component, expert - first)
             return None  # another stack's
         return _Rest("", "", SHARED) if self._stem.match(rest) else None
+
+    def _pattern(self, template: str, line: Line) -> tuple[re.Pattern[str], dict[str, str]]:
+        """A template's regular expression, and its components by their words."""
+        if template not in self._patterns:
+            text = line.pattern(self.recipe.components, self.recipe.passed)
+            by_word = {line.word(c): c.name for c in self.recipe.components}
+            self._patterns[template] = re.compile(text, re.ASCII), by_word
+        return self._patterns[template]
 
 
 _Hit: TypeAlias = tuple[_Matcher, tuple[str, _Rest]]

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import moeconv
-from moeconv.engine.rewrites import reworded
+from moeconv.engine.rewording import reworded
 from moeconv.manifest import StackEntry
 from moeconv.plan.modules import Renamings
 from tests.families.listed import PLACES, TYPES, Place, document, layouts_of, stacks_of, texts
