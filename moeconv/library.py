@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moeconv.errors import BadManifest, BadRecipe, quoted
 from moeconv.layout.recipe import Component, Recipe
@@ -12,19 +13,31 @@ from moeconv.layout.recipefile import MAX_RECIPE_BYTES, parse_recipe
 from moeconv.layout.shared import completed
 from moeconv.manifest import ROOT_NAME, Root
 
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
 
 @cache
-def _folder() -> Path:
-    package = Path(__file__).resolve().parent
+def _folder() -> Traversable:
+    package = Path(__file__).parent
     # an editable install runs from the repository, where recipes/ stands beside the package
-    places = (package / "recipes", package.parent / "recipes")
-    return next((place for place in places if place.is_dir()), places[0])
+    for place in (package / "recipes", package.resolve().parent / "recipes"):
+        if place.is_dir():
+            return place
+    from importlib.resources import files  # the package is in an archive; slow to import
+
+    return files("moeconv") / "recipes"
 
 
 @cache
 def _texts() -> dict[str, str]:
     """The text of each shipped recipe by file name, in the order of names."""
-    return {f.name: f.read_text("utf-8") for f in sorted(_folder().glob("*.toml"))}
+    found = sorted((f for f in _folder().iterdir() if f.name.endswith(".toml")), key=_file_name)
+    return {f.name: f.read_text("utf-8") for f in found}
+
+
+def _file_name(file: Traversable) -> str:
+    return file.name
 
 
 @cache

@@ -42,9 +42,20 @@ def outcome(text: str, *, shallow: bool) -> Json | tuple[str, ...]:
         return (type(problem).__name__, str(problem))
 
 
-@given(DOCUMENTS)
-def test_shallow_or_not_is_one(text: str) -> None:
-    assert outcome(text, shallow=True) == outcome(text, shallow=False)
+@given(DOCUMENTS, st.sampled_from(["", " ", " x", ",", "}", ":"]), st.integers(0, 8))
+def test_shallow_or_not_is_one(text: str, more: str, cut: int) -> None:
+    """Of what is broken, too: the same is said of it."""
+    whole = text + more
+    for broken in (whole, whole[: len(whole) - cut]):
+        assert outcome(broken, shallow=True) == outcome(broken, shallow=False)
+
+
+@pytest.mark.parametrize(
+    "end", [',"u":NaN}', ',"u":99999999999999999999}', ',"u":1e999}', ',"u":' + "[" * 100_000, " x"]
+)
+def test_a_key_that_stands_twice_is_said_before_what_follows(end: str) -> None:
+    with pytest.raises(DuplicateKey):
+        loads(b'{"t":{"a":1,"a":1}' + end.encode(), where="here", shallow=True)
 
 
 @pytest.mark.parametrize(

@@ -110,12 +110,9 @@ def parse_header(raw: bytes, *, file_size: int, file: int, where: str) -> Header
     if not isinstance(doc, dict):
         raise _bad(where, "its header is not a JSON object")
     metadata = _metadata(doc.pop(_METADATA, {}), where)
-    start = len(raw)
-    for name in doc if may_escape(raw) else ():
-        if not encodable(name):
-            raise _bad(where, "the name holds a lone surrogate", tensor=name)
+    start, escaped = len(raw), may_escape(raw)
     tensors = tuple(
-        _tensor(name, entry, where=where, file=file, data_start=start)
+        _tensor(name, entry, where=where, file=file, data_start=start, escaped=escaped)
         for name, entry in doc.items()
     )
     _check_cover(tensors, data_start=start, file_size=file_size, where=where)
@@ -150,10 +147,14 @@ def _are_sizes(value: Json) -> TypeGuard[list[int]]:
     return True
 
 
-def _tensor(name: str, entry: Json, *, where: str, file: int, data_start: int) -> StoredTensor:
+def _tensor(
+    name: str, entry: Json, *, where: str, file: int, data_start: int, escaped: bool
+) -> StoredTensor:
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
         raise _bad(where, "an entry needs `dtype`, `shape`, `data_offsets`, no more", tensor=name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if escaped and not encodable(name):
+        raise _bad(where, "the name holds a lone surrogate", tensor=name)
     if len(name) > MAX_NAME_BYTES // 4 and len(name.encode()) > MAX_NAME_BYTES:
         raise _bad(where, f"the name is longer than {MAX_NAME_BYTES:,} bytes", tensor=name[:100])
     if not isinstance(dtype, str) or dtype not in BITS:
