@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -52,6 +53,15 @@ def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
     call = getattr(_libc, "sync_file_range", None)
     if call is not None:
         call(descriptor, _offset(offset), _offset(nbytes), ctypes.c_uint(_WRITE_NOW))
+
+
+def let_go(descriptor: int, nbytes: int) -> None:
+    """Take a file's first bytes out of the page cache, as far as they are on the disk.
+
+    A hint, and it waits for nothing: a wait would be told of a failed write in fsync's place.
+    """
+    with suppress(OSError):
+        os.posix_fadvise(descriptor, 0, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def is_btrfs(path: Path) -> bool:

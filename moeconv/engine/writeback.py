@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import queue
 import threading
+from typing import Final
 
-from moeconv.engine.syscalls import start_writeback
+from moeconv.engine.syscalls import let_go, start_writeback
+
+# what the disk is still busy with stays in memory in any case; to ask for it costs a walk
+BEHIND_BYTES: Final = 128 * 1024 * 1024
 
 
 class Writeback:
     """One file's early writeback, in a thread of its own. A hint: what is left, fsync does.
 
     btrfs finds room for bytes and sums them in the thread that asks for their writeback: a worker
-    would stand still meanwhile, and a fsync at the end would do all of it at once.
+    would stand still meanwhile, and a fsync at the end would do all of it at once. What is on the
+    disk leaves the page cache, so that the next bytes find memory that was just in use: new pages
+    cost more than what is copied to them, and those of others stay.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -41,5 +47,7 @@ class Writeback:
         try:
             while (asked := self._ranges.get()) is not None and not self._over.is_set():
                 start_writeback(self._descriptor, *asked)
+                if (behind := asked[0] - BEHIND_BYTES) > 0:
+                    let_go(self._descriptor, behind)
         finally:
             self._ended.set()

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import moeconv
-from moeconv.engine import crew, target, writeback
+from moeconv.engine import crew, syscalls, target, writeback
 from moeconv.errors import IoFailed
 from tests.badinput.builders import config, qwen, write
 from tests.calls import watched
@@ -84,6 +84,38 @@ def test_a_run_that_succeeds_leaves_the_backlog_to_fsync(tmp_path: Path, begun: 
     assert len(begun) < TILES / 2
     assert left() == before
     assert moeconv.verify(tmp_path / "out", level="source", source=tmp_path / "src").ok
+
+
+def test_what_the_disk_has_had_for_a_while_leaves_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int]] = []
+    monkeypatch.setattr(writeback, "BEHIND_BYTES", 100)
+    monkeypatch.setattr(writeback, "start_writeback", lambda _, at, __: calls.append(("begin", at)))
+    monkeypatch.setattr(writeback, "let_go", lambda _, nbytes: calls.append(("let go", nbytes)))
+    with (tmp_path / "file").open("wb") as stream:
+        begun = writeback.Writeback(stream.fileno())
+        for at in (0, 60, 120, 180):
+            begun.begin(at, 60)
+        while ("begin", 180) not in calls:
+            time.sleep(0.001)
+        begun.end()
+    steps = [("begin", 0), ("begin", 60), ("begin", 120), ("let go", 20), ("begin", 180)]
+    assert calls[:5] == steps
+    assert calls[5:] in ([], [("let go", 80)])
+
+
+def test_only_what_is_on_the_disk_is_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("wb") as stream:
+        stream.write(b"x" * 100_000)
+        stream.flush()
+        syscalls.let_go(stream.fileno(), 1 << 20)
+    assert path.read_bytes() == b"x" * 100_000
+    reader, writer = os.pipe()
+    syscalls.let_go(writer, 4096)  # what has no pages is no failure
+    os.close(reader)
+    os.close(writer)
 
 
 def test_ctrl_c_while_files_are_closed_closes_them_all(
