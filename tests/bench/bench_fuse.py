@@ -53,6 +53,17 @@ out.mkdir()
 save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 """
 
+IN_PYTHON = """
+import json, sys, time, moeconv
+from moeconv.units import parse_size
+verb, source, out, size = getattr(moeconv, sys.argv[1]), *sys.argv[2:4], parse_size(sys.argv[4])
+options = json.loads(sys.argv[5])
+started = time.perf_counter()
+done = verb(source, out, max_shard_size=size, **options)
+seconds = time.perf_counter() - started
+print(json.dumps({"seconds": seconds, "copying": {"cloned": done.methods.tally.cloned}}))
+"""
+
 
 def ours(verb: str, source: Path, out: Path, *more: str) -> list[str | Path]:
     """A command of moeconv that says what it copied."""
@@ -77,12 +88,22 @@ def cloning(source: Path, fused: Path, out: Path, shard_size: str) -> Commands:
     """The contenders where blocks can be shared."""
     size = ("--max-shard-size", shard_size)
     aligned = ("fuse", source, out, "--align", "source", *size)
+
+    def called(verb: str, where: Path, options: str) -> list[str | Path]:
+        return [sys.executable, "-c", IN_PYTHON, verb, where, out, shard_size, options]
+
     return {
         COPY: ["cp", "-r", "--reflink=never", source, out],
         "moeconv fuse": ours("fuse", source, out, *size),
         "moeconv fuse --align source": ours(*aligned),
         "moeconv fuse --align source --digests later": ours(*aligned, "--digests", "later"),
+        "moeconv.fuse(align='source', digests='later') in a running Python": called(
+            "fuse", source, '{"align": "source", "digests": "later"}'
+        ),
         "moeconv shard --ep 8 of its own output": ours("shard", fused, out, "--ep", "8", *size),
+        "moeconv.shard(ep_size=8) of that in a running Python": called(
+            "shard", fused, '{"ep_size": 8}'
+        ),
     }
 
 

@@ -19,6 +19,9 @@ from pathlib import Path
 class Run:
     """One run. seconds: wall, with the fsync of every file; cpu: seconds, user and system.
 
+    A command that prints a JSON object with `seconds` has measured its work itself, without its
+    own start.
+
     anonymous: peak bytes of memory that is no file's, the table's "peak memory"; read, written:
     bytes that it asked the kernel for and gave it; cloned: what moeconv says of blocks that it
     shares with the source.
@@ -46,18 +49,22 @@ def measured(command: Sequence[str | Path], out: Path) -> Run:
         moved = _moved(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+        ended = time.perf_counter()
         for path in [*out.rglob("*"), out]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-        seconds = time.perf_counter() - started
+        durable = time.perf_counter() - ended
         stdout.seek(0)
         said = stdout.read()
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed: {process.returncode}")
     shutil.rmtree(out)
     cpu = usage.ru_utime + usage.ru_stime
-    return Run(seconds, cpu, peak.end(), moved["rchar"], moved["wchar"], _cloned(said))
+    doc = json.loads(said) if said.startswith("{") else {}
+    seconds = float(doc.get("seconds", ended - started)) + durable
+    cloned = int((doc.get("copying") or {}).get("cloned", 0))
+    return Run(seconds, cpu, peak.end(), moved["rchar"], moved["wchar"], cloned)
 
 
 def _environment() -> dict[str, str]:
@@ -96,12 +103,6 @@ class _Peak:
 def _moved(pid: int) -> dict[str, int]:
     lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     return {key: int(value) for key, value in (line.split(": ") for line in lines)}
-
-
-def _cloned(said: str) -> int:
-    if not said.startswith("{"):
-        return 0
-    return int((json.loads(said).get("copying") or {}).get("cloned", 0))
 
 
 HEAD = (
