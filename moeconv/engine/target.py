@@ -50,6 +50,7 @@ class DiskTarget:
         self._serial = is_btrfs(out)
         self._writeback: Writeback | None = None
         self._refused = False  # writes past the page cache, by the device
+        self._ways: dict[int, str] = {}  # to copy, by the descriptor of a source's file
         self._unsettled = 0  # bytes that wait in the page cache; a hint, so the lock is not asked
         self._writing = threading.Lock()
 
@@ -141,7 +142,7 @@ class DiskTarget:
         return self._copy(source, offset, at, nbytes)
 
     def _copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
-        if self._methods.of(source) not in (KERNEL, REFLINK):
+        if self._way(source) not in (KERNEL, REFLINK):
             return 0
         with self._writing, writing(self._path):
             done = copy_in_kernel(source, offset, self._descriptor, at, nbytes)
@@ -149,13 +150,19 @@ class DiskTarget:
         self._methods.tally.add(copied=done)
         return done
 
+    def _way(self, source: int) -> str:
+        found = self._ways.get(source)
+        if found is None:
+            found = self._ways[source] = self._methods.of(source)
+        return found
+
     def clone(self, source: int, offset: int, at: int, nbytes: int) -> tuple[int, int]:
         """What of a run is now in place without a copy: [first, last) of its bytes.
 
         Whole blocks can be, where both sides stand alike in theirs; the edges are left to write.
         """
         first, last = whole_blocks(offset, at, nbytes, self._methods.block)
-        if first == last or not self.clones or self._methods.of(source) != REFLINK:
+        if first == last or not self.clones or self._way(source) != REFLINK:
             return 0, 0
         with writing(self._path):
             if not clone_range(source, offset + first, self._descriptor, at + first, last - first):

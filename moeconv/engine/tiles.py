@@ -172,17 +172,19 @@ class TileRunner:
     ) -> None:
         """Copy what of a run was not cloned; nobody needs to see it."""
         first, last = cloned
+        done = last - first
         for start, stop in ((0, first), (last, nbytes)):
-            self._move(file, offset + start, at + start, stop - start, target)
-        self._advance(last - first)
+            if stop - start < LARGE_TILE_BYTES:  # a clone's edges meet those of its neighbours
+                if start < stop:
+                    view = self._gather.place(target, at + start, stop - start)
+                    self._sources.read_into(file, view, offset + start)
+                done += stop - start
+            else:
+                self._move(file, offset + start, at + start, stop - start, target)
+        self._advance(done)
 
     def _move(self, file: int, offset: int, at: int, nbytes: int, target: Bytes) -> None:
-        """Copy bytes that nobody needs to see; a clone's edges meet those of its neighbours."""
-        if nbytes < LARGE_TILE_BYTES:
-            if nbytes:
-                self._sources.read_into(file, self._gather.place(target, at, nbytes), offset)
-                self._advance(nbytes)
-            return
+        """Copy bytes that nobody needs to see."""
         done, buffer = 0, self._gather.whole(target)
         source = self._sources.descriptor(file)
         while done < nbytes:
