@@ -77,7 +77,7 @@ class DiskTarget:
         with writing(self._path):
             self._descriptor = os.open(self._partial, NEW_FILE, 0o666)
             if self._serial:  # it grows: a write inside a file looks for what was there
-                self._writeback = Writeback(self._descriptor)
+                self._writeback = Writeback(self._descriptor, len(self._file.header))
             elif self.clones:  # blocks of its own would only be thrown away again
                 os.truncate(self._descriptor, self._file.size)
             else:

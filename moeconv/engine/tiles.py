@@ -162,6 +162,8 @@ class TileRunner:
             return False
         source = self._sources.descriptor(span.file)
         first, last = target.clone(source, span.offset, tile.start, tile.nbytes)
+        if last == first and any(known):
+            return False  # to be copied, and held against its promise
         for piece, value in zip(tile.pieces, known, strict=True):
             digests[tile.tensor][piece.unit] = value
         self._beside((first, last), span.file, span.offset, tile.start, tile.nbytes, target)

@@ -9,7 +9,7 @@ from typing import Final
 from moeconv.engine.syscalls import let_go, start_writeback
 
 # what the disk is still busy with stays in memory in any case; to ask for it costs a walk
-BEHIND_BYTES: Final = 128 * 1024 * 1024
+BEHIND_BYTES: Final = 192 * 1024 * 1024
 
 
 class Writeback:
@@ -21,8 +21,11 @@ class Writeback:
     cost more than what is copied to them, and those of others stay.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, first: int) -> None:
+        """first: where the first range will begin."""
         self._descriptor = descriptor
+        self._whole = first  # up to here all is written, and the disk has begun on it
+        self._begun: dict[int, int] = {}  # beyond that: start and stop of ranges
         self._ranges: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._over = threading.Event()
         self._ended = threading.Event()
@@ -47,7 +50,11 @@ class Writeback:
         try:
             while (asked := self._ranges.get()) is not None and not self._over.is_set():
                 start_writeback(self._descriptor, *asked)
-                if (behind := asked[0] - BEHIND_BYTES) > 0:
+                self._begun[asked[0]] = sum(asked)
+                # no further: of what still fills up, pages would have to be read again
+                while (stop := self._begun.pop(self._whole, None)) is not None:
+                    self._whole = stop
+                if (behind := self._whole - BEHIND_BYTES) > 0:
                     let_go(self._descriptor, behind)
         finally:
             self._ended.set()

@@ -369,6 +369,24 @@ def test_what_stands_in_a_row_is_cloned_at_once(
         shutil.rmtree(cloning / out)
 
 
+@pytest.mark.parametrize("layout", ["stacked", "kn"])
+def test_what_is_smaller_than_a_block_is_held_against_its_promise(
+    cloning: Path, tmp_path: Path, layout: str
+) -> None:
+    """Turned matrices that stay as they are, too: they are read where they cannot be cloned."""
+    src = write(tmp_path / "src", qwen(8, 8, 16), config=config(experts=8, width=8, hidden=16))
+    moeconv.fuse(src, cloning / "small", layout=layout)
+    (data,) = (cloning / "small").glob("*.safetensors")
+    raw = bytearray(data.read_bytes())
+    tensors = moeconv.open_source(cloning / "small").checkpoint.tensors
+    tensor = next(t for t in tensors if "experts" in t.name)
+    raw[tensor.offset + 70] ^= 1
+    data.write_bytes(raw)
+    with pytest.raises(Damaged):
+        moeconv.shard(cloning / "small", cloning / "damaged", ep_size=4, layout=layout)
+    shutil.rmtree(cloning / "small")
+
+
 def test_where_nothing_can_be_cloned_after_all_every_digest_is_held_against_its_promise(
     cloning: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,18 @@ def test_what_some_names_are_for_is_put_beside_those_that_stay(tmp_path: Path):
     assert sorted(found) == sorted(modules(0))
 
 
+def test_a_member_whose_name_is_spelled_by_numbers_is_one_all_the_same(tmp_path: Path):
+    plain = checkpoint(tmp_path / "plain", {"ignore": modules(0)})
+    moeconv.fuse(plain, tmp_path / "wanted")
+    src = checkpoint(tmp_path / "src", {"ignore": modules(0)})
+    path = src / "config.json"
+    text = path.read_text()
+    assert text.count('"quantization_config"') == 1
+    path.write_text(text.replace('"quantization_config"', r'"quantiz\u0061tion_config"'))
+    moeconv.fuse(src, tmp_path / "out")
+    assert config_of(tmp_path / "out") == config_of(tmp_path / "wanted") != {"ignore": modules(0)}
+
+
 def replaced(
     document: dict[str, Json], new: dict[str, tuple[str, ...]]
 ) -> tuple[Json, tuple[tuple[str, str], ...]]:
