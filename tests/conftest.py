@@ -1,12 +1,14 @@
 """Hypothesis: the same examples in every run, unless the environment asks for new ones.
 
-And what tests counted with `record_property`, said at the end.
+What tests counted with `record_property`, said at the end. And a fixture that several rooms share.
 """
 
 import os
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.engine.cloning import cloning  # noqa: F401 - a fixture
 
 # conversions sync to the disk, so an example's time says nothing about the code
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

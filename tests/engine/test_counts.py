@@ -20,7 +20,7 @@ from moeconv.engine.syscalls import open_direct
 from moeconv.errors import DiskFull
 from tests.badinput.builders import config, qwen, write
 from tests.calls import around
-from tests.engine.test_methods import big, cloning, phased, source  # noqa: F401 - a fixture
+from tests.engine.cloning import big, phased, source
 
 MIB = 1024 * 1024
 FIEMAP, SYNC, SHARED = 0xC020660B, 1, 0x2000  # linux/fiemap.h
@@ -75,7 +75,7 @@ def extents(path: Path) -> list[tuple[int, bool]]:
     return [(length, bool(flags & SHARED)) for _, _, length, _, _, flags, *_ in found]
 
 
-def test_what_is_said_to_be_cloned_takes_no_room(cloning: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_is_said_to_be_cloned_takes_no_room(cloning: Path, tmp_path: Path) -> None:
     src = source(tmp_path / "src")
     moeconv.fuse(src, cloning / "fused")
     os.sync()
@@ -97,7 +97,7 @@ def test_what_is_said_to_be_cloned_takes_no_room(cloning: Path, tmp_path: Path) 
 
 
 def test_clones_need_no_room(
-    cloning: Path,  # noqa: F811
+    cloning: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -21,7 +21,8 @@ from moeconv.engine.journal import read_journal
 from moeconv.errors import DiskFull, IoFailed
 from tests.badinput.checks import holds, tree
 from tests.calls import watched
-from tests.engine.test_methods import WAYS, big, cloning, source  # noqa: F401 - a fixture
+from tests.engine.cloning import big, source
+from tests.engine.test_methods import WAYS
 from tests.faults.killed import forked
 from tests.helpers import tree_sha256
 
@@ -40,7 +41,7 @@ def fails_as_the_disk_does(code: int, run: Callable[[], object]) -> None:
 @pytest.mark.parametrize("turn", [1, 2, 7])  # the first is the question whether it clones at all
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_clone_that_fails(  # noqa: PLR0917 - parameters
-    cloning: Path,  # noqa: F811
+    cloning: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     code: int,
@@ -95,7 +96,7 @@ def test_blocks_that_are_not_given(
 
 
 def test_early_writeback_is_not_asked_for_on_btrfs(
-    cloning: Path,  # noqa: F811
+    cloning: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,72 +3,18 @@
 import errno
 import os
 import shutil
-import subprocess
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import moeconv
-from moeconv.api import Result
-from moeconv.engine import crew, methods, target, tiles, writeback
-from moeconv.errors import Damaged
-from moeconv.plan.values import CopyTile
-from tests.badinput.builders import config, qwen, write
+from moeconv.engine import crew, methods, target, writeback
 from tests.calls import around, watched
+from tests.engine.cloning import MATRICES_BYTES, big, phased, share, source, used
 from tests.helpers import tree_sha256
-
-MAKE = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}
-IMAGE_BYTES = 400 * 1024 * 1024
-
-
-@pytest.fixture(scope="module", params=sorted(MAKE))
-def cloning(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    """A mounted file system that clones."""
-    tool = MAKE[request.param][0]
-    if os.geteuid() or shutil.which(tool) is None:
-        pytest.skip(f"needs root, loop devices and {tool}")
-    folder = tmp_path_factory.mktemp(request.param)
-    image, place = folder / "image", folder / "mounted"
-    place.mkdir()
-    with image.open("wb") as stream:
-        stream.truncate(IMAGE_BYTES)
-    subprocess.run([*MAKE[request.param], str(image)], check=True, capture_output=True)
-    mounted = subprocess.run(
-        ["mount", "-o", "loop", image, place], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a loop device")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
-        image.unlink()
-
-
-def source(folder: Path) -> Path:
-    """Eight experts in two layers, a matrix 64 KiB."""
-    tensors = qwen(8, 64, 512, layers=2)
-    return write(
-        folder, tensors, config=config(experts=8, width=64, hidden=512, num_hidden_layers=2)
-    )
-
-
-def share(result: Result) -> float:
-    """The part of the data that was cloned."""
-    assert result.methods is not None
-    return result.methods.tally.cloned / result.plan.tensor_bytes
-
-
-def used(result: Result) -> set[str]:
-    """The methods that were found."""
-    assert result.methods is not None
-    return set(result.methods.found.values())
 
 
 def test_our_own_outputs_are_cloned_again_and_again(cloning: Path, tmp_path: Path) -> None:
@@ -146,32 +92,6 @@ def test_the_edges_of_two_clones_are_one_write(
         shutil.rmtree(cloning / out)
 
 
-def phased(folder: Path, make: Callable[[Path], Path] = source) -> Path:
-    """A foreign source whose data starts 8 bytes beyond a page's middle, as others' may."""
-    made = make(folder)
-    path = made / "model.safetensors"
-    raw = path.read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    wanted = size + (2056 - 8 - size) % 4096
-    path.write_bytes(
-        wanted.to_bytes(8, "little") + raw[8 : 8 + size].ljust(wanted) + raw[8 + size :]
-    )
-    return made
-
-
-@pytest.mark.parametrize("align", ["page", "source"])
-def test_digests_that_come_later_do_so_on_every_file_system(
-    cloning: Path, tmp_path: Path, align: str
-) -> None:
-    src = source(tmp_path / "src")
-    moeconv.fuse(src, tmp_path / "out", align=align, digests="later")
-    shutil.copytree(src, cloning / "src")
-    moeconv.fuse(cloning / "src", cloning / "out", align=align, digests="later")
-    assert tree_sha256(tmp_path / "out") == tree_sha256(cloning / "out")
-    for out in ("src", "out"):
-        shutil.rmtree(cloning / out)
-
-
 @pytest.mark.parametrize(("digests", "batches"), [("now", 4), ("later", 1)])
 def test_clones_that_nobody_reads_are_not_shared_out(
     cloning: Path, monkeypatch: pytest.MonkeyPatch, digests: str, batches: int
@@ -187,12 +107,6 @@ def test_clones_that_nobody_reads_are_not_shared_out(
         shutil.rmtree(cloning / out)
 
 
-def big(folder: Path) -> Path:
-    """Four experts of one layer, a matrix 512 KiB."""
-    return write(folder, qwen(4, 256, 1024), config=config(width=256, hidden=1024))
-
-
-MATRICES_BYTES = 4 * 3 * 256 * 1024 * 2
 WAYS = {
     "kernel": {"open_direct": lambda _: None},
     "buffer": {"open_direct": lambda _: None, "copy_in_kernel": lambda *_: 0},
@@ -333,19 +247,6 @@ def test_turned_matrices_go_past_the_page_cache_too(cloning: Path, tmp_path: Pat
     shutil.rmtree(cloning / "out")
 
 
-def test_digests_later_looks_at_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel copies; nobody looks at the bytes of a large matrix."""
-    src = big(tmp_path / "src")
-    monkeypatch.setattr(target, "open_direct", lambda _: None)
-    result = moeconv.fuse(src, tmp_path / "out", digests="later")
-    assert result.methods is not None
-    assert result.methods.tally.copied >= MATRICES_BYTES
-    assert result.manifest is not None
-    assert result.manifest.root.fingerprint is None
-    moeconv.unfuse(tmp_path / "out", tmp_path / "back")
-    assert tree_sha256(tmp_path / "back") == tree_sha256(src)
-
-
 @pytest.mark.parametrize("digests", ["now", "later"])
 def test_what_stands_in_a_row_is_cloned_at_once(
     cloning: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests: str
@@ -365,51 +266,5 @@ def test_what_stands_in_a_row_is_cloned_at_once(
     matrices = [size for size in asked if size >= 2 * 64 * 512 * 2]
     assert len(matrices) <= 4 * 2 * 2  # ranks, layers, gate_up and down: two experts in each
     assert moeconv.verify(cloning / "out", level="source", source=src).ok
-    for out in ("fused", "out"):
-        shutil.rmtree(cloning / out)
-
-
-@pytest.mark.parametrize("layout", ["stacked", "kn"])
-def test_what_is_smaller_than_a_block_is_held_against_its_promise(
-    cloning: Path, tmp_path: Path, layout: str
-) -> None:
-    """Turned matrices that stay as they are, too: they are read where they cannot be cloned."""
-    src = write(tmp_path / "src", qwen(8, 8, 16), config=config(experts=8, width=8, hidden=16))
-    moeconv.fuse(src, cloning / "small", layout=layout)
-    (data,) = (cloning / "small").glob("*.safetensors")
-    raw = bytearray(data.read_bytes())
-    tensors = moeconv.open_source(cloning / "small").checkpoint.tensors
-    tensor = next(t for t in tensors if "experts" in t.name)
-    raw[tensor.offset + 70] ^= 1
-    data.write_bytes(raw)
-    with pytest.raises(Damaged):
-        moeconv.shard(cloning / "small", cloning / "damaged", ep_size=4, layout=layout)
-    shutil.rmtree(cloning / "small")
-
-
-def test_where_nothing_can_be_cloned_after_all_every_digest_is_held_against_its_promise(
-    cloning: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    src = source(tmp_path / "src")
-    moeconv.fuse(src, cloning / "fused")
-    monkeypatch.setattr(target, "clone_range", lambda *_: False)
-    rows: list[int] = []
-    real = tiles._in_a_row
-
-    def seen(found: list[CopyTile]) -> None:
-        rows.append(len(found))
-
-    monkeypatch.setattr(tiles, "_in_a_row", around(real, after=seen))
-    result = moeconv.shard(cloning / "fused", cloning / "out", ep_size=4)
-    assert share(result) == 0
-    # each tile is looked at once, however long the row that cannot be cloned
-    assert sum(rows) <= sum(len(file.tiles) for file in result.plan.files)
-    assert moeconv.verify(cloning / "out").ok
-    (data,) = (cloning / "fused").glob("*.safetensors")
-    raw = bytearray(data.read_bytes())
-    raw[-5000] ^= 1
-    data.write_bytes(raw)
-    with pytest.raises(Damaged):
-        moeconv.shard(cloning / "fused", cloning / "again", ep_size=4)
     for out in ("fused", "out"):
         shutil.rmtree(cloning / out)

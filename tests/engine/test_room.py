@@ -11,7 +11,7 @@ import pytest
 import moeconv
 from moeconv.api import Result
 from moeconv.engine.tiles import CLONED_TILE_BYTES
-from tests.engine.test_methods import cloning, phased, source  # noqa: F401 - a fixture
+from tests.engine.cloning import phased, source
 
 BLOCK = 4096
 
@@ -22,7 +22,7 @@ def cloned(result: Result) -> int:
     return result.methods.tally.cloned
 
 
-def test_subvolumes_are_one_file_system(cloning: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_subvolumes_are_one_file_system(cloning: Path, tmp_path: Path) -> None:
     if not cloning.parent.name.startswith("btrfs"):
         pytest.skip("only btrfs has subvolumes")
     here, there = cloning / "here", cloning / "there"
@@ -38,7 +38,7 @@ def test_subvolumes_are_one_file_system(cloning: Path, tmp_path: Path) -> None: 
         subprocess.run(["btrfs", "-q", "subvolume", "delete", place], check=True)
 
 
-def test_a_source_elsewhere_shares_nothing(cloning: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_source_elsewhere_shares_nothing(cloning: Path, tmp_path: Path) -> None:
     moeconv.fuse(source(tmp_path / "src"), tmp_path / "fused")
     result = moeconv.shard(tmp_path / "fused", cloning / "ranks", ep_size=4)
     assert result.room.shared == 0 == cloned(result)
@@ -46,7 +46,7 @@ def test_a_source_elsewhere_shares_nothing(cloning: Path, tmp_path: Path) -> Non
 
 
 def test_of_a_mixed_source_only_what_is_near_is_shared(
-    cloning: Path,  # noqa: F811
+    cloning: Path,
     tmp_path: Path,
 ) -> None:
     """Some shards may be on another disk."""
@@ -67,7 +67,7 @@ def test_of_a_mixed_source_only_what_is_near_is_shared(
 
 
 def test_the_edges_of_a_foreign_source_are_not_shared(
-    cloning: Path,  # noqa: F811
+    cloning: Path,
 ) -> None:
     """Where a tensor begins within a block, its first and last blocks are copied."""
     made = phased(cloning / "src")

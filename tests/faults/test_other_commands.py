@@ -15,7 +15,6 @@ import pytest
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree
 from tests.cli.run import environment, moeconv
-from tests.engine.test_methods import cloning, phased  # noqa: F401 - a fixture
 from tests.helpers import tree_sha256
 
 COMMANDS = {
@@ -30,7 +29,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("times", [pytest.param(3), pytest.param(50, marks=pytest.mark.soak)])
 def test_killed_and_resumed(
-    cloning: Path,  # noqa: F811
+    cloning: Path,
     tmp_path: Path,
     name: str,
     times: int,

@@ -1,0 +1,80 @@
+"""File systems that clone, mounted for a test, and checkpoints to clone from."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from moeconv.api import Result
+from tests.badinput.builders import config, qwen, write
+
+MAKE = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}
+IMAGE_BYTES = 400 * 1024 * 1024
+MATRICES_BYTES = 4 * 3 * 256 * 1024 * 2  # of `big`
+
+
+@pytest.fixture(scope="module", params=sorted(MAKE))
+def cloning(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """A mounted file system that clones."""
+    tool = MAKE[request.param][0]
+    if os.geteuid() or shutil.which(tool) is None:
+        pytest.skip(f"needs root, loop devices and {tool}")
+    folder = tmp_path_factory.mktemp(request.param)
+    image, place = folder / "image", folder / "mounted"
+    place.mkdir()
+    with image.open("wb") as stream:
+        stream.truncate(IMAGE_BYTES)
+    subprocess.run([*MAKE[request.param], str(image)], check=True, capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-o", "loop", image, place], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a loop device")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+        image.unlink()
+
+
+def source(folder: Path) -> Path:
+    """Eight experts in two layers, a matrix 64 KiB."""
+    tensors = qwen(8, 64, 512, layers=2)
+    return write(
+        folder, tensors, config=config(experts=8, width=64, hidden=512, num_hidden_layers=2)
+    )
+
+
+def share(result: Result) -> float:
+    """The part of the data that was cloned."""
+    assert result.methods is not None
+    return result.methods.tally.cloned / result.plan.tensor_bytes
+
+
+def used(result: Result) -> set[str]:
+    """The methods that were found."""
+    assert result.methods is not None
+    return set(result.methods.found.values())
+
+
+def phased(folder: Path, make: Callable[[Path], Path] = source) -> Path:
+    """A foreign source whose data starts 8 bytes beyond a page's middle, as others' may."""
+    made = make(folder)
+    path = made / "model.safetensors"
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    wanted = size + (2056 - 8 - size) % 4096
+    path.write_bytes(
+        wanted.to_bytes(8, "little") + raw[8 : 8 + size].ljust(wanted) + raw[8 + size :]
+    )
+    return made
+
+
+def big(folder: Path) -> Path:
+    """Four experts of one layer, a matrix 512 KiB."""
+    return write(folder, qwen(4, 256, 1024), config=config(width=256, hidden=1024))
