@@ -18,15 +18,27 @@ from moeconv.plan.values import Piece, Span, WeaveTile
 Items: TypeAlias = "NDArray[np.generic]"
 ReadSpan: TypeAlias = Callable[[Span, memoryview], memoryview]
 
-# Square blocks that stay in the second-level cache: 2 to 3 GB/s, plain NumPy 0.3.
-_BLOCK = 128
+# Items of a square block, two of which stay in the second-level cache: bf16 is turned at 2 to
+# 4 GB/s, by plain NumPy at 0.3.
+_BLOCK = 256
+# Items between the rows of a block: rows a power of two apart would meet in one set of the cache.
+_GAP = 32
+# Columns at most so many items apart (gpt-oss alternates two matrices) are read with those between:
+# to pick them from what is not in the cache yet is slow.
+_FARTHEST = 2
+_READ_SHAPE = (_BLOCK, _FARTHEST * _BLOCK + _GAP)
+_TURNED_SHAPE = (_BLOCK, _BLOCK + _GAP)
 
 
 def memory_of(tile: WeaveTile) -> int:
-    """Bytes of the blocks that `weave` takes: spans, the tile, one canonical matrix."""
+    """Bytes that `weave` takes: spans, the tile, one canonical matrix, the blocks to turn by."""
     blocks = [span.nbytes for span in tile.spans]
     blocks += [] if tile.straight else [tile.nbytes]
-    return sum(map(paged, [*blocks, _largest(tile)]))
+    return sum(map(paged, [*blocks, _largest(tile), _turning(tile)]))
+
+
+def _turning(tile: WeaveTile) -> int:
+    return (prod(_READ_SHAPE) + prod(_TURNED_SHAPE)) * tile.itemsize
 
 
 def _largest(tile: WeaveTile) -> int:
@@ -41,18 +53,18 @@ def weave(tile: WeaveTile, read: ReadSpan, take: Take) -> tuple[memoryview, list
     """
     dtype = f"u{tile.itemsize}"
     spans = [np.frombuffer(read(span, take(span.nbytes)), dtype=dtype) for span in tile.spans]
-    spare = _Spare(take, _largest(tile))
+    desk = _Desk(take, tile)
     units: list[tuple[int, str]] = []
     if tile.straight:
         units = [
-            (p.unit, _digest(_view(spans[p.span], p, p.src_offset, p.src_strides), spare))
+            (p.unit, _digest(view(spans[p.span], p, p.src_offset, p.src_strides), desk))
             for p in tile.pieces
         ]
         return spans[0].view(np.uint8).data, units
     out = np.frombuffer(take(tile.nbytes), dtype=dtype)
     for piece in tile.pieces:
-        source = _view(spans[piece.span], piece, piece.src_offset, piece.src_strides)
-        target = _view(out, piece, piece.dst_offset, piece.dst_strides)
+        source = view(spans[piece.span], piece, piece.src_offset, piece.src_strides)
+        target = view(out, piece, piece.dst_offset, piece.dst_strides)
         if piece.repeat:
             if not np.array_equal(source, target):
                 raise UnequalShared(
@@ -61,55 +73,74 @@ def weave(tile: WeaveTile, read: ReadSpan, take: Take) -> tuple[memoryview, list
                     fix="choose a layout that keeps them apart",
                 )
         else:
-            _move(target, source)
+            _move(target, source, desk)
         # of the side that need not be turned for it
-        units.append((piece.unit, _digest(source if source.flags.c_contiguous else target, spare)))
+        units.append((piece.unit, _digest(source if source.flags.c_contiguous else target, desk)))
     return out.view(np.uint8).data, units
 
 
-class _Spare:
-    """A block for one matrix at a time, taken when the first one needs it."""
+class _Desk:
+    """Memory to work in, taken when the first matrix needs it and kept for the next."""
 
-    def __init__(self, take: Take, size: int) -> None:
+    def __init__(self, take: Take, tile: WeaveTile) -> None:
         self._take = take
-        self._size = size
-        self._block: memoryview | None = None
+        self._tile = tile
+        self._canonical: memoryview | None = None
+        self._blocks: tuple[Items, Items] | None = None
 
     def like(self, matrix: Items) -> Items:
         """Memory in canonical order for such a matrix."""
-        self._block = self._block or self._take(self._size)
-        data = np.frombuffer(self._block[: matrix.nbytes], dtype=matrix.dtype)
+        self._canonical = self._canonical or self._take(_largest(self._tile))
+        data = np.frombuffer(self._canonical[: matrix.nbytes], dtype=matrix.dtype)
         return data.reshape(matrix.shape)
 
+    def blocks(self) -> tuple[Items, Items]:
+        """A block as it is read, `_READ_SHAPE`, and one turned, `_TURNED_SHAPE`."""
+        if self._blocks is None:
+            items = np.frombuffer(self._take(_turning(self._tile)), f"u{self._tile.itemsize}")
+            read, turned = np.split(items, [prod(_READ_SHAPE)])
+            self._blocks = read.reshape(_READ_SHAPE), turned.reshape(_TURNED_SHAPE)
+        return self._blocks
 
-def _view(items: Items, piece: Piece, offset: int, strides: tuple[int, ...]) -> Items:
+
+def view(items: Items, piece: Piece, offset: int, strides: tuple[int, ...]) -> Items:
     steps = tuple(s * items.itemsize for s in strides)
     return as_strided(items[offset:], shape=piece.shape, strides=steps)
 
 
-def _digest(matrix: Items, spare: _Spare) -> str:
+def _digest(matrix: Items, desk: _Desk) -> str:
     if not matrix.flags.c_contiguous:
-        canonical = spare.like(matrix)
-        _move(canonical, matrix)
+        canonical = desk.like(matrix)
+        _move(canonical, matrix, desk)
         matrix = canonical
     return digest(matrix.data.cast("B"))
 
 
-def _move(target: Items, source: Items) -> None:
+def _move(target: Items, source: Items, desk: _Desk) -> None:
     """target[...] = source, in blocks where the two run along different axes."""
     if target.ndim != 2 or _fastest(target) == _fastest(source):
         target[...] = source
         return
     if _fastest(source) == 0:
-        target, source = target.T, source.T  # now the source has its rows in one piece
-    rows, columns = target.shape
-    # by way of a small block: columns a power of two apart would all meet in one set of the cache
-    block = np.empty((_BLOCK, _BLOCK), dtype=source.dtype)
-    for i in range(0, rows, _BLOCK):
-        for j in range(0, columns, _BLOCK):
-            part = block[: min(_BLOCK, rows - i), : min(_BLOCK, columns - j)]
-            part[...] = source[i : i + _BLOCK, j : j + _BLOCK]
-            target[i : i + _BLOCK, j : j + _BLOCK] = part
+        target, source = target.T, source.T  # now the source runs along its rows
+    step = source.strides[1] // source.itemsize
+    if not 1 <= step <= _FARTHEST:
+        target[...] = source
+        return
+    rows, columns = source.shape
+    wide = as_strided(
+        source, (rows, (columns - 1) * step + 1), (source.strides[0], source.itemsize)
+    )
+    read, turned = desk.blocks()
+    for j in range(0, columns, _BLOCK):
+        for i in range(0, rows, _BLOCK):
+            part = wide[i : i + _BLOCK, j * step : (j + _BLOCK - 1) * step + 1]
+            height, width = part.shape
+            read[:height, :width] = part
+            picked = read[:height, :width:step].T
+            across = turned[: picked.shape[0], :height]
+            across[...] = picked
+            target.T[j : j + _BLOCK, i : i + _BLOCK] = across
 
 
 def _fastest(matrix: Items) -> int:
