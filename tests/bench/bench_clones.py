@@ -2,10 +2,11 @@
 
     python -m tests.bench.bench_clones /fast/disk/folder --pairs 6
 
-As root, on XFS and on btrfs on loop devices in the folder: Qwen3-30B-A3B's 61 GB, its files' blocks
-all clones of one, so that they need 6 GB. To copy it is not; so `cp` copies one of its files, 5 GB,
-and its seconds are multiplied by what the whole has more of bytes. Once as published, in files of 5
-GB that cut layers in two, and once in one file.
+As root, on XFS and on btrfs on loop devices in the folder: Qwen3-30B-A3B's 61 GB, all of it blocks
+of their own. They are zeros, and the images keep holes for them, so that the folder needs 20 GB; to
+copy the whole it would need more, so `cp` copies one of its files, 5 GB, and its seconds are
+multiplied by what the whole has more of bytes. Once as published, in files of 5 GB that cut layers
+in two, and once in one file.
 
 Prints a table as `bench_fuse` does, with the same contenders where blocks are shared.
 """
@@ -27,23 +28,44 @@ from tests.bench.measured import HEAD, row
 
 MODEL: Final = "qwen3-30b-a3b"
 BLOCK: Final = 4096
-POOL_BYTES: Final = 1 << 30
-IMAGE_BYTES: Final = 24 << 30
+POOL_BYTES: Final = 62 << 30
+STEP_BYTES: Final = 4 << 30
+# leaves 18 GB for outputs, so that the image cannot grow to more
+IMAGE_BYTES: Final = 80 << 30
+
+
+def fill(pool: Path) -> None:
+    """Write the pool; the image gets its blocks back, a step at a time. Only zeros are taken."""
+    zeros = bytes(8 << 20)
+    with pool.open("wb", buffering=0) as stream:
+        for _ in range(0, POOL_BYTES, STEP_BYTES):
+            for _ in range(0, STEP_BYTES, len(zeros)):
+                stream.write(zeros)
+            os.fsync(stream.fileno())
+            subprocess.run(["fsfreeze", "--freeze", pool.parent], check=True)
+            try:
+                image = pool.parent.with_suffix(".image")
+                subprocess.run(["fallocate", "--dig-holes", image], check=True)
+            finally:
+                subprocess.run(["fsfreeze", "--unfreeze", pool.parent], check=True)
 
 
 def solid(folder: Path, pool: Path) -> int:
-    """Give a phantom's holes blocks: clones of the pool's, so that only headers are new; bytes."""
-    total = 0
+    """Give a phantom's holes blocks: clones of the pool's, each of them once; bytes.
+
+    Blocks with many owners would not do: on XFS each costs the more, the more others it has.
+    """
+    total = taken = 0
     with pool.open("rb") as blocks:
-        for path in folder.glob("*.safetensors"):
+        for path in sorted(folder.glob("*.safetensors")):
             size = path.stat().st_size
             with path.open("r+b") as stream:
                 # the first block is the header's, the last may be a part of one
                 header = -(-(8 + int.from_bytes(stream.read(8), "little")) // BLOCK) * BLOCK
-                for at in range(header, size // BLOCK * BLOCK, POOL_BYTES):
-                    nbytes = min(POOL_BYTES, size // BLOCK * BLOCK - at)
-                    if not clone_range(blocks.fileno(), 0, stream.fileno(), at, nbytes):
-                        raise SystemExit(f"{folder}: blocks cannot be cloned here")
+                nbytes = size // BLOCK * BLOCK - header
+                if not clone_range(blocks.fileno(), taken, stream.fileno(), header, nbytes):
+                    raise SystemExit(f"{folder}: blocks cannot be cloned here")
+                taken += nbytes
             total += size
     return total
 
@@ -98,7 +120,7 @@ def main() -> None:
     for kind in [options.kind] if options.kind else MAKE_FILE_SYSTEM:
         with mounted(kind, options.folder, IMAGE_BYTES) as place:
             pool = place / "pool"
-            pool.write_bytes(os.urandom(1 << 20) * (POOL_BYTES >> 20))
+            fill(pool)
             for shard_bytes in (5_000_000_000, 10**12):
                 one(kind, place, pool, shard_bytes, options.pairs)
 
