@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,20 +22,24 @@ def cloning(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
     """A mounted file system that clones."""
-    tool = MAKE[request.param][0]
-    if os.geteuid() or shutil.which(tool) is None:
-        pytest.skip(f"needs root, loop devices and {tool}")
-    folder = tmp_path_factory.mktemp(request.param)
+    with mounted(MAKE[request.param], tmp_path_factory.mktemp(request.param)) as place:
+        yield place
+
+
+@contextmanager
+def mounted(make: list[str], folder: Path) -> Iterator[Path]:
+    """A file system in a file of the folder; skips the test where there can be none."""
+    if os.geteuid() or shutil.which(make[0]) is None:
+        pytest.skip(f"needs root, loop devices and {make[0]}")
     image, place = folder / "image", folder / "mounted"
     place.mkdir()
     with image.open("wb") as stream:
         stream.truncate(IMAGE_BYTES)
-    subprocess.run([*MAKE[request.param], str(image)], check=True, capture_output=True)
-    mounted = subprocess.run(
-        ["mount", "-o", "loop", image, place], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a loop device")
+    subprocess.run([*make, str(image)], check=True, capture_output=True)
+    done = subprocess.run(["mount", "-o", "loop", image, place], check=False, capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode().strip()
+        pytest.skip(f"this kernel does not mount what `{' '.join(make)}` makes: {said}")
     try:
         yield place
     finally:
