@@ -13,6 +13,7 @@ from moeconv.engine.memory import Memory
 from moeconv.engine.sources import Sources, opened
 from moeconv.engine.tiles import Bytes, Digests, Promised, Stopped, TileRunner
 from moeconv.engine.undisturbed import undisturbed
+from moeconv.errors import MoeconvError
 from moeconv.plan.values import CopyTile, OutputFile, Tile
 
 BATCH_BYTES: Final = 64 * 1024 * 1024
@@ -158,10 +159,17 @@ class _Crew:
             raise
         finally:
             with undisturbed():
-                for job in self._open:
-                    job.target.close()
+                self._close()
         if self._failure is not None:
             raise self._failure
+
+    def _close(self) -> None:
+        """Close what was not finished; what fails there is told only if nothing failed before."""
+        for job in self._open:
+            try:
+                job.target.close()
+            except MoeconvError as problem:
+                self._failure = self._failure or problem
 
     def _worker(self, done: threading.Event) -> None:
         try:

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -190,13 +191,12 @@ class DiskTarget:
         self._finished(self._file, self._partial, digests)
 
     def close(self) -> None:
-        """Close the descriptor."""
-        if self._writeback is not None:
-            self._writeback.end()
-            self._writeback = None
-        if self._direct is not None:
-            direct, self._direct = self._direct, None
-            os.close(direct)
-        if self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1
-            os.close(descriptor)
+        """Close all descriptors, whatever the system says of one. Raises IoFailed, DiskFull."""
+        descriptors = [d for d in (self._direct, self._descriptor) if d is not None and d >= 0]
+        writeback, self._writeback = self._writeback, None
+        self._direct, self._descriptor = None, -1
+        with writing(self._path), ExitStack() as stack:
+            for descriptor in descriptors:
+                stack.callback(os.close, descriptor)
+            if writeback is not None:
+                stack.callback(writeback.end)  # before them

@@ -154,3 +154,35 @@ def test_a_file_that_cannot_be_made_is_tried_once(
     with pytest.raises(IoFailed, match="no space"):
         moeconv.fuse(tmp_path / "src", tmp_path / "out", jobs=4)
     assert opened == [1]
+
+
+@KINDS
+@pytest.mark.parametrize("broken", [False, True])
+def test_files_that_cannot_be_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, broken: bool
+) -> None:
+    """Disks over a network may say then that they lost something; the others are closed, too."""
+    src, out = source(tmp_path / "src"), tmp_path / "out"
+    descriptors = sorted(Path("/proc/self/fd").iterdir())
+    real = os.close
+
+    def close(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        real(descriptor)
+        if path.is_relative_to(out) and ".safetensors" in path.name:
+            raise OSError(code, os.strerror(code))
+
+    def fail(*_: object) -> None:
+        if broken:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "close", close)
+    monkeypatch.setattr(os, "pwrite", watched(os.pwrite, fail))
+    if broken:  # what went wrong first is what is said
+        with pytest.raises(IoFailed, match=os.strerror(errno.EROFS)):
+            moeconv.shard(src, out, ep_size=4)
+    else:
+        fails_as_the_disk_does(code, lambda: moeconv.shard(src, out, ep_size=4))
+    monkeypatch.undo()
+    assert sorted(Path("/proc/self/fd").iterdir()) == descriptors
+    assert not out.exists()
