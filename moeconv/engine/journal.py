@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -146,9 +147,10 @@ class JournalFile:
 
     def close(self) -> None:
         """Let go of the lock."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with suppress(OSError):  # every note is on the disk already
+                os.close(descriptor)
 
 
 def busy(out: Path) -> WouldOverwrite:
