@@ -3,9 +3,9 @@
     python -m tests.bench.bench_turn --rounds 7
 
 Plans two experts of real shapes from and to layouts that store them turned, and carries out the
-tiles that permute, memory to memory: what is timed of the engine is its whole work on a tile (the
-copy from the page cache, turning, digests), of the peers only `target[...] = source` and a plain
-copy of the bytes. Prints GB/s, medians, and the ratio to plain NumPy.
+tiles that permute, memory to memory: what is timed of the engine is its whole work on a tile (to
+copy the source's bytes, to turn them, digests), of the peers only `target[...] = source` and a
+plain copy of the bytes. Prints GB/s, medians, and the ratio to plain NumPy.
 """
 
 from __future__ import annotations

@@ -44,11 +44,16 @@ def measured(command: Sequence[str | Path], out: Path) -> Run:
         process = subprocess.Popen(
             command, stdout=stdout, stderr=subprocess.DEVNULL, env=_environment()
         )
-        peak = _Peak(process.pid)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        moved = _moved(process.pid)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        try:
+            with _Peak(process.pid) as peak:
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+                moved = _moved(process.pid)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        finally:  # Ctrl-C
+            if process.returncode is None:
+                process.kill()
+                process.wait()
         ended = time.perf_counter()
         for path in [*out.rglob("*"), out]:
             descriptor = os.open(path, os.O_RDONLY)
@@ -64,7 +69,7 @@ def measured(command: Sequence[str | Path], out: Path) -> Run:
     doc = json.loads(said) if said.startswith("{") else {}
     seconds = float(doc.get("seconds", ended - started)) + durable
     cloned = int((doc.get("copying") or {}).get("cloned", 0))
-    return Run(seconds, cpu, peak.end(), moved["rchar"], moved["wchar"], cloned)
+    return Run(seconds, cpu, peak.bytes, moved["rchar"], moved["wchar"], cloned)
 
 
 def _environment() -> dict[str, str]:
@@ -76,11 +81,18 @@ class _Peak:
     """Looks at a process's anonymous memory until it ends."""
 
     def __init__(self, pid: int) -> None:
+        self.bytes = 0
         self._path = Path(f"/proc/{pid}/status")
-        self._most = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> _Peak:
         self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
 
     def _look(self) -> None:
         while not self._ended.wait(0.02):
@@ -89,15 +101,8 @@ class _Peak:
             except OSError:
                 return
             kinds = ("RssAnon:", "RssShmem:")
-            self._most = max(
-                self._most, sum(int(line.split()[1]) for line in lines if line.startswith(kinds))
-            )
-
-    def end(self) -> int:
-        """The most that was seen, in bytes."""
-        self._ended.set()
-        self._thread.join()
-        return self._most * 1024
+            sizes = (int(line.split()[1]) for line in lines if line.startswith(kinds))
+            self.bytes = max(self.bytes, sum(sizes) * 1024)
 
 
 def _moved(pid: int) -> dict[str, int]:
