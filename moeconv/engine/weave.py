@@ -104,6 +104,7 @@ class _Desk:
 
 
 def view(items: Items, piece: Piece, offset: int, strides: tuple[int, ...]) -> Items:
+    """The piece's matrix of canonical shape in a span or tile; offset and strides count items."""
     steps = tuple(s * items.itemsize for s in strides)
     return as_strided(items[offset:], shape=piece.shape, strides=steps)
 

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Final
 
 from moeconv.engine.syscalls import clone_range
-from tests.bench.bench_fuse import COPY, MAKE_FILE_SYSTEM, Commands, mounted, ours, rounds, say
+from tests.bench.bench_fuse import COPY, Commands, ours, rounds, say
 from tests.bench.make_checkpoint import write_phantom
 from tests.bench.measured import HEAD, row
+from tests.filesystems import MAKE, image_of, mounted
 
 MODEL: Final = "qwen3-30b-a3b"
 BLOCK: Final = 4096
@@ -54,7 +55,7 @@ def _dig(place: Path) -> None:
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         subprocess.run(["fsfreeze", "--freeze", place], check=True)
-        subprocess.run(["fallocate", "--dig-holes", place.with_suffix(".image")], check=True)
+        subprocess.run(["fallocate", "--dig-holes", image_of(place)], check=True)
     finally:
         subprocess.run(["fsfreeze", "--unfreeze", place], check=False)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
@@ -123,13 +124,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, help="on the disk to measure; needs 20 GB")
     parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--kind", choices=tuple(MAKE_FILE_SYSTEM), help="only this file system")
+    parser.add_argument("--kind", choices=tuple(MAKE), help="only this file system")
     options = parser.parse_args()
     if os.geteuid():
         raise SystemExit("to mount a file system that clones needs root")
     say(HEAD)
-    for kind in [options.kind] if options.kind else MAKE_FILE_SYSTEM:
-        with mounted(kind, options.folder, IMAGE_BYTES) as place:
+    for kind in [options.kind] if options.kind else MAKE:
+        with mounted(MAKE[kind], options.folder, IMAGE_BYTES) as place:
             pool = place / "pool"
             fill(pool)
             for shard_bytes in (5_000_000_000, 10**12):

@@ -21,15 +21,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 from tests.bench.measured import HEAD, Run, measured, row
+from tests.filesystems import MAKE, mounted
 
 Commands: TypeAlias = dict[str, list[str | Path]]
 COPY = "cp -r --reflink=never"
-MAKE_FILE_SYSTEM = {"XFS": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}
 
 SAVE_FUSED = """
 import sys, torch, transformers
@@ -119,25 +118,6 @@ def rounds(commands: Commands, out: Path, count: int) -> dict[str, list[Run]]:
     return runs
 
 
-@contextmanager
-def mounted(kind: str, folder: Path, size: int) -> Iterator[Path]:
-    """A new file system of so many bytes in a file of the folder."""
-    image, place = folder / f"{kind}.image", folder / kind
-    place.mkdir()
-    try:
-        with image.open("wb") as stream:
-            stream.truncate(size)
-        subprocess.run([*MAKE_FILE_SYSTEM[kind], image], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(["mount", "-o", "loop", image, place], check=True)
-        try:
-            yield place
-        finally:
-            subprocess.run(["umount", place], check=True)
-    finally:
-        image.unlink(missing_ok=True)
-        place.rmdir()
-
-
 def lines(where: str, runs: dict[str, list[Run]]) -> Iterator[str]:
     """The table's lines of one file system."""
     for name, done in runs.items():
@@ -180,10 +160,10 @@ def main() -> None:
     finally:
         shutil.rmtree(source, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
-    for kind in () if options.without_clones or os.geteuid() else MAKE_FILE_SYSTEM:
-        if shutil.which(MAKE_FILE_SYSTEM[kind][0]) is None:
+    for kind in () if options.without_clones or os.geteuid() else MAKE:
+        if shutil.which(MAKE[kind][0]) is None:
             continue
-        with mounted(kind, options.folder, 4 * size + (1 << 30)) as place:
+        with mounted(MAKE[kind], options.folder, 4 * size + (1 << 30)) as place:
             source, fused, out = place / "source", place / "fused", place / "out"
             made(source, options.layers, options.shard_size)
             subprocess.run(ours("fuse", source, fused), check=True, stdout=subprocess.DEVNULL)

@@ -4,15 +4,15 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from moeconv.api import Result
 from tests.badinput.builders import config, qwen, write
+from tests.filesystems import MAKE, mounted
 
-MAKE = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}
 IMAGE_BYTES = 400 * 1024 * 1024
 MATRICES_BYTES = 4 * 3 * 256 * 1024 * 2  # of `big`
 
@@ -22,29 +22,22 @@ def cloning(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
     """A mounted file system that clones."""
-    with mounted(MAKE[request.param], tmp_path_factory.mktemp(request.param)) as place:
+    with mounted_if_can_be(MAKE[request.param], tmp_path_factory.mktemp(request.param)) as place:
         yield place
 
 
 @contextmanager
-def mounted(make: list[str], folder: Path) -> Iterator[Path]:
+def mounted_if_can_be(make: list[str], folder: Path) -> Iterator[Path]:
     """A file system in a file of the folder; skips the test where there can be none."""
     if os.geteuid() or shutil.which(make[0]) is None:
         pytest.skip(f"needs root, loop devices and {make[0]}")
-    image, place = folder / "image", folder / "mounted"
-    place.mkdir()
-    with image.open("wb") as stream:
-        stream.truncate(IMAGE_BYTES)
-    subprocess.run([*make, str(image)], check=True, capture_output=True)
-    done = subprocess.run(["mount", "-o", "loop", image, place], check=False, capture_output=True)
-    if done.returncode:
-        said = done.stderr.decode().strip()
-        pytest.skip(f"this kernel does not mount what `{' '.join(make)}` makes: {said}")
-    try:
+    with ExitStack() as stack:
+        try:
+            place = stack.enter_context(mounted(make, folder, IMAGE_BYTES))
+        except subprocess.CalledProcessError as problem:
+            said = problem.stderr.decode().strip()
+            pytest.skip(f"`{' '.join(make)}` and a loop device do not work here: {said}")
         yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
-        image.unlink()
 
 
 def source(folder: Path) -> Path:

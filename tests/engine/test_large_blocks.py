@@ -9,7 +9,8 @@ import pytest
 
 import moeconv
 from moeconv.api import Result
-from tests.engine.cloning import big, mounted, share, used
+from tests.engine.cloning import big, mounted_if_can_be, share, used
+from tests.filesystems import MAKE
 from tests.helpers import tree_sha256
 
 KIB = 1024
@@ -20,8 +21,8 @@ def large_blocks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
     """A mounted XFS with blocks of so many KiB."""
-    make = ["mkfs.xfs", "-q", "-m", "reflink=1", "-b", f"size={request.param * KIB}"]
-    with mounted(make, tmp_path_factory.mktemp(f"xfs{request.param}k")) as place:
+    make = [*MAKE["XFS"], "-b", f"size={request.param * KIB}"]
+    with mounted_if_can_be(make, tmp_path_factory.mktemp(f"xfs{request.param}k")) as place:
         yield place
 
 

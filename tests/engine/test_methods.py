@@ -143,7 +143,7 @@ def test_large_writes_go_past_the_page_cache_where_that_pays(
     src = big(tmp_path / "src")
     result = moeconv.fuse(src, cloning / "out")
     assert result.methods is not None
-    xfs = cloning.parent.name.startswith("xfs")
+    xfs = cloning.parent.name.startswith("XFS")
     assert result.methods.tally.direct == (MATRICES_BYTES if xfs else 0)
     monkeypatch.setattr(target, "open_direct", lambda _: None)
     moeconv.fuse(src, tmp_path / "plain")
@@ -242,7 +242,7 @@ def test_turned_matrices_go_past_the_page_cache_too(cloning: Path, tmp_path: Pat
     src = big(tmp_path / "src")
     result = moeconv.fuse(src, cloning / "out", layout="kn")
     assert result.methods is not None
-    xfs = cloning.parent.name.startswith("xfs")
+    xfs = cloning.parent.name.startswith("XFS")
     assert result.methods.tally.direct == (MATRICES_BYTES if xfs else 0)
     shutil.rmtree(cloning / "out")
 

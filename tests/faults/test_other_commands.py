@@ -25,7 +25,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("cloning", ["xfs"], indirect=True)
+@pytest.mark.parametrize("cloning", ["XFS"], indirect=True)
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("times", [pytest.param(3), pytest.param(50, marks=pytest.mark.soak)])
 def test_killed_and_resumed(
