@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import repeat
-from typing import Final
+from typing import BinaryIO, Final
 
 from moeconv.digest import digest, fingerprint_line
 from moeconv.jsonvalue import Json
-from moeconv.strictjson import dumps
+from moeconv.strictjson import dumps, write_items
 
 FORMAT: Final = "moeconv.manifest"
 MAJOR: Final = 1
@@ -365,27 +366,38 @@ def _tensor_doc(t: TensorEntry, *, virtual: bool) -> Json:
     return doc
 
 
-def _part_doc(part: Part) -> Json:
-    return {
+def _write_part(stream: BinaryIO, part: Part) -> None:
+    doc: Json = {
         "file": part.file,
         "size": part.size,
         "header": {"size": part.header_size, "digest": part.header_digest},
-        "tensors": [_tensor_doc(t, virtual=False) for t in part.tensors],
+        "tensors": [],
     }
+    stream.write(dumps(doc).removesuffix(b"]}"))  # keys are sorted, so the tensors come last
+    write_items(stream, (_tensor_doc(t, virtual=False) for t in part.tensors))
+    stream.write(b"]}")
 
 
 def part_bytes(part: Part) -> bytes:
     """The part of a whole set's data file: canonical JSON and a newline."""
-    return dumps(_part_doc(part)) + b"\n"
+    stream = BytesIO()
+    _write_part(stream, part)
+    stream.write(b"\n")
+    return stream.getvalue()
 
 
 def rank_part_bytes(rank: int | None, parts: tuple[Part, ...]) -> bytes:
     """The part of a rank (or, for None, of the common files): canonical JSON and a newline."""
-    doc: dict[str, Json] = {
-        "rank": rank,
-        "files": [_part_doc(p) for p in parts if p.file],
-    }
+    stream = BytesIO()
+    stream.write(b'{"files":[')
+    for number, part in enumerate(p for p in parts if p.file):
+        stream.write(b"," if number else b"")
+        _write_part(stream, part)
+    stream.write(b'],"rank":' + dumps(rank))
     virtual = [t for p in parts if not p.file for t in p.tensors]
     if virtual:
-        doc["virtual"] = [_tensor_doc(t, virtual=True) for t in virtual]
-    return dumps(doc) + b"\n"
+        stream.write(b',"virtual":[')
+        write_items(stream, (_tensor_doc(t, virtual=True) for t in virtual))
+        stream.write(b"]")
+    stream.write(b"}\n")
+    return stream.getvalue()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import BinaryIO, Final, NoReturn, TypeAlias, TypeVar
 
 from moeconv.errors import BadJson, DuplicateKey, quoted
 from moeconv.jsonvalue import Json
 
+T = TypeVar("T")
+Pairs: TypeAlias = "list[tuple[str, Json]]"  # the members of an object, in order
 MAX_INTEGER = 2**63 - 1
+_BATCH: Final = 1000
 # every integer of fewer digits lies within, and the parser's own way is many times as fast
 _LONG = b"0" * 19
 _DIGITS = bytes(b"0"[0] if chr(byte).isdecimal() and byte < 128 else 32 for byte in range(256))
@@ -22,7 +27,7 @@ class _Duplicate(Exception):
         self.key = key
 
 
-def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+def _unique(pairs: Pairs) -> dict[str, Json]:
     members = dict(pairs)
     if len(members) != len(pairs):
         seen: set[str] = set()
@@ -85,9 +90,9 @@ def loads(
     one object of objects; without colons in its texts half a million are then read in less time.
     Raises DuplicateKey, BadJson; both name `where`.
     """
-    may_be_long = _LONG in data.translate(_DIGITS)
+    may_be_long = _may_be_long(data)
 
-    def parsed(text: str, unique: Callable[[list[tuple[str, Json]]], Json] | None) -> Json:
+    def parsed(text: str, unique: Callable[[Pairs], Json] | None) -> Json:
         doc: Json = json.loads(
             text,
             object_pairs_hook=unique,
@@ -104,10 +109,46 @@ def loads(
             return None  # a key that stands twice before that counts first
         return doc if isinstance(doc, dict) and _members(doc) == text.count(":") else None
 
-    try:
+    with _refusals(where):
         text = data.decode("utf-8")
         found = at_sight(text) if shallow else None
-        doc = parsed(text, _unique) if found is None else found
+        return parsed(text, _unique) if found is None else found
+
+
+def loads_records(
+    data: bytes, *, where: str, record: Callable[[Pairs], T | None]
+) -> dict[str, T | Json] | T | Json:
+    """Parse an object of many small objects without ever holding a dict for each of them.
+
+    record: called with the members of every object, innermost first; what it returns stands in
+    the object's place, and None leaves the object a dict. Raises DuplicateKey, BadJson.
+    """
+
+    def members(pairs: Pairs) -> T | dict[str, Json]:
+        found = record(pairs)
+        return _unique(pairs) if found is None else found
+
+    with _refusals(where):
+        doc: dict[str, T | Json] | T | Json = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=members,
+            parse_constant=_no_constant,
+            parse_int=_bounded_int if _may_be_long(data) else None,
+            parse_float=_float,
+        )
+        return doc
+
+
+def _may_be_long(data: bytes) -> bool:
+    """Whether an integer may lie beyond what the format holds: then each is looked at."""
+    return _LONG in data.translate(_DIGITS)
+
+
+@contextmanager
+def _refusals(where: str) -> Iterator[None]:
+    """Turn what the parser raises into our own errors."""
+    try:
+        yield
     except _Duplicate as problem:
         raise DuplicateKey(
             f"the JSON key {quoted(problem.key)} stands twice in one object",
@@ -122,7 +163,6 @@ def loads(
         raise BadJson(
             "not a JSON document", at=where, cause=str(problem), fix="download the file again"
         ) from None
-    return doc
 
 
 def may_escape(data: bytes) -> bool:
@@ -144,3 +184,15 @@ def dumps(doc: Json) -> bytes:
     return json.dumps(
         doc, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode("utf-8")
+
+
+def write_items(stream: BinaryIO, docs: Iterable[Json]) -> None:
+    """Write the canonical bytes of a list's items, with commas between them.
+
+    A million of them are never in memory at once, neither as values nor as pieces of text.
+    """
+    rest = iter(docs)
+    before = b""
+    while batch := list(islice(rest, _BATCH)):
+        stream.write(before + dumps(batch)[1:-1])
+        before = b","

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, TypeGuard
+from typing import Final, TypeAlias, TypeGuard
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.reading import LFS_MARK, opened, read_start, refuse_lfs, unreadable
@@ -24,7 +24,7 @@ from moeconv.errors import (
     quoted,
 )
 from moeconv.jsonvalue import Json
-from moeconv.strictjson import encodable, loads, may_escape
+from moeconv.strictjson import Pairs, encodable, loads_records, may_escape
 
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -34,6 +34,10 @@ MAX_COUNT: Final = 2**53 - 1
 MAX_NAME_BYTES: Final = 4096
 _METADATA: Final = "__metadata__"
 _KEYS: Final = frozenset(("dtype", "shape", "data_offsets"))
+# one object for each dtype, however many tensors name it
+_DTYPES: Final = {dtype: dtype for dtype in BITS}
+_SHAPE_RULE: Final = f"`shape` must be at most {MAX_RANK} integers of 0 or more"
+_Entry: TypeAlias = tuple[str, tuple[int, ...], int, int]  # dtype, shape, data_offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,9 @@ def parse_header(raw: bytes, *, file_size: int, file: int, where: str) -> Header
         raise _bad(where, "its header is not as long as its first eight bytes say")
     if raw[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
         raise _bad(where, "its header does not start with `{`")
-    doc = loads(raw[LENGTH_BYTES:], where=f"header of {quoted(where)}", shallow=True)
+    doc = loads_records(
+        raw[LENGTH_BYTES:], where=f"header of {quoted(where)}", record=_Entries().short
+    )
     if not isinstance(doc, dict):
         raise _bad(where, "its header is not a JSON object")
     metadata = _metadata(doc.pop(_METADATA, {}), where)
@@ -119,7 +125,26 @@ def parse_header(raw: bytes, *, file_size: int, file: int, where: str) -> Header
     return Header(raw=raw, metadata=metadata, tensors=tensors)
 
 
-def _metadata(entry: Json, where: str) -> tuple[tuple[str, str], ...]:
+class _Entries:
+    """Makes the short form of tensors' entries: headers have a million of them and few shapes."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def short(self, pairs: Pairs) -> _Entry | None:
+        """An entry of the right form; None for any other object, to be looked at with its name."""
+        entry = dict(pairs)
+        if entry.keys() != _KEYS or len(pairs) != len(_KEYS):
+            return None
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        known = _DTYPES.get(dtype) if isinstance(dtype, str) else None
+        if known is None or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+            return None
+        sizes = tuple(shape)
+        return known, self._shapes.setdefault(sizes, sizes), offsets[0], offsets[1]
+
+
+def _metadata(entry: _Entry | Json, where: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
         raise _bad(where, "`__metadata__` must map texts to texts")
     return tuple((key, str(value)) for key, value in entry.items())
@@ -148,40 +173,45 @@ def _are_sizes(value: Json) -> TypeGuard[list[int]]:
 
 
 def _tensor(
-    name: str, entry: Json, *, where: str, file: int, data_start: int, escaped: bool
+    name: str, entry: _Entry | Json, *, where: str, file: int, data_start: int, escaped: bool
 ) -> StoredTensor:
-    if not isinstance(entry, dict) or entry.keys() != _KEYS:
-        raise _bad(where, "an entry needs `dtype`, `shape`, `data_offsets`, no more", tensor=name)
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(entry, tuple):
+        raise _bad(where, _entry_problem(entry), tensor=name[:MAX_NAME_BYTES])
+    dtype, shape, begin, end = entry
     if escaped and not encodable(name):
         raise _bad(where, "the name holds a lone surrogate", tensor=name)
     if len(name) > MAX_NAME_BYTES // 4 and len(name.encode()) > MAX_NAME_BYTES:
         raise _bad(where, f"the name is longer than {MAX_NAME_BYTES:,} bytes", tensor=name[:100])
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise _bad(where, f"unknown dtype {quoted(str(dtype))}", tensor=name)
-    if not _are_sizes(shape) or len(shape) > MAX_RANK:
-        cause = f"`shape` must be at most {MAX_RANK} integers of 0 or more"
-        raise _bad(where, cause, tensor=name)
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise _bad(where, "`data_offsets` must be two integers of 0 or more", tensor=name)
-    begin, end = offsets
+    if len(shape) > MAX_RANK:
+        raise _bad(where, _SHAPE_RULE, tensor=name)
     nbytes = _nbytes(shape, dtype, where, name)
     if max(shape, default=0) > MAX_COUNT:
         raise _bad(where, "a size lies beyond 2^53-1", tensor=name)
     if end - begin != nbytes:
-        cause = f"{dtype} {shape} takes {nbytes:,} bytes, its offsets span {end - begin:,}"
+        cause = f"{dtype} {list(shape)} takes {nbytes:,} bytes, its offsets span {end - begin:,}"
         raise _bad(where, cause, tensor=name)
-    return StoredTensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+    return StoredTensor(name, dtype, shape, file, data_start + begin, nbytes)
 
 
-def _nbytes(shape: list[int], dtype: str, where: str, name: str) -> int:
+def _entry_problem(entry: Json) -> str:
+    """Why an entry is not of the right form."""
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
+        return "an entry needs `dtype`, `shape`, `data_offsets`, no more"
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in BITS:
+        return f"unknown dtype {quoted(str(entry['dtype'])[:100])}"
+    if not _are_sizes(entry["shape"]):
+        return _SHAPE_RULE
+    return "`data_offsets` must be two integers of 0 or more"
+
+
+def _nbytes(shape: tuple[int, ...], dtype: str, where: str, name: str) -> int:
     bits = BITS[dtype]
     for size in shape:
         bits *= size
         if bits > MAX_BITS:
             raise _bad(where, "its size overflows 63 bits", tensor=name)
     if bits % 8:
-        raise _bad(where, f"{dtype} {shape} does not fill whole bytes", tensor=name)
+        raise _bad(where, f"{dtype} {list(shape)} does not fill whole bytes", tensor=name)
     return bits // 8
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from moeconv.checkpoint.dtypes import alignment
@@ -27,6 +28,7 @@ from moeconv.strictjson import dumps
 METADATA: Final = {"format": "pt"}
 # an entry's JSON beside name and shape: keys, dtype, two offsets of up to 16 digits
 _ENTRY_BYTES: Final = 96
+_BATCH: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +145,27 @@ def output_file(
 
 def header_bytes(drafts: list[Draft], phase: int = 0) -> bytes:
     """Length and JSON, padded with spaces so that the data starts `phase` bytes into a page."""
-    doc: dict[str, Json] = {"__metadata__": dict(METADATA)}
-    at = 0
-    for draft in drafts:
-        doc[draft.name] = {
-            "dtype": draft.dtype,
-            "shape": list(draft.shape),
-            "data_offsets": [at, at + draft.nbytes],
-        }
-        at += draft.nbytes
-    text = json.dumps(doc, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    metadata: Json = {"__metadata__": dict(METADATA)}
+    pieces = [_header_text(metadata)]
+    at, rest = 0, iter(drafts)
+    while batch := list(islice(rest, _BATCH)):  # a million entries take a gigabyte as values
+        doc: dict[str, Json] = {}
+        for draft in batch:
+            doc[draft.name] = {
+                "dtype": draft.dtype,
+                "shape": list(draft.shape),
+                "data_offsets": [at, at + draft.nbytes],
+            }
+            at += draft.nbytes
+        pieces.append(_header_text(doc))
+    text = b"{" + b",".join(pieces) + b"}"
     text += b" " * ((phase - LENGTH_BYTES - len(text)) % PAGE)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def _header_text(doc: Json) -> bytes:
+    """The members of an object as a header has them, without its braces."""
+    return json.dumps(doc, separators=(",", ":"), ensure_ascii=False).encode("utf-8")[1:-1]
 
 
 def index_bytes(files: tuple[OutputFile, ...]) -> bytes:
