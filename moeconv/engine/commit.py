@@ -17,9 +17,10 @@ from moeconv.engine.gather import BUFFER_BYTES
 from moeconv.engine.journal import barely_begun, plan_digest, resumable
 from moeconv.engine.methods import REFLINK, Methods
 from moeconv.engine.papers import (
-    documents,
+    document,
     entry_of,
     expected_digests,
+    grouped,
     origin_of,
     paper_names,
     part_of,
@@ -273,8 +274,11 @@ class _Commit:
 
     def _papers(self, sidecars: tuple[FileEntry, ...]) -> Manifest:
         """Parts and origin; the manifest is returned, to be written last."""
-        raws = documents(self.plan, self.parts, self.virtual)
-        entries = tuple(self._write(name, raw) for name, raw in raws.items())
+        groups = grouped(self.plan, self.parts, self.virtual)
+        entries = tuple(
+            self._write(name, document(name, parts, self.plan.ep_size))
+            for name, parts in groups.items()
+        )
         origin = self._write(ORIGIN_NAME, origin_of(self.checkpoint, self.plan))
         with writing(self.out):
             fsync_directory(self.out / PARTS_DIR)
@@ -296,7 +300,7 @@ class _Commit:
             source=source_entry(self.checkpoint) if plan.virtual else None,
             unread=self.later,
         )
-        manifest = read_back(root, raws)
+        manifest = read_back(root, groups)
         # what the strict reader would refuse must not be written in the first place
         parse_root(root_bytes(manifest.root))
         return manifest

@@ -10,7 +10,7 @@ from typing import Final
 from moeconv.checkpoint.papers import read_root
 from moeconv.digest import digest
 from moeconv.engine.files import NEW_FILE, writing
-from moeconv.engine.papers import read_back
+from moeconv.engine.papers import document, read_back
 from moeconv.engine.workplace import fsync_directory
 from moeconv.manifest import (
     PARTS_DIR,
@@ -18,10 +18,8 @@ from moeconv.manifest import (
     FileEntry,
     Manifest,
     addresses,
-    part_bytes,
     part_name,
     part_names,
-    rank_part_bytes,
     root_bytes,
 )
 
@@ -46,15 +44,16 @@ def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Mani
         )
         for part in manifest.parts
     )
-    if root.ep_size is None:
-        raws = {part_name(part.file): part_bytes(part) for part in parts}
-    else:
-        raws = {
-            name: rank_part_bytes(rank, tuple(p for p in parts if p.rank == rank))
-            for name, rank in part_names(root.ep_size).items()
-        }
+    ranks = part_names(root.ep_size) if root.ep_size is not None else {}
+    groups = {
+        entry.name: tuple(p for p in parts if p.rank == ranks[entry.name])
+        if ranks
+        else tuple(p for p in parts if part_name(p.file) == entry.name)
+        for entry in root.parts
+    }
+    raws = {name: document(name, its, root.ep_size) for name, its in groups.items()}
     entries = tuple(FileEntry(name, len(raw), digest(raw)) for name, raw in raws.items())
-    filled = read_back(replace(root, parts=entries, unread=False), raws)
+    filled = read_back(replace(root, parts=entries, unread=False), groups)
     for name, raw in raws.items():
         _write(place, _beside(name), raw)
     with writing(place):

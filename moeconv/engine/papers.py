@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from typing import Final, TypeAlias
 
 from moeconv.checkpoint.origin import Origin, OriginFile, origin_bytes
 from moeconv.checkpoint.source import Checkpoint
@@ -31,6 +32,9 @@ from moeconv.names import natural_key
 from moeconv.plan.values import CopyTile, OutputFile, OutputTensor, Plan, WeaveTile
 from moeconv.schema import MAX_TEXT_BYTES
 from moeconv.strictjson import encodable
+
+Grouped: TypeAlias = dict[str, tuple[Part, ...]]  # by the name of the document
+_READ_AT_ONCE: Final = 4096  # tensors: as values of JSON they take kilobytes each
 
 
 def paper_names(plan: Plan) -> list[str]:
@@ -106,29 +110,39 @@ def _append(runs: list[Run], run: Run) -> None:
         runs.append(run)
 
 
-def documents(plan: Plan, parts: dict[str, Part], virtual: tuple[Part, ...]) -> dict[str, bytes]:
-    """The bytes of each part, by its name, in the order in which the root names them.
+def grouped(plan: Plan, parts: dict[str, Part], virtual: tuple[Part, ...]) -> Grouped:
+    """The data files that each document of a set describes, in the order of the root.
 
     parts: by data file; virtual: of a set that has none.
     """
     if plan.ep_size is None:
-        return {part_name(f.name): part_bytes(parts[f.name]) for f in plan.files}
+        return {part_name(f.name): (parts[f.name],) for f in plan.files}
     every = [*(parts[f.name] for f in plan.files if f.name in parts), *virtual]
-    return {
-        name: rank_part_bytes(rank, tuple(p for p in every if p.rank == rank))
-        for name, rank in part_names(plan.ep_size).items()
-    }
+    names = part_names(plan.ep_size).items()
+    return {name: tuple(p for p in every if p.rank == rank) for name, rank in names}
 
 
-def read_back(root: Root, raws: dict[str, bytes]) -> Manifest:
-    """The manifest of a root and the bytes of its parts, with its fingerprint filled in.
+def document(name: str, parts: tuple[Part, ...], ep_size: int | None) -> bytes:
+    """The bytes of one of the documents that `grouped` gives."""
+    if ep_size is None:
+        return part_bytes(parts[0])
+    return rank_part_bytes(part_names(ep_size)[name], parts)
 
-    The strict reader reads it: what it would refuse must not be written in the first place.
+
+def read_back(root: Root, groups: Grouped) -> Manifest:
+    """The manifest of a root and its parts, with its fingerprint filled in.
+
+    The strict reader reads what is written of them, some thousand tensors at a time: what it would
+    refuse, or read as something else, must not be written in the first place. Raises InternalError.
     """
-    parts = tuple(p for name, raw in raws.items() for p in parse_parts(raw, root, where=name))
-    manifest = Manifest(root, parts)
+    for name, parts in groups.items():
+        for start in range(0, max((len(p.tensors) for p in parts), default=0), _READ_AT_ONCE):
+            few = tuple(replace(p, tensors=p.tensors[start : start + _READ_AT_ONCE]) for p in parts)
+            if parse_parts(document(name, few, root.ep_size), root, where=name) != few:
+                raise InternalError(f"{quoted(name)} would not be read as it is meant")
+    manifest = Manifest(root, tuple(p for parts in groups.values() for p in parts))
     value = fingerprint(manifest.fingerprint_lines()) if manifest.complete else None
-    return Manifest(replace(root, fingerprint=value), parts)
+    return replace(manifest, root=replace(root, fingerprint=value))
 
 
 def source_entry(checkpoint: Checkpoint) -> SourceEntry:
