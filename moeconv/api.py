@@ -91,6 +91,7 @@ class Run:
     progress: Progress | None
 
     def __post_init__(self) -> None:
+        limits_of(self.jobs, self.max_memory)
         one_of("--digests", self.digests, (NOW, LATER))
         if self.resume and self.overwrite:
             raise UsageProblem(
@@ -122,6 +123,11 @@ def uncollected() -> Iterator[None]:
 def default_jobs() -> int:
     """Worker threads: two a core, since half of them wait for the disk, and at most eight."""
     return min(8, 2 * (os.cpu_count() or 1))
+
+
+def limits_of(jobs: int | None, max_memory: int) -> Limits:
+    """What a run may use, with the default number of workers for None. Raises UsageProblem."""
+    return Limits(default_jobs() if jobs is None else jobs, max_memory)
 
 
 @uncollected()
@@ -302,7 +308,7 @@ def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
             plan,
             checkpoint,
             place,
-            limits=Limits(run.jobs or default_jobs(), run.max_memory),
+            limits=limits_of(run.jobs, run.max_memory),
             methods=methods,
             room=room,
             overwrite=run.overwrite,

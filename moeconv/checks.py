@@ -9,7 +9,7 @@ from moeconv.api import (
     Meter,
     Opened,
     Progress,
-    default_jobs,
+    limits_of,
     open_source,
 )
 from moeconv.checkpoint.source import locate, open_checkpoint
@@ -69,7 +69,7 @@ def verify(
     manifest, problems = _structure(place, level)
     if problems or level == STRUCTURE:
         return _report(level, problems, manifest, bytes_read=0)
-    limits = Limits(jobs or default_jobs(), max_memory)
+    limits = limits_of(jobs, max_memory)
     meter = Meter(0, progress)
     if manifest is not None and source is None:
         problems += [p for entry in manifest.root.sidecars for p in compare_file(place, entry)]
@@ -188,6 +188,6 @@ def _matrices(
     return matrices(
         opened.checkpoint,
         opened.detection.whole(),
-        limits=Limits(jobs or default_jobs(), max_memory),
+        limits=limits_of(jobs, max_memory),
         progress=meter.advance,
     )

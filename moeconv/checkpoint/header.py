@@ -74,10 +74,10 @@ def read_header(path: Path, *, name: str, file: int) -> tuple[Header, os.stat_re
     """
     with opened(path, name=name) as (descriptor, facts):
         try:
-            start = read_start(descriptor, max(LENGTH_BYTES, len(LFS_MARK)))
+            start = read_start(descriptor, facts, max(LENGTH_BYTES, len(LFS_MARK)))
             refuse_lfs(start, name)
             length = header_length(start, file_size=facts.st_size, where=name)
-            raw = read_start(descriptor, LENGTH_BYTES + length)
+            raw = read_start(descriptor, facts, LENGTH_BYTES + length)
         except OSError as problem:
             raise unreadable(path, problem, name=name) from None
     return parse_header(raw, file_size=facts.st_size, file=file, where=name), facts

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from moeconv.checkpoint.index import Index
-from moeconv.checkpoint.reading import LFS_MARK, opened, read_start
+from moeconv.checkpoint.reading import LFS_MARK, opened, read_start, unreadable
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.errors import quoted
 from moeconv.units import human_size
@@ -61,5 +61,8 @@ def short_rows(names: Iterable[str]) -> Iterator[str]:
 
 
 def _is_pointer(beside: Sidecar) -> bool:
-    with opened(beside.path, name=beside.name) as (descriptor, _):
-        return read_start(descriptor, len(LFS_MARK)) == LFS_MARK
+    with opened(beside.path, name=beside.name) as (descriptor, facts):
+        try:
+            return read_start(descriptor, facts, len(LFS_MARK)) == LFS_MARK
+        except OSError as problem:
+            raise unreadable(beside.path, problem, name=beside.name) from None

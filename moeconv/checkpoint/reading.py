@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moeconv.checkpoint.descriptors import limit_reached
+from moeconv.checkpoint.file_io import FileEnded, read_available, read_bytes
 from moeconv.digest import hasher
 from moeconv.errors import IoFailed, LfsPointer, Malformed, UnsafePath, quoted
 
@@ -18,44 +21,59 @@ LFS_MARK = b"version https://git-lfs.github.com/spec/"
 def opened(path: Path, *, name: str) -> Iterator[tuple[int, os.stat_result]]:
     """A descriptor of a regular file, and its facts. Raises IoFailed, UnsafePath."""
     try:
-        # without O_NONBLOCK, opening a pipe would wait for somebody to write
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = open_regular(path, name=name)
     except OSError as problem:
         raise unreadable(path, problem, name=name) from None
     try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
+        yield descriptor, os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_regular(path: Path, *, name: str) -> int:
+    """A descriptor of a regular file, to be closed by the caller. Raises OSError, UnsafePath."""
+    # without O_NONBLOCK, opening a pipe would wait for somebody to write
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise UnsafePath(
                 f"{quoted(name)} is not a regular file",
                 at=quoted(str(path)),
                 cause="pipes, devices and directories are not read",
                 fix="put the file itself there",
             )
-        yield descriptor, facts
-    finally:
+    except BaseException:
         os.close(descriptor)
+        raise
+    return descriptor
 
 
 def unreadable(path: Path, problem: OSError, *, name: str) -> IoFailed:
     """The error for an input file that cannot be read."""
-    return IoFailed(
-        f"cannot read {quoted(name)}",
-        at=quoted(str(path)),
-        cause=problem.strerror or type(problem).__name__,
-        fix="check that the file exists and may be read",
-    )
+    cause, fix = read_failure(problem)
+    return IoFailed(f"cannot read {quoted(name)}", at=quoted(str(path)), cause=cause, fix=fix)
 
 
-def read_start(descriptor: int, count: int) -> bytes:
-    """At most `count` bytes from the start; allocates what the file has, not what was asked."""
-    out = bytearray()
-    size = min(count, os.fstat(descriptor).st_size)
-    while len(out) < size:
-        data = os.pread(descriptor, min(size - len(out), 1 << 24), len(out))
-        if not data:
-            break
-        out += data
-    return bytes(out)
+def read_failure(problem: OSError) -> tuple[str, str]:
+    """Cause and fix of a file that cannot be opened or read."""
+    limit = limit_reached(problem)
+    if limit is not None:
+        return limit
+    if isinstance(problem, FileEnded):
+        fix = "wait until nothing writes to the file, and check that it is whole"
+    elif problem.errno == errno.EIO:
+        fix = "check the disk and the file, then run again"
+    else:
+        fix = "check that the file exists and may be read"
+    return problem.strerror or type(problem).__name__, fix
+
+
+def read_start(descriptor: int, facts: os.stat_result, count: int) -> bytes:
+    """The first `count` bytes of a file, or all of them where it has fewer. Raises OSError.
+
+    facts: what was found when it was opened; a file that was cut since is an error.
+    """
+    return read_bytes(descriptor, min(count, facts.st_size))
 
 
 def read_document(path: Path, limit: int, *, name: str) -> bytes:
@@ -69,7 +87,7 @@ def read_document(path: Path, limit: int, *, name: str) -> bytes:
                 fix="check that it is the file it should be",
             )
         try:
-            raw = read_start(descriptor, limit)
+            raw = read_start(descriptor, facts, limit)
         except OSError as problem:
             raise unreadable(path, problem, name=name) from None
     refuse_lfs(raw, name)
@@ -91,12 +109,14 @@ def file_digest(path: Path, *, name: str) -> str:
     """The digest of a whole file, read through a small buffer. Raises IoFailed, UnsafePath."""
     state = hasher()
     buffer = memoryview(bytearray(1 << 20))
-    with opened(path, name=name) as (descriptor, _):
+    with opened(path, name=name) as (descriptor, facts):
         done = 0
         try:
-            while count := os.preadv(descriptor, [buffer], done):
+            while count := read_available(descriptor, buffer, done):
                 state.update(buffer[:count])
                 done += count
+            if done < facts.st_size:
+                raise FileEnded(done)
         except OSError as problem:
             raise unreadable(path, problem, name=name) from None
     return state.hexdigest()

@@ -68,7 +68,11 @@ Memory: TypeAlias = Annotated[
 Jobs: TypeAlias = Annotated[
     int | None,
     typer.Option(
-        "--jobs", "-j", min=1, metavar="N", help="Worker threads (default: two a core, at most 8)."
+        "--jobs",
+        "-j",
+        min=1,
+        metavar="N",
+        help="Worker threads, 256 at most (default: two a core, at most 8).",
     ),
 ]
 DryRun: TypeAlias = Annotated[

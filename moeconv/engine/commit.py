@@ -7,12 +7,13 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+from moeconv.checkpoint.file_io import append, read_available
 from moeconv.checkpoint.reading import file_digest, opened, read_document, unreadable
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import digest, hasher
 from moeconv.engine.crew import Limits, Progress, run_tiles
-from moeconv.engine.files import NEW_FILE, partial_path, writing
+from moeconv.engine.files import new_file, partial_path, write_new, writing
 from moeconv.engine.gather import BUFFER_BYTES
 from moeconv.engine.journal import barely_begun, plan_digest, resumable
 from moeconv.engine.methods import REFLINK, Methods
@@ -309,11 +310,7 @@ class _Commit:
         final = self.out / name
         partial = partial_path(self.out, name)
         with writing(final):
-            descriptor = os.open(partial, NEW_FILE, 0o666)
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(descriptor)
+            write_new(partial, data)
         self.work.rename(partial, final)
         return FileEntry(name, len(data), digest(data))
 
@@ -350,17 +347,12 @@ def copy_sidecar(sidecar: Sidecar, partial: Path, final: Path) -> str:
     state = hasher()
     buffer = memoryview(bytearray(BUFFER_BYTES))
     with opened(sidecar.path, name=sidecar.name) as (reader, _):
-        with writing(final):
-            descriptor = os.open(partial, NEW_FILE, 0o666)
-        with os.fdopen(descriptor, "wb", buffering=0) as writer:
+        with writing(final), new_file(partial) as writer:
             done = 0
             while count := _read(reader, buffer, done, sidecar):
                 state.update(buffer[:count])
+                append(writer, buffer[:count])
                 done += count
-                with writing(final):
-                    writer.write(buffer[:count])
-            with writing(final):
-                os.fsync(descriptor)
         facts = os.fstat(reader)
     if (facts.st_size, facts.st_mtime_ns, done) != (sidecar.size, sidecar.mtime_ns, sidecar.size):
         raise _changed(sidecar, f"and has {facts.st_size:,} now, or it was written to")
@@ -378,6 +370,6 @@ def _changed(sidecar: Sidecar, now: str) -> SourceChanged:
 
 def _read(reader: int, buffer: memoryview, offset: int, sidecar: Sidecar) -> int:
     try:
-        return os.preadv(reader, [buffer], offset)
+        return read_available(reader, buffer, offset)
     except OSError as problem:
         raise unreadable(sidecar.path, problem, name=sidecar.name) from None

@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeAlias
 
+from moeconv.checkpoint.descriptors import descriptors_left
 from moeconv.checkpoint.source import DataFile
 from moeconv.digest import EMPTY_DIGEST
 from moeconv.engine.memory import Memory
-from moeconv.engine.sources import Sources, opened
+from moeconv.engine.sources import SourceFile, Sources, opened
 from moeconv.engine.tiles import Bytes, Digests, Promised, Stopped, TileRunner
 from moeconv.engine.undisturbed import undisturbed
-from moeconv.errors import MoeconvError
+from moeconv.errors import IoFailed, MoeconvError, UsageProblem
 from moeconv.plan.values import CopyTile, OutputFile, Tile
 
 BATCH_BYTES: Final = 64 * 1024 * 1024
 CLONE_COST_BYTES: Final = 64 * 1024  # as long as one clone takes
 Progress: TypeAlias = Callable[[int], None]
+_Worker: TypeAlias = tuple[threading.Thread, threading.Event]  # set when it is done
+
+
+# more threads than this only wait for one another
+MAX_JOBS: Final = 256
+
+# an output is open twice while it is written, once of the two past the page cache
+_DESCRIPTORS_A_TARGET: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a run may use: worker threads, and bytes for permuting tiles."""
+    """What a run may use: worker threads, and bytes for permuting tiles.
+
+    There are never more threads than batches of work, nor than MAX_JOBS. Raises UsageProblem.
+    """
 
     jobs: int
     max_memory: int
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise UsageProblem(
+                f"{self.jobs} worker threads cannot do anything",
+                fix="give a number of 1 or more, or none for the default",
+            )
 
 
 class Target(Bytes, Protocol):
@@ -66,11 +86,11 @@ class Reader:
         """Everything is to be read."""
         return False
 
-    def copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
+    def copy(self, source: SourceFile, offset: int, at: int, nbytes: int) -> int:
         """Everything is to be read."""
         return 0
 
-    def clone(self, source: int, offset: int, at: int, nbytes: int) -> tuple[int, int]:
+    def clone(self, source: SourceFile, offset: int, at: int, nbytes: int) -> tuple[int, int]:
         """Nothing is in place yet."""
         return 0, 0
 
@@ -113,11 +133,23 @@ def run_tiles(
     promised: for each file, digests that need not be taken of bytes that need not be read.
     Raises what a worker raised first; KeyboardInterrupt stops the workers before it goes on.
     """
-    with opened(sources) as source:
-        jobs = [_job(f, make_target(f), promised(f)) for f in reversed(files)]
-        crew = _Crew(jobs, source, limits.max_memory, progress)
-        crew.work(limits.jobs)
+    queue = [_job(f, make_target(f), promised(f)) for f in reversed(files)]
+    batches = sum(job.pending for job in queue)
+    jobs, most = _shares(len(sources), min(limits.jobs, batches, MAX_JOBS))
+    with opened(sources, most=most) as source:
+        _Crew(queue, source, limits.max_memory, progress).work(jobs)
         source.unchanged()
+
+
+def _shares(files: int, jobs: int) -> tuple[int, int]:
+    """How many workers the limit of open files lets work, and how many sources may be open.
+
+    Each worker reads one source at a time, and writes to one target.
+    """
+    each = _DESCRIPTORS_A_TARGET + 1
+    left = descriptors_left(files + _DESCRIPTORS_A_TARGET * jobs)
+    jobs = max(min(jobs, left // each), 1)
+    return jobs, max(left - _DESCRIPTORS_A_TARGET * jobs, jobs)
 
 
 class _Crew:
@@ -141,13 +173,12 @@ class _Crew:
         """Run the workers to their end, or stop them and wait, whatever happens meanwhile."""
         crew = [
             (threading.Thread(target=self._worker, args=(done,), daemon=True), done)
-            for done in (threading.Event() for _ in range(max(jobs, 1)))
+            for done in (threading.Event() for _ in range(jobs))
         ]
         try:
             # whoever presses Ctrl-C wants an end, but not of files that are being written to
             with undisturbed(then=self._stop.set):
-                for thread, _ in crew:
-                    thread.start()
+                crew = _started(crew)
                 for _, done in crew:
                     # not `join`: before 3.13 it takes a thread for dead when a signal comes
                     while not done.wait(0.2):
@@ -178,18 +209,21 @@ class _Crew:
             done.set()
 
     def _batches(self) -> None:
-        runner = TileRunner(self._sources, self._memory, stop=self._stop, advance=self._advance)
         current: _Job | None = None
         try:
-            while (work := self._next(current)) is not None:
-                current, batch = work
-                self._carry_out(runner, current, batch)
+            with closing(self._runner()) as runner:
+                while (work := self._next(current)) is not None:
+                    current, batch = work
+                    self._carry_out(runner, current, batch)
         except Stopped:
             pass
         except BaseException as problem:  # noqa: BLE001 - handed to the thread that waits
             with self._lock:
                 self._failure = self._failure or problem
             self._stop.set()
+
+    def _runner(self) -> TileRunner:
+        return TileRunner(self._sources, self._memory, stop=self._stop, advance=self._advance)
 
     def _next(self, current: _Job | None) -> tuple[_Job, tuple[Tile, ...]] | None:
         """A batch of the file at hand, else of a new file, else of the file with most to do."""
@@ -231,6 +265,22 @@ class _Crew:
     def _advance(self, nbytes: int) -> None:
         with self._lock:
             self._progress(nbytes)
+
+
+def _started(crew: list[_Worker]) -> list[_Worker]:
+    """Start the workers, or as many as the system has threads for. Raises IoFailed for none."""
+    for number, (thread, _) in enumerate(crew):
+        try:
+            thread.start()
+        except RuntimeError:
+            if number:
+                return crew[:number]
+            raise IoFailed(
+                "no worker thread can be started",
+                cause="the system or this process has as many threads as it may",
+                fix="close other programs or raise `ulimit -u`, then run again",
+            ) from None
+    return crew
 
 
 def _wait_out(thread: threading.Thread, done: threading.Event) -> None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from moeconv.checkpoint.descriptors import limit_reached
+from moeconv.checkpoint.file_io import append
 from moeconv.errors import DiskFull, IoFailed, quoted
 from moeconv.manifest import PARTS_DIR
 
 NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_MAY_NOT: Final = "check that this directory may be written to, or give another one"
+_FIXES: Final = {
+    **dict.fromkeys(_FULL, "make room, then run again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _MAY_NOT),
+    errno.EFBIG: "raise the limit of file sizes (`ulimit -f`), or write to another file system",
+}
 
 
 def partial_path(out: Path, name: str) -> Path:
@@ -31,11 +39,33 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_failed(path: Path, problem: OSError) -> IoFailed:
-    """The error for an output file that cannot be written."""
+    """The error for an output file that cannot be opened or written."""
     kind = DiskFull if problem.errno in _FULL else IoFailed
-    return kind(
-        f"cannot write {quoted(path.name)}",
-        at=quoted(str(path)),
-        cause=problem.strerror,
-        fix="make room, then run again" if kind is DiskFull else "check the disk, then run again",
-    )
+    fix = _FIXES.get(problem.errno or 0, "check the disk, then run again")
+    cause, fix = limit_reached(problem) or (problem.strerror, fix)
+    return kind(f"cannot write {quoted(path.name)}", at=quoted(str(path)), cause=cause, fix=fix)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """A descriptor of a file that did not exist; at the end its bytes are on the disk.
+
+    Where anything fails, the file is removed again. Raises OSError.
+    """
+    descriptor = os.open(path, NEW_FILE, 0o666)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    except BaseException:
+        with suppress(OSError):  # what failed first is what is reported
+            os.close(descriptor)
+        with suppress(OSError):
+            path.unlink()
+        raise
+    os.close(descriptor)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a whole new file to the disk. Raises OSError."""
+    with new_file(path) as descriptor:
+        append(descriptor, data)

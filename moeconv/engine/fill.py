@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from moeconv.checkpoint.papers import read_root
+from moeconv.checkpoint.reading import file_digest
 from moeconv.digest import digest
-from moeconv.engine.files import NEW_FILE, writing
+from moeconv.engine.files import write_new, writing
 from moeconv.engine.papers import document, read_back
 from moeconv.engine.workplace import fsync_directory
 from moeconv.manifest import (
@@ -79,7 +79,7 @@ def finish_fill(place: Path) -> None:
     with writing(place):
         for path in waiting:
             entry = wanted.get(f"{PARTS_DIR}/{path.name}")
-            if entry is not None and digest(path.read_bytes()) == entry.digest:
+            if entry is not None and file_digest(path, name=entry.name) == entry.digest:
                 path.replace(place / entry.name)
             else:
                 path.unlink()
@@ -95,7 +95,4 @@ def _write(place: Path, name: str, raw: bytes) -> None:
     path = place / name
     with writing(path):
         path.unlink(missing_ok=True)  # of a fill that was interrupted
-        with os.fdopen(os.open(path, NEW_FILE, 0o666), "wb") as stream:
-            stream.write(raw)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_new(path, raw)

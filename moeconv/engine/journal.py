@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from moeconv.checkpoint.file_io import append, read_bytes
 from moeconv.checkpoint.papers import read_bounded
+from moeconv.checkpoint.reading import unreadable
 from moeconv.digest import hasher
 from moeconv.engine.files import writing
 from moeconv.errors import CannotResume, MoeconvError, WouldOverwrite, quoted
@@ -119,8 +121,11 @@ class JournalFile:
 
     def reopen(self) -> None:
         """Go on with the locked one: a line that was being written goes. Raises IoFailed."""
+        try:
+            raw = read_bytes(self._descriptor, os.fstat(self._descriptor).st_size)
+        except OSError as problem:
+            raise unreadable(self._path, problem, name=JOURNAL_NAME) from None
         with writing(self._path):
-            raw = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
             os.ftruncate(self._descriptor, raw.rfind(b"\n") + 1)
             os.lseek(self._descriptor, 0, os.SEEK_END)
 
@@ -140,9 +145,7 @@ class JournalFile:
 
     def _append(self, doc: Json) -> None:
         with writing(self._path):
-            line = memoryview(dumps(doc) + b"\n")
-            while line:
-                line = line[os.write(self._descriptor, line) :]
+            append(self._descriptor, dumps(doc) + b"\n")
             os.fsync(self._descriptor)
 
     def close(self) -> None:
@@ -176,7 +179,7 @@ def barely_begun(out: Path) -> bool:
     try:
         if path.exists():
             journal.lock()
-            if b"\n" in path.read_bytes():
+            if b"\n" in read_bounded(path, MAX_JOURNAL_BYTES, name=JOURNAL_NAME):
                 return False
         with writing(path):
             path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from moeconv.engine.files import NEW_FILE, writing
+from moeconv.engine.files import write_new, writing
 from moeconv.engine.workplace import fsync_directory
 from moeconv.errors import WouldOverwrite, quoted
 
@@ -27,12 +27,8 @@ def write_single(path: Path, data: bytes) -> None:
     refuse_file(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
-        descriptor = os.open(partial, NEW_FILE, 0o666)
+        write_new(partial, data)
         try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
             refuse_file(path)
             partial.rename(path)
             fsync_directory(path.parent)

@@ -1,99 +1,143 @@
-"""The source files, opened once for all workers, and proof that nobody changed them meanwhile."""
+"""The source files, shared by all workers, and proof that nobody changed them meanwhile."""
 
 from __future__ import annotations
 
-import errno
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+from moeconv.checkpoint.descriptors import DescriptorPool, Lease
+from moeconv.checkpoint.file_io import FileEnded, read_into
+from moeconv.checkpoint.reading import read_failure
 from moeconv.checkpoint.source import DataFile
 from moeconv.errors import IoFailed, SourceChanged, quoted
 
 
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """An open file of the source: its number among the source's files, and a descriptor."""
+
+    number: int
+    descriptor: int
+
+
 class Sources:
-    """Descriptors of the data files, by number; reads are positioned, so threads may share them."""
+    """The data files by number, at most `most` of them open at once.
 
-    def __init__(self, files: tuple[DataFile, ...]) -> None:
+    A file that is opened again must be the one that was read before, and unchanged.
+    """
+
+    def __init__(self, files: tuple[DataFile, ...], *, most: int) -> None:
         self._files = files
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._identities: dict[int, tuple[int, int]] = {}  # of all that were read: device, inode
+        self._pool = DescriptorPool(self._open, self._refuse_changed, most=most)
 
-    def descriptor(self, number: int) -> int:
-        """The open descriptor of source file `number`. Raises IoFailed, SourceChanged."""
-        known = self._descriptors.get(number)
-        if known is not None:
-            return known
-        with self._lock:
-            if number not in self._descriptors:
-                file = self._files[number]
-                try:
-                    opened = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as problem:
-                    raise IoFailed(
-                        f"cannot open {quoted(file.name)}",
-                        at=quoted(str(file.path)),
-                        cause=problem.strerror,
-                        fix="raise the limit with `ulimit -n 4096`, then run again"
-                        if problem.errno == errno.EMFILE
-                        else "check that the source is still there and may be read",
-                    ) from None
-                self._descriptors[number] = opened
-                self._check(number)
-            return self._descriptors[number]
+    def reader(self) -> SourceReader:
+        """A way to read them, for one thread."""
+        return SourceReader(self, Lease(self._pool))
 
-    def read_into(self, number: int, view: memoryview, offset: int) -> None:
-        """Fill `view` from source file `number` at byte `offset`. Raises IoFailed."""
-        descriptor = self.descriptor(number)
-        done = 0
-        while done < len(view):
-            try:
-                got = os.preadv(descriptor, [view[done:]], offset + done)
-            except OSError as problem:
-                raise self._failed(number, offset + done, problem.strerror) from None
-            if got == 0:
-                self._check(number)
-                raise self._failed(number, offset + done, "the file ends here")
-            done += got
+    def _open(self, number: int) -> int:
+        """Raises OSError, SourceChanged."""
+        descriptor = os.open(self._files[number].path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._refuse_changed(number, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
 
-    def _failed(self, number: int, offset: int, why: str | None) -> IoFailed:
-        file = self._files[number]
-        return IoFailed(
-            f"cannot read {quoted(file.name)}",
-            at=f"{quoted(str(file.path))}, byte {offset:,}",
-            cause=why,
-            fix="check the disk and the file, then run again",
+    def _refuse_changed(self, number: int, descriptor: int) -> None:
+        self._check(number, os.fstat(descriptor))
+
+    def _check(self, number: int, facts: os.stat_result) -> None:
+        file, found = self._files[number], (facts.st_dev, facts.st_ino)
+        same = self._identities.setdefault(number, found) == found
+        if same and (facts.st_size, facts.st_mtime_ns) == (file.size, file.mtime_ns):
+            return
+        raise SourceChanged(
+            f"{quoted(file.name)} changed while it was being read",
+            at=quoted(str(file.path)),
+            cause=f"it had {file.size:,} bytes when the plan was made, "
+            f"and has {facts.st_size:,} now, or it was written to or replaced",
+            fix="wait until nothing writes to the source, then run again",
         )
 
-    def _check(self, number: int) -> None:
-        file = self._files[number]
-        stat = os.fstat(self._descriptors[number])
-        if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
-            raise SourceChanged(
-                f"{quoted(file.name)} changed while it was being converted",
-                at=quoted(str(file.path)),
-                cause=f"it had {file.size:,} bytes when the plan was made, "
-                f"and has {stat.st_size:,} now, or it was written to",
-                fix="wait until nothing writes to the source, then run again",
-            )
+    def ended(self, number: int, problem: FileEnded) -> IoFailed:
+        """The error for a file that has fewer bytes than its header says: it changed, mostly."""
+        try:
+            self._check(number, self._files[number].path.stat())
+        except SourceChanged as changed:
+            return changed
+        except OSError as gone:
+            return self.failed(number, gone)
+        return self.failed(number, problem)
+
+    def failed(self, number: int, problem: OSError, offset: int | None = None) -> IoFailed:
+        """The error for a file that cannot be opened, or read at byte `offset`."""
+        file, (cause, fix) = self._files[number], read_failure(problem)
+        place = quoted(str(file.path))
+        return IoFailed(
+            f"cannot {'open' if offset is None else 'read'} {quoted(file.name)}",
+            at=place if offset is None else f"{place}, byte {offset:,}",
+            cause=cause,
+            fix=fix,
+        )
 
     def unchanged(self) -> None:
-        """Raise SourceChanged if a file that was read is not the one that was planned."""
-        for number in self._descriptors:
-            self._check(number)
+        """Raise SourceChanged if a file that was read is not the one that was planned, IoFailed."""
+        still_open = self._pool.open
+        for number in self._identities:
+            descriptor = still_open.get(number)
+            try:
+                facts = (
+                    os.fstat(descriptor)
+                    if descriptor is not None
+                    else self._files[number].path.stat()
+                )
+            except OSError as problem:
+                raise self.failed(number, problem) from None
+            self._check(number, facts)
 
     def close(self) -> None:
         """Close everything."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._pool.close()
+
+
+class SourceReader:
+    """Reads of one thread; it holds the file that it read last."""
+
+    def __init__(self, sources: Sources, lease: Lease) -> None:
+        self._sources = sources
+        self._lease = lease
+
+    def file(self, number: int) -> SourceFile:
+        """Source file `number`, open until another is asked for. Raises IoFailed, SourceChanged."""
+        try:
+            return SourceFile(number, self._lease.on(number))
+        except OSError as problem:
+            raise self._sources.failed(number, problem) from None
+
+    def read_into(self, number: int, view: memoryview, offset: int) -> None:
+        """Fill `view` from byte `offset` of a source file on. Raises IoFailed, SourceChanged."""
+        lease = self._lease
+        descriptor = lease.descriptor if lease.number == number else self.file(number).descriptor
+        try:
+            read_into(descriptor, view, offset)
+        except FileEnded as problem:
+            raise self._sources.ended(number, problem) from None
+        except OSError as problem:
+            raise self._sources.failed(number, problem, offset) from None
+
+    def close(self) -> None:
+        """Hold no file any more."""
+        self._lease.close()
 
 
 @contextmanager
-def opened(files: tuple[DataFile, ...]) -> Iterator[Sources]:
-    """Sources that close themselves."""
-    sources = Sources(files)
+def opened(files: tuple[DataFile, ...], *, most: int) -> Iterator[Sources]:
+    """Sources that close themselves. most: how many are open at once, one a thread at least."""
+    sources = Sources(files, most=most)
     try:
         yield sources
     finally:

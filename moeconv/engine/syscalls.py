@@ -15,6 +15,9 @@ from typing import Final
 _CANNOT: Final = frozenset(
     {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
 )
+# what only the file that is written to can be the cause of; any other failure of a copy may be the
+# source's, and to read it and write it tells which
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _CLONE_RANGE: Final = 0x4020940D  # FICLONERANGE: _IOW(0x94, 13, struct file_clone_range)
 # BTRFS_IOC_FS_INFO: _IOR(0x94, 31, struct btrfs_ioctl_fs_info_args), 1024 bytes, fsid from 16 on
 _FS_INFO: Final = 0x8400941F
@@ -124,31 +127,31 @@ def _kind(path: Path) -> int | None:
 def clone_range(source: int, offset: int, target: int, at: int, nbytes: int) -> bool:
     """Let whole blocks of one file be those of the other, without a copy; False where it cannot.
 
-    Offsets and length count bytes and are multiples of the block size. Raises OSError for a disk
-    that is full or broken. Source: ioctl_ficlonerange(2).
+    Offsets and length count bytes and are multiples of the block size. The caller copies what was
+    not cloned. Raises OSError where there is no space. Source: ioctl_ficlonerange(2).
     """
     try:
         fcntl.ioctl(target, _CLONE_RANGE, struct.pack("=qQQQ", source, offset, nbytes, at))
     except OSError as problem:
-        if problem.errno in _CANNOT or problem.errno in (errno.ENOTTY, errno.ETXTBSY):
-            return False
-        raise
+        if problem.errno in _NO_SPACE:
+            raise
+        return False
     return True
 
 
 def copy_in_kernel(source: int, offset: int, target: int, at: int, nbytes: int) -> int:
     """Bytes that the kernel copied from one file into the other: all, some or none.
 
-    The caller writes the rest itself. Raises OSError for a disk that is full or broken.
+    The caller reads and writes the rest itself. Raises OSError where there is no space.
     """
     done = 0
     while done < nbytes:
         try:
             count = os.copy_file_range(source, target, nbytes - done, offset + done, at + done)
         except OSError as problem:
-            if problem.errno in _CANNOT:
-                return done
-            raise
+            if problem.errno in _NO_SPACE:
+                raise
+            return done
         if count == 0:
             return done
         done += count

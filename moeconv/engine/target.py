@@ -10,9 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from moeconv.checkpoint.file_io import write_at, write_blocks
 from moeconv.engine.files import NEW_FILE, partial_path, writing
 from moeconv.engine.memory import PAGE_BYTES, begins_page
 from moeconv.engine.methods import KERNEL, REFLINK, Methods
+from moeconv.engine.sources import SourceFile
 from moeconv.engine.syscalls import (
     clone_range,
     copy_in_kernel,
@@ -51,7 +53,6 @@ class DiskTarget:
         self._serial = is_btrfs(out)
         self._writeback: Writeback | None = None
         self._refused = False  # writes past the page cache, by the device
-        self._ways: dict[int, str] = {}  # to copy, by the descriptor of a source's file
         self._unsettled = 0  # bytes that wait in the page cache; a hint, so the lock is not asked
         self._writing = threading.Lock()
 
@@ -101,12 +102,9 @@ class DiskTarget:
         # the kernel lets one thread at a time write to a file, and the others spin meanwhile:
         # here they sleep, or rather read and hash what comes next
         with self._writing, writing(self._path):
-            done = 0
-            while done < len(view):
-                count = os.pwrite(self._descriptor, view[done:], offset + done)
-                self._methods.tally.add(written=count)
-                self._unsettled += count
-                done += count
+            write_at(self._descriptor, view, offset)
+            self._unsettled += len(view)
+        self._methods.tally.add(written=len(view))
 
     def _write_direct(self, view: memoryview, offset: int) -> tuple[int, int]:
         """What of `view` went past the page cache, [first, last): not copied, and without a lock.
@@ -119,55 +117,47 @@ class DiskTarget:
             return 0, 0
         if not begins_page(view[first:]):
             return 0, 0
-        done = first
+        pages = view[first : first + whole]
         with writing(self._path):
-            while done < first + whole:
-                try:
-                    count = os.pwrite(self._direct, view[done : first + whole], offset + done)
-                except OSError as problem:
-                    if problem.errno == errno.EINVAL:  # a device with stricter rules
-                        self._refused = True
-                        break
+            try:
+                done = write_blocks(self._direct, pages, offset + first, PAGE_BYTES)
+            except OSError as problem:
+                if problem.errno != errno.EINVAL:
                     raise
-                done += count
-                if not count or count % PAGE_BYTES:
-                    break
-        self._methods.tally.add(direct=done - first)
-        return first, done
+                self._refused, done = True, 0  # a device with stricter rules
+        self._methods.tally.add(direct=done)
+        return first, first + done
 
-    def copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
+    def copy(self, source: SourceFile, offset: int, at: int, nbytes: int) -> int:
         """Bytes that the kernel copied by itself, all or a first part; 0 where it does not."""
         past = self._direct is not None and not self._refused
         if past and nbytes >= DIRECT_BYTES + PAGE_BYTES:
             return 0  # to read and write them past the page cache is quicker
         return self._copy(source, offset, at, nbytes)
 
-    def _copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
-        if self._way(source) not in (KERNEL, REFLINK):
+    def _copy(self, source: SourceFile, offset: int, at: int, nbytes: int) -> int:
+        if self._methods.of_file(source.number) not in (KERNEL, REFLINK):
             return 0
         with self._writing, writing(self._path):
-            done = copy_in_kernel(source, offset, self._descriptor, at, nbytes)
+            done = copy_in_kernel(source.descriptor, offset, self._descriptor, at, nbytes)
             self._unsettled += done
         self._methods.tally.add(copied=done)
         return done
 
-    def _way(self, source: int) -> str:
-        found = self._ways.get(source)
-        if found is None:
-            found = self._ways[source] = self._methods.of(source)
-        return found
-
-    def clone(self, source: int, offset: int, at: int, nbytes: int) -> tuple[int, int]:
+    def clone(self, source: SourceFile, offset: int, at: int, nbytes: int) -> tuple[int, int]:
         """What of a run is now in place without a copy: [first, last) of its bytes.
 
         Whole blocks can be, where both sides stand alike in theirs; the edges are left to write.
         """
         first, last = whole_blocks(offset, at, nbytes, self._methods.block)
-        if first == last or not self.clones or self._way(source) != REFLINK:
+        if first == last or self._methods.of_file(source.number) != REFLINK:
             return 0, 0
         with writing(self._path):
-            if not clone_range(source, offset + first, self._descriptor, at + first, last - first):
-                return 0, 0
+            done = clone_range(
+                source.descriptor, offset + first, self._descriptor, at + first, last - first
+            )
+        if not done:
+            return 0, 0
         self._methods.tally.add(cloned=last - first)
         return first, last
 

@@ -9,7 +9,7 @@ from typing import Final, Protocol, TypeAlias
 from moeconv.digest import digest, hasher
 from moeconv.engine.gather import Gather, pieces
 from moeconv.engine.memory import Memory
-from moeconv.engine.sources import Sources
+from moeconv.engine.sources import SourceFile, Sources
 from moeconv.errors import MoeconvError, quoted
 from moeconv.plan.values import CopyTile, OutputFile, Span, Tile, WeaveTile
 
@@ -22,7 +22,7 @@ CLONED_TILE_BYTES: Final = 16 * 1024
 # in the kernel, unread: large enough to cost few calls, small enough to be stopped between two
 UNSEEN_BYTES: Final = 64 * 1024 * 1024
 
-Origin: TypeAlias = tuple[int, int]
+Origin: TypeAlias = tuple[SourceFile, int]
 Digests: TypeAlias = "list[list[str]]"
 
 
@@ -39,13 +39,13 @@ class Bytes(Protocol):
     def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
         """Take bytes that belong at `offset`; several workers may call it at once.
 
-        origin: the descriptor and offset of a source file where the same bytes stand.
+        origin: a file of the source, and the offset in it where the same bytes stand.
         """
 
-    def copy(self, source: int, offset: int, at: int, nbytes: int) -> int:
+    def copy(self, source: SourceFile, offset: int, at: int, nbytes: int) -> int:
         """Take bytes from a source file unread; how many from the first on were taken."""
 
-    def clone(self, source: int, offset: int, at: int, nbytes: int) -> tuple[int, int]:
+    def clone(self, source: SourceFile, offset: int, at: int, nbytes: int) -> tuple[int, int]:
         """Take what can be had without a copy: [first, last) of these bytes."""
 
 
@@ -64,11 +64,15 @@ class TileRunner:
         stop: threading.Event,
         advance: Callable[[int], None],
     ) -> None:
-        self._sources = sources
+        self._source = sources.reader()
         self._memory = memory
         self._stop = stop
         self._advance = advance
         self._gather = Gather()
+
+    def close(self) -> None:
+        """Let go of the source's file that was read last."""
+        self._source.close()
 
     def run(
         self,
@@ -110,7 +114,7 @@ class TileRunner:
         """Clone tiles that follow one another on both sides, their digests all promised."""
         head, nbytes = tiles[0], sum(tile.nbytes for tile in tiles)
         values = [promised(tile.tensor, tile.unit) or "" for tile in tiles]
-        source = self._sources.descriptor(head.file)
+        source = self._source.file(head.file)
         first, last = target.clone(source, head.offset, head.start, nbytes)
         if last == first and any(values):
             return False  # to be copied, and held against its promise
@@ -122,7 +126,7 @@ class TileRunner:
     def _small(self, tile: CopyTile, digests: Digests, target: Bytes, promised: Promised) -> None:
         """Gather: many scales and norms make one write."""
         view = self._gather.place(target, tile.start, tile.nbytes)
-        self._sources.read_into(tile.file, view, tile.offset)
+        self._source.read_into(tile.file, view, tile.offset)
         # what is small depends on the file system, and whose digest comes later must not
         later = promised(tile.tensor, tile.unit) == ""
         digests[tile.tensor][tile.unit] = "" if later else digest(view)
@@ -130,7 +134,7 @@ class TileRunner:
 
     def _large(self, tile: CopyTile, digests: Digests, target: Bytes, promised: Promised) -> None:
         """Clone what can be cloned; read, hash and copy the rest, a piece at a time."""
-        source = self._sources.descriptor(tile.file)
+        source = self._source.file(tile.file)
         first, last = target.clone(source, tile.offset, tile.start, tile.nbytes)
         value = promised(tile.tensor, tile.unit)
         # what is copied anyway is held against the promise; what is not, need not be read
@@ -143,7 +147,7 @@ class TileRunner:
         for done, size, place in pieces(tile.start, tile.nbytes):
             self._refuse_stopped()
             view = buffer[place : place + size]
-            self._sources.read_into(tile.file, view, tile.offset + done)
+            self._source.read_into(tile.file, view, tile.offset + done)
             state.update(view)
             for start, stop in _outside(done, done + len(view), first, last):
                 origin = (source, tile.offset + start)
@@ -160,7 +164,7 @@ class TileRunner:
         span = tile.spans[0]
         if len(known) < len(values) or (all(known) and not target.clones):
             return False
-        source = self._sources.descriptor(span.file)
+        source = self._source.file(span.file)
         first, last = target.clone(source, span.offset, tile.start, tile.nbytes)
         if last == first and any(known):
             return False  # to be copied, and held against its promise
@@ -179,7 +183,7 @@ class TileRunner:
             if stop - start < LARGE_TILE_BYTES:  # a clone's edges meet those of its neighbours
                 if start < stop:
                     view = self._gather.place(target, at + start, stop - start)
-                    self._sources.read_into(file, view, offset + start)
+                    self._source.read_into(file, view, offset + start)
                 done += stop - start
             else:
                 self._move(file, offset + start, at + start, stop - start, target)
@@ -188,7 +192,7 @@ class TileRunner:
     def _move(self, file: int, offset: int, at: int, nbytes: int, target: Bytes) -> None:
         """Copy bytes that nobody needs to see."""
         done, buffer = 0, self._gather.whole(target)
-        source = self._sources.descriptor(file)
+        source = self._source.file(file)
         while done < nbytes:
             self._refuse_stopped()
             size = min(UNSEEN_BYTES, nbytes - done)
@@ -196,7 +200,7 @@ class TileRunner:
             if not count:
                 _, count, place = next(pieces(at + done, nbytes - done))
                 view = buffer[place : place + count]
-                self._sources.read_into(file, view, offset + done)
+                self._source.read_into(file, view, offset + done)
                 target.write(view, at + done)
             done += count
             self._advance(count)
@@ -220,7 +224,7 @@ class TileRunner:
             self._advance(tile.nbytes)
 
     def _read_span(self, span: Span, view: memoryview) -> memoryview:
-        self._sources.read_into(span.file, view, span.offset)
+        self._source.read_into(span.file, view, span.offset)
         return view
 
 

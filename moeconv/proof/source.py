@@ -10,14 +10,15 @@ from typing import Final
 
 import numpy as np
 
-from moeconv.checkpoint.reading import file_digest
+from moeconv.checkpoint.file_io import read_bytes
+from moeconv.checkpoint.reading import file_digest, unreadable
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.digest import digest
 from moeconv.engine.crew import Limits, Progress, Reader, run_tiles
 from moeconv.engine.gather import BUFFER_BYTES
 from moeconv.engine.tiles import Digests, Origin
-from moeconv.errors import Damaged, IoFailed, MoeconvError, TensorNotInFile, quoted
+from moeconv.errors import Damaged, MoeconvError, TensorNotInFile, quoted
 from moeconv.layout.detect import Detection
 from moeconv.plan.existing import plan_onto, plan_onto_set
 from moeconv.plan.values import OutputFile, OutputTensor
@@ -148,21 +149,26 @@ class _Comparing(Reader):
         try:
             self._descriptor = os.open(self._actual.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as problem:
-            raise IoFailed(
-                f"cannot open {quoted(self._actual.name)}", cause=problem.strerror
-            ) from None
+            raise unreadable(self._actual.path, problem, name=self._actual.name) from None
 
     def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
         """Compare; the first difference of each tensor is reported."""
         for at in range(0, len(view), BUFFER_BYTES):
             ours = view[at : at + BUFFER_BYTES]
-            theirs = os.pread(self._descriptor, len(ours), offset + at)
+            theirs = self._actual_bytes(offset + at, len(ours))
             if theirs != ours.tobytes():
                 self._differs(ours, theirs, offset + at)
 
+    def _actual_bytes(self, offset: int, nbytes: int) -> bytes:
+        """What is there: all of it, or an error, for what cannot be read is not proven."""
+        try:
+            return read_bytes(self._descriptor, nbytes, offset)
+        except OSError as problem:
+            raise unreadable(self._actual.path, problem, name=self._actual.name) from None
+
     def _differs(self, ours: memoryview, theirs: bytes, offset: int) -> None:
-        count = min(len(ours), len(theirs))
-        different = np.frombuffer(ours[:count], np.uint8) != np.frombuffer(theirs[:count], np.uint8)
+        count = len(ours)
+        different = np.frombuffer(ours, np.uint8) != np.frombuffer(theirs, np.uint8)
         first = max(bisect_right(self._starts, offset) - 1, 0)
         for tensor in self._file.tensors[first:]:
             if tensor.offset >= offset + count:

@@ -89,7 +89,7 @@ def _data_file(root: Path, part: Part) -> list[MoeconvError]:
             return [missing(name)]
         with opened(path, name=name) as (descriptor, facts):
             size = facts.st_size
-            raw = read_start(descriptor, part.header_size)
+            raw = read_start(descriptor, facts, part.header_size)
     except OSError as problem:
         return [unreadable(root / name, problem, name=name)]
     except (Malformed, IoFailed) as problem:

@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -15,9 +15,11 @@ from typing import Final, cast
 
 import torch
 
+from moeconv.checkpoint.descriptors import DescriptorPool, Lease, descriptors_left
+from moeconv.checkpoint.file_io import FileEnded, read_into
 from moeconv.checkpoint.header import parse_header
 from moeconv.checkpoint.papers import damaged, inside
-from moeconv.checkpoint.reading import opened, read_start, unreadable
+from moeconv.checkpoint.reading import open_regular, opened, read_start, unreadable
 from moeconv.digest import digest
 from moeconv.errors import MissingShard, SourceChanged, quoted
 from moeconv.manifest import ROOT_NAME, Part, Run, SourceFile
@@ -25,6 +27,7 @@ from moeconv.runtime.tensors import LocalTensor, portions
 
 _MAX_HEADER: Final = 8 + 100_000_000
 _THREADS: Final = 4
+_MOST_THREADS: Final = 3 * _THREADS  # that read at once, each of them one file
 PIECE_BYTES: Final = 4 * 1024 * 1024  # of one read; after a failure the other threads end as soon
 _ALIGNMENT: Final = 16  # what kernels may take for granted of a tensor
 
@@ -49,7 +52,7 @@ def own_file(home: Path, part: Part) -> DataFile:
         if facts.st_size != part.size:
             cause = f"it has {facts.st_size:,} bytes, its part says {part.size:,}"
             raise damaged(part.file, cause)
-        raw = _header(descriptor, path, part.file, part.header_size)
+        raw = _header(descriptor, facts, path, part.file, part.header_size)
         if digest(raw) != part.header_digest:
             raise damaged(part.file, "its header is not the one that was written")
     header = parse_header(raw, file_size=part.size, file=0, where=part.file)
@@ -65,7 +68,7 @@ def source_file(home: Path, entry: SourceFile) -> DataFile:
     """A file that a virtual set points into. Raises MissingShard, SourceChanged, UnsafePath."""
     path = _existing(home, entry.name, str(home))
     with opened(path, name=entry.name) as (descriptor, facts):
-        found = digest(_header(descriptor, path, entry.name, entry.header_size))
+        found = digest(_header(descriptor, facts, path, entry.name, entry.header_size))
         pinned = (entry.size, entry.mtime_ns, entry.header_digest)
         if (facts.st_size, facts.st_mtime_ns, found) != pinned:
             raise _changed(entry.name, "since the virtual set was made")
@@ -84,9 +87,9 @@ def _existing(home: Path, name: str, named_in: str) -> Path:
     return path
 
 
-def _header(descriptor: int, path: Path, name: str, size: int) -> bytes:
+def _header(descriptor: int, facts: os.stat_result, path: Path, name: str, size: int) -> bytes:
     try:
-        return read_start(descriptor, min(size, _MAX_HEADER))
+        return read_start(descriptor, facts, min(size, _MAX_HEADER))
     except OSError as problem:
         raise unreadable(path, problem, name=name) from None
 
@@ -105,15 +108,18 @@ def _changed(name: str, when: str) -> SourceChanged:
 
 
 class Reader(ExitStack[bool | None]):
-    """Reads runs of the files of a shard, all of them opened before the first byte is read.
+    """Reads runs of the files of a shard, all of them checked before the first byte is read.
 
-    bytes_read counts what came out of files, whatever was asked for.
+    They stay open as far as the limit of open files allows; one that is opened again is checked
+    again. bytes_read counts what came out of files, whatever was asked for.
     """
 
     def __init__(self, files: Mapping[int, DataFile]) -> None:
         super().__init__()
         self._files = files
-        self._open: dict[int, int] = {}
+        self._opened: set[int] = set()
+        self._pool = DescriptorPool(self._open_checked, self._refuse_changed, most=1)
+        self.callback(self._pool.close)
         self._stopped = False
         self._maps: dict[int, torch.UntypedStorage] = {}
         self.bytes_read = 0
@@ -121,26 +127,59 @@ class Reader(ExitStack[bool | None]):
     @property
     def names(self) -> tuple[str, ...]:
         """The files opened."""
-        return tuple(self._files[number].name for number in self._open)
+        return tuple(self._files[number].name for number in sorted(self._opened))
 
     def open(self, runs: Iterable[Run]) -> None:
-        """Open all files that these are of. Raises IoFailed, SourceChanged."""
-        for number in sorted({r.file for r in runs}):
-            file = self._files[number]
-            self._open[number], _ = self.enter_context(opened(file.path, name=file.name))
-        self.check("since it was opened")
+        """Open all files that these are of. Raises IoFailed, SourceChanged, UnsafePath."""
+        self._opened |= {r.file for r in runs}
+        self._pool.most = max(descriptors_left(len(self._opened)), _MOST_THREADS)
+        with closing(Lease(self._pool)) as lease:
+            for number in sorted(self._opened):
+                self._descriptor(lease, number)
 
-    def check(self, when: str = "while it was read") -> None:
-        """Whether all open files are still what they were. Raises SourceChanged."""
-        for number, descriptor in self._open.items():
-            file = self._files[number]
-            if _identity(os.fstat(descriptor)) != file.identity:
-                raise _changed(file.name, when)
+    def _open_checked(self, number: int) -> int:
+        """Raises OSError, SourceChanged, UnsafePath."""
+        file = self._files[number]
+        descriptor = open_regular(file.path, name=file.name)
+        try:
+            self._refuse_changed(number, descriptor, "since it was opened")
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _refuse_changed(
+        self, number: int, descriptor: int, when: str = "while it was read"
+    ) -> None:
+        file = self._files[number]
+        if _identity(os.fstat(descriptor)) != file.identity:
+            raise _changed(file.name, when)
+
+    def _descriptor(self, lease: Lease, number: int) -> int:
+        """The descriptor of a file, until the lease is on another. Raises IoFailed and the like."""
+        try:
+            return lease.on(number)
+        except OSError as problem:
+            raise unreadable(
+                self._files[number].path, problem, name=self._files[number].name
+            ) from None
+
+    def check(self) -> None:
+        """Whether all files are still what they were. Raises SourceChanged, IoFailed."""
+        still_open = self._pool.open
+        for number in sorted(self._opened):
+            file, descriptor = self._files[number], still_open.get(number)
+            try:
+                facts = os.fstat(descriptor) if descriptor is not None else file.path.stat()
+            except OSError as problem:
+                raise unreadable(file.path, problem, name=file.name) from None
+            if _identity(facts) != file.identity:
+                raise _changed(file.name, "while it was read")
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
         pool = ThreadPoolExecutor(_THREADS)
-        # made after all descriptors are open, so that it ends before they are closed
+        # made after the reader, so that it ends before the descriptors are closed
         self.callback(pool.shutdown, wait=True, cancel_futures=True)
         return pool
 
@@ -172,24 +211,31 @@ class Reader(ExitStack[bool | None]):
     def _read(self, address: int, runs: tuple[Run, ...]) -> None:
         size = sum(r.nbytes for r in runs)
         memory = memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
-        at = 0
-        for run in runs:
-            file, done = self._files[run.file], 0
-            while done < run.nbytes:
-                if self._stopped:
-                    return
-                piece = memory[at : at + min(run.nbytes - done, PIECE_BYTES)]
-                try:
-                    count = os.preadv(self._open[run.file], [piece], run.offset + done)
-                    if not count:
-                        raise damaged(file.name, f"it ends before byte {run.offset + run.nbytes:,}")
-                except OSError as problem:
-                    self._stopped = True
-                    raise unreadable(file.path, problem, name=file.name) from None
-                except BaseException:
-                    self._stopped = True
-                    raise
-                done, at = done + count, at + count
+        at, lease = 0, Lease(self._pool)
+        try:
+            for run in runs:
+                descriptor = self._descriptor(lease, run.file)
+                for done in range(0, run.nbytes, PIECE_BYTES):
+                    if self._stopped:
+                        return
+                    size = min(run.nbytes - done, PIECE_BYTES)
+                    self._read_piece(descriptor, memory[at : at + size], run, run.offset + done)
+                    at += size
+        except BaseException:
+            self._stopped = True
+            raise
+        finally:
+            lease.close()
+
+    def _read_piece(self, descriptor: int, piece: memoryview, run: Run, offset: int) -> None:
+        file = self._files[run.file]
+        try:
+            read_into(descriptor, piece, offset)
+        except FileEnded:
+            cause = f"it ends before byte {run.offset + run.nbytes:,}"
+            raise damaged(file.name, cause) from None
+        except OSError as problem:
+            raise unreadable(file.path, problem, name=file.name) from None
 
     def view(self, tensor: LocalTensor) -> torch.Tensor | None:
         """The tensor without a copy, or None where it is not one aligned run.
@@ -201,11 +247,12 @@ class Reader(ExitStack[bool | None]):
         run, dtype = tensor.runs[0], tensor.torch_dtype
         if run.file not in self._maps:
             # by descriptor, so that what is mapped is what was looked at
-            found = torch.UntypedStorage.from_file(
-                f"/proc/self/fd/{self._open[run.file]}",
-                shared=False,
-                nbytes=self._files[run.file].size,
-            )
+            with closing(Lease(self._pool)) as lease:
+                found = torch.UntypedStorage.from_file(
+                    f"/proc/self/fd/{self._descriptor(lease, run.file)}",
+                    shared=False,
+                    nbytes=self._files[run.file].size,
+                )
             self._maps[run.file] = cast("torch.UntypedStorage", found)
         start, shape = run.offset // dtype.itemsize, tensor.torch_shape
         strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))

@@ -37,7 +37,7 @@ def fails_as_the_disk_does(code: int, run: Callable[[], object]) -> None:
     holds(caught.value, kind, os.strerror(code))
 
 
-@KINDS
+@pytest.mark.parametrize("code", [errno.ENOSPC])  # only the output can be the cause of it
 @pytest.mark.parametrize("turn", [1, 2, 7])  # the first is the question whether it clones at all
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_clone_that_fails(  # noqa: PLR0917 - parameters
