@@ -26,6 +26,7 @@ from moeconv.engine.rewrites import with_rewrites
 from moeconv.engine.room import Room, refuse_short, room_needed
 from moeconv.engine.workplace import forget_journal
 from moeconv.errors import NotASet, UsageProblem, quoted
+from moeconv.errors.system import system_errors
 from moeconv.families import family
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.fromset import set_detection
@@ -130,6 +131,7 @@ def limits_of(jobs: int | None, max_memory: int) -> Limits:
     return Limits(default_jobs() if jobs is None else jobs, max_memory)
 
 
+@system_errors()
 @uncollected()
 def open_source(
     src: str | Path,
@@ -171,6 +173,7 @@ def open_source(
     return Opened(path, checkpoint, recipes, detection)
 
 
+@system_errors()
 def fuse(
     src: str | Path,
     out: str | Path,
@@ -199,6 +202,7 @@ def fuse(
     return carry_out(source, Path(out), plan, run)
 
 
+@system_errors()
 def unfuse(
     src: str | Path,
     out: str | Path,

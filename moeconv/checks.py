@@ -16,6 +16,7 @@ from moeconv.checkpoint.source import locate, open_checkpoint
 from moeconv.engine.crew import Limits
 from moeconv.engine.fill import fill_digests, finish_fill
 from moeconv.errors import MoeconvError, NotASet, UsageProblem, quoted
+from moeconv.errors.system import system_errors
 from moeconv.manifest import ROOT_NAME, Manifest
 from moeconv.proof.diff import Difference, differences
 from moeconv.proof.digests import (
@@ -33,6 +34,7 @@ from moeconv.proof.structure import check_structure
 from moeconv.proof.virtual import digests_missing, virtual_problems
 
 
+@system_errors()
 def verify(
     out: str | Path,
     *,
@@ -151,6 +153,7 @@ def _report(
     )
 
 
+@system_errors()
 def fingerprint(
     src: str | Path,
     *,
@@ -165,6 +168,7 @@ def fingerprint(
     return fingerprint_of(_matrices(opened, max_memory, jobs, progress))
 
 
+@system_errors()
 def diff(
     a: str | Path,
     b: str | Path,

@@ -35,7 +35,7 @@ from moeconv.manifest import (
 )
 from moeconv.manifestrules import check_root
 from moeconv.names import natural_key
-from moeconv.schema import Problems, Table, is_digest
+from moeconv.schema import Problems, Table, is_digest, is_dtype
 from moeconv.strictjson import loads
 
 _FEW: Final = 64  # experts that a tensor may name whatever its digests
@@ -257,7 +257,7 @@ def _tensor(t: Table, root: Root, rank: int | None) -> TensorEntry:
     runs = _runs(t, root) if virtual else ()
     entry = TensorEntry(
         name=t.text("name"),
-        dtype=t.text("dtype"),
+        dtype=t.formed("dtype", "a dtype in capital letters, digits and `_`", is_dtype),
         shape=t.integers("shape"),
         start=0 if virtual else t.integer("start"),
         stop=sum(r.nbytes for r in runs) if virtual else t.integer("stop"),

@@ -17,6 +17,7 @@ from moeconv.strictjson import encodable
 MAX_TEXT_BYTES: Final = 4096
 MAX_COUNT: Final = 2**53 - 1
 MAX_LISTED: Final = 4 * 1024 * 1024
+_DTYPE = re.compile(r"[A-Z][A-Z0-9_]*", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
@@ -94,7 +95,7 @@ class Table:
 
     def word(self, key: str) -> str:
         """A text that is not empty."""
-        return self._formed(key, "a text that is not empty", bool)
+        return self.formed(key, "a text that is not empty", bool)
 
     def expects(self, keys: Iterable[str]) -> None:
         """Keys that may stand here, for the suggestions of `finish`."""
@@ -125,7 +126,7 @@ class Table:
 
     def digest(self, key: str) -> str:
         """32 lower-case hexadecimal digits."""
-        return self._formed(key, "a digest of 32 lower-case hexadecimal digits", is_digest)
+        return self.formed(key, "a digest of 32 lower-case hexadecimal digits", is_digest)
 
     def file_name(self, key: str) -> str:
         """One plain file name."""
@@ -143,7 +144,8 @@ class Table:
             self.problem(key, f"{quoted(path)} {problem}")
         return path
 
-    def _formed(self, key: str, what: str, fits: Callable[[str], bool]) -> str:
+    def formed(self, key: str, what: str, fits: Callable[[str], bool]) -> str:
+        """A text of which `fits` is true; `what` says what it must be."""
         before = len(self.problems.found)
         value = self.text(key)
         if len(self.problems.found) == before and not fits(value):
@@ -233,3 +235,8 @@ def _are_counts(rows: list[Json], length: int) -> TypeGuard[list[list[int]]]:
 def is_digest(text: str) -> bool:
     """Whether the text has the form of a digest."""
     return _DIGEST.fullmatch(text) is not None
+
+
+def is_dtype(text: str) -> bool:
+    """Whether the text has the form of a safetensors dtype, known or not."""
+    return _DTYPE.fullmatch(text) is not None

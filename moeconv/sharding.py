@@ -24,6 +24,7 @@ from moeconv.api import (
     uncollected,
 )
 from moeconv.errors import UsageProblem, quoted
+from moeconv.errors.system import system_errors
 from moeconv.layout.moelayers import layers_of
 from moeconv.mapfiles import read_map
 from moeconv.placement.formats import ep_size_of, resolve
@@ -37,6 +38,7 @@ from moeconv.plan.shard import plan_shards, refuse_tensor_sidecars
 Placing: TypeAlias = str | Path | Placement | Mapping[str, tuple[int, ...]]
 
 
+@system_errors()
 def shard(
     src: str | Path,
     out: str | Path,
@@ -127,6 +129,7 @@ def _no_map(text: str) -> bool:
     return text.lstrip()[:1] not in ("{", "[") and not Path(text).suffix and not Path(text).exists()
 
 
+@system_errors()
 def merge(
     src: str | Path,
     out: str | Path,

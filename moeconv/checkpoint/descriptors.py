@@ -40,20 +40,6 @@ def _open_now() -> int:
         return _SPARE
 
 
-def limit_reached(problem: OSError) -> tuple[str, str] | None:
-    """Cause and fix where a file could not be opened because too many are open; None otherwise."""
-    if problem.errno == errno.ENFILE:
-        return "the system has as many files open as it may", "close other programs, then run again"
-    if problem.errno != errno.EMFILE:
-        return None
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    cause = f"this process has reached its limit of {soft:,} open files"
-    if hard == resource.RLIM_INFINITY or hard > soft:
-        most = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard:,}"
-        return cause, f"raise it with `ulimit -n`, at most to {most}, then run again"
-    return cause, "raise the hard limit, `ulimit -Hn`, or use fewer `--jobs`, then run again"
-
-
 class DescriptorPool:
     """Descriptors of numbered files, at most `most` of them, shared by threads.
 

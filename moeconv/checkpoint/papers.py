@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moeconv.checkpoint.reading import read_document
+from moeconv.checkpoint.reading import read_document, unreadable
 from moeconv.digest import digest
 from moeconv.errors import Damaged, MissingShard, UnsafePath, quoted
 from moeconv.manifest import MAX_PAPER_BYTES, MAX_ROOT_BYTES, ROOT_NAME, FileEntry, Root
@@ -58,7 +58,11 @@ def missing(name: str) -> MissingShard:
 
 def read_bounded(path: Path, limit: int, *, name: str) -> bytes:
     """All bytes of a file of the set, at most `limit`. Raises MissingShard, Malformed, IoFailed."""
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as problem:
+        raise unreadable(path, problem, name=name) from None
+    if not there:
         raise missing(name)
     return read_document(path, limit, name=name)
 

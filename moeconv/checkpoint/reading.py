@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moeconv.checkpoint.descriptors import limit_reached
 from moeconv.checkpoint.file_io import FileEnded, read_available, read_bytes
 from moeconv.digest import hasher
 from moeconv.errors import IoFailed, LfsPointer, Malformed, UnsafePath, quoted
+from moeconv.errors.system import explained
 
+CHECK_READABLE = "check that the file exists and may be read"
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 
 
@@ -50,22 +50,8 @@ def open_regular(path: Path, *, name: str) -> int:
 
 def unreadable(path: Path, problem: OSError, *, name: str) -> IoFailed:
     """The error for an input file that cannot be read."""
-    cause, fix = read_failure(problem)
+    cause, fix = explained(problem, otherwise=CHECK_READABLE)
     return IoFailed(f"cannot read {quoted(name)}", at=quoted(str(path)), cause=cause, fix=fix)
-
-
-def read_failure(problem: OSError) -> tuple[str, str]:
-    """Cause and fix of a file that cannot be opened or read."""
-    limit = limit_reached(problem)
-    if limit is not None:
-        return limit
-    if isinstance(problem, FileEnded):
-        fix = "wait until nothing writes to the file, and check that it is whole"
-    elif problem.errno == errno.EIO:
-        fix = "check the disk and the file, then run again"
-    else:
-        fix = "check that the file exists and may be read"
-    return problem.strerror or type(problem).__name__, fix
 
 
 def read_start(descriptor: int, facts: os.stat_result, count: int) -> bytes:

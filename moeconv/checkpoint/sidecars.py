@@ -13,7 +13,8 @@ from moeconv.checkpoint.papers import inside
 from moeconv.errors import MissingShard, SourceMissing, UnsafePath, quoted
 from moeconv.names import natural_key, relative_path_problem
 
-NEVER_COPIED: Final = frozenset({".git", ".cache"})
+# of git, of huggingface_hub, and of the file system that SRC may be mounted as
+NEVER_COPIED: Final = frozenset({".git", ".cache", "lost+found"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,31 +43,59 @@ def existing(root: Path, name: str, *, named_by: str) -> Path:
 def sidecars(root: Path, *, skip: frozenset[str], without: tuple[str, ...]) -> tuple[Sidecar, ...]:
     """All regular files below `root` in natural order, less the tensors' own and `without`.
 
-    skip: top-level names that are not sidecars; without: globs on relative paths.
+    skip: top-level names that are not sidecars; without: globs on relative paths. A folder of
+    which a glob leaves out everything is not entered.
     Raises UnsafePath, SourceMissing.
     """
-    names = sorted(files_below(root, ""), key=natural_key)
-    wanted = [n for n in names if n not in skip and not _left_out(n, without)]
-    return tuple(sidecar(root, name) for name in wanted)
+    names, unread = files_below(root, without=without)
+    if unread:
+        name, cause = next(iter(unread.items()))
+        raise SourceMissing(
+            f"cannot list {quoted(name)}",
+            at=quoted(str(root / name)),
+            cause=cause,
+            fix=f"give yourself the right to read it, or leave it out with `--without '{name}/*'`",
+        )
+    wanted = [n for n in names if n not in skip and not matches(n, without)]
+    return tuple(sidecar(root, name) for name in sorted(wanted, key=natural_key))
 
 
-def _left_out(name: str, without: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in without)
+def matches(name: str, globs: tuple[str, ...]) -> bool:
+    """Whether a relative path is one of those that `--without` leaves out."""
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
-def files_below(root: Path, below: str = "") -> list[str]:
-    """Relative paths of everything below a folder that is not a folder itself."""
-    found = []
-    with os.scandir(root / below) as entries:
-        for entry in entries:
-            if entry.name in NEVER_COPIED:
+def files_below(
+    root: Path, *, without: tuple[str, ...] = ()
+) -> tuple[list[str], dict[str, str | None]]:
+    """Relative paths of everything below a folder that is not a folder, in no order.
+
+    without: globs; where one leaves out all that a folder may hold, it is not entered.
+    Second, folders that cannot be listed, with what the system says. Raises OSError for `root`.
+    """
+    whole = tuple(glob for glob in without if glob.endswith("*"))
+    found: list[str] = []
+    unread: dict[str, str | None] = {}
+    waiting = [""]
+    while waiting:  # not by recursion: folders may be thousands deep
+        below = waiting.pop()
+        try:
+            with os.scandir(root / below) as listed:
+                entries = [(e.name, e.is_dir(follow_symlinks=False)) for e in listed]
+        except OSError as problem:
+            if not below:
+                raise
+            unread[below] = problem.strerror
+            continue
+        for own_name, is_folder in entries:
+            name = f"{below}/{own_name}" if below else own_name
+            if own_name in NEVER_COPIED:
                 continue
-            name = f"{below}/{entry.name}" if below else entry.name
-            if entry.is_dir(follow_symlinks=False):
-                found += files_below(root, name)
-            else:
+            if not is_folder:
                 found.append(name)
-    return found
+            elif not matches(f"{name}/", whole):
+                waiting.append(name)
+    return found, unread
 
 
 def refuse_unsafe_name(name: str, root: Path) -> None:

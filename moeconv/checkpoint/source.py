@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from moeconv.checkpoint.sidecars import (
     Sidecar,
     existing,
     files_below,
+    matches,
     refuse_unsafe_name,
     sidecar,
     sidecars,
@@ -37,8 +37,9 @@ from moeconv.errors import (
     Unfinished,
     quoted,
 )
+from moeconv.errors.system import explained
 from moeconv.manifest import ORIGIN_NAME, PARTS_DIR, ROOT_NAME, Manifest, SourceEntry
-from moeconv.names import natural_key
+from moeconv.names import natural_key, printable
 from moeconv.units import counted
 
 SUFFIX: Final = ".safetensors"
@@ -104,11 +105,21 @@ def locate(src: str | Path) -> Path:
     """The local path of SRC; `hf://` addresses are fetched first. Raises SourceMissing."""
     text = str(src)
     path = hub.fetch(text) if text.startswith(hub.SCHEME) else Path(text)
-    if not path.exists():
+    give = "give a directory, a `.safetensors` file, or `hf://org/name`"
+    try:
+        there = path.exists()
+    except OSError as problem:
+        cause, fix = explained(problem, otherwise=give)
+        raise SourceMissing(f"{quoted(text)} cannot be reached", cause=cause, fix=fix) from None
+    except ValueError as problem:  # a NUL, or what the file system's encoding lacks
+        raise SourceMissing(
+            f"{quoted(text)} is not a path", cause=printable(str(problem)), fix=give
+        ) from None
+    if not there:
         raise SourceMissing(
             f"{quoted(text)} does not exist",
             cause="there is no file or directory of this name",
-            fix="give a directory, a `.safetensors` file, or `hf://org/name`",
+            fix=give,
         )
     return path
 
@@ -176,7 +187,7 @@ def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
             raise missing(name)
     files = _data_files(places)
     own.check_headers(tuple((f.name, f.size, f.header) for f in files))
-    kept = tuple(s for s in own.sidecars if not _matches(s.name, without))
+    kept = tuple(s for s in own.sidecars if not matches(s.name, without))
     config = read_config(inside(root, CONFIG_NAME))
     return Checkpoint(root, files, own.index, config, kept, _strangers(root, own), own)
 
@@ -210,7 +221,7 @@ def _open_virtual(
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         raise _changed(source, f"{quoted(changed[0])}{more}: written to, replaced or removed")
-    kept = tuple(s for s in own.sidecars if not _matches(s.name, without))
+    kept = tuple(s for s in own.sidecars if not matches(s.name, without))
     config = read_config(inside(root, CONFIG_NAME))
     return Checkpoint(place, files, None, config, kept, (), inner, own)
 
@@ -238,7 +249,8 @@ def _strangers(root: Path, own: SetFiles) -> tuple[str, ...]:
     named |= {e.name for e in (*top.parts, *top.sidecars, top.origin)}
     named |= {top.index.name} if top.index else set()
     named |= {p.file for p in own.manifest.parts}
-    found = sorted(set(files_below(root)) - named, key=natural_key)
+    there, unread = files_below(root)
+    found = sorted((set(there) | {f"{n}/" for n in unread}) - named, key=natural_key)
     if not found:
         return ()
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
@@ -257,10 +269,6 @@ def _refuse_fragment(path: Path) -> None:
         )
 
 
-def _matches(name: str, globs: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
-
-
 def _open_directory(root: Path, without: tuple[str, ...]) -> Checkpoint:
     try:
         names = sorted(os.listdir(root), key=natural_key)  # noqa: PTH208 - names, not paths
@@ -277,7 +285,7 @@ def _open_directory(root: Path, without: tuple[str, ...]) -> Checkpoint:
         _check_disjoint(files, fix="download the index and the shards again")
         _check_index(index, files)
     elif shards:
-        wanted = [n for n in shards if not _matches(n, without)]
+        wanted = [n for n in shards if not matches(n, without)]
         for name in wanted:
             refuse_unsafe_name(name, root)
         files = _data_files([(n, inside(root, n)) for n in wanted])

@@ -20,7 +20,8 @@ from moeconv.cli.shard import shard
 from moeconv.cli.signals import ENDED, end_when_told, hear_no_more
 from moeconv.cli.streams import open_streams
 from moeconv.cli.verify import verify
-from moeconv.errors import IoFailed, quoted
+from moeconv.errors import IoFailed
+from moeconv.errors.system import system_failure
 from moeconv.version import __version__
 
 app = typer.Typer(
@@ -87,12 +88,7 @@ def _run() -> int:
         except SystemExit as end:
             code = _code(end)
         except OSError as problem:  # typer's own files, those of `--install-completion`
-            raise IoFailed(
-                "this cannot be done",
-                at=quoted(str(problem.filename)),
-                cause=problem.strerror,
-                fix="check that the directory is there and may be written to",
-            ) from None
+            raise system_failure(problem) from None
         if code not in ENDED:  # whoever wants an end may not be kept by a reader who is slow
             sys.stdout.flush()
     except IoFailed as problem:

@@ -18,6 +18,7 @@ import typer
 
 from moeconv.cli.signals import interrupted, interruptible
 from moeconv.errors import InternalError, MoeconvError, UsageProblem, quoted
+from moeconv.errors.system import system_errors
 from moeconv.jsonvalue import Json
 from moeconv.names import printable
 from moeconv.units import human_size
@@ -206,7 +207,7 @@ class _Heartbeat(Progress):
 def handled(ui: Ui) -> Iterator[Ui]:
     """Run a command's body: every way to fail becomes a message and an exit code."""
     try:
-        with interruptible():
+        with interruptible(), system_errors():
             yield ui
             sys.stdout.flush()
     except typer.Exit:

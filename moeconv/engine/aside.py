@@ -6,13 +6,14 @@ import shutil
 import stat
 from pathlib import Path
 
+from moeconv.engine.files import hidden_name
 from moeconv.engine.journal import JOURNAL_NAME, Journal
 from moeconv.manifest import PARTS_DIR, ROOT_NAME
 
 
 def beside(out: Path) -> Path:
     """Where the old output waits until the new one stands."""
-    return out.with_name(f".{out.name}.replaced")
+    return out.with_name(hidden_name(out.name, ".replaced"))
 
 
 def noted_aside(out: Path, journal: Journal | None) -> Path | None:

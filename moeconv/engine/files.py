@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint.descriptors import limit_reached
 from moeconv.checkpoint.file_io import append
+from moeconv.digest import digest
 from moeconv.errors import DiskFull, IoFailed, quoted
+from moeconv.errors.system import explained, is_full
 from moeconv.manifest import PARTS_DIR
+from moeconv.names import MAX_FILE_NAME_BYTES
 
 NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-_MAY_NOT: Final = "check that this directory may be written to, or give another one"
-_FIXES: Final = {
-    **dict.fromkeys(_FULL, "make room, then run again"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _MAY_NOT),
-    errno.EFBIG: "raise the limit of file sizes (`ulimit -f`), or write to another file system",
-}
+PARTIAL_SUFFIX: Final = ".partial"
+
+
+def hidden_name(name: str, suffix: str) -> str:
+    """The name `.NAME` + `suffix` of a file or directory that stands in for NAME for a while.
+
+    Where that is longer than file systems take, a digest stands for NAME.
+    """
+    hidden = f".{name}{suffix}"
+    if len(os.fsencode(hidden)) <= MAX_FILE_NAME_BYTES:
+        return hidden
+    return f".{digest(os.fsencode(name))}{suffix}"
 
 
 def partial_path(out: Path, name: str) -> Path:
     """Where a file is written before it is complete: under OUT, where no source's file can be."""
-    return out / PARTS_DIR / f".{name.rpartition('/')[2]}.partial"
+    return out / PARTS_DIR / hidden_name(name.rpartition("/")[2], PARTIAL_SUFFIX)
 
 
 @contextmanager
@@ -40,9 +46,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_failed(path: Path, problem: OSError) -> IoFailed:
     """The error for an output file that cannot be opened or written."""
-    kind = DiskFull if problem.errno in _FULL else IoFailed
-    fix = _FIXES.get(problem.errno or 0, "check the disk, then run again")
-    cause, fix = limit_reached(problem) or (problem.strerror, fix)
+    kind = DiskFull if is_full(problem) else IoFailed
+    cause, fix = explained(problem, otherwise="check the disk, then run again")
     return kind(f"cannot write {quoted(path.name)}", at=quoted(str(path)), cause=cause, fix=fix)
 
 

@@ -9,6 +9,7 @@ from typing import Final
 from moeconv.checkpoint.papers import read_bounded
 from moeconv.checkpoint.reading import file_digest
 from moeconv.engine.aside import beside, noted_aside
+from moeconv.engine.files import PARTIAL_SUFFIX
 from moeconv.engine.journal import JOURNAL_NAME, ours_by_journal, read_journal
 from moeconv.errors import (
     IoFailed,
@@ -28,7 +29,6 @@ from moeconv.manifest import (
 )
 from moeconv.manifestreader import parse_parts, parse_root
 
-PARTIAL_SUFFIX: Final = ".partial"
 MAX_COMPARED_BYTES: Final = 64 * 1024 * 1024
 
 

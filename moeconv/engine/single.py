@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from moeconv.engine.files import write_new, writing
+from moeconv.engine.files import PARTIAL_SUFFIX, hidden_name, write_new, writing
 from moeconv.engine.workplace import fsync_directory
 from moeconv.errors import WouldOverwrite, quoted
 
@@ -25,7 +25,7 @@ def refuse_file(path: Path) -> None:
 def write_single(path: Path, data: bytes) -> None:
     """Write a new file through a partial one. Raises WouldOverwrite, IoFailed, DiskFull."""
     refuse_file(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(hidden_name(path.name, f".{os.getpid()}{PARTIAL_SUFFIX}"))
     with writing(path):
         write_new(partial, data)
         try:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from moeconv.checkpoint.descriptors import DescriptorPool, Lease
 from moeconv.checkpoint.file_io import FileEnded, read_into
-from moeconv.checkpoint.reading import read_failure
+from moeconv.checkpoint.reading import CHECK_READABLE
 from moeconv.checkpoint.source import DataFile
 from moeconv.errors import IoFailed, SourceChanged, quoted
+from moeconv.errors.system import explained
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Sources:
 
     def failed(self, number: int, problem: OSError, offset: int | None = None) -> IoFailed:
         """The error for a file that cannot be opened, or read at byte `offset`."""
-        file, (cause, fix) = self._files[number], read_failure(problem)
+        file, (cause, fix) = self._files[number], explained(problem, otherwise=CHECK_READABLE)
         place = quoted(str(file.path))
         return IoFailed(
             f"cannot {'open' if offset is None else 'read'} {quoted(file.name)}",

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moeconv.engine.aside import beside, remove_output
-from moeconv.engine.files import writing
+from moeconv.engine.files import PARTIAL_SUFFIX, writing
 from moeconv.engine.journal import JOURNAL_NAME, Journal, JournalFile, busy
-from moeconv.engine.output import PARTIAL_SUFFIX, left_aside
+from moeconv.engine.output import left_aside
 from moeconv.engine.undisturbed import undisturbed
 from moeconv.errors import IoFailed, WouldOverwrite, quoted
 from moeconv.manifest import PARTS_DIR, ROOT_NAME

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from moeconv.errors import GeometryMismatch, UsageProblem, quoted
+from moeconv.errors.system import system_errors
 from moeconv.placement.placement import Given, by_stack
 from moeconv.runtime.complete import Rows, check_complete
 from moeconv.runtime.files import DataFile
@@ -59,6 +60,7 @@ def ep_rank_of(rank: int, world: int, ep: int, order: str = "sglang", *, moe_tp:
     return rank % (ep * moe_tp) // moe_tp if order == "sglang" else rank // (world // ep)
 
 
+@system_errors()
 def open_shard(
     path: str | Path,
     *,
