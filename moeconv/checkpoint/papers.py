@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 from moeconv.checkpoint.reading import read_document, unreadable
 from moeconv.digest import digest
 from moeconv.errors import Damaged, MissingShard, UnsafePath, quoted
-from moeconv.manifest import MAX_PAPER_BYTES, MAX_ROOT_BYTES, ROOT_NAME, FileEntry, Root
+from moeconv.manifest import (
+    MAX_PAPER_BYTES,
+    MAX_ROOT_BYTES,
+    PARTS_DIR,
+    ROOT_NAME,
+    FileEntry,
+    Root,
+)
 from moeconv.manifestreader import parse_root
+from moeconv.names import MAX_FILE_NAME_BYTES
+
+FILLED_SUFFIX: Final = ".filled"
+FILLED_ROOT: Final = f"{PARTS_DIR}/.root{FILLED_SUFFIX}"
+
+
+def hidden_name(name: str, suffix: str) -> str:
+    """The name `.NAME` + `suffix` of a file or directory that stands in for NAME for a while.
+
+    Where that is longer than file systems take, a digest stands for NAME.
+    """
+    hidden = f".{name}{suffix}"
+    if len(os.fsencode(hidden)) <= MAX_FILE_NAME_BYTES:
+        return hidden
+    return f".{digest(os.fsencode(name))}{suffix}"
+
+
+def filled_name(part: str) -> str:
+    """Where a part with digests that were missing waits for the root that names it."""
+    return f"{PARTS_DIR}/{hidden_name(part.rpartition('/')[2], FILLED_SUFFIX)}"
 
 
 def inside(root: Path, name: str) -> Path:
@@ -68,7 +96,32 @@ def read_bounded(path: Path, limit: int, *, name: str) -> bytes:
 
 
 def read_entry(root: Path, entry: FileEntry, *, limit: int = MAX_PAPER_BYTES) -> bytes:
-    """The bytes of a document that the root names, held against size and digest."""
+    """The bytes of a document that the root names, held against size and digest.
+
+    Where filling in digests was interrupted after the root was replaced, they are those that wait
+    to be renamed.
+    """
+    try:
+        return _read_named(root, entry, limit=limit)
+    except (Damaged, MissingShard):
+        raw = _waiting(root, entry, limit=limit)
+        if raw is None:
+            raise
+        return raw
+
+
+def _waiting(root: Path, entry: FileEntry, *, limit: int) -> bytes | None:
+    """The new document of an interrupted filling; None where the root does not mean it."""
+    name = filled_name(entry.name)
+    if not (root / name).exists():
+        return None
+    try:
+        return _read_named(root, FileEntry(name, entry.size, entry.digest), limit=limit)
+    except (Damaged, MissingShard):
+        return None
+
+
+def _read_named(root: Path, entry: FileEntry, *, limit: int) -> bytes:
     path = inside(root, entry.name)
     if path.exists() and path.is_file() and path.stat().st_size != entry.size:
         raise damaged(entry.name, f"its size is not the {entry.size:,} bytes in the manifest")

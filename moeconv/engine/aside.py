@@ -6,7 +6,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from moeconv.engine.files import hidden_name
+from moeconv.checkpoint.papers import hidden_name
 from moeconv.engine.journal import JOURNAL_NAME, Journal
 from moeconv.manifest import PARTS_DIR, ROOT_NAME
 

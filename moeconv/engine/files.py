@@ -9,25 +9,13 @@ from pathlib import Path
 from typing import Final
 
 from moeconv.checkpoint.file_io import append
-from moeconv.digest import digest
+from moeconv.checkpoint.papers import hidden_name
 from moeconv.errors import DiskFull, IoFailed, quoted
 from moeconv.errors.system import explained, is_full
 from moeconv.manifest import PARTS_DIR
-from moeconv.names import MAX_FILE_NAME_BYTES
 
 NEW_FILE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 PARTIAL_SUFFIX: Final = ".partial"
-
-
-def hidden_name(name: str, suffix: str) -> str:
-    """The name `.NAME` + `suffix` of a file or directory that stands in for NAME for a while.
-
-    Where that is longer than file systems take, a digest stands for NAME.
-    """
-    hidden = f".{name}{suffix}"
-    if len(os.fsencode(hidden)) <= MAX_FILE_NAME_BYTES:
-        return hidden
-    return f".{digest(os.fsencode(name))}{suffix}"
 
 
 def partial_path(out: Path, name: str) -> Path:

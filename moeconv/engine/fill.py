@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
-from moeconv.checkpoint.papers import read_root
-from moeconv.checkpoint.reading import file_digest
+from moeconv.checkpoint.papers import (
+    FILLED_ROOT,
+    FILLED_SUFFIX,
+    filled_name,
+    read_bounded,
+    read_root,
+)
 from moeconv.digest import digest
 from moeconv.engine.files import write_new, writing
 from moeconv.engine.papers import document, read_back
 from moeconv.engine.workplace import fsync_directory
 from moeconv.manifest import (
+    MAX_PART_BYTES,
     PARTS_DIR,
     ROOT_NAME,
     FileEntry,
@@ -23,14 +28,13 @@ from moeconv.manifest import (
     root_bytes,
 )
 
-_FILLED: Final = ".filled"
-
 
 def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Manifest:
     """Write the parts and the root of a set anew, with digests by address from `known`.
 
     New parts wait beside the old ones until the root, replaced in one step, vouches for them: an
-    interruption before that changes nothing, one after it is ended by `finish_fill`.
+    interruption before that changes nothing; after it readers take those that wait, until
+    `finish_fill` gives them their names.
     Raises IoFailed, DiskFull.
     """
     root = manifest.root
@@ -55,12 +59,12 @@ def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Mani
     entries = tuple(FileEntry(name, len(raw), digest(raw)) for name, raw in raws.items())
     filled = read_back(replace(root, parts=entries, unread=False), groups)
     for name, raw in raws.items():
-        _write(place, _beside(name), raw)
+        _write(place, filled_name(name), raw)
     with writing(place):
         fsync_directory(place / PARTS_DIR)
-    _write(place, f"{PARTS_DIR}/.root.filled", root_bytes(filled.root))
+    _write(place, FILLED_ROOT, root_bytes(filled.root))
     with writing(place):
-        (place / PARTS_DIR / ".root.filled").replace(place / ROOT_NAME)
+        (place / FILLED_ROOT).replace(place / ROOT_NAME)
         fsync_directory(place)
     finish_fill(place)
     return filled
@@ -72,23 +76,21 @@ def finish_fill(place: Path) -> None:
     Those that it does not know of are of a fill that never came to its root, and go.
     Raises IoFailed, and what reading the root raises.
     """
-    waiting = sorted((place / PARTS_DIR).glob(f".*{_FILLED}"))
+    waiting = sorted((place / PARTS_DIR).glob(f".*{FILLED_SUFFIX}"))
     if not waiting:
         return
-    wanted = {_beside(e.name): e for e in read_root(place).parts}
-    with writing(place):
-        for path in waiting:
-            entry = wanted.get(f"{PARTS_DIR}/{path.name}")
-            if entry is not None and file_digest(path, name=entry.name) == entry.digest:
+    wanted = {filled_name(e.name): e for e in read_root(place).parts}
+    for path in waiting:
+        name = f"{PARTS_DIR}/{path.name}"
+        entry = wanted.get(name)
+        raw = b"" if entry is None else read_bounded(path, MAX_PART_BYTES, name=name)
+        with writing(path):
+            if entry is not None and digest(raw) == entry.digest:
                 path.replace(place / entry.name)
             else:
                 path.unlink()
+    with writing(place):
         fsync_directory(place / PARTS_DIR)
-
-
-def _beside(name: str) -> str:
-    """Where a new part waits until the root vouches for it."""
-    return f"{PARTS_DIR}/.{name.rpartition('/')[2]}{_FILLED}"
 
 
 def _write(place: Path, name: str, raw: bytes) -> None:

@@ -6,7 +6,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from moeconv.engine.files import PARTIAL_SUFFIX, hidden_name, write_new, writing
+from moeconv.checkpoint.papers import hidden_name
+from moeconv.engine.files import PARTIAL_SUFFIX, write_new, writing
 from moeconv.engine.workplace import fsync_directory
 from moeconv.errors import WouldOverwrite, quoted
 
