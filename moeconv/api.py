@@ -21,10 +21,10 @@ from moeconv.engine.commit import commit, refuse_collisions
 from moeconv.engine.crew import Limits
 from moeconv.engine.methods import Methods
 from moeconv.engine.output import refuse_existing, refuse_overlap
-from moeconv.engine.resume import refuse_other_set
+from moeconv.engine.resume import is_restored, refuse_other_set
 from moeconv.engine.rewrites import with_rewrites
 from moeconv.engine.room import Room, refuse_short, room_needed
-from moeconv.engine.workplace import forget_journal
+from moeconv.engine.workplace import end_run
 from moeconv.errors import NotASet, UsageProblem, quoted
 from moeconv.errors.system import system_errors
 from moeconv.families import family
@@ -293,7 +293,16 @@ def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
         refuse_overlap(checkpoint.root, out)  # where its bytes are
     # a dangling link is refused; a link to a directory stands for that directory
     place = out if out.is_symlink() and not out.exists() else Path(os.path.realpath(out))
-    refuse_existing(place, overwrite=run.overwrite, resume=run.resume)
+    limits = limits_of(run.jobs, run.max_memory)
+    if run.resume and plan.restores and is_restored(place, plan, checkpoint, limits):
+        room = room_needed(plan, checkpoint, place)
+        if not run.dry_run:
+            notes = end_run(place, limits, restored=True)
+            plan = replace(plan, notes=(*plan.notes, *notes))
+        return Result(source, out, plan, room, None, dry_run=run.dry_run)
+    replaced = refuse_existing(
+        place, limits=limits, overwrite=run.overwrite, resume=run.resume, restores=plan.restores
+    )
     refuse_collisions(plan, checkpoint)
     room = room_needed(plan, checkpoint, place)
     if run.dry_run:
@@ -302,24 +311,26 @@ def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
         refuse_short(place, room)
     if run.resume and (place / ROOT_NAME).exists():
         refuse_other_set(place, plan)
-        forget_journal(place)
+        plan = replace(plan, notes=(*plan.notes, *end_run(place, limits)))
         return Result(source, out, plan, room, Manifest(read_root(place), ()), dry_run=False)
     meter = Meter(0 if plan.virtual else plan.tensor_bytes, run.progress)
     methods = Methods(place)
     # a virtual set is all documents; one that copies may take hours, and others need the collector
     with uncollected() if plan.virtual else nullcontext():
-        manifest = commit(
+        manifest, notes = commit(
             plan,
             checkpoint,
             place,
-            limits=limits_of(run.jobs, run.max_memory),
+            limits=limits,
             methods=methods,
             room=room,
             overwrite=run.overwrite,
             resume=run.resume,
             later=run.digests == LATER,
             progress=meter.advance,
+            replaced=replaced,
         )
+    plan = replace(plan, notes=(*plan.notes, *notes))
     if manifest is not None:
         said = unequal_notes(source.detection.stacks, manifest)
         plan = replace(plan, notes=(*plan.notes, *said))

@@ -29,10 +29,12 @@ def demo(
     """Make a small checkpoint; fuse, verify, unfuse, shard, merge and load it: see it work."""
     with handled(Ui(color=color)) as ui:
         checked_color(color)
+        from moeconv.api import DEFAULT_MEMORY_BYTES
+        from moeconv.engine.crew import Limits
         from moeconv.engine.output import refuse_existing
 
         if output is not None:
-            refuse_existing(output, overwrite=False)
+            refuse_existing(output, limits=Limits(1, DEFAULT_MEMORY_BYTES), overwrite=False)
             output.mkdir(parents=True, exist_ok=True)
             _run(ui, output)
             return

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from moeconv.checkpoint.papers import hidden_name
+from moeconv.engine.inventory import Inventory
 from moeconv.engine.journal import JOURNAL_NAME, Journal
 from moeconv.manifest import PARTS_DIR, ROOT_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class OldOutput:
+    """A directory to be replaced, and what in it was found to be moeconv's own."""
+
+    path: Path
+    inventory: Inventory
 
 
 def beside(out: Path) -> Path:
@@ -28,26 +37,57 @@ def noted_aside(out: Path, journal: Journal | None) -> Path | None:
     return aside if stat.S_ISDIR(facts.st_mode) and facts.st_ino == journal.aside else None
 
 
-def remove_output(path: Path) -> None:
-    """Remove an output; what says whose it is goes last, so that a kill leaves no riddle.
+def remove_output(old: OldOutput) -> bool:
+    """Remove what the inventory of an output names, and nothing that changed since it was taken.
 
+    Data files and sidecars go first, then the documents, the journal, and last the root: what is
+    left by a kill can be held against them again. Returns whether all of it is gone.
     Raises OSError.
     """
-    parts, root, journal = path / PARTS_DIR, path / ROOT_NAME, path / JOURNAL_NAME
-    for entry in path.iterdir():
-        if entry not in {parts, root}:
-            _remove(entry)
-    if parts.is_dir() and not parts.is_symlink():
-        for entry in parts.iterdir():
-            if entry != journal:
-                _remove(entry)
-    _remove(parts)
-    _remove(root)
-    path.rmdir()
+    path, files = old.path, old.inventory.files
+    for name in sorted(files, key=_last):
+        place = path / name
+        try:
+            unchanged = files[name].is_of(place.lstat())
+        except FileNotFoundError:
+            continue
+        if not unchanged:
+            continue
+        if name == ROOT_NAME:
+            _remove_folders(path, old.inventory.folders)
+        _remove(place)
+    _remove_folders(path, old.inventory.folders)
+    return _removed_folder(path)
+
+
+def _last(name: str) -> tuple[int, str]:
+    """The order of removal."""
+    if name in (JOURNAL_NAME, ROOT_NAME):
+        return 2 + (name == ROOT_NAME), name
+    return int(name.startswith(f"{PARTS_DIR}/")), name
+
+
+def _remove_folders(path: Path, folders: tuple[str, ...]) -> None:
+    for name in reversed(folders):
+        _removed_folder(path / name)
+
+
+def _removed_folder(path: Path) -> bool:
+    """Remove a folder if nothing is in it; whether it is gone."""
+    try:
+        _remove(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
+            raise
+        return False  # somebody put something there
+    return True
 
 
 def _remove(path: Path) -> None:
+    """Remove one file, or one folder that is empty."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        path.rmdir()
     else:
         path.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from moeconv.digest import digest, hasher
 from moeconv.engine.crew import Limits, Progress, run_tiles
 from moeconv.engine.files import new_file, partial_path, write_new, writing
 from moeconv.engine.gather import BUFFER_BYTES
+from moeconv.engine.inventory import Inventory
 from moeconv.engine.journal import barely_begun, plan_digest, resumable
 from moeconv.engine.methods import REFLINK, Methods
 from moeconv.engine.papers import (
@@ -78,16 +79,18 @@ def commit(
     resume: bool,
     later: bool,
     progress: Progress,
-) -> Manifest | None:
+    replaced: Inventory | None = None,
+) -> tuple[Manifest | None, tuple[str, ...]]:
     """Carry out a plan. OUT is as it was before if anything goes wrong, unless it is to be resumed.
 
     methods: to be filled with how bytes went. room: counts on clones, where there seem to be any;
     they are asked for before anything is copied. later: take no digests of data now. resume: go on
     where an earlier run of the same plan ended, and if this one fails, keep what is finished.
-    Returns the manifest that was written, or None for a restored origin, which has none.
+    replaced: what stands in an OUT that is to be overwritten.
+    Returns the manifest that was written, or None for a restored origin, which has none; and notes.
     Raises IoFailed, DiskFull, SourceChanged, Damaged (a set of ours whose bytes are not its own).
     """
-    work = Workplace(out, keeps=resume)
+    work = Workplace(out, limits, replaced, keeps=resume)
     mark = plan_digest(plan, identity(checkpoint))
     kept: dict[str, Digests] = {}
     journal = None
@@ -119,8 +122,7 @@ def commit(
             raise
     finally:
         work.close()
-    work.drop_old()
-    return manifest
+    return manifest, work.drop_old()
 
 
 def _names(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -1,12 +1,14 @@
 """The journal of a run: what it will make, of which plan, and which data files are finished.
 
-A line of JSON first, then one for each finished file. It stands in OUT until the manifest does.
+A line of JSON first, then one before each file gets its name, with what tells it from a file of
+somebody else, and one for each finished data file. It stands in OUT until the manifest does.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ class Journal:
     plan: str
     names: tuple[str, ...]
     finished: Finished
+    made: dict[str, tuple[int, int]]  # size and time of the last write of each file that was made
     aside: int | None = None  # the inode of the old output that the run put aside
 
 
@@ -70,13 +73,19 @@ def read_journal(out: Path) -> Journal | None:
     except MoeconvError:
         return None
     finished: Finished = {}
+    made: dict[str, tuple[int, int]] = {}
     for line in lines[1:-1]:  # the last one has no end: it was being written
         try:
             entry = Table(loads(line, where=JOURNAL_NAME), "", problems)
         except MoeconvError:
             break
+        if entry.has("made"):
+            seconds, nanoseconds = (*entry.integers("mtime"), 0, 0)[:2]
+            mtime_ns = seconds * 10**9 + nanoseconds
+            made[entry.text("made")] = entry.integer("size"), mtime_ns
+            continue
         finished[entry.text("file")] = [list(row) for row in entry.text_lists("digests")]
-    return None if problems.found else Journal(plan, names, finished, aside)
+    return None if problems.found else Journal(plan, names, finished, made, aside)
 
 
 class JournalFile:
@@ -85,6 +94,7 @@ class JournalFile:
     def __init__(self, out: Path) -> None:
         self._path = out / JOURNAL_NAME
         self._descriptor = -1
+        self._appending = threading.Lock()
 
     def create(self) -> int:
         """Make it anew and lock it; its inode. Raises IoFailed, WouldOverwrite."""
@@ -143,10 +153,19 @@ class JournalFile:
         """Note a data file that has its name and is on the disk."""
         self._append({"file": file.name, "digests": [list(row) for row in digests]})
 
-    def _append(self, doc: Json) -> None:
-        with writing(self._path):
+    def making(self, name: str, facts: os.stat_result) -> None:
+        """Note a complete file that is about to get its name.
+
+        Not brought to the disk at once: where that is lost, the file counts as somebody else's.
+        """
+        mtime: list[Json] = list(divmod(facts.st_mtime_ns, 10**9))
+        self._append({"made": name, "size": facts.st_size, "mtime": mtime}, settle=False)
+
+    def _append(self, doc: Json, *, settle: bool = True) -> None:
+        with self._appending, writing(self._path):
             append(self._descriptor, dumps(doc) + b"\n")
-            os.fsync(self._descriptor)
+            if settle:
+                os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -166,6 +185,16 @@ def busy(out: Path) -> WouldOverwrite:
     )
 
 
+def is_bare(out: Path) -> bool:
+    """Whether a directory holds nothing, or nothing but `moeconv/` and a journal in it."""
+    parts = out / PARTS_DIR
+    names = set(os.listdir(out))  # noqa: PTH208 - names, not paths
+    if not names <= {PARTS_DIR} or parts.is_symlink():
+        return False
+    its = {p.name for p in parts.iterdir()} if parts.is_dir() else names
+    return its <= {Path(JOURNAL_NAME).name}
+
+
 def barely_begun(out: Path) -> bool:
     """Clear away what a run left that was killed before it could say what it would make.
 
@@ -173,8 +202,7 @@ def barely_begun(out: Path) -> bool:
     Raises WouldOverwrite where that run lives, IoFailed.
     """
     path, journal = out / JOURNAL_NAME, JournalFile(out)
-    there = {p.relative_to(out).as_posix() for p in out.rglob("*")}
-    if not there <= {PARTS_DIR, JOURNAL_NAME}:
+    if not is_bare(out):
         return False
     try:
         if path.exists():

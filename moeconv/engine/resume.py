@@ -6,15 +6,18 @@ from pathlib import Path
 
 from moeconv.checkpoint.header import read_header
 from moeconv.checkpoint.papers import read_root
+from moeconv.checkpoint.reading import file_digest, opened, read_document
+from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.digest import digest
 from moeconv.engine.crew import Limits
 from moeconv.engine.journal import Journal
+from moeconv.engine.papers import entry_of, expected_digests
 from moeconv.engine.rehash import digests_of
 from moeconv.engine.tiles import Digests
 from moeconv.errors import CannotResume, MoeconvError, quoted
 from moeconv.jsonvalue import Json
-from moeconv.manifest import ROOT_NAME
+from moeconv.manifest import PARTS_DIR, ROOT_NAME, addresses
 from moeconv.plan.itself import onto_itself
 from moeconv.plan.values import Plan
 
@@ -49,6 +52,60 @@ def finished_before(out: Path, plan: Plan, journal: Journal, limits: Limits) -> 
         there.append(DataFile(file.name, out / file.name, facts.st_size, facts.st_mtime_ns, header))
     found = digests_of(tuple(planned), tuple(there), limits=limits, progress=lambda _: None)
     return {name: its for name, its in found.items() if its == journal.finished[name]}
+
+
+def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> bool:
+    """Whether OUT holds the restored origin already, whole: all of it is read.
+
+    A run that was killed after its last step leaves no more than that, or an empty `moeconv/`.
+    """
+    parts = out / PARTS_DIR
+    if (out / ROOT_NAME).exists() or (parts.is_dir() and any(parts.iterdir())):
+        return False
+    there: list[DataFile] = []
+    try:
+        for number, file in enumerate(plan.files):
+            header, facts = read_header(out / file.name, name=file.name, file=number)
+            if header.raw != file.header or facts.st_size != file.size:
+                return False
+            path = out / file.name
+            there.append(DataFile(file.name, path, facts.st_size, facts.st_mtime_ns, header))
+        if plan.index_name is not None:
+            index = read_document(out / plan.index_name, len(plan.index), name=plan.index_name)
+            if index != plan.index:
+                return False
+        if not all(_same_sidecar(out, s, plan) for s in checkpoint.sidecars):
+            return False
+        files = tuple(onto_itself(f, n) for n, f in enumerate(plan.files))
+        found = digests_of(files, tuple(there), limits=limits, progress=lambda _: None)
+    except MoeconvError:
+        return False
+    return found == _wanted_digests(plan, checkpoint, limits)
+
+
+def _same_sidecar(out: Path, sidecar: Sidecar, plan: Plan) -> bool:
+    path = out / sidecar.name
+    rewrite = next((r for r in plan.rewrites if r.name == sidecar.name), None)
+    if rewrite is not None:
+        return read_document(path, len(rewrite.after), name=sidecar.name) == rewrite.after
+    with opened(path, name=sidecar.name) as (_, facts):
+        if facts.st_size != sidecar.size:
+            return False
+    theirs = file_digest(sidecar.path, name=sidecar.name)
+    return file_digest(path, name=sidecar.name) == theirs
+
+
+def _wanted_digests(plan: Plan, checkpoint: Checkpoint, limits: Limits) -> dict[str, Digests]:
+    """The digests that the plan's files must have: recorded, or those of the source's bytes."""
+    recorded = expected_digests(checkpoint)
+    stacks = plan.stacks
+    wanted = {
+        f.name: [[recorded.get(a, "") for a in addresses(entry_of(t), stacks)] for t in f.tensors]
+        for f in plan.files
+    }
+    if all(value for rows in wanted.values() for row in rows for value in row):
+        return wanted
+    return digests_of(plan.files, checkpoint.files, limits=limits, progress=lambda _: None)
 
 
 def refuse_other_set(out: Path, plan: Plan) -> None:

@@ -9,9 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moeconv.engine.aside import beside, remove_output
+from moeconv.engine.aside import OldOutput, beside, remove_output
+from moeconv.engine.crew import Limits
 from moeconv.engine.files import PARTIAL_SUFFIX, writing
-from moeconv.engine.journal import JOURNAL_NAME, Journal, JournalFile, busy
+from moeconv.engine.inventory import Inventory
+from moeconv.engine.journal import JOURNAL_NAME, Journal, JournalFile, barely_begun, busy
 from moeconv.engine.output import left_aside
 from moeconv.engine.undisturbed import undisturbed
 from moeconv.errors import IoFailed, WouldOverwrite, quoted
@@ -27,22 +29,26 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def forget_journal(out: Path) -> None:
+def end_run(out: Path, limits: Limits, *, restored: bool = False) -> tuple[str, ...]:
     """End a run that was killed after its commit: its journal goes, and the old output.
 
+    restored: OUT is the origin, of which nothing of `moeconv/` stays. Returns notes.
     Raises WouldOverwrite where that run lives, IoFailed.
     """
-    work = Workplace(out)
+    work = Workplace(out, limits)
     try:
         work.lock()
-        work.aside = left_aside(out)
-        if work.journal is not None:
-            with writing(out):
+        with writing(out):
+            work.aside = left_aside(out, limits, finished=restored)
+            if work.journal is not None:
                 (out / JOURNAL_NAME).unlink()
                 fsync_directory(out / PARTS_DIR)
+            if restored and (out / PARTS_DIR).exists():
+                (out / PARTS_DIR).rmdir()
+                fsync_directory(out)
     finally:
         work.close()
-    work.drop_old()
+    return work.drop_old()
 
 
 @dataclass(slots=True)
@@ -50,9 +56,11 @@ class Workplace:
     """Remembers what this run made, by inode, to take back that and nothing else."""
 
     out: Path
+    limits: Limits
+    replaced: Inventory | None = None  # what stands in OUT before the run
     made_files: list[tuple[Path, int]] = field(default_factory=list)
     made_folders: list[Path] = field(default_factory=list)
-    aside: Path | None = None  # the old output, until the new one stands
+    aside: OldOutput | None = None  # the old output, until the new one stands
     journal: JournalFile | None = None
     keeps: bool = False  # finished files stay when the run fails, to be resumed
 
@@ -89,10 +97,12 @@ class Workplace:
     def reopen(self, journal: Journal, kept: Iterable[str]) -> None:
         """Go on where another run was killed: everything but the `kept` files is removed.
 
-        After `lock`. Raises IoFailed.
+        After `lock`. Raises IoFailed, WouldOverwrite where somebody put a file there.
         """
         self.keeps = True
-        self.aside = left_aside(self.out)
+        self._refuse_appeared(journal)
+        with writing(self.out):
+            self.aside = left_aside(self.out, self.limits)
         if self.journal is not None:
             self.journal.reopen()
         staying = {*kept, JOURNAL_NAME}
@@ -102,6 +112,17 @@ class Workplace:
             for name in journal.names:
                 if name not in staying:
                     (self.out / name).unlink(missing_ok=True)
+
+    def _refuse_appeared(self, journal: Journal) -> None:
+        """Make sure that nothing is removed which the run before did not make."""
+        for name in journal.names:
+            if name not in journal.made and os.path.lexists(self.out / name):
+                raise WouldOverwrite(
+                    f"{quoted(name)} is in the way",
+                    at=quoted(str(self.out / name)),
+                    cause="the run that was killed had not made it yet, so somebody else did",
+                    fix="move it away, then run again",
+                )
 
     def _refuse_busy(self) -> None:
         """Make sure that nobody is at work on the old output."""
@@ -120,15 +141,15 @@ class Workplace:
 
         Where a run was killed that had put one aside, that is still the old output.
         """
-        aside, left = beside(self.out), left_aside(self.out)
+        aside, left = beside(self.out), left_aside(self.out, self.limits)
         there = self.out.is_dir() and any(self.out.iterdir())
         if left is not None and (self.out / ROOT_NAME).exists():
             remove_output(left)  # left by a run that came to its end all but this
         elif left is not None:
             if self.out.is_dir():
-                remove_output(self.out)
+                self._clear()
             self.aside = left
-            return left.stat().st_ino
+            return left.path.stat().st_ino
         if not there:
             return None
         if os.path.lexists(aside):
@@ -139,8 +160,21 @@ class Workplace:
                 fix="move it back or remove it, then run again",
             )
         self.out.rename(aside)
-        self.aside = aside
+        self.aside = OldOutput(aside, self.replaced or Inventory())
         return aside.stat().st_ino
+
+    def _clear(self) -> None:
+        """Remove the unfinished output that the run before left in OUT."""
+        if self.replaced is None:  # nothing but an empty `moeconv/`, if that
+            barely_begun(self.out)
+            self.out.rmdir()
+        elif not remove_output(OldOutput(self.out, self.replaced)):
+            raise WouldOverwrite(
+                f"{quoted(str(self.out))} is in the way",
+                at=quoted(str(self.out)),
+                cause="somebody wrote to it a moment ago",
+                fix="look what is there, then run again",
+            )
 
     def folder(self, path: Path) -> None:
         """Make a folder and its parents, remembering each."""
@@ -164,7 +198,10 @@ class Workplace:
                     cause="somebody else writes there",
                     fix="choose a directory of its own for OUT",
                 )
-            self.made_files.append((final, partial.lstat().st_ino))
+            facts = partial.lstat()
+            self.made_files.append((final, facts.st_ino))
+            if self.journal is not None:
+                self.journal.making(final.relative_to(self.out).as_posix(), facts)
             partial.rename(final)
 
     def done(self, *, restored: bool) -> None:
@@ -177,15 +214,24 @@ class Workplace:
                 if folder.exists():
                     fsync_directory(folder)
 
-    def drop_old(self) -> None:
-        """Remove the old output: the new one stands, so nothing here can make the run fail."""
-        while self.aside is not None and self.aside.exists():
+    def drop_old(self) -> tuple[str, ...]:
+        """Remove the old output: the new one stands, so nothing here can make the run fail.
+
+        Returns what is to be said about it.
+        """
+        if self.aside is None:
+            return ()
+        notes, path = self.aside.inventory.notes, quoted(str(self.aside.path))
+        while True:
             try:
-                remove_output(self.aside)
+                if self.aside.path.exists() and not remove_output(self.aside):
+                    return (*notes, f"files of the old output that changed meanwhile are at {path}")
             except KeyboardInterrupt:
                 continue
-            except OSError:
-                return
+            except OSError as problem:
+                left = f"the rest of the old output is at {path}: {problem.strerror}"
+                return (*notes, f"{left}; the same command with `--resume` removes it")
+            return notes
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -209,14 +255,15 @@ class Workplace:
         for folder in reversed(self.made_folders):
             with suppress(OSError):  # somebody else put something there: it stays
                 folder.rmdir()
-        if self.aside is None or not self.aside.exists():
+        if self.aside is None or not self.aside.path.exists():
             return None
         with suppress(OSError):
             if not os.path.lexists(self.out):
-                self.aside.rename(self.out)
+                self.aside.path.rename(self.out)
                 return None
         return self._where_old()
 
     def _where_old(self) -> str | None:
-        there = self.aside is not None and self.aside.exists()
-        return f"the old output is at {quoted(str(self.aside))}" if there else None
+        if self.aside is None or not self.aside.path.exists():
+            return None
+        return f"the old output is at {quoted(str(self.aside.path))}"

@@ -16,7 +16,10 @@ from pathlib import Path
 import moeconv
 from tests.calls import around
 
-CALLS = ("open", "mkdir", "rename", "replace", "fsync", "pwrite", "copy_file_range", "truncate")
+CALLS = (
+    "open", "mkdir", "rename", "replace", "fsync", "write", "pwrite", "copy_file_range", "truncate",
+    "unlink", "rmdir",
+)  # fmt: skip
 
 
 def count_calls(limit: int | None) -> Callable[[], int]:

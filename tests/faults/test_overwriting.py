@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.engine import workplace
+from moeconv.engine.aside import OldOutput, remove_output
+from moeconv.engine.crew import Limits
+from moeconv.engine.inventory import take_inventory
 from moeconv.errors import IoFailed, WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree, untouched
@@ -192,7 +194,7 @@ def test_what_says_whose_it_is_goes_last(
         gone.append(str(path))
 
     monkeypatch.setattr(os, "unlink", watched(os.unlink, note))
-    workplace.remove_output(out)
+    remove_output(OldOutput(out, take_inventory(out, Limits(1, 1 << 20))))
     assert gone[-1].endswith("moeconv.json")
     papers = [n for n, path in enumerate(gone) if "/moeconv/" in path]
     assert papers == list(range(len(gone) - 1 - len(papers), len(gone) - 1))
