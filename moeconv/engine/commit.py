@@ -98,6 +98,7 @@ def commit(
         if resume and out.exists() and not barely_begun(out) and any(out.iterdir()):
             work.lock()
             journal = resumable(out, mark)
+            work.refuse_appeared(journal)
             kept = finished_before(out, plan, journal, limits)
         try:
             if journal is not None:

@@ -68,7 +68,8 @@ def identity_of(facts: os.stat_result) -> Identity:
 class Inventory:
     """The files and folders of an output that are moeconv's, and why the others are not.
 
-    folders: each before what is in it. foreign: reason by relative path, folders end in `/`.
+    folders: each before what is in it. foreign: reason by relative path, folders end in `/`; what
+    somebody changed comes first.
     trusted: data files of which size, header and times were compared, but not the tensors' bytes;
     compared: those whose tensors were read, too.
     """
@@ -161,7 +162,10 @@ def take_inventory(out: Path, limits: Limits) -> Inventory:
     return Inventory(
         files=files,
         folders=tuple(f for f in there.folders if f in ours),
-        foreign={f"{n}/" if n in there.folders else n: why for n, why in sorted(foreign.items())},
+        foreign={
+            f"{name}/" if name in there.folders else name: why
+            for name, why in sorted(foreign.items(), key=lambda item: (item[1] == NOT_MADE, item))
+        },
         trusted=claims.trusted,
         compared=claims.compared,
     )

@@ -97,10 +97,9 @@ class Workplace:
     def reopen(self, journal: Journal, kept: Iterable[str]) -> None:
         """Go on where another run was killed: everything but the `kept` files is removed.
 
-        After `lock`. Raises IoFailed, WouldOverwrite where somebody put a file there.
+        After `lock`. Raises IoFailed.
         """
         self.keeps = True
-        self._refuse_appeared(journal)
         with writing(self.out):
             self.aside = left_aside(self.out, self.limits)
         if self.journal is not None:
@@ -113,8 +112,8 @@ class Workplace:
                 if name not in staying:
                     (self.out / name).unlink(missing_ok=True)
 
-    def _refuse_appeared(self, journal: Journal) -> None:
-        """Make sure that nothing is removed which the run before did not make."""
+    def refuse_appeared(self, journal: Journal) -> None:
+        """Raise WouldOverwrite for what `reopen` would remove and the run before did not make."""
         for name in journal.names:
             if name not in journal.made and os.path.lexists(self.out / name):
                 raise WouldOverwrite(

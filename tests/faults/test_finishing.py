@@ -115,7 +115,7 @@ def test_a_filling_is_always_a_set(  # noqa: PLR0917 - fixtures
 # --- the removal of the old output -------------------------------------------------------------
 @pytest.mark.parametrize("times", AS_MANY)
 @pytest.mark.parametrize("old", ["ranks", "whole", "virtual", "half-done"])
-def test_the_old_output_goes_in_the_end(
+def test_the_old_output_goes_in_the_end(  # noqa: PLR0917 - fixtures
     src: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
