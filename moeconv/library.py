@@ -107,7 +107,7 @@ def load_recipe(which: str | Path) -> Recipe:
         raise BadRecipe(
             f"{quoted(str(which))} is no recipe",
             at=quoted(str(which)),
-            cause="it is larger than a recipe may be (1 MiB)",
+            cause=f"it is larger than a recipe may be ({MAX_RECIPE_BYTES // 1024} KiB)",
             fix="`moeconv recipes show qwen3_moe` prints one that works",
         )
     return parse_recipe(text, where=path.name)

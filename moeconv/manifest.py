@@ -26,8 +26,11 @@ DIGESTS_LATER: Final = "digests-later"
 FEATURES: Final = (EXPERT_PARALLEL, VIRTUAL, DIGESTS_LATER)
 MAX_EP_SIZE: Final = 99_999
 MAX_EXPERTS: Final = 1_048_576  # of a stack; its slots likewise
+MAX_STACKS: Final = 100_000
+MAX_PARTS: Final = 100_000  # one for each rank, and one for the common files
+MAX_RECIPES: Final = 64
 MAX_ROOT_BYTES: Final = 64 * 1024 * 1024
-MAX_RECIPE_TEXT: Final = 1024 * 1024
+MAX_RECIPE_TEXT: Final = 128 * 1024
 MAX_PART_BYTES: Final = 256 * 1024 * 1024
 MAX_PAPER_BYTES: Final = 2 * 1024 * 1024 * 1024  # index and origin
 

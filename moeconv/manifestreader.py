@@ -14,7 +14,10 @@ from moeconv.manifest import (
     FORMAT,
     MAJOR,
     MAX_EP_SIZE,
+    MAX_PARTS,
     MAX_RECIPE_TEXT,
+    MAX_RECIPES,
+    MAX_STACKS,
     MINOR,
     ROOT_NAME,
     VIRTUAL,
@@ -42,13 +45,11 @@ _FEW: Final = 64  # experts that a tensor may name whatever its digests
 
 
 def _refuse(problems: Problems, where: str) -> None:
-    if problems.found:
-        shown = problems.found[:20]
-        more = len(problems.found) - len(shown)
+    if problems.count:
         raise BadManifest(
-            f"{quoted(where)} breaks the rules of its format in {len(problems.found)} place(s)",
+            f"{quoted(where)} breaks the rules of its format in {problems.count:,} place(s)",
             at=quoted(where),
-            cause="; ".join(shown) + (f"; and {more} more" if more else ""),
+            cause="; ".join(problems.shown()),
             fix="convert the checkpoint again; a manifest is never edited by hand",
         )
 
@@ -78,9 +79,9 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
     totals = top.table("totals")
     root = Root(
         generator=top.text("generator"),
-        recipes=tuple(_recipe(t) for t in top.tables("recipes")),
-        stacks=tuple(_stack(t, sharded=sharded) for t in top.tables("stacks")),
-        parts=tuple(_file(t) for t in top.tables("parts")),
+        recipes=tuple(_recipe(t) for t in top.tables("recipes", MAX_RECIPES)),
+        stacks=tuple(_stack(t, sharded=sharded) for t in top.tables("stacks", MAX_STACKS)),
+        parts=tuple(_file(t) for t in top.tables("parts", MAX_PARTS)),
         index=None if sharded and top.null("index") else _file(top.table("index")),
         origin=_file(top.table("origin")),
         sidecars=tuple(_file(t) for t in top.tables("sidecars")),
@@ -96,7 +97,8 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
     top.finish()
     if sharded and root.index is not None:
         top.problem("index", "must be null: one name stands in the files of many ranks")
-    check_root(root, problems)
+    if not problems.skipped:
+        check_root(root, problems)
     _refuse(problems, where)
     return root
 

@@ -58,7 +58,7 @@ def check_root(root: Root, problems: Problems) -> None:
         if max(stack.experts, len(stack.physical_to_logical or ())) > MAX_EXPERTS:
             problems.add(place, f"has more than {MAX_EXPERTS:,} experts or slots")
     _check_placements(root, problems)
-    if root.ep_size and not problems.found:
+    if root.ep_size and not problems.count:
         _check_part_names(root, problems)
     _check_names(root, problems)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -14,12 +13,23 @@ from typing import Final
 from moeconv.checkpoint.reading import read_document
 from moeconv.errors import BadPlacementFile, MoeconvError, TorchNeeded, UsageProblem, quoted
 from moeconv.jsonvalue import Json
-from moeconv.placement.documents import EPLB, EPLB_KEY, SGLANG_KEY, VLLM, RawMap, parse_map
+from moeconv.placement.documents import (
+    EPLB,
+    EPLB_KEY,
+    MAX_ROWS,
+    MAX_SLOTS,
+    SGLANG_KEY,
+    VLLM,
+    RawMap,
+    parse_map,
+)
+from moeconv.placement.yamlvalue import yaml_value
 from moeconv.strictjson import loads
 
 MAX_MAP_BYTES: Final = 16 * 1024 * 1024  # of a map for a thousand layers there is 1 MiB
+_MAX_YAML_BYTES: Final = 4 * 1024 * 1024  # its reader is slow
+_MAX_DEPTH: Final = 100
 INLINE: Final = "inline JSON"
-_DECIMAL: Final = re.compile(r"-?(?:0|[1-9][0-9]{0,17})", re.ASCII)
 
 
 def read_map(which: str | Path) -> RawMap:
@@ -48,32 +58,10 @@ def _json(raw: bytes, name: str) -> tuple[Json, str]:
 
 
 def _yaml(raw: bytes, name: str) -> tuple[Json, str]:
-    import yaml
-
-    loader: type[yaml.SafeLoader] = type(
-        "_Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {}
-    )
-
-    def mapping(self: yaml.SafeLoader, node: yaml.MappingNode) -> dict[object, object]:
-        out: dict[object, object] = {}
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in out:
-                raise ValueError(f"the key {quoted(str(key))} stands twice")
-            out[key] = self.construct_object(value_node, deep=True)
-        return out
-
-    def integer(self: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-        # YAML 1.1 reads 1:0 as sixty and 010 as eight; nobody who writes a map means that
-        if not _DECIMAL.fullmatch(node.value):
-            raise ValueError(f"{quoted(node.value)} is no plain decimal number")
-        return int(node.value)
-
-    loader.add_constructor("tag:yaml.org,2002:map", mapping)
-    loader.add_constructor("tag:yaml.org,2002:int", integer)
     with _foreign(name, "YAML"):
-        doc: object = yaml.load(raw.decode("utf-8"), Loader=loader)  # noqa: S506 - a safe loader
-        return _Plain(len(raw) + 1).of(doc), VLLM
+        if len(raw) > _MAX_YAML_BYTES:
+            raise ValueError(f"it has {len(raw):,} bytes; of YAML at most {_MAX_YAML_BYTES:,}")
+        return _Plain(len(raw) + 1).of(yaml_value(raw.decode("utf-8"))), VLLM
 
 
 def _torch(raw: bytes, name: str) -> tuple[Json, str]:
@@ -93,6 +81,7 @@ def _torch(raw: bytes, name: str) -> tuple[Json, str]:
             # a stride of 0 would make a few bytes many numbers
             if value.numel() > len(raw):
                 raise ValueError("a tensor has more numbers than the file has bytes")
+            _check_shape(tuple(value.shape), "a tensor")
             value = value.tolist()
         return _Plain(len(raw) + 1).of(value)
 
@@ -106,24 +95,46 @@ def _torch(raw: bytes, name: str) -> tuple[Json, str]:
 
 
 def _refuse_bomb(raw: bytes) -> None:
-    """torch files are zip archives, and a few bytes of one can be gigabytes."""
+    """Refuse what takes gigabytes: a zip archive, or a `bytearray` of any size in a pickle."""
+    pickles = [raw]
     if zipfile.is_zipfile(io.BytesIO(raw)):
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        if size > 4 * MAX_MAP_BYTES:
-            raise ValueError(f"it unpacks to {size:,} bytes")
+            if size > 4 * MAX_MAP_BYTES:
+                raise ValueError(f"it unpacks to {size:,} bytes")
+            pickles = [archive.read(e) for e in archive.infolist() if e.filename.endswith(".pkl")]
+    if any(b"bytearray" in text for text in pickles):
+        raise ValueError("a bytearray has no place in a map")
 
 
 def _numpy(raw: bytes, name: str) -> tuple[Json, str]:
     import numpy as np
 
     with _foreign(name, "NumPy"):
-        array: object = np.load(io.BytesIO(raw), allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
+        stream = io.BytesIO(raw)
+        heads = {(1, 0): np.lib.format.read_array_header_1_0}
+        heads[2, 0] = np.lib.format.read_array_header_2_0
+        is_array = raw.startswith(b"\x93NUMPY")
+        head = heads.get(np.lib.format.read_magic(stream)) if is_array else None
+        if head is None:
             raise ValueError("it is not one array of integers")
-        if array.ndim not in (1, 2):
-            raise ValueError(f"it has {array.ndim} dimensions; a map has 1 or 2")
+        shape, _, dtype = head(stream)
+        if dtype.kind not in "iu":
+            raise ValueError("it is not one array of integers")
+        if len(shape) not in (1, 2):
+            raise ValueError(f"it has {len(shape)} dimensions; a map has 1 or 2")
+        _check_shape(shape, "the array")
+        array: np.ndarray = np.load(io.BytesIO(raw), allow_pickle=False)
         return array.tolist(), EPLB
+
+
+def _check_shape(shape: tuple[int, ...], what: str) -> None:
+    """Refuse rows without slots, of which a few bytes can hold any number. Raises ValueError."""
+    *rows, slots = shape or (1,)
+    if not 0 < slots <= MAX_SLOTS:
+        raise ValueError(f"{what} has rows of {slots:,} slots; there are 1 to {MAX_SLOTS:,}")
+    if any(not 0 < count <= MAX_ROWS for count in rows):
+        raise ValueError(f"{what} is of shape {list(shape)}; rows are 1 to {MAX_ROWS:,}")
 
 
 _READERS: Final[dict[str, Callable[[bytes, str], tuple[Json, str]]]] = {
@@ -165,20 +176,22 @@ class _Plain:
     def __init__(self, budget: int) -> None:
         self._left = budget
 
-    def of(self, value: object) -> Json:
+    def of(self, value: object, depth: int = 0) -> Json:
         """The value, with integer keys as texts. Raises ValueError."""
         self._left -= 1
         if self._left < 0:
             raise ValueError("it repeats itself by aliases")
         if value is None or isinstance(value, bool | int | float | str):
             return value
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
         if isinstance(value, list | tuple):
-            return [self.of(item) for item in value]
+            return [self.of(item, depth + 1) for item in value]
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__} has no place in a map")
         out: dict[str, Json] = {}
         for key, item in value.items():
             if type(key) not in (int, str) or str(key) in out:
                 raise ValueError(f"the key {quoted(str(key))} stands twice or is no id")
-            out[str(key)] = self.of(item)
+            out[str(key)] = self.of(item, depth + 1)
         return out

@@ -22,6 +22,14 @@ def printable(name: str) -> str:
     )
 
 
+def abridged(text: str, most: int) -> str:
+    """The text, or its beginning and end where it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
 def natural_key(name: str) -> tuple[tuple[int, int, str, str], ...]:
     """Sort key under which `layers.2` comes before `layers.10`.
 

@@ -4,34 +4,60 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Final, TypeGuard
 
 from moeconv.errors import quoted
 from moeconv.jsonvalue import Json
-from moeconv.names import file_name_problem, printable, relative_path_problem
+from moeconv.names import abridged, file_name_problem, printable, relative_path_problem
 from moeconv.strictjson import encodable
 
 MAX_TEXT_BYTES: Final = 4096
 MAX_COUNT: Final = 2**53 - 1
 MAX_LISTED: Final = 4 * 1024 * 1024
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]*", re.ASCII)
+MAX_ITEMS: Final = 1_000_000  # of a list of objects
+MAX_KEPT: Final = 100  # problems of a document whose text is kept; the others are counted
+SHOWN: Final = 20  # problems that a message lists
+_MAX_PLACE: Final = 200  # characters of a path or a value in a message
+_MAX_SUGGESTED: Final = 10  # unknown keys for which a similar one is looked for
+_MAX_SIMILAR: Final = 64  # characters of a key that may be a misspelt one
+_MAX_KNOWN: Final = 100  # keys that one may have meant
 _DIGEST = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 @dataclass(slots=True)
 class Problems:
-    """What is wrong with one document, in reading order."""
+    """What is wrong with one document, in reading order: the first texts, and how many there are.
+
+    skipped: whether items of a list were left out, so that the numbers of the others are not those
+    of the document.
+    """
 
     found: list[str] = field(default_factory=list)
+    count: int = 0
+    skipped: bool = False
     lenient: bool = False  # unknown keys pass: the document is of a later minor version
     allowance: int = MAX_LISTED  # of items that a few words may make a long list of
 
     def add(self, place: str, text: str) -> None:
         """Note one problem at `place`, a path such as `parts[3].size`."""
-        self.found.append(printable(f"{place or 'the document'}: {text}"))
+        self.count += 1
+        if self.count <= MAX_KEPT:
+            self.found.append(printable(f"{place or 'the document'}: {text}"))
+
+    def note(self, text: str) -> None:
+        """Note one problem of the whole document, in words of our own."""
+        self.count += 1
+        if self.count <= MAX_KEPT:
+            self.found.append(text)
+
+    def shown(self, most: int = SHOWN) -> list[str]:
+        """The texts for a message: the first ones, and how many more there are."""
+        more = self.count - most
+        return [*self.found[:most], *([f"and {more:,} more"] if more > 0 else [])]
 
 
 class Table:
@@ -45,12 +71,14 @@ class Table:
         self._members: dict[str, Json] = doc if isinstance(doc, dict) else {}
         self._place = place
         self._read: set[str] = set()
+        self._suggested = 0
         self.problems = problems
         if not isinstance(doc, dict):
             problems.add(place, "must be an object")
 
     def place(self, key: str) -> str:
         """The path of a member, for a message."""
+        key = abridged(key, _MAX_PLACE)  # copied into the place of everything below it
         return f"{self._place}.{key}" if self._place and key else self._place or key
 
     def problem(self, key: str, text: str) -> None:
@@ -113,7 +141,8 @@ class Table:
             self.problem(key, "must be an integer" if key in self._members else "is missing")
             return least
         if not least <= value <= MAX_COUNT:
-            self.problem(key, f"must lie between {least} and 2^53-1, not {value}")
+            said = value if abs(value) < 2**64 else "a far larger one"
+            self.problem(key, f"must lie between {least} and 2^53-1, not {said}")
             return least
         return value
 
@@ -146,9 +175,9 @@ class Table:
 
     def formed(self, key: str, what: str, fits: Callable[[str], bool]) -> str:
         """A text of which `fits` is true; `what` says what it must be."""
-        before = len(self.problems.found)
+        before = self.problems.count
         value = self.text(key)
-        if len(self.problems.found) == before and not fits(value):
+        if self.problems.count == before and not fits(value):
             self.problem(key, f"must be {what}")
         return value
 
@@ -206,17 +235,34 @@ class Table:
         value = self.raw(key)
         return Table({} if value is None else value, self.place(key), self.problems)
 
-    def tables(self, key: str) -> tuple[Table, ...]:
-        """A member that is a list of objects."""
-        return tuple(Table(item, place, self.problems) for place, item in self._items(key))
+    def tables(self, key: str, most: int = MAX_ITEMS) -> Iterator[Table]:
+        """A member that is a list of at most `most` objects, one after the other."""
+        value = self.raw(key)
+        if isinstance(value, list) and len(value) > most:
+            self.problem(key, f"has {len(value):,} items, more than {most:,}")
+            return
+        for place, item in self._items(key):
+            if isinstance(item, dict):
+                yield Table(item, place, self.problems)
+            else:
+                self.problems.add(place, "must be an object")
+                self.problems.skipped = True
 
     def finish(self) -> None:
         """Refuse members that nothing read: a misspelt key must not be silent."""
         for key in () if self.problems.lenient else self._members:
             if key in self._read or key.startswith("x-"):
                 continue
-            near = difflib.get_close_matches(key, sorted(self._read), n=1)
-            self.problem(key, f"unknown key; did you mean `{near[0]}`?" if near else "unknown key")
+            near = self._similar(key)
+            self.problem(key, f"unknown key; did you mean `{near}`?" if near else "unknown key")
+
+    def _similar(self, key: str) -> str | None:
+        """A key that may have been meant. To look for one takes long: only for the first few."""
+        self._suggested += 1
+        if self._suggested > _MAX_SUGGESTED or len(key) > _MAX_SIMILAR:
+            return None
+        known = sorted(name for name in self._read if len(name) <= _MAX_SIMILAR)
+        return next(iter(difflib.get_close_matches(key, known[:_MAX_KNOWN], n=1)), None)
 
 
 def _are_counts(rows: list[Json], length: int) -> TypeGuard[list[list[int]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -45,6 +46,7 @@ def shard(
     *,
     ep_size: int,
     placement: Placing = TRIVIAL,
+    map_layers: str | None = None,
     redundant: int | None = None,
     allow_duplicates: bool = False,
     virtual: bool = False,
@@ -66,12 +68,15 @@ def shard(
 
     Each rank gets its slots `[S, …]` in the family's fused layout, or in `layout`. placement: a
     rule (`trivial`, `round-robin`), a map in any of the formats of `moeconv placement`, or rows.
+    map_layers: what row n of a map without a key is of: the n-th MoE layer (`moe`), or layer n
+    (`all`).
     redundant: R more slots than experts, where a rule places them. allow_duplicates: one rank may
     hold an expert twice. virtual: write no tensor bytes, only where they are in SRC.
     Raises BadPlacement, NotVirtual and what `fuse` raises.
     """
     source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
-    wish, told = _wish(source, ep_size, placement, redundant, allow_duplicates=allow_duplicates)
+    wish = Wish(ep_size, TRIVIAL, None, redundant, allow_duplicates)
+    wish, told = _wish(source, wish, placement, map_layers)
     detection = source.detection.whole()
     refuse_no_experts(detection)
     if virtual:
@@ -92,16 +97,18 @@ def shard(
 
 
 def _wish(
-    source: Opened,
-    ep_size: int,
-    placement: Placing,
-    redundant: int | None,
-    *,
-    allow_duplicates: bool,
+    source: Opened, wish: Wish, placement: Placing, map_layers: str | None
 ) -> tuple[Wish, tuple[str, ...]]:
     """The wish that a placement amounts to here, and what was assumed to read it."""
+    by_rule = isinstance(placement, str) and placement in RULES
+    if map_layers is not None and (by_rule or isinstance(placement, Placement | Mapping)):
+        raise UsageProblem(
+            "`--map-layers` is only for a map",
+            cause="it says which layers the rows of a file or of JSON are of; there is neither",
+            fix="drop `--map-layers`, or give the map to `--placement`",
+        )
     if isinstance(placement, str) and placement in RULES:
-        return Wish(ep_size, placement, None, redundant, allow_duplicates), ()
+        return replace(wish, rule=placement), ()
     stacks = source.detection.whole().stacks
     if isinstance(placement, str) and _no_map(placement):
         raise UsageProblem(
@@ -111,18 +118,18 @@ def _wish(
         )
     if isinstance(placement, Mapping):
         rows = by_stack(tuple(s.name for s in stacks), placement)
-        return Wish(ep_size, TRIVIAL, rows, redundant, allow_duplicates), ()
+        return replace(wish, rows=rows), ()
     layers, names = layers_of(stacks, source.checkpoint.config)
     told: tuple[str, ...] = ()
     if not isinstance(placement, Placement):
         raw = read_map(placement)
-        ep_size_of(raw, ep_size)
-        placement, assumed = resolve(raw, layers)
+        ep_size_of(raw, wish.ep_size)
+        placement, assumed = resolve(raw, layers, map_layers=map_layers)
         told = (f"{raw.format} map, {assumed}",)
-    check(placement, layers, ep_size=ep_size, allow_duplicates=allow_duplicates)
+    check(placement, layers, ep_size=wish.ep_size, allow_duplicates=wish.allow_duplicates)
     by_layer = dict(zip(layers.all_moe, names, strict=True))
-    rows = {by_layer[n]: row for n in placement.layers if (row := placement.row(n)) is not None}
-    return Wish(ep_size, TRIVIAL, rows, redundant, allow_duplicates, whole=False), told
+    given = zip(placement.layers, placement.physical_to_logical, strict=True)
+    return replace(wish, rows={by_layer[n]: row for n, row in given}, whole=False), told
 
 
 def _no_map(text: str) -> bool:

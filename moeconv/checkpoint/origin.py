@@ -78,11 +78,11 @@ def parse_origin(raw: bytes) -> Origin:
     announced += sum(size for _, size in beside)
     if announced != len(payload):
         problems.add("", f"announces {announced:,} bytes, holds {len(payload):,}")
-    if problems.found:
+    if problems.count:
         raise BadManifest(
             f"`{ORIGIN_NAME}` breaks the rules of its format",
             at=f"`{ORIGIN_NAME}`",
-            cause="; ".join(problems.found[:20]),
+            cause="; ".join(problems.shown()),
             fix="convert the checkpoint again",
         )
     files, at = [], 0

@@ -35,6 +35,14 @@ RecipeFile: TypeAlias = Annotated[
     str | None,
     typer.Option("--recipe", metavar="FILE", help="A recipe of your own, or one by name."),
 ]
+MapLayers: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--map-layers",
+        metavar="moe|all",
+        help="What row n of a map without a key is: the n-th MoE layer, or layer n of all.",
+    ),
+]
 Without: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(

@@ -43,6 +43,7 @@ def show(
     source: Annotated[
         str | None, typer.Option("--source", metavar="SRC", help=_SOURCE_HELP)
     ] = None,
+    map_layers: options.MapLayers = None,
     ep: Ranks = None,
     allow_duplicates: Duplicates = False,
     as_json: options.AsJson = False,
@@ -51,18 +52,24 @@ def show(
     """Show a map's format, sizes and ranks; fail with all that is wrong with it."""
     with handled(Ui(json=as_json, color=color)) as ui:
         checked_color(color)
-        from moeconv.errors import BadPlacement
+        from moeconv.errors import BadPlacement, UsageProblem
         from moeconv.mapfiles import read_map
         from moeconv.placement.formats import ep_size_of, resolve
         from moeconv.placement.placement import check
 
+        if map_layers is not None and source is None:
+            raise UsageProblem(
+                "`--map-layers` needs `--source SRC`",
+                cause="without a checkpoint a map's rows are shown by their own numbers",
+                fix="say `--source SRC` too, or drop `--map-layers`",
+            )
         raw = read_map(map_)
         if source is None:
             layers, found = _alone(raw)
             assumed = f"{layers.experts} experts, from the largest id; `--source SRC` would tell"
         else:
             layers, _ = _layers(source)
-            found, assumed = resolve(raw, layers)
+            found, assumed = resolve(raw, layers, map_layers=map_layers)
         ep_size = ep_size_of(raw, ep)
         problem = None
         try:
@@ -99,6 +106,7 @@ def convert(
     source: Annotated[
         str, typer.Option("--source", metavar="SRC", help=_SOURCE_HELP, show_default=False)
     ],
+    map_layers: options.MapLayers = None,
     ep: Ranks = None,
     allow_duplicates: Duplicates = False,
     as_json: options.AsJson = False,
@@ -119,7 +127,7 @@ def convert(
         ep_size = ep_size_of(raw, ep)
         layers, place = _layers(source)
         refuse_overlap(place, output)
-        found, assumed = resolve(raw, layers)
+        found, assumed = resolve(raw, layers, map_layers=map_layers)
         check(found, layers, ep_size=ep_size, allow_duplicates=allow_duplicates)
         write_single(output, written(to, found, layers, ep_size=ep_size))
         ui.say(f"{raw.format}, {assumed}")
@@ -159,18 +167,24 @@ def _document(name: str, found: Placement, ep_size: int | None, assumed: str) ->
         "layers": list(found.layers),
         "experts": found.experts,
         "slots": found.slots,
-        "redundant": found.slots - found.experts,
+        "redundant": _redundant(found),
         "ep": ep_size,
         "assumed": assumed,
     }
 
 
+def _redundant(found: Placement) -> int | None:
+    """R, the slots beyond the experts; None where there are fewer slots than experts."""
+    return found.slots - found.experts if found.slots >= found.experts else None
+
+
 def _describe(ui: Ui, raw: RawMap, found: Placement, assumed: str) -> None:
     from moeconv.units import counted
 
-    redundant = found.slots - found.experts
+    redundant = _redundant(found)
+    more = "too few" if redundant is None else f"{redundant} redundant"
     ui.data(f"format: {raw.format}, {counted(len(raw.rows), 'row')}, {raw.indexed}")
-    ui.data(f"slots: {found.slots} ({counted(found.experts, 'expert')}, {redundant} redundant)")
+    ui.data(f"slots: {found.slots} ({counted(found.experts, 'expert')}, {more})")
     ui.data(f"assumed: {assumed}")
     alike = len(set(_rows(found))) == 1
     ui.data(f"layers: {counted(len(found.layers), 'layer')}, {'' if alike else 'not '}all alike")

@@ -34,6 +34,7 @@ def shard(
             "reads, or its JSON.",
         ),
     ] = "trivial",
+    map_layers: options.MapLayers = None,
     redundant: Annotated[
         int | None,
         typer.Option(
@@ -78,6 +79,7 @@ def shard(
                 output,
                 ep_size=ep,
                 placement=placement,
+                map_layers=map_layers,
                 redundant=redundant,
                 allow_duplicates=allow_duplicates,
                 virtual=virtual,

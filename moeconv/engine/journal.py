@@ -68,9 +68,10 @@ def read_journal(out: Path) -> Journal | None:
         head = Table(loads(lines[0], where=JOURNAL_NAME), "", problems)
         plan, names = head.digest("plan"), head.texts("names")
         aside = head.integer("aside") if head.has("aside") else None
-        if problems.found:
-            return None
+        refused = problems.count > 0
     except MoeconvError:
+        return None
+    if refused:
         return None
     finished: Finished = {}
     made: dict[str, tuple[int, int]] = {}
@@ -85,7 +86,7 @@ def read_journal(out: Path) -> Journal | None:
             made[entry.text("made")] = entry.integer("size"), mtime_ns
             continue
         finished[entry.text("file")] = [list(row) for row in entry.text_lists("digests")]
-    return None if problems.found else Journal(plan, names, finished, made, aside)
+    return None if problems.count else Journal(plan, names, finished, made, aside)
 
 
 class JournalFile:

@@ -26,7 +26,7 @@ from moeconv.layout.recipe import (
     half_apart,
     matrix_axes,
 )
-from moeconv.schema import Problems, Table
+from moeconv.schema import MAX_KEPT, Problems, Table
 
 _LINES: Final[dict[str, tuple[str, ...]]] = {
     "gate": (GATE,),
@@ -37,16 +37,30 @@ _LINES: Final[dict[str, tuple[str, ...]]] = {
 }
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _HOLES = re.compile(r"\{([^{}]*)\}")
-MAX_RECIPE_BYTES: Final = 1024 * 1024
+# a key of two characters costs a kilobyte once it is parsed, and each of its parts again
+MAX_RECIPE_BYTES: Final = 128 * 1024
+_MAX_KEY_PARTS: Final = 16
+_MAX_COMPONENTS: Final = 1000
+_MAX_LAYOUTS: Final = 100
+_MAX_PATTERNS: Final = 100
+_WORD: Final = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
+_LONG_KEY: Final = re.compile(rf"(?<![\w-]){_WORD}(?:[ \t]*+\.[ \t]*+{_WORD}){{{_MAX_KEY_PARTS}}}")
 
 
 def parse_recipe(text: str, *, where: str) -> Recipe:
     """Parse and check a recipe. Raises BadRecipe with every problem."""
+    problems = Problems()
+    if len(text) > MAX_RECIPE_BYTES:
+        problems.add("", f"is longer than {MAX_RECIPE_BYTES:,} characters")
+    elif long := _LONG_KEY.search(text):
+        problems.add("", f"has a key of more than {_MAX_KEY_PARTS} parts: {long[0][:40]}…")
+    if problems.count:
+        raise _refuse(where, problems)
     try:
         doc = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as problem:
-        raise _refuse(where, [str(problem)]) from None
-    problems = Problems()
+    except (ValueError, RecursionError) as problem:  # an integer of too many digits is a ValueError
+        problems.add("", str(problem))
+        raise _refuse(where, problems) from None
     top = Table(doc, "", problems)
     components = _components(top.table("components"))
     layouts = _layouts(top.table("layouts"), components)
@@ -70,8 +84,8 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
     top.expects(("targets",))  # where the shared layouts go; says nothing once they are here
     top.finish()
     _check_whole(recipe, top)
-    if problems.found:
-        raise _refuse(where, problems.found)
+    if problems.count:
+        raise _refuse(where, problems)
     return recipe
 
 
@@ -88,11 +102,11 @@ def _half_apart(layouts: tuple[Layout, ...], fuse: str | None, unfuse: str | Non
     return [half_apart(published, fused)] if apart else []
 
 
-def _refuse(where: str, found: list[str]) -> BadRecipe:
+def _refuse(where: str, problems: Problems) -> BadRecipe:
     return BadRecipe(
-        f"{quoted(where)} is not a recipe: {len(found)} problem(s)",
+        f"{quoted(where)} is not a recipe: {problems.count:,} problem(s)",
         at=quoted(where),
-        cause="\n         ".join(found),
+        cause="\n         ".join(problems.shown(MAX_KEPT)),
         fix="`moeconv recipes show qwen3_moe` prints one that works",
     )
 
@@ -107,14 +121,26 @@ def _name(top: Table, key: str) -> str:
 def _stacks(top: Table) -> tuple[str, ...]:
     listed = isinstance(top.raw("stack"), list)
     stacks = top.texts("stack") if listed else (top.word("stack"),)
+    if len(stacks) > _MAX_PATTERNS:
+        top.problem("stack", f"has {len(stacks):,} name patterns, more than {_MAX_PATTERNS}")
+        return ()
     for stack in stacks:
-        if stack and set(_HOLES.findall(stack)) != {"prefix", "layer"}:
-            top.problem("stack", "must hold `{prefix}` and `{layer}`, and no other hole")
+        # a hole that stands twice would be matched in every combination
+        if stack and sorted(_HOLES.findall(stack)) != ["layer", "prefix"]:
+            top.problem("stack", "must hold `{prefix}` and `{layer}`, each once, and no other hole")
         elif stack and not stack.startswith("{prefix}"):
             top.problem("stack", "must begin with `{prefix}`")
     if not stacks:
         top.problem("stack", "must be a name pattern, or several")
     return stacks
+
+
+def _few(table: Table, most: int) -> tuple[str, ...]:
+    """The names in a table; each costs something with each of another table."""
+    names = table.names()
+    if len(names) > most:
+        table.problem("", f"has {len(names):,} entries, more than {most:,}")
+    return names[:most]
 
 
 def _axes(table: Table, key: str, text: str) -> Axes:
@@ -147,7 +173,7 @@ def _ids(table: Table) -> Ids:
 
 def _components(table: Table) -> tuple[Component, ...]:
     out = []
-    for name in table.names():
+    for name in _few(table, _MAX_COMPONENTS):
         entry = table.table(name)
         readings = _readings(entry, "axes")
         if any(axes.letters & {EXPERT, PAIR} for axes in readings):
@@ -181,7 +207,7 @@ def _components(table: Table) -> tuple[Component, ...]:
 
 def _layouts(table: Table, components: tuple[Component, ...]) -> tuple[Layout, ...]:
     out = []
-    for name in table.names():
+    for name in _few(table, _MAX_LAYOUTS):
         entry = table.table(name)
         special = entry.table("axes") if entry.has("axes") else None
         square, ask = entry.optional_text("square"), entry.optional_text("ask")
@@ -210,9 +236,9 @@ def _line(entry: Table, key: str, special: Table | None, components: tuple[Compo
             if name not in (c.name for c in components):
                 listed.problem(name, "is no component of this recipe")
     line = Line(_LINES[key], template, axes, tuple(overrides))
-    before = len(entry.problems.found)
+    before = entry.problems.count
     _check_line(entry, key, line)
-    if len(entry.problems.found) == before:
+    if entry.problems.count == before:
         _check_matrices(entry, key, line, components)
     return line
 

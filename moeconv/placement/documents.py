@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from moeconv.errors import BadPlacementFile, quoted
 from moeconv.jsonvalue import Json
-from moeconv.placement.placement import SHOWN
 from moeconv.schema import Problems, Table
 from moeconv.units import counted
 
@@ -32,6 +31,8 @@ EPLB_KEY: Final = "phy2log"
 LOAD_KEY: Final = "logical_count"
 TRTLLM_KEY: Final = "initial_global_assignments"
 ASCEND_KEY: Final = "layer_list"
+MAX_ROWS: Final = 10_000  # of a map: one for each layer
+MAX_SLOTS: Final = 1_048_576  # of a row
 _LAYER_ID = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -40,7 +41,8 @@ class RawMap:
     """A map before it meets a checkpoint: (index, row [P]) in order of index.
 
     indexed: BY_ROW, BY_ID or ALIKE; count: the rows of a map that goes by row; devices: the EP
-    size that the document says.
+    size that the document says; keyed: whether a key says the format, so that its rows can only
+    be of the layers that this format counts.
     """
 
     format: str
@@ -48,6 +50,7 @@ class RawMap:
     rows: tuple[tuple[int, tuple[int, ...]], ...]
     count: int | None = None
     devices: int | None = None
+    keyed: bool = True
 
 
 def parse_map(doc: Json, *, where: str, bare: str = VLLM) -> RawMap:
@@ -57,14 +60,11 @@ def parse_map(doc: Json, *, where: str, bare: str = VLLM) -> RawMap:
     """
     problems = Problems()
     raw = _parsed(doc, bare, problems, where)
-    if problems.found:
-        shown = problems.found[:SHOWN]
-        if len(problems.found) > SHOWN:
-            shown.append(f"and {len(problems.found) - SHOWN:,} more")
+    if problems.count:
         raise BadPlacementFile(
-            f"{quoted(where)} is not a placement map: {counted(len(problems.found), 'problem')}",
+            f"{quoted(where)} is not a placement map: {counted(problems.count, 'problem')}",
             at=quoted(where),
-            cause="\n         ".join(shown),
+            cause="\n         ".join(problems.shown()),
             fix="make the map again; `moeconv placement convert` writes every format it reads",
         )
     return raw
@@ -103,7 +103,7 @@ def _parsed(doc: Json, bare: str, problems: Problems, where: str) -> RawMap:
 def _listed(doc: list[Json], bare: str, problems: Problems) -> RawMap:
     if doc and not any(isinstance(item, list) for item in doc):
         return RawMap(VLLM, ALIKE, ((0, _row(doc, "", problems)),))
-    return _by_row(bare, _rows(doc, "", problems))
+    return replace(_by_row(bare, _rows(doc, "", problems)), keyed=False)
 
 
 def _by_row(name: str, rows: tuple[tuple[int, ...], ...]) -> RawMap:
@@ -120,11 +120,14 @@ def _sglang(top: Table, problems: Problems) -> RawMap:
 
 def _trtllm(top: Table, problems: Problems) -> RawMap:
     given = top.raw(TRTLLM_KEY)
-    members = given.items() if isinstance(given, dict) else ()
+    members = given if isinstance(given, dict) else {}
     if not members:
         top.problem(TRTLLM_KEY, "must be an object of rows by layer id")
+    if len(members) > MAX_ROWS:
+        top.problem(TRTLLM_KEY, _too_many_rows(len(members)))
+        members = {}
     rows = {}
-    for key, value in members:
+    for key, value in members.items():
         row = _row(value, f"{TRTLLM_KEY}.{key}", problems)
         if _LAYER_ID.fullmatch(key):
             rows[int(key)] = row
@@ -145,8 +148,9 @@ def _ascend(top: Table, problems: Problems) -> RawMap:
     said = top.integer("moe_layer_count")
     rows: dict[int, tuple[int, ...]] = {}
     sizes: dict[int, str] = {}  # device counts, and where each stood first
-    tables = top.tables(ASCEND_KEY)
-    for table in tables:
+    count = 0
+    for table in top.tables(ASCEND_KEY, MAX_ROWS):
+        count += 1
         layer = table.integer("layer_id")
         if layer in rows:
             table.problem("layer_id", f"{layer} stands twice")
@@ -154,9 +158,9 @@ def _ascend(top: Table, problems: Problems) -> RawMap:
         sizes.setdefault(size, table.place("device_count"))
         table.finish()
     top.finish()
-    if said != len(tables):
-        top.problem("moe_layer_count", f"is {said}, the list has {counted(len(tables), 'layer')}")
-    if not tables:
+    if said != count:
+        top.problem("moe_layer_count", f"is {said}, the list has {counted(count, 'layer')}")
+    if not count:
         top.problem(ASCEND_KEY, "has no layers")
     for size, place in list(sizes.items())[1:]:
         problems.add(place, f"is {size}, in other layers {next(iter(sizes))}")
@@ -166,9 +170,10 @@ def _ascend(top: Table, problems: Problems) -> RawMap:
 def _devices(layer: Table, problems: Problems) -> tuple[int, tuple[int, ...]]:
     """The device count of a layer, and its slots: those of device 0, then 1, and so on."""
     said = layer.integer("device_count", least=1)
-    devices = layer.tables("device_list")
+    count = 0
     held: dict[int, tuple[int, ...]] = {}
-    for device in devices:
+    for device in layer.tables("device_list", MAX_SLOTS):
+        count += 1
         number = device.integer("device_id")
         place = device.place("device_expert")
         row = _row(device.raw("device_expert"), place, problems)
@@ -179,8 +184,8 @@ def _devices(layer: Table, problems: Problems) -> tuple[int, tuple[int, ...]]:
             problems.add(place, told)
         held[number] = row
         device.finish()
-    if len(devices) != said:
-        layer.problem("device_count", f"is {said}, the list has {counted(len(devices), 'device')}")
+    if count != said:
+        layer.problem("device_count", f"is {said}, the list has {counted(count, 'device')}")
     elif sorted(held) != list(range(said)):
         layer.problem("device_list", f"must have the device ids 0 to {said - 1}")
     return said, tuple(expert for _, row in sorted(held.items()) for expert in row)
@@ -193,12 +198,22 @@ def _rows(value: Json, place: str, problems: Problems) -> tuple[tuple[int, ...],
         return ()
     if not value:
         problems.add(place, "has no rows")
+    if len(value) > MAX_ROWS:
+        problems.add(place, _too_many_rows(len(value)))
+        return ()
     return tuple(_row(row, f"{place}[{n}]", problems) for n, row in enumerate(value))
+
+
+def _too_many_rows(count: int) -> str:
+    return f"has {count:,} rows, more than {MAX_ROWS:,}: there is one for each layer"
 
 
 def _row(value: Json, place: str, problems: Problems) -> tuple[int, ...]:
     if not isinstance(value, list):
         problems.add(place, f"must be a list of expert ids, not {_kind(value)}")
+        return ()
+    if len(value) > MAX_SLOTS:
+        problems.add(place, f"has {len(value):,} slots, more than {MAX_SLOTS:,}")
         return ()
     odd = [n for n, item in enumerate(value) if type(item) is not int]
     if odd:
@@ -206,7 +221,13 @@ def _row(value: Json, place: str, problems: Problems) -> tuple[int, ...]:
         told = f"must be an integer, not {_kind(value[odd[0]])}{more}"
         problems.add(f"{place}[{odd[0]}]", told)
         return ()
-    return tuple(_whole_numbers(value))
+    row = tuple(_whole_numbers(value))
+    if not row:
+        problems.add(place, "has no slots")
+    elif max(row) >= MAX_SLOTS:
+        problems.add(place, f"holds expert {max(row)}; ids are below {MAX_SLOTS:,}")
+        return ()
+    return row
 
 
 def _whole_numbers(items: Iterable[Json]) -> Iterable[int]:

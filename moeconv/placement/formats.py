@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from moeconv.errors import BadPlacement, quoted
+from moeconv.errors import BadPlacement, UsageProblem, quoted
 from moeconv.placement.documents import (
     ALIKE,
     ASCEND,
@@ -29,10 +29,13 @@ from moeconv.placement.placement import Layers, Placement, check, trivial
 from moeconv.placement.words import layer_names, spans
 from moeconv.units import counted
 
+MOE_ROWS: Final = "moe"  # what `--map-layers` may say: row n is of the n-th MoE layer
+ALL_ROWS: Final = "all"  # row n is of layer n
 _LAYER: Final = "hidden layer"  # row n is layer n
 _LAYER_AND_MTP: Final = "hidden layer and MTP layer"
 _MOE: Final = "MoE layer"  # row n is the n-th layer that has experts
 _MOE_AND_MTP: Final = "MoE layer and MTP layer"
+_ABSOLUTE: Final = (_LAYER, _LAYER_AND_MTP)
 _ORDER: Final = {
     SGLANG: (_LAYER, _LAYER_AND_MTP, _MOE, _MOE_AND_MTP),
     VLLM: (_MOE, _MOE_AND_MTP, _LAYER, _LAYER_AND_MTP),
@@ -41,20 +44,33 @@ _ORDER: Final = {
 
 
 # --- reading -----------------------------------------------------------------------------------
-def resolve(raw: RawMap, layers: Layers) -> tuple[Placement, str]:
+def resolve(raw: RawMap, layers: Layers, *, map_layers: str | None = None) -> tuple[Placement, str]:
     """The placement of a map for a checkpoint, and one sentence that says what was assumed.
 
-    Raises BadPlacement where its rows are of no such layers.
+    map_layers: which layers the user says that its rows are of, MOE_ROWS or ALL_ROWS.
+    Raises BadPlacement where its rows are of no such layers, or may be of either; UsageProblem.
     """
+    if map_layers not in {None, MOE_ROWS, ALL_ROWS}:
+        raise UsageProblem(
+            f"{quoted(str(map_layers))} is not a way to count layers",
+            cause=f"`{MOE_ROWS}`: row n is of the n-th MoE layer; `{ALL_ROWS}`: it is of layer n",
+            fix=f"give `--map-layers {MOE_ROWS}` or `--map-layers {ALL_ROWS}`",
+        )
     if raw.indexed == ALIKE:
         row = raw.rows[0][1]
         told = f"one row: all {counted(len(layers.moe), 'MoE layer')} alike"
         return _placement(dict.fromkeys(layers.moe, row), layers), told + _doubt(layers)
     rows = dict(raw.rows)
     if raw.indexed == BY_ROW:
-        ids, told = _by_row(raw, layers)
+        ids, told = _by_row(raw, layers, map_layers)
     else:
         ids, told = _by_id(raw, layers)
+    if map_layers and ids != _counted(map_layers, ids, layers):
+        raise BadPlacement(
+            f"the map's rows are not counted as `--map-layers {map_layers}` says",
+            cause=f"in the format {raw.format} there is no other reading than: {told}",
+            fix=f"drop `--map-layers {map_layers}`, or make the map for this checkpoint",
+        )
     named = {layer: rows[index] for layer, index in ids.items()}
     return _placement(named, layers), told + _doubt(layers)
 
@@ -83,13 +99,40 @@ def _counts(layers: Layers) -> dict[str, int]:
 def _ids(reading: str, layers: Layers) -> dict[int, int]:
     """The index of each layer's row in a map."""
     moe = layers.moe if reading in (_LAYER, _MOE) else layers.all_moe
-    absolute = reading in (_LAYER, _LAYER_AND_MTP)
-    return {layer: layer if absolute else n for n, layer in enumerate(moe)}
+    return {layer: layer if reading in _ABSOLUTE else n for n, layer in enumerate(moe)}
 
 
-def _by_row(raw: RawMap, layers: Layers) -> tuple[dict[int, int], str]:
+def _counted(way: str, ids: dict[int, int], layers: Layers) -> dict[int, int]:
+    """The index of each of these layers' rows, counted in one of the two ways."""
+    if way == ALL_ROWS:
+        return {layer: layer for layer in ids}
+    return {layer: n for n, layer in enumerate(layers.all_moe) if layer in ids}
+
+
+def _ambiguous(raw: RawMap, layers: Layers, fitting: list[str]) -> BadPlacement:
+    """Rows that nothing but their number speaks for, where that speaks for two readings."""
+    readings = {r: _ids(r, layers) for r in fitting}
+    first = next(n for n in layers.moe if len({ids.get(n) for ids in readings.values()}) > 1)
+    rows = " or ".join(f"row {ids[first]}" for ids in readings.values())
+    return BadPlacement(
+        f"the map's {counted(len(raw.rows), 'row')} fit two readings: "
+        f"{', or '.join(f'one for each {r}' for r in fitting)}; layer {first} would have {rows}",
+        cause=f"there are {counted(layers.hidden, 'hidden layer')}, "
+        f"{counted(len(layers.moe), 'MoE layer')} among them, and "
+        f"{counted(len(layers.beyond), 'MTP layer')}; no key says which the rows are of",
+        fix=f"say `--map-layers {MOE_ROWS}` (row n is of the n-th MoE layer) or "
+        f"`--map-layers {ALL_ROWS}` (row n is of layer n)",
+    )
+
+
+def _by_row(raw: RawMap, layers: Layers, way: str | None) -> tuple[dict[int, int], str]:
     counts = _counts(layers)
     fitting = [r for r in _ORDER[raw.format] if counts.get(r) == raw.count]
+    if not raw.keyed and len(fitting) > 1:
+        if way is not None:
+            fitting = [r for r in fitting if (r in _ABSOLUTE) == (way == ALL_ROWS)] or fitting
+        elif any(_ids(r, layers) != _ids(fitting[0], layers) for r in fitting[1:]):
+            raise _ambiguous(raw, layers, fitting)
     if not fitting:
         told = ", ".join(f"{counts[r]} for each {r}" for r in _ORDER[raw.format] if r in counts)
         raise BadPlacement(

@@ -9,15 +9,15 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, Protocol, TypeAlias
 
 from moeconv.errors import BadPlacement, quoted
-from moeconv.placement.words import layer_names, listed
+from moeconv.placement.words import LISTED, layer_names, listed
+from moeconv.schema import Problems
 from moeconv.units import counted
-
-SHOWN: Final = 20  # problems of one map that a message lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,50 +132,52 @@ def row_problems(
     ep_size: int | None,
     where: str,
     allow_duplicates: bool = False,
-) -> list[str]:
+) -> Iterator[str]:
     """All that is wrong with one layer's row [P]; ep_size None leaves the ranks out.
 
     Ids lie in [0, E), every expert has a slot, P divides by EP, no rank has an expert twice.
     """
-    problems = _id_problems(row, experts, where)
+    yield from _id_problems(row, experts, where)
     if ep_size is None:
-        return problems
+        return
     if uneven := slots_problem(max(experts, 1), len(row), ep_size):
-        return [*problems, f"{where}: {uneven}"]
-    return problems if allow_duplicates else problems + _twice(row, ep_size, where)
+        yield f"{where}: {uneven}"
+    elif not allow_duplicates:
+        yield from _twice(row, ep_size, where)
 
 
-def _id_problems(row: Sequence[int], experts: int, where: str) -> list[str]:
-    problems = []
+def _id_problems(row: Sequence[int], experts: int, where: str) -> Iterator[str]:
     odd = [p for p, expert in enumerate(row) if not 0 <= expert < experts]
     if odd:
         slots, held = listed(odd), listed([row[p] for p in odd])
-        problems.append(
+        yield (
             f"{where}: {'slot' if len(odd) == 1 else 'slots'} {slots} "
             f"{'holds expert' if len(odd) == 1 else 'hold experts'} {held}, "
             f"but ids run from 0 to {experts - 1}"
         )
     held_ids = set(row)
-    absent = [e for e in range(experts) if e not in held_ids]
-    if absent:
-        verb = "expert {} is" if len(absent) == 1 else "experts {} are"
-        problems.append(f"{where}: {verb.format(listed(absent))} in no slot")
-    return problems
+    count = experts - sum(0 <= e < experts for e in held_ids)
+    if count:
+        # lazily: of a million experts one row may hold a single one, and so may the next
+        absent = list(islice((e for e in range(experts) if e not in held_ids), LISTED))
+        verb = "expert {} is" if count == 1 else "experts {} are"
+        yield f"{where}: {verb.format(listed(absent, count))} in no slot"
 
 
-def _twice(row: Sequence[int], ep_size: int, where: str) -> list[str]:
+def _twice(row: Sequence[int], ep_size: int, where: str) -> Iterator[str]:
     """An expert twice on one rank: systems fill the first of the two slots and leave the other."""
-    if not row:
-        return []
     per_rank = len(row) // ep_size
-    seen: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for slot, expert in enumerate(row):
-        seen[slot // per_rank, expert].append(slot)
-    return [
-        f"{where}: expert {expert} is {_times(len(slots))} on rank {rank} (slots {listed(slots)})"
-        for (rank, expert), slots in seen.items()
-        if len(slots) > 1
-    ]
+    for rank in range(ep_size if row else 0):
+        here = row[rank * per_rank : (rank + 1) * per_rank]
+        if len(set(here)) == len(here):
+            continue
+        held: dict[int, list[int]] = defaultdict(list)
+        for slot, expert in enumerate(here, start=rank * per_rank):
+            held[expert].append(slot)
+        for expert, slots in held.items():
+            if len(slots) > 1:
+                times = _times(len(slots))
+                yield f"{where}: expert {expert} is {times} on rank {rank} (slots {listed(slots)})"
 
 
 def _times(count: int) -> str:
@@ -193,31 +195,34 @@ def check(
 
     Rows of the layers beyond may be left out: those then keep the trivial placement.
     """
-    problems = []
+    refuse_misfits(_misfits(placement, layers, ep_size, allow_duplicates=allow_duplicates))
+
+
+def _misfits(
+    placement: Placement, layers: Layers, ep_size: int | None, *, allow_duplicates: bool
+) -> Iterator[str]:
     if placement.experts != layers.experts:
-        problems.append(
+        yield (
             f"it is for {counted(placement.experts, 'expert')}, the checkpoint has {layers.experts}"
         )
     if len(placement.layers) != len(placement.physical_to_logical):
-        problems.append(
+        yield (
             f"{counted(len(placement.physical_to_logical), 'row')} "
             f"for {counted(len(placement.layers), 'layer')}"
         )
     if list(placement.layers) != sorted(set(placement.layers)):
-        problems.append("its layers are not in ascending order")
-    problems += layer_problems(placement.layers, layers)
-    problems += _row_length_problems(placement, layers, ep_size)
+        yield "its layers are not in ascending order"
+    yield from layer_problems(placement.layers, layers)
+    yield from _row_length_problems(placement, layers, ep_size)
     for layer, row in zip(placement.layers, placement.physical_to_logical, strict=False):
         even = ep_size is not None and slots_problem(layers.experts, len(row), ep_size) is None
-        problems += row_problems(
+        yield from row_problems(
             row,
             experts=layers.experts,
             ep_size=ep_size if even else None,  # said once for all rows
             where=f"layer {layer}",
             allow_duplicates=allow_duplicates,
         )
-    if problems:
-        raise unfit(problems)
 
 
 def layer_problems(given: Sequence[int], layers: Layers) -> list[str]:
@@ -252,14 +257,16 @@ def _row_length_problems(placement: Placement, layers: Layers, ep_size: int | No
     return problems
 
 
-def unfit(problems: list[str]) -> BadPlacement:
-    """The error for a well-formed map that does not fit."""
-    shown = problems[:SHOWN]
-    if len(problems) > SHOWN:
-        shown.append(f"and {len(problems) - SHOWN:,} more")
-    return BadPlacement(
-        f"the placement does not fit: {counted(len(problems), 'problem')}",
-        cause="\n         ".join(shown),
+def refuse_misfits(texts: Iterable[str]) -> None:
+    """Raise BadPlacement for a well-formed map that does not fit, if there is any reason."""
+    problems = Problems()
+    for text in texts:
+        problems.note(text)
+    if not problems.count:
+        return
+    raise BadPlacement(
+        f"the placement does not fit: {counted(problems.count, 'problem')}",
+        cause="\n         ".join(problems.shown()),
         fix="make the map for this checkpoint and this number of ranks",
     )
 

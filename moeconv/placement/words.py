@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-_LISTED: Final = 6
+LISTED: Final = 6
 
 
-def listed(ids: Sequence[int] | Sequence[str]) -> str:
-    """`5, 6, 7`, or the first few and how many more."""
-    shown = ", ".join(map(str, ids[:_LISTED]))
-    return shown if len(ids) <= _LISTED else f"{shown} and {len(ids) - _LISTED:,} more"
+def listed(ids: Sequence[int] | Sequence[str], count: int | None = None) -> str:
+    """`5, 6, 7`, or the first few and how many more; count: of them all, where `ids` are fewer."""
+    total = len(ids) if count is None else count
+    shown = ", ".join(map(str, ids[:LISTED]))
+    return shown if total <= LISTED else f"{shown} and {total - LISTED:,} more"
 
 
 def layer_names(ids: Sequence[int]) -> str:
@@ -27,5 +28,5 @@ def spans(ids: Sequence[int]) -> str:
             runs[-1][1:] = [n]
         else:
             runs.append([n])
-    shown = ", ".join("-".join(map(str, run)) for run in runs[:_LISTED])
-    return shown if len(runs) <= _LISTED else f"{shown} and {len(runs) - _LISTED:,} more"
+    shown = ", ".join("-".join(map(str, run)) for run in runs[:LISTED])
+    return shown if len(runs) <= LISTED else f"{shown} and {len(runs) - LISTED:,} more"

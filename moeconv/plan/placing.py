@@ -11,12 +11,12 @@ from moeconv.errors import UsageProblem, quoted
 from moeconv.layout.moelayers import main_kind
 from moeconv.layout.stack import Stack
 from moeconv.placement.placement import (
+    refuse_misfits,
     round_robin,
     row_problems,
     slots_for,
     slots_problem,
     trivial,
-    unfit,
 )
 from moeconv.plan.shard import Sharding
 from moeconv.units import counted
@@ -56,7 +56,7 @@ def placed(stacks: tuple[Stack, ...], wish: Wish) -> tuple[Sharding, tuple[str, 
     """
     rows = dict(wish.rows or {})
     if problem := slots_problem(1, wish.ep_size, wish.ep_size):
-        raise unfit([problem])
+        refuse_misfits([problem])
     _refuse_other_redundancy(stacks, rows, wish)
     main = {s.name for s in main_kind(stacks)} if wish.whole else set()
     left: dict[int, list[str]] = defaultdict(list)
@@ -68,7 +68,7 @@ def placed(stacks: tuple[Stack, ...], wish: Wish) -> tuple[Sharding, tuple[str, 
             left[stack.sizes.experts].append(stack.name)
         else:
             rows[stack.name] = row
-    problems = [
+    refuse_misfits(
         problem
         for s in stacks
         if s.name in rows
@@ -79,9 +79,7 @@ def placed(stacks: tuple[Stack, ...], wish: Wish) -> tuple[Sharding, tuple[str, 
             where=quoted(s.name),
             allow_duplicates=wish.allow_duplicates,
         )
-    ]
-    if problems:
-        raise unfit(problems)
+    )
     return Sharding(wish.ep_size, rows), tuple(_words(stacks, rows, left, wish))
 
 
@@ -95,8 +93,8 @@ def _refuse_other_redundancy(
         raise UsageProblem(
             f"`--redundant {wish.redundant}` is not what the map has",
             at=quoted(stack.name),
-            cause=f"its {len(row)} slots are {len(row) - stack.sizes.experts} more than the "
-            f"{stack.sizes.experts} experts",
+            cause=f"the map has {counted(len(row), 'slot')} "
+            f"for {counted(stack.sizes.experts, 'expert')}",
             fix="leave `--redundant` away: a map says it itself",
         )
 
@@ -111,8 +109,8 @@ def _by_rule(stack: Stack, wish: Wish, *, required: bool) -> tuple[int, ...] | N
         if slots % wish.ep_size == 0:
             row = rule(experts, slots, wish.ep_size)
             # more redundant experts than another kind of stacks has must not fail the whole run
-            if wish.allow_duplicates or not row_problems(
-                row, experts=experts, ep_size=wish.ep_size, where=""
+            if wish.allow_duplicates or not any(
+                row_problems(row, experts=experts, ep_size=wish.ep_size, where="")
             ):
                 return row
     return None

@@ -10,7 +10,7 @@ import torch
 
 from moeconv.errors import GeometryMismatch, MissingShard, Unsupported, quoted
 from moeconv.manifest import Run, part_names
-from moeconv.placement.placement import Given, by_stack, row_problems, unfit
+from moeconv.placement.placement import Given, by_stack, refuse_misfits, row_problems
 from moeconv.runtime.complete import Rows, bad, is_stacked
 from moeconv.runtime.fill import loaded
 from moeconv.runtime.fit import Rename, fit
@@ -101,7 +101,8 @@ def _slots_of(tensor: LocalTensor, slots: Sequence[int]) -> LocalTensor:
 def new_rows(home: Home, rows: Rows, placement: Given) -> dict[int, tuple[int, ...]]:
     """All rows under a new placement. Raises GeometryMismatch, BadPlacement."""
     names = tuple(s.name for s in home.root.stacks)
-    out, problems = dict(rows), []
+    out: dict[int, tuple[int, ...]] = dict(rows)
+    problems: list[str] = []
     for name, row in by_stack(names, placement).items():
         number = names.index(name)
         if number not in rows or len(row) != len(rows[number]):
@@ -123,8 +124,7 @@ def new_rows(home: Home, rows: Rows, placement: Given) -> dict[int, tuple[int, .
             allow_duplicates=True,  # a rank may fill two slots alike
         )
         out[number] = row
-    if problems:
-        raise unfit(problems)
+    refuse_misfits(problems)
     return out
 
 

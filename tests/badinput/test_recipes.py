@@ -84,7 +84,7 @@ def test_a_recipe_that_is_not_utf_8(src: Path, out: Path, tmp_path: Path):
 def test_a_recipe_of_two_megabytes(src: Path, out: Path, tmp_path: Path):
     (tmp_path / "mine.toml").write_bytes(b"#" * 2_000_000)
     write(src, qwen())
-    refused(BadRecipe, "mine.toml", "1 MiB", src=src, out=out, recipe=tmp_path / "mine.toml")
+    refused(BadRecipe, "mine.toml", "128 KiB", src=src, out=out, recipe=tmp_path / "mine.toml")
 
 
 def test_a_bad_recipe_refuses_the_conversion(src: Path, out: Path, tmp_path: Path):

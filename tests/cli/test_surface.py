@@ -30,7 +30,8 @@ SURFACE = {
                 "--color", "--help"},
     "fuse": CONVERT,
     "unfuse": CONVERT,
-    "shard": CONVERT | {"--ep", "--placement", "--redundant", "--allow-duplicates", "--virtual"},
+    "shard": CONVERT | {"--ep", "--placement", "--redundant", "--allow-duplicates", "--virtual",
+                        "--map-layers"},
     "merge": CONVERT - {"--from-layout", "--recipe"},
     "verify": COMPARE | {"--level", "--source", "--fill"},
     "diff": COMPARE,
@@ -40,9 +41,10 @@ SURFACE = {
     "recipes": {"--help"},
 }  # fmt: skip
 PLACEMENT = {
-    "show": {"--source", "--ep", "--allow-duplicates", "--json", "--color", "--help"},
-    "convert": {"--to", "--output", "--source", "--ep", "--allow-duplicates", "--json", "--quiet",
-                "--color", "--help"},
+    "show": {"--source", "--map-layers", "--ep", "--allow-duplicates", "--json", "--color",
+             "--help"},
+    "convert": {"--to", "--output", "--source", "--map-layers", "--ep", "--allow-duplicates",
+                "--json", "--quiet", "--color", "--help"},
 }  # fmt: skip
 
 

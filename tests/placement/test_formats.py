@@ -50,7 +50,8 @@ def decoded(name: str, data: bytes) -> Json:
 def again(name: str, data: bytes, layers: Layers) -> tuple[Placement, str]:
     """The placement that a written map is read as."""
     bare = EPLB if name == EPLB else VLLM
-    return resolve(parse_map(decoded(name, data), where="map", bare=bare), layers)
+    raw = parse_map(decoded(name, data), where="map", bare=bare)
+    return resolve(raw, layers, map_layers=None if raw.keyed else "moe")
 
 
 def malformed(doc: Json, *facts: str) -> str:

@@ -121,7 +121,7 @@ def test_json_that_is_none_or_says_a_key_twice(tmp_path: Path):
         ("? [1]\n: 2\n", "YAML"),
         ("a: !!python/object/apply:os.system ['true']\n", "python/object/apply"),
         ("a: 2001-01-01\n", "a date has no place"),
-        ("1.5: 2\n", "`1.5` stands twice or is no id"),
+        ("1.5: 2\n", "a float has no place"),
         ("a: !!int ''\n", "YAML"),
         ("a: !!timestamp x\n", "YAML"),
         ("a: [1\n", "YAML"),

@@ -26,7 +26,7 @@ from tests.placement.maps import PLAIN, SMALL, Case, cases, placed
 
 
 def problems(row: tuple[int, ...], experts: int = 4, ep_size: int | None = 2, **more: bool):
-    return row_problems(row, experts=experts, ep_size=ep_size, where="layer 3", **more)
+    return list(row_problems(row, experts=experts, ep_size=ep_size, where="layer 3", **more))
 
 
 def misfit(*facts: str, **given: object) -> str:
