@@ -153,7 +153,7 @@ def _check_version(top: Table, where: str) -> tuple[int, tuple[str, ...]]:
         raise UnsupportedVersion(
             f"{quoted(where)} is of a kind this moeconv cannot read",
             at=quoted(where),
-            cause=f"it has format version {major}.{minor} and requires {list(requires)}; "
+            cause=f"it has format version {major}.{minor} and requires {list(requires[:_FEW])}; "
             f"this one reads {MAJOR}.x and knows {', '.join(f'`{name}`' for name in FEATURES)}",
             fix="install a newer moeconv" if major >= MAJOR else "convert the checkpoint again",
         )

@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Final
 
@@ -124,6 +125,8 @@ def _numpy(raw: bytes, name: str) -> tuple[Json, str]:
         if len(shape) not in (1, 2):
             raise ValueError(f"it has {len(shape)} dimensions; a map has 1 or 2")
         _check_shape(shape, "the array")
+        if prod(shape) * dtype.itemsize != len(raw) - stream.tell():
+            raise ValueError(f"its header says {list(shape)}, which is not what follows")
         array: np.ndarray = np.load(io.BytesIO(raw), allow_pickle=False)
         return array.tolist(), EPLB
 

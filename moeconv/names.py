@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
+from functools import lru_cache
 
 MAX_FILE_NAME_BYTES = 255
-_DIGITS = re.compile(r"([0-9]+)")
+_DIGITS = re.compile(r"[0-9]+")
+_LONG = 128  # numbers of so many digits take more than a character for their length
 _WINDOWS_DEVICES = frozenset(
     {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)}
 )
@@ -30,18 +33,41 @@ def abridged(text: str, most: int) -> str:
     return f"{text[:half]}…{text[-half:]}"
 
 
-def natural_key(name: str) -> tuple[tuple[int, int, str, str], ...]:
-    """Sort key under which `layers.2` comes before `layers.10`.
+def natural_key(name: str) -> str:
+    """Sort key under which `layers.2` comes before `layers.10`, hardly longer than the name.
 
     Numbers compare by length and digits: `int` would refuse the thousands of digits of a bad name.
+    Of equal ones that with more zeros in front comes first, of zeros the shorter one.
     """
-    return tuple(
-        (0, len(digits := part.lstrip("0")), digits, part)
-        if part.isascii() and part.isdecimal()
-        else (1, 0, part, part)
-        for part in _DIGITS.split(name)
-        if part
-    )
+    if "\0" in name:
+        name = name.replace("\0", f"\0{chr(sys.maxunicode)}")
+    return _DIGITS.sub(_number_key, name)
+
+
+def _number_key(match: re.Match[str]) -> str:
+    return _encoded_number(match[0])
+
+
+@lru_cache(maxsize=4096)
+def _encoded_number(text: str) -> str:
+    """A number so that it sorts before all text: a NUL, how long it is, its digits, its zeros."""
+    digits = text.lstrip("0")
+    zeros = len(text) - len(digits)
+    if not digits:
+        return f"\0\1{_count(zeros)}"
+    return f"\0{_count(len(digits) + 1)}{digits}{_less(zeros)}"
+
+
+def _count(n: int) -> str:
+    """Texts in the order of the numbers that they stand for; n below 2^40."""
+    return chr(n) if n < _LONG else f"{chr(_LONG + (n >> 20))}{chr(n & 0xFFFFF)}"
+
+
+def _less(n: int) -> str:
+    """The same, in the opposite order."""
+    if n < _LONG:
+        return chr(_LONG - n)
+    return f"\0{chr((1 << 20) - (n >> 20))}{chr(0xFFFFF - (n & 0xFFFFF))}"
 
 
 def file_name_problem(name: str) -> str | None:

@@ -16,6 +16,10 @@ T = TypeVar("T")
 Pairs: TypeAlias = "list[tuple[str, Json]]"  # the members of an object, in order
 MAX_INTEGER = 2**63 - 1
 _BATCH: Final = 1000
+# an empty list or object takes twenty times its bytes: no document of ours, and no real one, is
+# made of them
+_BYTES_A_CONTAINER = 8
+_FREE_CONTAINERS = 2000
 # every integer of fewer digits lies within, and the parser's own way is many times as fast
 _LONG = b"0" * 19
 _DIGITS = bytes(b"0"[0] if chr(byte).isdecimal() and byte < 128 else 32 for byte in range(256))
@@ -90,6 +94,7 @@ def loads(
     one object of objects; without colons in its texts half a million are then read in less time.
     Raises DuplicateKey, BadJson; both name `where`.
     """
+    _refuse_hollow(data, where)
     may_be_long = _may_be_long(data)
 
     def parsed(text: str, unique: Callable[[Pairs], Json] | None) -> Json:
@@ -124,6 +129,8 @@ def loads_records(
     the object's place, and None leaves the object a dict. Raises DuplicateKey, BadJson.
     """
 
+    _refuse_hollow(data, where)
+
     def members(pairs: Pairs) -> T | dict[str, Json]:
         found = record(pairs)
         return _unique(pairs) if found is None else found
@@ -137,6 +144,18 @@ def loads_records(
             parse_float=_float,
         )
         return doc
+
+
+def _refuse_hollow(data: bytes, where: str) -> None:
+    """Raise BadJson for a document that is made of empty lists and objects."""
+    containers = data.count(b"[") + data.count(b"{")
+    if containers > _FREE_CONTAINERS + len(data) // _BYTES_A_CONTAINER:
+        raise BadJson(
+            "the JSON has too many lists and objects for its length",
+            at=where,
+            cause=f"{containers:,} of them begin in {len(data):,} bytes",
+            fix="check that it is the file it should be",
+        )
 
 
 def _may_be_long(data: bytes) -> bool:

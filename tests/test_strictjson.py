@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeconv.errors import DuplicateKey, MoeconvError
+from moeconv.errors import BadJson, DuplicateKey, MoeconvError
 from moeconv.jsonvalue import Json
 from moeconv.strictjson import loads
 
@@ -51,7 +51,7 @@ def test_shallow_or_not_is_one(text: str, more: str, cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "end", [',"u":NaN}', ',"u":99999999999999999999}', ',"u":1e999}', ',"u":' + "[" * 100_000, " x"]
+    "end", [',"u":NaN}', ',"u":99999999999999999999}', ',"u":1e999}', ',"u":' + "[" * 1500, " x"]
 )
 def test_a_key_that_stands_twice_is_said_before_what_follows(end: str) -> None:
     with pytest.raises(DuplicateKey):
@@ -79,3 +79,20 @@ def test_a_key_that_stands_twice_is_seen(text: str) -> None:
 def test_text_with_colons_is_no_duplicate() -> None:
     doc: Json = {"a:b": {":": ":::"}, "c": {}}
     assert loads(json.dumps(doc).encode(), where="here", shallow=True) == doc
+
+
+@pytest.mark.parametrize("unit", ["[]", "{}", "[0]", '{"a":[]}'])
+def test_more_lists_and_objects_than_any_document_has_are_refused_unparsed(unit: str) -> None:
+    text = f"[{','.join([unit] * 5000)}]"
+    with pytest.raises(BadJson) as caught:
+        loads(text.encode(), where="map.json")
+    assert "too many lists and objects" in str(caught.value)
+    assert caught.value.at == "map.json"
+
+
+def test_a_header_of_the_smallest_tensors_is_within() -> None:
+    entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    text = "{" + ",".join(f'"{n}":{entry}' for n in range(20_000)) + "}"
+    doc = loads(text.encode(), where="x", shallow=True)
+    assert isinstance(doc, dict)
+    assert len(doc) == 20_000

@@ -176,7 +176,7 @@ def _tensor(
     name: str, entry: _Entry | Json, *, where: str, file: int, data_start: int, escaped: bool
 ) -> StoredTensor:
     if not isinstance(entry, tuple):
-        raise _bad(where, _entry_problem(entry), tensor=name[:MAX_NAME_BYTES])
+        raise _bad(where, _entry_problem(entry), tensor=name)
     dtype, shape, begin, end = entry
     if escaped and not encodable(name):
         raise _bad(where, "the name holds a lone surrogate", tensor=name)
@@ -197,8 +197,9 @@ def _entry_problem(entry: Json) -> str:
     """Why an entry is not of the right form."""
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
         return "an entry needs `dtype`, `shape`, `data_offsets`, no more"
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in BITS:
-        return f"unknown dtype {quoted(str(entry['dtype'])[:100])}"
+    dtype = entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"unknown dtype {quoted(dtype) if isinstance(dtype, str) else 'that is not a text'}"
     if not _are_sizes(entry["shape"]):
         return _SHAPE_RULE
     return "`data_offsets` must be two integers of 0 or more"

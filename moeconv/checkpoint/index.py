@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from moeconv.errors import BadIndex, MoeconvError, UnsafePath, quoted
@@ -12,6 +13,7 @@ from moeconv.strictjson import encodable, loads, may_escape
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_INDEX_BYTES: Final = 512 * 1024 * 1024
+_MAX_REPORTED: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Index:
 
 
 def parse_index(raw: bytes, *, name: str) -> Index:
-    """Parse and check an index; every unsafe file name is reported, not only the first.
+    """Parse and check an index; the first unsafe file names are reported together.
 
     Raises BadIndex, UnsafePath, BadJson, DuplicateKey.
     """
@@ -44,13 +46,13 @@ def parse_index(raw: bytes, *, name: str) -> Index:
         if not isinstance(file, str) or (escaped and not encodable(tensor + file)):
             raise _bad(name, f"the entry of {quoted(tensor)} is not a text")
         checked[tensor] = file
-    problems = [
+    unsafe = (
         _unsafe(name, file, problem)
         for file in dict.fromkeys(checked.values())
         if (problem := file_name_problem(file))
-    ]
-    if problems:
-        raise problems[0].with_also(tuple(problems[1:20]))
+    )
+    if problems := list(islice(unsafe, _MAX_REPORTED)):
+        raise problems[0].with_also(tuple(problems[1:]))
     if not checked:
         raise _bad(name, "its `weight_map` names no tensor")
     return Index(name, raw, _total_size(doc.get("metadata")), checked)

@@ -334,15 +334,16 @@ def _check_index(index: Index, files: tuple[DataFile, ...]) -> None:
     held = {t.name: f.name for f in files for t in f.header.tensors}
     if held == index.weight_map:
         return
-    problems: list[MoeconvError] = []
-    for tensor, file in index.weight_map.items():
-        if held.get(tensor) != file:
-            problems.append(_not_in_file(index, tensor, file, held.get(tensor)))
-    for tensor, file in held.items():
-        if tensor not in index.weight_map:
-            problems.append(_not_in_index(index, tensor, file))
-    if len(problems) > 1:
-        problems[0].cause = f"{problems[0].cause}; {len(problems):,} entries in all disagree"
+    names = index.weight_map
+    elsewhere = [t for t, file in names.items() if held.get(t) != file]
+    unnamed = [t for t in held if t not in names]
+    count = len(elsewhere) + len(unnamed)
+    problems: list[MoeconvError] = [
+        *(_not_in_file(index, t, names[t], held.get(t)) for t in elsewhere[:_MAX_REPORTED]),
+        *(_not_in_index(index, t, held[t]) for t in unnamed[:_MAX_REPORTED]),
+    ]
+    if count > 1:
+        problems[0].cause = f"{problems[0].cause}; {count:,} entries in all disagree"
     if problems:
         raise problems[0].with_also(tuple(problems[1:_MAX_REPORTED]))
 

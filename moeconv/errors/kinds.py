@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from moeconv.jsonvalue import Json
-from moeconv.names import printable
+from moeconv.names import abridged, printable
+
+_MAX_QUOTED: Final = 4096  # characters: names and paths are shorter
 
 
 class MoeconvError(Exception):
@@ -67,8 +69,8 @@ class MoeconvError(Exception):
 
 
 def quoted(name: str) -> str:
-    """A name out of a file, escaped and in backticks."""
-    return f"`{printable(name)}`"
+    """A name out of a file, escaped and in backticks; the middle of a very long one is left out."""
+    return f"`{printable(abridged(name, _MAX_QUOTED))}`"
 
 
 class UsageProblem(MoeconvError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
@@ -41,11 +42,14 @@ from moeconv.manifest import StackEntry
 from moeconv.names import natural_key
 from moeconv.units import counted
 
+MAX_PROBLEMS: Final = 100  # of one checkpoint that are kept
+
 
 @dataclass(frozen=True, slots=True)
 class Detection:
     """What detection found: whole stacks, tensors of none, and everything that is wrong.
 
+    problems: the first of them, where there are very many.
     passed: names of stacks whose tensors, `untouched`, stay as they are, among the others.
     damaged: names of stacks that could not be understood.
     """
@@ -92,7 +96,7 @@ def detect(
     passed = {name: found for name, found in collected.items() if found.passed}
     as_they_are = tuple(t for found in passed.values() for t in found.all())
     others += as_they_are
-    problems: list[MoeconvError] = []
+    problems = _Kept()
     if from_layout is not None:
         problems += _unknown_from_layout(from_layout, recipes) or _unfit_from_layout(
             from_layout, collected
@@ -127,12 +131,34 @@ def detect(
     return Detection(
         tuple(stacks),
         others,
-        tuple(problems),
+        problems.all(),
         tuple(damaged),
         tuple(sorted(passed, key=natural_key)),
         (*_said_of_passed(passed), *_said_of_bare(collected if known is None else {}, config)),
         as_they_are,
     )
+
+
+class _Kept:
+    """The first problems of a checkpoint; of the others, that they were there."""
+
+    def __init__(self) -> None:
+        self._first: list[MoeconvError] = []
+        self._count = 0
+
+    def __iadd__(self, found: Iterable[MoeconvError]) -> _Kept:
+        for problem in found:
+            self._count += 1
+            if len(self._first) < MAX_PROBLEMS:
+                self._first.append(problem)
+        return self
+
+    def all(self) -> tuple[MoeconvError, ...]:
+        """Those that were kept; the first says how many there are, where it is not all of them."""
+        if self._count > len(self._first):
+            told = f"{self._count:,} problems in all, the first {len(self._first):,} are listed"
+            self._first[0].cause = f"{self._first[0].cause}; {told}"
+        return tuple(self._first)
 
 
 def _said_of_passed(passed: dict[str, Found]) -> Iterator[str]:

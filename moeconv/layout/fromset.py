@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import Final
 
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import BadManifest, MissingExpert, MoeconvError, quoted
@@ -15,8 +16,9 @@ from moeconv.layout.detect import Detection
 from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.manifest import ExpertEntry, Manifest, StackEntry, TensorEntry
-from moeconv.names import natural_key, printable
+from moeconv.names import abridged, natural_key, printable
 
+_MAX_CAUSE: Final = 2000
 _Home = tuple[Line, Component, Axes]
 
 
@@ -219,6 +221,6 @@ def _unfit(name: str, cause: str) -> BadManifest:
     return BadManifest(
         f"{quoted(name)} is not what the set's manifest says",
         at=quoted(name),
-        cause=printable(cause),
+        cause=printable(abridged(cause, _MAX_CAUSE)),
         fix="convert the checkpoint again; a manifest is never edited by hand",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from moeconv.checkpoint.config import Config
@@ -18,6 +18,7 @@ from moeconv.placement.placement import kind_and_layer
 from moeconv.placement.words import spans
 
 MAX_LAYERS: Final = 10_000
+_MAX_KINDS: Final = 100
 
 _NUMBER = re.compile(r"([0-9]{1,9})\.")
 _LAYER = re.compile(r"(.*\.)?([0-9]{1,9})(?:\.(.+))?", re.DOTALL)
@@ -25,30 +26,31 @@ _LAYER = re.compile(r"(.*\.)?([0-9]{1,9})(?:\.(.+))?", re.DOTALL)
 
 def lost_stacks(
     stacks: Iterable[Stack], others: Iterable[StoredTensor], known: Iterable[str]
-) -> list[MoeconvError]:
+) -> Iterator[MoeconvError]:
     """Layers that hold what every layer with experts holds beside them, but no experts.
 
     That is: a router's tensor, under the same name in all layers that have a stack. It is told by
     its name, or by E rows in the experts' own block. known: names of stacks that were reported
     already.
     """
-    groups: dict[tuple[str, str], dict[int, Stack]] = defaultdict(dict)
+    groups: dict[str, dict[str, dict[int, Stack]]] = defaultdict(lambda: defaultdict(dict))
     for stack in stacks:
         if match := _LAYER.fullmatch(stack.name):
-            groups[match[1] or "", match[3] or ""][int(match[2])] = stack
-    beside: dict[tuple[str, str], dict[int, StoredTensor]] = defaultdict(dict)
+            groups[match[1] or ""][match[3] or ""][int(match[2])] = stack
+    beside: dict[str, dict[str, dict[int, StoredTensor]]]
+    beside = defaultdict(lambda: defaultdict(dict))
     for tensor in others:
-        if match := _LAYER.fullmatch(tensor.name):
-            beside[match[1] or "", match[3] or ""][int(match[2])] = tensor
+        match = _LAYER.fullmatch(tensor.name)
+        if match and (match[1] or "") in groups:
+            beside[match[1] or ""][match[3] or ""][int(match[2])] = tensor
     reported = set(known)
-    problems: list[MoeconvError] = []
-    for (head, tail), layers in groups.items():
+    for head, tail, layers in [(h, t, ls) for h, of in groups.items() for t, ls in of.items()]:
         routers = [
             tensors
-            for (other_head, rest), tensors in beside.items()
-            if other_head == head and _routes(rest, tail, tensors, layers)
+            for rest, tensors in beside[head].items()
+            if _routes(rest, tail, tensors, layers)
         ]
-        kinds = [other for (other_head, _), other in groups.items() if other_head == head]
+        kinds = list(groups[head].values())
         for layer in sorted({n for tensors in routers for n in tensors} - layers.keys()):
             name = f"{head}{layer}.{tail}".removesuffix(".")
             there = [tensors[layer] for tensors in routers if layer in tensors]
@@ -59,8 +61,7 @@ def lost_stacks(
                 continue
             if name not in reported:
                 reported.add(name)
-                problems.append(_lost(name, there[0], len(layers)))
-    return problems
+                yield _lost(name, there[0], len(layers))
 
 
 def lost_layers(
@@ -130,7 +131,7 @@ def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[Moec
     return problems
 
 
-def bare_stacks(stacks: Iterable[Stack]) -> list[MoeconvError]:
+def bare_stacks(stacks: Iterable[Stack]) -> Iterator[MoeconvError]:
     """Stacks without companions that others of their kind, of the same dtype, all have."""
     groups: dict[tuple[str, str, str, str, str], list[tuple[Stack, frozenset[str]]]]
     groups = defaultdict(list)
@@ -142,22 +143,25 @@ def bare_stacks(stacks: Iterable[Stack]) -> list[MoeconvError]:
             rest = frozenset(c.name for c in held if not c.weight and not of_inputs(c.name))
             kind = (match[1] or "", match[3] or "") if match else ("", "")
             groups[*kind, projection, weight, dtype].append((stack, rest))
-    problems: dict[str, MoeconvError] = {}
+    reported: set[str] = set()
     for (*_, projection, weight, dtype), alike in groups.items():
         sets = Counter(rest for _, rest in alike)
+        # what few have is not what all have: the rest need not be compared each with each
+        usual = [held for held, _ in sets.most_common(_MAX_KINDS)]
+        fullest = {rest: next((s for s in usual if rest < s), None) for rest in sets}
         for stack, rest in alike:
-            fuller = max((s for s in sets if rest < s), key=lambda s: sets[s], default=None)
-            if fuller is None or stack.name in problems:
+            fuller = fullest[rest]
+            if fuller is None or stack.name in reported:
                 continue
+            reported.add(stack.name)
             lacking = ", ".join(map(quoted, sorted(fuller - rest)))
-            problems[stack.name] = MissingScale(
+            yield MissingScale(
                 f"{quoted(stack.name)} lacks {lacking} of its {projection} projections",
                 at=quoted(stack.name),
                 cause=f"{sets[fuller]} of {len(alike)} stacks with {quoted(weight)} in {dtype} "
                 f"have {'it' if len(fuller - rest) == 1 else 'them'}",
                 fix="download the shard that holds them, then `moeconv inspect SRC`",
             )
-    return list(problems.values())
 
 
 def _routes(

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from math import prod
+from typing import Final
 
+from moeconv.errors import BadRecipe, quoted
 from moeconv.layout.axes import Axes
 from moeconv.layout.match import Found
 from moeconv.layout.recipe import DOWN, Component, Layout, Line
 
+_MAX_READINGS: Final = 20_000
 Key = tuple[str, str]  # template and component
 Reading = dict[Key, tuple[Component, Axes]]
 
@@ -49,6 +53,15 @@ def readings(
         side = component.weight and line.projections == (DOWN,)
         groups.setdefault((component.name, side), []).append((line, component))
     choices = [list(_choices(found, members, granules)) for members in groups.values()]
+    count = prod(map(len, choices))
+    if count > _MAX_READINGS:
+        raise BadRecipe(
+            f"recipe {quoted(found.recipe.name)} leaves too much open",
+            at=found.place(found.all()[0]),
+            cause=f"its components can be read in {count:,} ways together, "
+            f"more than {_MAX_READINGS:,} are not tried",
+            fix="leave under `axes` of each component what it can really be",
+        )
     return [{k: v for part in picked for k, v in part.items()} for picked in product(*choices)]
 
 

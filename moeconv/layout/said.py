@@ -10,7 +10,7 @@ from moeconv.checkpoint.config import Config
 from moeconv.errors import ConfigMismatch, MoeconvError, quoted
 from moeconv.jsonvalue import Json
 from moeconv.layout.recipe import SECTIONS, Recipe
-from moeconv.names import printable
+from moeconv.names import abridged, printable
 
 # keys of what was not quantised, of several quantisers
 _LEFT_ALONE: Final = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
@@ -98,7 +98,7 @@ def against_config(
                 ConfigMismatch(
                     f"config.json and the tensors of {quoted(stack)} disagree on the {what}",
                     at=f"config.json, key {quoted(key)}",
-                    cause=f"config.json says {printable(str(said))}, "
+                    cause=f"config.json says {printable(abridged(str(said), 200))}, "
                     f"the tensors have {held[what]} {words[what]}",
                     fix="use the config.json that belongs to these tensors",
                 )

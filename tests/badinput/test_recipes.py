@@ -292,3 +292,60 @@ def test_nothing_of_a_recipe_is_printed_raw(where: str):
 
 def test_control_characters_in_axes_are_not_printed_raw():
     _refused(_with("E (G O) K", "E (G O) \\u001b[2J"), "is no axis")
+
+
+# --- what would take for ever ------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" + ".a" * 16 + " = 1\n",
+        "[a" + " . a" * 16 + "]\n",
+        '"\\"x"' + '."\\"x"' * 16 + " = 1\n",
+        "x = {'a'" + ".'a'" * 16 + " = 1}\n",
+    ],
+)
+def test_a_key_of_many_parts(text: str):
+    _refused(GOOD + text, "a key of more than 16 parts", "1 problem")
+
+
+def test_texts_with_many_dots_are_no_keys():
+    parse_recipe(_with("name =", f'title = "{"..." * 100} v1.2.3.4"\nname ='), where="mine.toml")
+
+
+def test_a_recipe_in_a_manifest_is_no_longer_than_a_file():
+    _refused(GOOD + "#" * (128 * 1024), "longer than 131,072 characters")
+
+
+@pytest.mark.parametrize(
+    "stack",
+    ["{prefix}{prefix}{layer}.mlp.experts", "{prefix}{layer}.{layer}.experts",
+     "{prefix}a{prefix}b{prefix}{layer}"],
+)  # fmt: skip
+def test_a_hole_that_stands_twice(stack: str):
+    _refused(_with("{prefix}{layer}.mlp.experts", stack), "stack: ", "each once")
+
+
+def test_more_of_anything_than_a_family_has():
+    many = ", ".join('"{prefix}{layer}.mlp.experts"' for _ in range(101))
+    _refused(_with('"{prefix}{layer}.mlp.experts"', f"[{many}]"), "stack: has 101 name patterns")
+    more = "".join(f'c{n} = {{ axes = "O K", suffix = "_{n}" }}\n' for n in range(1000))
+    _refused(GOOD + more, "components: has 1,002 entries, more than 1,000")
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 5000])
+def test_a_number_of_thousands_of_digits(number: str):
+    _refused(_with('"mine"', number), "1 problem" if number[0] == "9" else "name: must be a text")
+
+
+def test_parts_that_can_be_read_in_too_many_ways(src: Path, out: Path, tmp_path: Path):
+    """Twenty parts of two readings each: a million ways together, of which none is tried."""
+    extra = "".join(f'x{n} = {{ axes = ["O K", "K O"], suffix = "_x{n}" }}\n' for n in range(20))
+    (tmp_path / "mine.toml").write_text(GOOD + extra)
+    tensors = qwen()
+    for name, (_, shape) in list(qwen().items()):
+        if ".experts." in name:
+            stem = name.removesuffix("weight")
+            tensors |= {f"{stem}x{n}": ("U8", shape) for n in range(20)}
+    write(src, tensors)
+    facts = ("`mine`", "ways together", "under `axes`")
+    refused(BadRecipe, *facts, src=src, out=out, recipe=tmp_path / "mine.toml")

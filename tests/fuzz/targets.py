@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import torch
 
 from moeconv.checkpoint.header import header_length, parse_header
 from moeconv.checkpoint.index import parse_index
@@ -23,7 +24,7 @@ from moeconv.layout.recipefile import parse_recipe
 from moeconv.library import shipped_recipes
 from moeconv.manifestreader import parse_part, parse_parts, parse_root
 from moeconv.mapfiles import read_map
-from moeconv.placement.documents import FORMATS
+from moeconv.placement.documents import EPLB_KEY, FORMATS
 from moeconv.placement.formats import resolve, written
 from moeconv.placement.placement import Layers, Placement, trivial
 from moeconv.plan.automaton import Budget, Mode, Unsupported
@@ -52,10 +53,15 @@ LISTS: Final = dump(
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A parser: `parse` may return or raise MoeconvError; seeds: documents that it takes."""
+    """A parser: `parse` may return or raise MoeconvError; seeds: documents that it takes.
+
+    bytes_per_byte: the memory for each byte of a document. Python's own objects for JSON take up
+    to twenty times its bytes, events of YAML a little more.
+    """
 
     parse: Callable[[bytes], object]
     seeds: tuple[bytes, ...]
+    bytes_per_byte: int = 48
 
 
 def _head(raw: bytes) -> None:
@@ -130,6 +136,12 @@ def _array() -> bytes:
     return out.getvalue()
 
 
+def _saved() -> bytes:
+    out = io.BytesIO()
+    torch.save({EPLB_KEY: torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])}, out)
+    return out.getvalue()
+
+
 _MAPS: Final = _maps()
 _JSON_MAPS: Final = tuple(raw for raw in _MAPS.values() if raw[:1] in (b"{", b"["))
 TARGETS: Final = {
@@ -139,12 +151,17 @@ TARGETS: Final = {
     "root-body": Target(_body, (ROOT_BODY,)),
     "part": Target(_part, (PART,)),
     "origin": Target(parse_origin, (ORIGIN,)),
-    "recipe": Target(_recipe, (GOOD.encode(), *(r.toml.encode() for r in shipped_recipes()[:3]))),
+    # tomllib keeps a kilobyte for each table; a recipe is at most 128 KiB
+    "recipe": Target(
+        _recipe, (GOOD.encode(), *(r.toml.encode() for r in shipped_recipes()[:3])), 160
+    ),
     "pattern": Target(_pattern, tuple(mode + text for mode in (*MODES, b"g") for text in PATTERNS)),
     "quantization-lists": Target(_lists, (LISTS,)),
     "map-json": Target(_map(".json"), _JSON_MAPS),
     "map-yaml": Target(_map(".yaml"), tuple(_MAPS.values())),
-    "map-npy": Target(_map(".npy"), (_array(),)),
+    # a row of one slot is a byte, and is at most one of 10,000
+    "map-npy": Target(_map(".npy"), (_array(),), 220),
+    "map-pt": Target(_map(".pt"), (_saved(),)),
     "map-inline": Target(_inline, tuple(raw[1:] for raw in _JSON_MAPS if raw[:1] == b"{")),
 }
 

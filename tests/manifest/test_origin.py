@@ -212,7 +212,14 @@ def test_an_index_with_a_wrong_total(made: Path):
     reported(made, Damaged, INDEX_NAME)
 
 
-def test_an_index_without_a_map_of_any_sane_size(made: Path):
+@pytest.mark.parametrize(
+    ("raw", "fact"),
+    [
+        (b'{"weight_map":' + b"[" * 500_000, "too many lists"),
+        (b'{"weight_map":' + b"[" * 30_000 + b" " * 250_000, "nested"),
+    ],
+)
+def test_an_index_without_a_map_of_any_sane_size(made: Path, raw: bytes, fact: str):
     with within(5):
-        replace_named(made, INDEX_NAME, b'{"weight_map":' + b"[" * 500_000)
-        refused_everywhere(made, BadJson, INDEX_NAME, "nested")
+        replace_named(made, INDEX_NAME, raw)
+        refused_everywhere(made, BadJson, INDEX_NAME, fact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,15 @@ def test_a_map_for_other_devices_is_refused(src: Path, tmp_path: Path):
     assert done.code == 2
     assert "the map is for 2 devices, not for ep 4" in done.err
     assert moeconv("placement", "show", out).code == 0
+
+
+def test_fewer_slots_than_experts_are_not_a_negative_number():
+    done = moeconv("placement", "show", "[[0, 5]]", "--ep", "2")
+    assert done.code == 2
+    assert "slots: 2 (6 experts, too few)" in done.out
+    assert not re.search(r"-[0-9]+ redundant|[^0-9]0 slots", done.out + done.err)
+    told = moeconv("placement", "show", "[[0, 5]]", "--ep", "2", "--json").out
+    doc, _ = json.JSONDecoder().raw_decode(told)
+    assert doc["redundant"] is None
+    empty = moeconv("placement", "show", "[[]]")
+    assert (empty.code, "redundant" in empty.err, "has no slots" in empty.err) == (4, False, True)

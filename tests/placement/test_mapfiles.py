@@ -217,3 +217,90 @@ def caught(which: str | Path) -> MoeconvError | None:
     except MoeconvError as problem:
         return problem
     return None
+
+
+# --- a few bytes that would be gigabytes -------------------------------------------------------
+def header(shape: tuple[int, ...], kind: str = "<i8") -> bytes:
+    """The header of a `.npy` file, and nothing behind it."""
+    text = repr({"descr": kind, "fortran_order": False, "shape": shape}).encode()
+    text += b" " * (-(11 + len(text)) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("shape", "fact"),
+    [
+        ((10**12, 0), "rows of 0 slots"),
+        ((0,), "rows of 0 slots"),
+        ((0, 4), "rows are 1 to 10,000"),
+        ((10_001, 1), "rows are 1 to 10,000"),
+        ((1, 1_048_577), "1 to 1,048,576"),
+        ((-1, 4), "rows are 1 to 10,000"),
+        ((9_000, 1_000_000), "not what follows"),
+        ((2, 3), "not what follows"),
+    ],
+)
+def test_the_shape_of_an_array_is_looked_at_first(
+    tmp_path: Path, shape: tuple[int, ...], fact: str
+):
+    refused(file(tmp_path, "map.npy", header(shape)), BadPlacementFile, "map.npy", fact)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.empty((10**9, 0), dtype=torch.int64),
+        torch.empty((0, 4), dtype=torch.int64),
+        torch.empty((20_000, 1), dtype=torch.int64),
+        torch.empty((3, 0, 10**6), dtype=torch.int32),
+    ],
+)
+def test_the_shape_of_a_tensor_is_looked_at_first(tmp_path: Path, value: torch.Tensor):
+    for doc in (value, {"phy2log": value}):
+        torch.save(doc, tmp_path / "map.pt")
+        refused(tmp_path / "map.pt", BadPlacementFile, "map.pt", "rows")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_buffer_in_a_pickle_is_not_made(tmp_path: Path, *, zipped: bool):
+    class Buffer:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (bytearray, (10**11,))
+
+    torch.save({"phy2log": Buffer()}, tmp_path / "map.pt", _use_new_zipfile_serialization=zipped)
+    refused(tmp_path / "map.pt", BadPlacementFile, "a bytearray has no place")
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("[[0], [], [0]]", "[1]: has no slots"),
+        ('{"phy2log": [[0, 1048576]]}', "phy2log[0]: holds expert 1048576"),
+        (f"[{','.join(['[0]'] * 10_001)}]{' ' * 100_000}", "10,001 rows"),
+        (f"[{','.join(['0'] * 1_048_577)}]", "1,048,577 slots"),
+    ],
+)
+def test_rows_are_bounded(text: str, fact: str):
+    refused(text, BadPlacementFile, fact)
+
+
+def test_yaml_is_read_as_its_values(tmp_path: Path):
+    text = "layer_updates_per_iter: 0\ninitial_global_assignments: {1: &a [0, 1], 2: *a}\n"
+    assert read_map(file(tmp_path, "map.yaml", text)).rows == ((1, (0, 1)), (2, (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("a: *b\n", "names nothing before it"),
+        ("a: 1\n---\nb: 2\n", "more than one document"),
+        ("[" * 200 + "]" * 200, "nested more than 100 deep"),
+        ("{" + "a: {" * 200 + "}" * 201, "nested more than 100 deep"),
+        ("a: !!set {}\n", "tag:yaml.org,2002:set"),
+        ("true: 1\n", "neither a text nor an id"),
+        ("a: 0x10\n", "plain decimal"),
+        ("# " + "x" * (4 * 1024 * 1024), "of YAML at most"),
+    ],
+)
+def test_yaml_that_is_more_than_values(tmp_path: Path, text: str, fact: str):
+    refused(file(tmp_path, "map.yaml", text), BadPlacementFile, fact)

@@ -284,3 +284,17 @@ def test_ids_are_shortened():
     assert listed(range(1010)) == "0, 1, 2, 3, 4, 5 and 1,004 more"
     assert spans((1, 3, 4, 5, 8)) == "1, 3-5, 8"
     assert spans(range(0, 20, 2)) == "0, 2, 4, 6, 8, 10 and 4 more"
+
+
+def test_a_far_expert_costs_no_more_than_a_near_one():
+    """Of a million experts of which a row has two, the first few missing ones are enough."""
+    assert problems((0, 999_999), experts=10**9, ep_size=None) == [
+        "layer 3: experts 1, 2, 3, 4, 5, 6 and 999,999,992 more are in no slot"
+    ]
+
+
+def test_many_misfits_are_counted():
+    layers = Layers(4, tuple(range(3000)), (), 3000)
+    rows = tuple((0, 1, 2, 9) for _ in layers.moe)
+    placement = Placement(4, layers.moe, rows)
+    misfit("6,000 problems", "and 5,980 more", placement=placement, layers=layers, ep_size=2)
