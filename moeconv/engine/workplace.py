@@ -241,8 +241,8 @@ class Workplace:
         """Remove what this run made and put the old output back; says where it is if it cannot."""
         ours = self.journal is not None and self.journal.held
         if ours:  # else they are those of a run that lives
-            for path in (self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}"):
-                with suppress(OSError):
+            with suppress(OSError):  # where the folder cannot be listed, they stay
+                for path in (self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}"):
                     path.unlink()
         if self.keeps and ours:
             old = self._where_old()
