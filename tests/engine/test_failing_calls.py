@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import signal
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 import moeconv
-from moeconv.engine import crew, methods, syscalls, target
+from moeconv.engine import crew, methods, syscalls, target, tiles
 from moeconv.engine.journal import read_journal
 from moeconv.errors import DiskFull, IoFailed
 from tests.badinput.checks import holds, tree
@@ -190,3 +191,92 @@ def test_files_that_cannot_be_closed(
     monkeypatch.undo()
     assert sorted(Path("/proc/self/fd").iterdir()) == descriptors
     assert out.exists() == (not broken and not matters)
+
+
+# a clone, in the shape of FICLONERANGE's argument: source, offset, length, where in the target
+_CLONE = struct.Struct("=qQQQ")
+
+
+class Kernel:
+    """A kernel that clones on any file system, and copies; both fail from some call on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, clones: bool, code: int) -> None:
+        self.code = code
+        self.calls = 0
+        self.good = 1  # the question whether it can at all
+        self.broken: str | None = None  # the file that nobody can read any more
+        self._clones = clones
+        self._copy, self._read, self._ioctl = os.copy_file_range, os.preadv, fcntl.ioctl
+        monkeypatch.setattr(os, "copy_file_range", self.copy)
+        monkeypatch.setattr(os, "preadv", self.read)
+        monkeypatch.setattr(fcntl, "ioctl", self.ioctl)
+        monkeypatch.setattr(target, "open_direct", lambda _: None)
+        monkeypatch.setattr(tiles, "LARGE_TILE_BYTES", 16 * 1024)
+
+    def _turn(self) -> None:
+        self.calls += 1
+        if self.calls > self.good:
+            raise OSError(self.code, os.strerror(self.code))
+
+    def copy(self, source: int, target: int, count: int, *at: int) -> int:
+        """copy_file_range(2)."""
+        self._turn()
+        return self._copy(source, target, count, *at)
+
+    def ioctl(self, target: int, request: int, argument: bytes) -> object:
+        """FICLONERANGE, or whatever else is asked."""
+        if request != syscalls._CLONE_RANGE:
+            return self._ioctl(target, request, argument)
+        if not self._clones:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        self._turn()
+        source, offset, length, at = _CLONE.unpack(argument)
+        return os.pwrite(target, os.pread(source, length, offset), at)
+
+    def read(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        """preadv(2)."""
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        if name == self.broken and self.calls > self.good:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._read(descriptor, buffers, offset)
+
+
+@pytest.mark.parametrize("clones", [False, True])
+@pytest.mark.parametrize("good", [0, 1, 4])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINTR])
+def test_what_the_kernel_cannot_copy_is_read_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clones: bool, good: int, code: int
+) -> None:
+    moeconv.fuse(source(tmp_path / "src"), tmp_path / "fused")
+    moeconv.shard(tmp_path / "fused", tmp_path / "plain", ep_size=2)
+    kernel = Kernel(monkeypatch, clones=clones, code=code)
+    kernel.good = good
+    moeconv.shard(tmp_path / "fused", tmp_path / "out", ep_size=2, jobs=1)
+    assert kernel.calls > good
+    assert tree_sha256(tmp_path / "out") == tree_sha256(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("clones", [False, True])
+def test_a_source_that_cannot_be_read_is_not_called_an_output_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clones: bool
+) -> None:
+    moeconv.fuse(source(tmp_path / "src"), tmp_path / "fused")
+    kernel = Kernel(monkeypatch, clones=clones, code=errno.EIO)
+    kernel.broken = "model-00001-of-00001.safetensors"
+    with pytest.raises(IoFailed) as caught:
+        moeconv.shard(tmp_path / "fused", tmp_path / "out", ep_size=2, digests="later")
+    holds(caught.value, IoFailed, f"cannot read `{kernel.broken}`", "fused", "byte")
+    assert tree(tmp_path / "out") is None
+
+
+@pytest.mark.parametrize("clones", [False, True])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_only_the_output_can_want_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clones: bool, code: int
+) -> None:
+    moeconv.fuse(source(tmp_path / "src"), tmp_path / "fused")
+    Kernel(monkeypatch, clones=clones, code=code)
+    with pytest.raises(DiskFull) as caught:
+        moeconv.shard(tmp_path / "fused", tmp_path / "out", ep_size=2, digests="later")
+    holds(caught.value, DiskFull, "cannot write `", "/out/", os.strerror(code))
+    assert tree(tmp_path / "out") is None
