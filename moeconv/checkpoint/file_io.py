@@ -37,7 +37,11 @@ def read_available(descriptor: int, view: memoryview, offset: int) -> int:
 
 def read_into(descriptor: int, view: memoryview, offset: int) -> None:
     """Fill `view` with the bytes from `offset` on. Raises FileEnded, OSError."""
-    done = read_available(descriptor, view, offset)
+    done = os.preadv(descriptor, [view], offset)
+    if done == len(view):
+        return
+    if done:
+        done += read_available(descriptor, view[done:], offset + done)
     if done < len(view):
         raise FileEnded(offset + done)
 

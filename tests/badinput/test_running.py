@@ -235,6 +235,23 @@ def test_ctrl_c_while_the_workers_start(src: Path, out: Path, monkeypatch: pytes
     assert not any(thread.is_alive() for thread in started)
 
 
+@pytest.mark.parametrize("side", ["source", "whole", "ranks"])
+def test_a_file_that_is_cut_while_it_is_compared(src: Path, out: Path, side: str, jobs: int):
+    """What cannot be read any more does not count as equal, on whichever side."""
+    write(src, _of_12_megabytes())
+    moeconv.fuse(src, out)
+    if side == "ranks":
+        moeconv.shard(src, out.with_name("ranks"), ep_size=2)
+        out = out.with_name("ranks")
+    place = src if side == "source" else out
+    victim = max(place.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    cut = _Once(lambda: os.truncate(victim, 1_000_000))
+    with pytest.raises(IoFailed) as caught:
+        moeconv.verify(out, level="source", source=src, jobs=jobs, progress=cut)
+    assert victim.name in str(caught.value)
+    assert caught.value.fix
+
+
 def test_ctrl_c_while_restoring_a_source_without_index(src: Path, out: Path):
     write(src, {**qwen(), **LARGE})
     moeconv.fuse(src, out)

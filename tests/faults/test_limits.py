@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ import torch
 
 import moeconv
 from moeconv import runtime
+from moeconv.engine.single import write_single
 from moeconv.errors import IoFailed
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import holds, tree
@@ -137,6 +139,41 @@ def test_more_files_than_descriptors(
 
     limited(LIMIT, LIMIT, same, tmp_path / "note")
     shutil.rmtree(place.out, ignore_errors=True)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "fuse": lambda p: moeconv.fuse(p / "src", p / "out"),
+    "unfuse": lambda p: moeconv.unfuse(p / "fused", p / "out"),
+    "unfuse by another layout": lambda p: moeconv.unfuse(p / "fused", p / "out", layout="fused"),
+    "shard --virtual": lambda p: moeconv.shard(
+        p / "src", p / "out", ep_size=2, virtual=True, layout="per-expert"
+    ),
+    "merge": lambda p: moeconv.merge(p / "ranks", p / "out"),
+    "a single file": lambda p: write_single(p / "out", bytes(30_000)),
+}
+
+
+@pytest.mark.parametrize("most", [1, 29_999])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_limit_of_file_sizes_cuts_nothing(tmp_path: Path, name: str, most: int) -> None:
+    """A sidecar of 30,000 bytes; what is less than it is written whole, or not at all."""
+    src = write(tmp_path / "src", qwen())
+    (src / "tokenizer.json").write_bytes(os.urandom(30_000))
+    moeconv.fuse(src, tmp_path / "fused")
+    moeconv.shard(src, tmp_path / "ranks", ep_size=2)
+
+    def refused() -> None:
+        infinite = resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, infinite))
+        with pytest.raises(IoFailed) as caught:
+            WRITERS[name](tmp_path)
+        holds(caught.value, IoFailed, "cannot write", os.strerror(errno.EFBIG))
+        assert "ulimit -f" in str(caught.value.fix)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (infinite, infinite))
+
+    before = tree(tmp_path)
+    limited(1024, 1024, refused, tmp_path.with_name("note"))
+    assert tree(tmp_path) == before
 
 
 def test_a_soft_limit_is_raised_and_never_lowered(place: Place, tmp_path: Path) -> None:
