@@ -52,10 +52,18 @@ def new_file(path: Path) -> Iterator[int]:
     except BaseException:
         with suppress(OSError):  # what failed first is what is reported
             os.close(descriptor)
-        with suppress(OSError):
-            path.unlink()
+        _drop(path)
         raise
-    os.close(descriptor)
+    try:
+        os.close(descriptor)
+    except OSError:  # disks over a network may say only then that they lost something
+        _drop(path)
+        raise
+
+
+def _drop(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def write_new(path: Path, data: bytes) -> None:

@@ -243,7 +243,8 @@ class Workplace:
         if ours:  # else they are those of a run that lives
             with suppress(OSError):  # where the folder cannot be listed, they stay
                 for path in (self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}"):
-                    path.unlink()
+                    with suppress(OSError):
+                        path.unlink()
         if self.keeps and ours:
             old = self._where_old()
             return "; ".join(filter(None, ("`--resume` goes on from what is finished", old)))

@@ -21,8 +21,9 @@ from moeconv.checkpoint.header import parse_header
 from moeconv.checkpoint.papers import damaged, inside
 from moeconv.checkpoint.reading import open_regular, opened, read_start, unreadable
 from moeconv.digest import digest
-from moeconv.errors import MissingShard, SourceChanged, quoted
+from moeconv.errors import IoFailed, MissingShard, SourceChanged, quoted
 from moeconv.manifest import ROOT_NAME, Part, Run, SourceFile
+from moeconv.names import printable
 from moeconv.runtime.tensors import LocalTensor, portions
 
 _MAX_HEADER: Final = 8 + 100_000_000
@@ -237,6 +238,20 @@ class Reader(ExitStack[bool | None]):
         except OSError as problem:
             raise unreadable(file.path, problem, name=file.name) from None
 
+    def _mapped(self, file: DataFile, number: int) -> torch.UntypedStorage:
+        with closing(Lease(self._pool)) as lease:
+            place = f"/proc/self/fd/{self._descriptor(lease, number)}"
+            try:
+                found = torch.UntypedStorage.from_file(place, shared=False, nbytes=file.size)
+            except RuntimeError as problem:
+                raise IoFailed(
+                    f"cannot map {quoted(file.name)} into memory",
+                    at=quoted(str(file.path)),
+                    cause=printable(str(problem).partition("\n")[0]),
+                    fix="check that it is whole, and the limits of open files and of address space",
+                ) from None
+        return cast("torch.UntypedStorage", found)
+
     def view(self, tensor: LocalTensor) -> torch.Tensor | None:
         """The tensor without a copy, or None where it is not one aligned run.
 
@@ -247,13 +262,7 @@ class Reader(ExitStack[bool | None]):
         run, dtype = tensor.runs[0], tensor.torch_dtype
         if run.file not in self._maps:
             # by descriptor, so that what is mapped is what was looked at
-            with closing(Lease(self._pool)) as lease:
-                found = torch.UntypedStorage.from_file(
-                    f"/proc/self/fd/{self._descriptor(lease, run.file)}",
-                    shared=False,
-                    nbytes=self._files[run.file].size,
-                )
-            self._maps[run.file] = cast("torch.UntypedStorage", found)
+            self._maps[run.file] = self._mapped(self._files[run.file], run.file)
         start, shape = run.offset // dtype.itemsize, tensor.torch_shape
         strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
         return torch.empty(0, dtype=dtype).set_(self._maps[run.file], start, shape, strides)

@@ -13,6 +13,7 @@ from moeconv.errors import Damaged, IoFailed, SourceChanged
 from moeconv.manifest import Run
 from moeconv.runtime import files
 from moeconv.runtime.files import DataFile, Reader
+from moeconv.runtime.tensors import LocalTensor
 from tests.runtime.handmade import all_same, checkpoint, write_set
 from tests.runtime.models import TinyMoe, state
 
@@ -146,3 +147,41 @@ def test_a_file_written_while_it_is_read(
     monkeypatch.setattr(os, "preadv", torn)
     with pytest.raises(SourceChanged, match="while it was read"):
         shard.load_into(TinyMoe(3)) if into_model else shard.load()
+
+
+def test_a_file_that_is_cut_before_it_is_mapped(two: dict[int, DataFile]):
+    tensor = LocalTensor("a", "U8", (1000,), (Run(0, 0, 1000),), None, meaning=())
+    with Reader(two) as reader:
+        reader.open(tensor.runs)
+        os.truncate(two[0].path, 10)
+        with pytest.raises(IoFailed, match="cannot map `file0`") as caught:
+            reader.view(tensor)
+    assert caught.value.cause
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("what", ["replaced", "written to", "removed"])
+def test_a_file_that_changes_while_it_is_closed(
+    two: dict[int, DataFile], monkeypatch: pytest.MonkeyPatch, what: str, again: bool
+):
+    """There are more files than may be open: each is checked whenever it is opened, and in the end.
+
+    Its like, of the same size and time, is another file.
+    """
+    monkeypatch.setattr(files, "descriptors_left", lambda _: 0)
+    monkeypatch.setattr(files, "_MOST_THREADS", 1)
+    out, path, facts = torch.zeros(40, dtype=torch.uint8), two[1].path, two[1].path.stat()
+    with Reader(two) as reader:
+        reader.open(RUNS)
+        reader.into(out.data_ptr(), (Run(1, 0, 40),))
+        reader.into(out.data_ptr(), (Run(0, 0, 40),))
+        assert list(reader._pool.open) == [0]
+        if what == "written to":
+            path.write_bytes(path.read_bytes())
+        else:
+            path.rename(path.with_name("old"))
+        if what == "replaced":
+            path.write_bytes(path.with_name("old").read_bytes())
+            os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        with pytest.raises(IoFailed if what == "removed" else SourceChanged):
+            reader.into(out.data_ptr(), (Run(1, 0, 40),)) if again else reader.check()
