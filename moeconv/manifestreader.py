@@ -37,7 +37,7 @@ from moeconv.manifest import (
     units_of,
 )
 from moeconv.manifestrules import check_root
-from moeconv.names import natural_key
+from moeconv.names import natural_key, slot_namer
 from moeconv.schema import Problems, Table, is_digest, is_dtype
 from moeconv.strictjson import loads
 
@@ -343,8 +343,8 @@ def _check_local(t: Table, entry: ExpertEntry, row: tuple[int, ...] | None) -> N
         t.problem("local", "is only for what the common files hold of a stack that ranks share")
     elif len(entry.experts) != 1:
         t.problem("local", f"is only for a tensor of one expert, not of {len(entry.experts)}")
-    if (entry.local or "").count("{slot}") != 1:
-        t.problem("local", "must hold `{slot}` once")
+    if slot_namer(entry.local or "") is None:
+        t.problem("local", "must hold `{slot}` once, or `{slot+N}`")
 
 
 def _span(t: Table, key: str, limit: int) -> tuple[int, int]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
 
 MAX_FILE_NAME_BYTES = 255
 _DIGITS = re.compile(r"[0-9]+")
 _LONG = 128  # numbers of so many digits take more than a character for their length
+_SLOT = re.compile(r"\{slot(?:\+([1-9][0-9]{0,9}))?\}")
 _WINDOWS_DEVICES = frozenset(
     {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)}
 )
@@ -68,6 +70,23 @@ def _less(n: int) -> str:
     if n < _LONG:
         return chr(_LONG - n)
     return f"\0{chr((1 << 20) - (n >> 20))}{chr(0xFFFFF - (n & 0xFFFFF))}"
+
+
+def slot_hole(first: int) -> str:
+    """The hole in the template of a `slot_namer` that numbers slots from `first` on."""
+    return f"{{slot+{first}}}" if first else "{slot}"
+
+
+def slot_namer(template: str) -> Callable[[int], str] | None:
+    """The names of a rank's tensors by slot: `{slot}` is its number on the rank, `{slot+N}` N more.
+
+    None where the template does not hold one of these exactly once.
+    """
+    parts = _SLOT.split(template)
+    if len(parts) != 3:
+        return None
+    head, first, tail = parts[0], int(parts[1] or 0), parts[2]
+    return lambda slot: f"{head}{first + slot}{tail}"
 
 
 def file_name_problem(name: str) -> str | None:

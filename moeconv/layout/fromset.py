@@ -13,7 +13,7 @@ from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import BadManifest, MissingExpert, MoeconvError, quoted
 from moeconv.layout.axes import EXPERT, IN, OUT, Axes, AxesSyntax, geometry, parse_axes
 from moeconv.layout.detect import Detection
-from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe
+from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe, slots_before
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.manifest import ExpertEntry, Manifest, StackEntry, TensorEntry
 from moeconv.names import abridged, natural_key, printable
@@ -31,6 +31,14 @@ class Held:
     stored: StoredTensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """How many ranks there are; before: as in `Line.first_slot`."""
+
+    size: int
+    before: int
+
+
 def set_detection(
     manifest: Manifest, stored: dict[tuple[str, str], StoredTensor], recipes: tuple[Recipe, ...]
 ) -> Detection:
@@ -42,10 +50,13 @@ def set_detection(
     held, others = sorted_out(manifest, stored)
     stacks: list[Stack] = []
     problems: list[MoeconvError] = []
+    size = manifest.root.ep_size or 1
+    placed = ((by_name[s.recipe], s.physical_to_logical) for s in manifest.root.stacks)
+    ranks = _Ranks(size, slots_before(placed, size))
     for number, entry in enumerate(manifest.root.stacks):
         try:
             recipe = by_name[entry.recipe]
-            stacks.append(_stack(entry, manifest.root.ep_size or 1, recipe, held.get(number, [])))
+            stacks.append(_stack(entry, ranks, recipe, held.get(number, [])))
         except MoeconvError as problem:
             problems.append(problem)
     stacks.sort(key=lambda s: natural_key(s.name))
@@ -105,7 +116,7 @@ def _is(named: Axes, said: Axes) -> bool:
     )
 
 
-def _stack(entry: StackEntry, ep_size: int, recipe: Recipe, held: list[Held]) -> Stack:
+def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, held: list[Held]) -> Stack:
     layout = recipe.layout(entry.layout)
     if layout is None or not held:
         raise _unfit(entry.name, "no tensor of the set is of this stack")
@@ -121,7 +132,7 @@ def _stack(entry: StackEntry, ep_size: int, recipe: Recipe, held: list[Held]) ->
     sizes = Sizes(entry.experts, entry.width, entry.hidden, tuple(sorted(packing.items())))
     stack = Stack(entry.name, recipe, layout, sizes, tuple(sorted(granules.items())), ())
     members = tuple(
-        _member(stack, entry, ep_size, *homes[line.projections, component.name])
+        _member(stack, entry, ranks, *homes[line.projections, component.name])
         for line in layout.lines
         for component in recipe.components
         if (line.projections, component.name) in homes
@@ -152,19 +163,19 @@ def _packing(one: Held, component: Component) -> dict[tuple[str, bool, str], int
 def _member(
     stack: Stack,
     entry: StackEntry,
-    ep_size: int,
+    ranks: _Ranks,
     home: _Home,
     group: list[Held],
 ) -> Member:
     line, component, axes = home
     row = entry.physical_to_logical
-    share = len(row) // ep_size if row else 0
+    share = len(row) // ranks.size if row else 0
     first: dict[int, tuple[int, int]] = {}
     slots: set[int] = set()
     for number, one in enumerate(group):
         if one.entry.dtype != group[0].entry.dtype:
             raise _unfit(one.entry.name, f"it is {one.entry.dtype}, not {group[0].entry.dtype}")
-        _check(stack, home, one, share)
+        _check(stack, home, one, share, ranks.before)
         start = one.expert.slots[0] if one.expert.slots else one.expert.experts[0]
         for position, expert in enumerate(one.expert.experts):
             slots.add(start + position)
@@ -190,7 +201,7 @@ def _member(
     )
 
 
-def _check(stack: Stack, home: _Home, one: Held, share: int) -> None:
+def _check(stack: Stack, home: _Home, one: Held, share: int, before: int) -> None:
     """A tensor must be what its recipe makes of its stack. Raises BadManifest."""
     line, component, axes = home
     expert, slots = one.expert, one.expert.slots
@@ -198,8 +209,8 @@ def _check(stack: Stack, home: _Home, one: Held, share: int) -> None:
     number, local = None, None
     if line.per_expert:
         number = slots[0] % share if slots and share else expert.experts[0]
-        pattern = line.name(stack.name, component, None)
-        local = pattern.replace("{expert}", "{slot}") if share and not slots else None
+        template = line.slot_template(stack.name, component, before)
+        local = template if share and not slots else None
     if expert.local != local:
         raise _unfit(one.entry.name, f"`local` is {expert.local}, its recipe makes it {local}")
     if share and component.is_global == bool(slots):
@@ -207,7 +218,7 @@ def _check(stack: Stack, home: _Home, one: Held, share: int) -> None:
         raise _unfit(one.entry.name, f"ranks share its stack: a {component.name} belongs {where}")
     said = (one.entry.name, expert.axes, expert.matrix, one.stored.shape, one.stored.dtype)
     need = (
-        line.name(stack.name, component, number),
+        line.namer(stack.name, component, slots_before=before if slots else None)(number),
         str(axes),
         here.canonical_shape,
         here.shape,

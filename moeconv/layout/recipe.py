@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, derived, recounted, shared_by_pair
+from moeconv.names import slot_hole
 
 GATE: Final = "gate"
 UP: Final = "up"
@@ -91,16 +92,36 @@ class Line:
         """The tensor's name."""
         return self.namer(stack, component)(expert)
 
-    def namer(self, stack: str, component: Component) -> Callable[[int | None], str]:
-        """`name` for many experts: what they share is put together once."""
+    def namer(
+        self, stack: str, component: Component, *, slots_before: int | None = None
+    ) -> Callable[[int | None], str]:
+        """`name` for many experts: what they share is put together once.
+
+        slots_before: for the slots of a rank instead, see `first_slot`.
+        """
         hole = self.hole
         rest = self.template.replace(hole, self.word(component)) if hole else self.template
         text = stack + rest.removeprefix("{stack}")
         head, there, tail = text.partition("{expert}")
         if not there:
             return lambda _: text
-        first = self.first
+        first = self.first if slots_before is None else self.first_slot(slots_before)
         return lambda expert: text if expert is None else f"{head}{first + expert}{tail}"
+
+    def first_slot(self, before: int) -> int:
+        """The number in the name of a rank's first slot, where each expert has a tensor.
+
+        before: the most slots that a rank has of a stack whose ids come before in the same row of
+        ids. Slots are numbered from where the ids of their stack begin, or behind these slots,
+        which may be more than the ids before.
+        """
+        return max(self.first, before) if self.first else 0
+
+    def slot_template(self, stack: str, component: Component, before: int) -> str:
+        """The names of a rank's slots as the template that `names.slot_namer` reads."""
+        return self.name(stack, component, None).replace(
+            "{expert}", slot_hole(self.first_slot(before))
+        )
 
     @property
     def hole(self) -> str:
@@ -324,8 +345,22 @@ class Recipe:
         return replace(self, layouts=layouts, taken=(first, stop))
 
     @property
+    def shares_ids(self) -> bool:
+        """Whether its stacks take the first ids of a row that goes on with another stack's."""
+        return self.taken is not None and self.taken[0] == 0
+
+    @property
     def stack_pattern(self) -> str:
         """A regular expression for a stack's name."""
         text = "|".join(map(re.escape, self.stacks))
         text = text.replace(re.escape("{prefix}"), r"(?:.*\.)?")
         return f"(?:{text.replace(re.escape('{layer}'), _ID)})"
+
+
+def slots_before(stacks: Iterable[tuple[Recipe, tuple[int, ...] | None]], ep_size: int) -> int:
+    """The most slots that a rank has of stacks that take the first ids of a shared row.
+
+    stacks: each with its row of slots, if ranks share it.
+    """
+    rows = (row for recipe, row in stacks if row is not None and recipe.shares_ids)
+    return max((len(row) // ep_size for row in rows), default=0)

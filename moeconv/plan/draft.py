@@ -94,19 +94,16 @@ class Kind:
         woven = Woven(self.members, experts, self.axes, geometry, expert)
         return Draft(name, dtype, geometry.shape, nbytes, None, woven)
 
-    def for_all(self, *, local: bool = False) -> list[Draft]:
+    def for_all(self, *, local: str | None = None) -> list[Draft]:
         """The tensors with every expert in logical order.
 
-        local: say also which names they have on a rank, where each expert has its own.
+        local: which names they have on a rank, said where each expert has a tensor.
         """
         count = self.stack.sizes.experts
         if not self.line.per_expert:
             return [self.draft(self.name(None), self.geometry(count), tuple(range(count)))]
         geometry = self.geometry(1)
-        pattern = self.line.name(self.stack.name, self.component, None) if local else None
-        if pattern is not None:
-            pattern = pattern.replace("{expert}", "{slot}")
-        return [self.draft(self.name(e), geometry, (e,), local=pattern) for e in range(count)]
+        return [self.draft(self.name(e), geometry, (e,), local=local) for e in range(count)]
 
 
 def laid_out(
@@ -188,11 +185,13 @@ def fates(
     *,
     numbers: list[list[int]] | None = None,
     replicated: frozenset[str] = frozenset(),
+    before: int = 0,
 ) -> list[Fate]:
     """What becomes of each of a stack's tensors in `layout`.
 
-    numbers: for each expert those that its tensors have, on all ranks that hold it, where they are
-    not its own; replicated: components that are written once for each of these.
+    numbers: for each expert its slots, as all ranks that hold it count them, where names are by
+    slot; replicated: components that are written once for each of these; before: as in
+    `Line.first_slot`.
     """
     out = []
     own = [[e] for e in range(stack.sizes.experts)]
@@ -204,7 +203,10 @@ def fates(
             for ln in layout.lines
             if set(member.line.projections) & set(ln.projections) and ln.holds(component)
         ]
-        named = [(ln.namer(stack.name, component), ln.per_expert) for ln in lines]
+        by_slot = None if many is own else before
+        named = [
+            (ln.namer(stack.name, component, slots_before=by_slot), ln.per_expert) for ln in lines
+        ]
         held = experts_read(member, stack.sizes.experts)
         usual = _verb(stack.layout, layout)
         if usual == "copied" and not member.line.per_expert:

@@ -6,11 +6,13 @@ location, and every engine that follows DeepSeek's EPLB.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
-from moeconv.errors import NotVirtual, quoted
+from moeconv.errors import NameCollision, NotVirtual, quoted
 from moeconv.layout.detect import Detection
-from moeconv.layout.recipe import Layout
+from moeconv.layout.recipe import Layout, slots_before
 from moeconv.layout.stack import Stack
 from moeconv.manifest import files_name
 from moeconv.plan.convert import (
@@ -83,13 +85,15 @@ def shards_in(
     """`plan_shards` with a layout for each stack by name."""
     stacks = detection.stacks
     common, ranks = drafts_of(detection, sharding, targets)
+    _refuse_two_meanings(common, ranks)
+    before = _slots_before(detection, sharding)
     files: list[OutputFile] = []
     for rank, drafts in ((None, common), *enumerate(ranks)):
         prefix = files_name(rank, sharding.ep_size)
         files += pack(drafts, packing, prefix=prefix, rank=rank)
     ledger = copied_fates(detection)
     for stack in stacks:
-        ledger += _fates(stack, targets[stack.name], sharding)
+        ledger += _fates(stack, targets[stack.name], sharding, before)
     plan = Plan(
         files=tuple(files),
         index_name=None,
@@ -129,32 +133,59 @@ def drafts_of(
     """The tensors of the common files, and those of each rank's."""
     common = [copied(t) for t in detection.others]
     ranks: list[list[Draft]] = [[] for _ in range(sharding.ep_size)]
+    before = _slots_before(detection, sharding)
     for number, stack in enumerate(detection.stacks):
         row = sharding.rows.get(stack.name)
         for kind in kinds_of(stack, number, targets[stack.name]):
-            if row is None or kind.component.is_global:
-                common += kind.for_all(local=row is not None)
+            if row is None:
+                common += kind.for_all()
+                continue
+            if kind.component.is_global:
+                local = kind.line.slot_template(stack.name, kind.component, before)
+                common += kind.for_all(local=local)
                 continue
             share = len(row) // sharding.ep_size
+            name = kind.line.namer(stack.name, kind.component, slots_before=before)
             for rank in range(sharding.ep_size):
-                ranks[rank] += _slots(kind, row, rank * share, share)
+                ranks[rank] += _slots(kind, name, row, rank * share, share)
     return common, ranks
 
 
-def _slots(kind: Kind, row: tuple[int, ...], first: int, share: int) -> list[Draft]:
+def _slots_before(detection: Detection, sharding: Sharding) -> int:
+    placed = ((s.recipe, sharding.rows.get(s.name)) for s in detection.stacks)
+    return slots_before(placed, sharding.ep_size)
+
+
+def _slots(
+    kind: Kind, name: Callable[[int | None], str], row: tuple[int, ...], first: int, share: int
+) -> list[Draft]:
     """A rank's tensors of one kind: one for each slot, or one with all of them."""
     if not kind.line.per_expert:
         slots = (first, first + share)
         experts = row[first : first + share]
-        return [kind.draft(kind.name(None), kind.geometry(share), experts, slots=slots)]
+        return [kind.draft(name(None), kind.geometry(share), experts, slots=slots)]
     geometry = kind.geometry(1)
     return [
-        kind.draft(kind.name(s), geometry, (row[first + s],), slots=(first + s, first + s + 1))
+        kind.draft(name(s), geometry, (row[first + s],), slots=(first + s, first + s + 1))
         for s in range(share)
     ]
 
 
-def _fates(stack: Stack, layout: Layout, sharding: Sharding) -> list[Fate]:
+def _refuse_two_meanings(common: list[Draft], ranks: list[list[Draft]]) -> None:
+    """Raise NameCollision where a rank would have a name that the common files have, too."""
+    shared = {draft.name for draft in common}
+    for draft in chain.from_iterable(ranks):
+        if draft.name in shared:
+            raise NameCollision(
+                f"the common files and a rank's would both have a {quoted(draft.name)}",
+                at=quoted(draft.name),
+                cause="one is a slot of this rank, the other something that all ranks have",
+                fix="choose a `--layout` without names for each expert, such as `fused`, "
+                "or fewer redundant experts",
+            )
+
+
+def _fates(stack: Stack, layout: Layout, sharding: Sharding, before: int) -> list[Fate]:
     row = sharding.rows.get(stack.name)
     if row is None:
         return fates(stack, layout)
@@ -162,7 +193,8 @@ def _fates(stack: Stack, layout: Layout, sharding: Sharding) -> list[Fate]:
     numbers: list[list[int]] = [[] for _ in range(stack.sizes.experts)]
     for slot, expert in enumerate(row):
         numbers[expert].append(slot % share)
-    return fates(stack, layout, numbers=numbers, replicated=not_global(stack))
+    replicated = not_global(stack)
+    return fates(stack, layout, numbers=numbers, replicated=replicated, before=before)
 
 
 def not_global(stack: Stack) -> frozenset[str]:

@@ -28,6 +28,7 @@ from moeconv.manifest import (
     part_names,
 )
 from moeconv.manifestreader import parse_parts
+from moeconv.names import slot_namer
 from moeconv.runtime.complete import Rows, bad, is_stacked
 from moeconv.runtime.files import DataFile, own_file, source_file
 from moeconv.runtime.tensors import Held, LocalTensor, in_slot, joined
@@ -210,8 +211,9 @@ def gathered(home: Home, several: list[Stored], rows: Rows) -> list[LocalTensor]
     out = []
     for slot, e in enumerate(mine):
         entry = by_expert[e].entry
-        template = (entry.expert.local if entry.expert else None) or ""
+        name = slot_namer((entry.expert.local if entry.expert else None) or "")
+        if name is None:
+            raise bad(entry.name, "it lacks `local`, its name on a rank")
         held = Held(number, start + slot, start + slot + 1, len(row), start, stacked=False)
-        name = template.replace("{slot}", str(slot))
-        out.append(replace(plain(by_expert[e]), name=name, held=held))
+        out.append(replace(plain(by_expert[e]), name=name(slot), held=held))
     return out
