@@ -65,14 +65,23 @@ def own_file(home: Path, part: Part) -> DataFile:
     return DataFile(part.file, path, facts.st_size, _identity(facts))
 
 
-def source_file(home: Path, entry: SourceFile) -> DataFile:
-    """A file that a virtual set points into. Raises MissingShard, SourceChanged, UnsafePath."""
+def source_file(home: Path, entry: SourceFile, *, copied: bool) -> DataFile:
+    """A file that a virtual set points into. Raises MissingShard, SourceChanged, UnsafePath.
+
+    copied: the caller says that it is here, so that its time may be another.
+    """
     path = _existing(home, entry.name, str(home))
     with opened(path, name=entry.name) as (descriptor, facts):
         found = digest(_header(descriptor, facts, path, entry.name, entry.header_size))
-        pinned = (entry.size, entry.mtime_ns, entry.header_digest)
-        if (facts.st_size, facts.st_mtime_ns, found) != pinned:
+        if (facts.st_size, found) != (entry.size, entry.header_digest):
             raise _changed(entry.name, "since the virtual set was made")
+        if facts.st_mtime_ns != entry.mtime_ns and not copied:
+            raise SourceChanged(
+                f"{quoted(entry.name)} has another time than when the virtual set was made",
+                at=quoted(str(home)),
+                cause="it was written to, or copied; its size and header are the same",
+                fix="make the virtual set again; if it is a copy, name its directory as `source=`",
+            )
     return DataFile(entry.name, path, facts.st_size, _identity(facts))
 
 

@@ -157,8 +157,10 @@ def loaded(
     tensors: Iterable[LocalTensor],
     files: Mapping[int, DataFile],
     device: torch.device | str | None,
+    *,
+    copy: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Tensors by name: views of mapped files where that can be, else read.
+    """Tensors by name: views of mapped files where that can be, else read; copy: always read.
 
     Raises NoTorchDtype, UsageProblem, IoFailed, SourceChanged.
     """
@@ -167,7 +169,7 @@ def loaded(
     with torch.no_grad(), Reader(files) as reader, Filler() as filler:
         reader.open(run for t in tensors for run in t.runs)
         for tensor in tensors:
-            view = reader.view(tensor) if where.type == "cpu" else None
+            view = reader.view(tensor) if where.type == "cpu" and not copy else None
             if view is None:
                 view = torch.empty(tensor.torch_shape, dtype=tensor.torch_dtype, device=where)
                 filler.straight(view, 0, tensor.runs, reader)

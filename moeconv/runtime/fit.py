@@ -6,8 +6,8 @@ Everything is checked, and all problems are told together, before anything is wr
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Final, TypeAlias
 
@@ -50,6 +50,17 @@ class Filled:
     source: str
     kind: tuple[object, ...]
     steps: tuple[Step, ...]
+
+    def only(self, slots: Collection[int], source: LocalTensor) -> Filled:
+        """The same for these local slots alone; source: the tensor that goes there."""
+        held, shape = source.held, source.torch_shape
+        if held is None or not held.stacked or len(slots) == len(held.local):
+            return self
+        size = shape[0] // len(held.local)
+        taken = [(n - held.local.start) * size for n in sorted(slots)]
+        ranges = [(a, a + size) for a in taken]
+        steps = (replace(s, rows=r) for s in self.steps for r in _where(s.wanted[0], ranges))
+        return replace(self, steps=tuple(steps))
 
     def local(self) -> torch.Tensor:
         """This rank's memory of it. Raises DoesNotFit where the model has changed since."""
@@ -156,17 +167,18 @@ def fit(
     rename: Rename = None,
     ignore: Iterable[str] = (),
     cast: bool = False,
-    slots: Mapping[int, frozenset[int]] | None = None,
+    needed: Collection[str] | None = None,
 ) -> Fit:
     """Match a set's tensors to a model. Raises DoesNotFit with all problems.
 
-    slots: only these local slots of stacks are to be filled; then the model may have more tensors,
-    and none may be on meta.
+    needed: only these must have a place, none of them on meta, and none may be ignored; the others
+    are matched where they have one, and the model may have more.
     """
     problems = _Problems()
     patterns = patterns_of(ignore, "ignore")
-    ignored = {n: None for n in tensors if any(fnmatchcase(n, p) for p in patterns)}
-    if slots is not None and ignored:  # the model would be in neither placement
+    must = tensors if needed is None else needed
+    ignored = {n: None for n in tensors if n in must and any(fnmatchcase(n, p) for p in patterns)}
+    if needed is not None and ignored:  # the model would be in neither placement
         problems.kinds["ignored, but its slots change"] += map(quoted, ignored)
     by_target: dict[str, str] = {}
     for name in tensors:
@@ -185,19 +197,21 @@ def fit(
         used = [n for n in dict.fromkeys(target.names) if n in by_target]
         given = [by_target.pop(n) for n in used]
         if not given:
-            if slots is None:
+            if needed is None:
                 problems.kinds["not in the set"].append(quoted(target.names[0]) + hint)
             continue
         tensor = target.now()
-        if slots is not None and tensor.is_meta:
-            problems.kinds["on meta"].append(quoted(target.names[0]))
+        if needed is not None and tensor.is_meta:
+            if any(n in needed for n in given):
+                problems.kinds["on meta"].append(quoted(target.names[0]))
+            continue
         if target.trouble:
             continue  # noted already
-        several = [_steps(tensor, tensors[n], problems, cast=cast, slots=slots) for n in given]
+        several = [_steps(tensor, tensors[n], problems, cast=cast) for n in given]
         filled.append(Filled(target, given[0], kind_of(tensor), several[0]))
         twins += [(filled[-1], other) for other in given[1:]]
         tied += [name for name in target.names if name not in used]
-    left = [quoted(name) for name in by_target.values()]
+    left = [quoted(name) for name in by_target.values() if name in must]
     if left:
         problems.kinds["without a place in the model"] += left
     problems.refuse()
@@ -219,7 +233,6 @@ def _steps(
     problems: _Problems,
     *,
     cast: bool,
-    slots: Mapping[int, frozenset[int]] | None,
 ) -> tuple[Step, ...]:
     """How to fill one tensor; its problems are noted."""
     try:
@@ -245,15 +258,7 @@ def _steps(
     if not direct and local.is_inference() and not local.is_meta:
         both = f"{quoted(source.name)}: nothing can be copied into a tensor of inference mode"
         problems.kinds["no plain memory"].append(both)
-    every = (0, local.shape[0] if have else 1)
-    held = source.held
-    if slots is None or held is None or not held.stacked:
-        return (Step(wanted, read, every, direct),)
-    size = shape[0] // len(held.local)
-    changed = sorted(slots.get(held.stack, frozenset()) & set(held.local))
-    taken = [(n - held.local.start) * size for n in changed]
-    ranges = _where(wanted[0], [(a, a + size) for a in taken])
-    return tuple(Step(wanted, read, rows, direct) for rows in ranges)
+    return (Step(wanted, read, (0, local.shape[0] if have else 1), direct),)
 
 
 def _where(spans: Spans, ranges: Iterable[tuple[int, int]]) -> Spans:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +15,11 @@ from moeconv.placement.placement import Given, by_stack, refuse_misfits, row_pro
 from moeconv.runtime.complete import Rows, bad, is_stacked
 from moeconv.runtime.fill import loaded
 from moeconv.runtime.fit import Rename, fit
+from moeconv.runtime.noted import to_fill
 from moeconv.runtime.opening import Files, Home, Key, Stored, key_of
 from moeconv.runtime.tensors import LocalTensor, cut, in_slot, joined
 from moeconv.runtime.update import Report, Updater
+from moeconv.runtime.verified import in_slot_alone
 
 if TYPE_CHECKING:
     from moeconv.runtime.shard import Shard
@@ -26,34 +29,34 @@ if TYPE_CHECKING:
 class Moves:
     """What a new placement changes on one rank. changed: (local slot, expert) by stack.
 
-    shard: the rank under the new placement; what it lacks comes out of other ranks' files.
+    `changed` is counted from the placement of the shard whose `replace` made it. shard: the rank
+    under the new placement; what it lacks comes out of other ranks' files. named: the stacks that
+    the new placement names.
     """
 
     shard: Shard
     changed: dict[str, tuple[tuple[int, int], ...]]
-
-    def _slots(self) -> dict[int, frozenset[int]]:
-        number = {name: n for n, name in enumerate(self.shard.stacks)}
-        return {
-            number[s]: frozenset(slot for slot, _ in pairs) for s, pairs in self.changed.items()
-        }
+    named: frozenset[str]
 
     def _touched(self) -> dict[LocalTensor, tuple[int, ...]]:
-        slots = self._slots()
+        number = {name: n for n, name in enumerate(self.shard.stacks)}
+        slots = {number[s]: {slot for slot, _ in pairs} for s, pairs in self.changed.items()}
         out = {}
         for tensor in self.shard.tensors.values():
             held = tensor.held
-            mine = slots.get(held.stack, frozenset()) & set(held.local) if held else frozenset()
+            mine = slots.get(held.stack, set()) & set(held.local) if held else set()
             if mine:
                 out[tensor] = tuple(sorted(mine))
         return out
 
     def load(
-        self, device: torch.device | str | None = None
+        self, device: torch.device | str | None = None, *, copy: bool = False
     ) -> dict[str, tuple[tuple[int, ...], torch.Tensor]]:
-        """The changed slots only: {name: (local slots, their values in that order)}.
+        """The slots in `changed` only: {name: (local slots, their values in that order)}.
 
-        Where a layout names each slot, the tensor is that of the one slot.
+        Where a layout names each slot, the tensor is that of the one slot. copy: as in
+        `Shard.load`. Nothing is known here of the model that they are for: call `replace` of the
+        shard that it holds.
         Raises SourceChanged, IoFailed, NoTorchDtype.
 
         >>> moves = shard.replace({"model.layers.0.mlp.experts": (2, 0, 3, 4, 1, 0)})
@@ -62,7 +65,7 @@ class Moves:
         ((2,), torch.Size([1, 8, 4]))
         """
         parts = {t.name: (slots, _slots_of(t, slots)) for t, slots in self._touched().items()}
-        values = loaded((part for _, part in parts.values()), self.shard.files, device)
+        values = loaded((part for _, part in parts.values()), self.shard.files, device, copy=copy)
         return {name: (slots, values[name]) for name, (slots, _) in parts.items()}
 
     def load_into(
@@ -73,17 +76,32 @@ class Moves:
         ignore: Iterable[str] = (),
         cast: bool = False,
     ) -> Report:
-        """Read the changed slots into the model that holds the old placement, nothing else.
+        """Read into a model the slots whose expert changes, nothing else.
 
-        Options are those of `Shard.load_into`; the model may have other tensors. Raises DoesNotFit
+        Which experts the model holds is noted at every load (`load_into`, `Updater.load`): what
+        differs from that is read, whatever placement this one was made from. All slots of the
+        named stacks are read where there is no such note, or the memory was replaced or written
+        to since. Options are those of `Shard.load_into`; the model may have other tensors.
+
+        Raises DoesNotFit (a load into the model ended early, among others) and GeometryMismatch
+        (the model holds another set's weights, or a stack that is not named in another placement)
         before the first byte is written, SourceChanged, IoFailed.
         """
-        touched = {tensor.name: tensor for tensor in self._touched()}
+        began, shard = time.perf_counter(), self.shard
+        slots = {tensor.name: tensor for tensor in shard.tensors.values() if tensor.held}
+        needed = {tensor.name for tensor in self._touched()}
         with torch.no_grad():
-            fitted = fit(
-                model, touched, rename=rename, ignore=ignore, cast=cast, slots=self._slots()
-            )
-        return Updater(self.shard, fitted, None).load(self.shard)
+            fitted = fit(model, slots, rename=rename, ignore=ignore, cast=cast, needed=needed)
+            pairs = ((f.target, held) for f in fitted.filled if (held := slots[f.source].held))
+            wanted = to_fill(pairs, shard, self.named)
+        items = {
+            f.target: f.only(wanted[f.target], slots[f.source])
+            for f in fitted.filled
+            if f.target in wanted
+        }
+        twins = tuple((items[f.target], n) for f, n in fitted.twins if f.target in items)
+        fitted = replace(fitted, filled=tuple(items.values()), twins=twins)
+        return Updater(shard, fitted, None).write(shard, began)
 
 
 def _slots_of(tensor: LocalTensor, slots: Sequence[int]) -> LocalTensor:
@@ -142,11 +160,15 @@ def changed_slots(home: Home, old: Rows, new: Rows) -> dict[str, tuple[tuple[int
 
 @dataclass(slots=True)
 class Catalog:
-    """Where the bytes of each expert are, by the files' own placement; other ranks' on demand."""
+    """Where the bytes of each expert are, by the files' own placement; other ranks' on demand.
+
+    fetched: what was asked for and is other ranks', each slot as a tensor of its own.
+    """
 
     home: Home
     files: Files
-    _found: dict[tuple[Key, int], tuple[str, tuple[Run, ...]]] = field(default_factory=dict)
+    fetched: dict[tuple[Key, int], Stored] = field(default_factory=dict)
+    _found: dict[tuple[Key, int], tuple[Stored, int, int]] = field(default_factory=dict)
     _ranks: set[int] = field(default_factory=set)
 
     def add(self, rank: int, several: Iterable[Stored]) -> None:
@@ -164,8 +186,7 @@ class Catalog:
                     fix="shard again with the new placement",
                 )
             for n, e in enumerate(expert.experts):
-                runs = in_slot(stored.runs, n, count)
-                self._found.setdefault((key_of(expert), e), (stored.entry.dtype, runs))
+                self._found.setdefault((key_of(expert), e), (stored, n, rank))
 
     def runs(self, key: Key, expert: int, like: Stored) -> tuple[Run, ...]:
         """The bytes of an expert's tensor. Raises MissingShard, Damaged, BadManifest."""
@@ -174,11 +195,17 @@ class Catalog:
             share = len(row) // self.home.ep_size
             holders = {p // share for p, e in enumerate(row) if e == expert}
             self._read_one_of(sorted(holders - self._ranks))
-        dtype, runs = self._found.get((key, expert), ("", ()))
-        count = len(like.entry.expert.experts) if like.entry.expert else 1
-        size = (like.entry.stop - like.entry.start) // count
-        if dtype != like.entry.dtype or sum(r.nbytes for r in runs) != size:
+        found = self._found.get((key, expert))
+        if found is None:
             raise bad(like.entry.name, f"expert {expert} has no tensor like it on another rank")
+        stored, number, rank = found
+        count, here = (len(s.entry.expert.experts) if s.entry.expert else 1 for s in (like, stored))
+        size = (like.entry.stop - like.entry.start) // count
+        runs = in_slot(stored.runs, number, here)
+        if stored.entry.dtype != like.entry.dtype or sum(r.nbytes for r in runs) != size:
+            raise bad(like.entry.name, f"expert {expert} has no tensor like it on another rank")
+        if rank != self.home.rank:
+            self.fetched[key, expert] = in_slot_alone(stored, number)
         return runs
 
     def _read_one_of(self, ranks: list[int]) -> None:

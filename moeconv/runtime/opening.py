@@ -47,12 +47,16 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """A set on disk as one rank sees it. source: the directory of a virtual set's files."""
+    """A set on disk as one rank sees it.
+
+    source: the directory of a virtual set's files; copied: whether the caller named it.
+    """
 
     path: Path
     root: Root
     source: Path | None
     rank: int
+    copied: bool = False
 
     @property
     def ep_size(self) -> int:
@@ -80,7 +84,8 @@ class Home:
             elif not part.file and self.root.source is not None and self.source is not None:
                 used = {r.file for t in part.tensors for r in t.runs} - files.keys()
                 listed = self.root.source.files
-                files |= {n: source_file(self.source, listed[n]) for n in sorted(used)}
+                for n in sorted(used):
+                    files[n] = source_file(self.source, listed[n], copied=self.copied)
             out += [_stored(tensor, part, number) for tensor in part.tensors]
         return tuple(out)
 

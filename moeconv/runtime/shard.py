@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 from typing import Literal
@@ -73,9 +73,12 @@ def open_shard(
     """One rank's part of a set, checked: the root, its own part and files, the common ones.
 
     Other ranks' files may be absent. placement: what the caller believes, as {stack: [P]}, as
-    rows, or as a Placement. source: where the files of a virtual set are, if not where it says.
+    rows, or as a Placement. source: where the files of a virtual set are, if not where it says;
+    there they may have other times, because they were copied, but not another size or header.
     A whole set opens as rank 0 of 1. verify: "digest" reads every byte that the rank will use, and
-    holds it against the manifest; without it only documents and headers are.
+    holds it against the manifest; without it only documents and headers are. It goes for all that
+    is read through the shard later: what `replace` fetches out of other ranks' files, and the
+    sets that its updater loads, which are read once more for it where they were opened without.
 
     Raises GeometryMismatch (another ep_size, rank or placement), Unfinished, NotASet, MissingShard,
     Damaged, SourceChanged, UnsafePath, BadManifest, DuplicateTensor, UnsupportedVersion,
@@ -91,7 +94,7 @@ def open_shard(
         raise UsageProblem(f"{quoted(str(verify))} is nothing to verify", fix='"digest", or None')
     ep_rank, ep_size = _number(ep_rank, "ep_rank"), _number(ep_size, "ep_size")
     where, root, data = find(Path(path).absolute(), source=None if source is None else Path(source))
-    home = Home(where, root, data, ep_rank)
+    home = Home(where, root, data, ep_rank, copied=source is not None)
     if ep_size != home.ep_size or not 0 <= ep_rank < ep_size:
         raise GeometryMismatch(
             f"rank {ep_rank} of {ep_size} was asked for, the set is for {home.ep_size}",
@@ -118,9 +121,7 @@ def open_shard(
     shard = Shard(home, tuple(common), tuple(own), home.rows, tensors, files)
     if placement is not None:
         shard.check_placement(placement)
-    if verify is not None:
-        check_digests((*common, *own), root.stacks, files)
-    return shard
+    return shard if verify is None else shard.verified()
 
 
 def _number(value: int, option: str) -> int:
@@ -132,7 +133,10 @@ def _number(value: int, option: str) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Shard:
-    """One rank's part of a set. Immutable: it knows where bytes are, and keeps no file open."""
+    """One rank's part of a set. Immutable: it knows where bytes are, and keeps no file open.
+
+    verify: whether every byte that is read through it was held against the manifest before.
+    """
 
     home: Home
     common: tuple[Stored, ...]
@@ -140,6 +144,7 @@ class Shard:
     rows: Rows
     tensors: Mapping[str, LocalTensor]
     files: Mapping[int, DataFile]
+    verify: bool = False
 
     def __repr__(self) -> str:
         size = f"{len(self.tensors):,} tensors"
@@ -201,11 +206,28 @@ class Shard:
                 fix="shard again with your placement, or take the set's from `Shard.placement`",
             )
 
+    @property
+    def weights(self) -> object:
+        """What tells its weights from those of another set: a digest of all, or the files."""
+        if (fingerprint := self.home.root.fingerprint) is not None:
+            return fingerprint
+        used = {run.file for s in (*self.common, *self.own) for run in s.runs}
+        return frozenset(self.files[number].identity for number in used)
+
+    def verified(self) -> Shard:
+        """The same, its bytes held against their digests. Raises what `open` raises for it."""
+        if self.verify:
+            return self
+        check_digests((*self.common, *self.own), self.home.root.stacks, self.files)
+        return replace(self, verify=True)
+
     # --- tensors -------------------------------------------------------------------------------
     def load(
         self,
         device: torch.device | str | None = None,
         names: Iterable[str] | None = None,
+        *,
+        copy: bool = False,
     ) -> dict[str, torch.Tensor]:
         """This rank's experts, [S, ...] in slot order, and every common tensor; or just `names`.
 
@@ -213,6 +235,9 @@ class Shard:
         and writing to one never reaches the file. The files must not be cut short meanwhile. All
         views of a file share one storage as large as the file: `torch.save` of one writes it all,
         so clone it first. What does not start at a multiple of 16 bytes is copied.
+        copy: read everything into memory of its own. Take it where the files may be cut short or
+        replaced while the tensors live (a cut file ends the process that touches a view of it,
+        with SIGBUS), or lie on a file system that goes away.
         Small tensors that are kept for all experts are gathered to this rank's slots.
         Raises UsageProblem (an unknown name, meta), NoTorchDtype, SourceChanged, IoFailed.
 
@@ -225,19 +250,20 @@ class Shard:
             raise UsageProblem(
                 f"{quoted(unknown[0])} is no tensor of this rank", fix="see `Shard.names`"
             )
-        return loaded([self.tensors[name] for name in chosen], self.files, device)
+        return loaded([self.tensors[name] for name in chosen], self.files, device, copy=copy)
 
-    def global_tensors(self) -> dict[str, torch.Tensor]:
+    def global_tensors(self, *, copy: bool = False) -> dict[str, torch.Tensor]:
         """The small tensors (scales) of all experts, as the common files have them: [E, ...].
 
         In logical order; where a layout names each expert, one tensor for each, by the
-        checkpoint's names. Runtimes reduce over these, whichever experts they hold.
+        checkpoint's names. Runtimes reduce over these, whichever experts they hold. copy: as in
+        `load`.
 
         >>> shard.global_tensors()["model.layers.0.mlp.experts.down_proj_scale"]
         tensor([0., 1., 2., 3., 4.])
         """
         kept = [plain(s) for s in self.common if is_global(s, self.rows)]
-        return loaded(kept, self.files, None)
+        return loaded(kept, self.files, None, copy=copy)
 
     def load_into(
         self,
@@ -279,7 +305,7 @@ class Shard:
         """
         began = time.perf_counter()
         updater = self.updater(model, rename=rename, ignore=ignore, cast=cast, device=device)
-        return updater.load_since(began, self)
+        return updater.write(self, began)
 
     def updater(
         self,
@@ -304,8 +330,9 @@ class Shard:
         """What changes on this rank under a new placement of as many slots: to be read and filled.
 
         placement: as for `open`; stacks that it does not name stay. Experts that this rank's files
-        lack come out of other ranks' parts and files, which must be there then.
-        Raises GeometryMismatch, BadPlacement, MissingShard, Damaged, SourceChanged.
+        lack come out of other ranks' parts and files, which must be there then, and are verified
+        here if this shard is.
+        Raises GeometryMismatch, BadPlacement, MissingShard, Damaged, SourceChanged, DigestsMissing.
 
         >>> moves = shard.replace({"model.layers.0.mlp.experts": (2, 0, 3, 4, 1, 0)})
         >>> moves.changed
@@ -318,5 +345,8 @@ class Shard:
         own = placed_anew(catalog, self.own, rows)
         tensors = rank_tensors(self.home, self.common, own, rows)
         # `own` stays as the files have it: the next placement is found from there too
-        shard = Shard(self.home, self.common, self.own, rows, tensors, catalog.files)
-        return Moves(shard, changed_slots(self.home, self.rows, rows))
+        if self.verify:
+            check_digests(catalog.fetched.values(), self.home.root.stacks, catalog.files)
+        shard = replace(self, rows=rows, tensors=tensors, files=catalog.files)
+        named = frozenset(by_stack(self.stacks, placement))
+        return Moves(shard, changed_slots(self.home, self.rows, rows), named)

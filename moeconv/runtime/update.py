@@ -15,6 +15,7 @@ from moeconv.runtime.files import Reader
 from moeconv.runtime.fill import Filler, device_of
 from moeconv.runtime.fit import Filled, Fit, fit
 from moeconv.runtime.memory import is_dtensor, local_tensor
+from moeconv.runtime.noted import begin, finish, now, rows_of
 from moeconv.runtime.slices import BLOCK_BYTES, counts
 from moeconv.runtime.tensors import LocalTensor, joined, portions
 
@@ -62,24 +63,55 @@ class Updater:
     fitted: Fit
     device: torch.device | None
     _filler: Filler = field(default_factory=Filler)
+    _made: int = field(default_factory=now)
 
     def load(self, newer: Shard) -> Report:
         """Read a set of the same geometry into the model: the same memory, no names matched.
 
+        Where the model was given a new placement since this updater was made
+        (`Moves.load_into`), it keeps that one: a newer set in the placement of the updater's is
+        read as `newer.replace` of it would be, other ranks' files included. If the updater's set
+        was opened with `verify=`, the newer one is verified before the first byte is written.
+
         Raises GeometryMismatch (other ranks, placement, names, dtypes, shapes or layouts),
         DoesNotFit (the model changed, or names that it ties have different bytes), IoFailed,
-        SourceChanged (also where a file changed while it was read: then the model is not whole).
+        SourceChanged (also where a file changed while it was read: then the model is not whole),
+        and what `open` and `Shard.replace` raise of a set that is verified or placed anew.
 
         >>> updater = shard.updater(model)
         >>> updater.load(moeconv.runtime.open(OUT, ep_rank=0, ep_size=2)).tensors
         5
         """
-        return self.load_since(time.perf_counter(), newer)
-
-    def load_since(self, began: float, newer: Shard) -> Report:
-        """As `load`, having begun earlier."""
+        began = time.perf_counter()
+        rows = self._rows(newer)
         _check_same(self.shard, newer)
+        if self.shard.verify:
+            newer = newer.verified()
+        return self.write(newer.replace(rows).shard if rows else newer, began)
+
+    def _rows(self, newer: Shard) -> dict[str, tuple[int, ...]]:
+        """The rows under which the model is to get a newer set, where these are not its own.
+
+        Raises GeometryMismatch, DoesNotFit.
+        """
+        known, given, rows = self.shard.placement, newer.placement, {}
+        notes = rows_of(item.target for item in self.fitted.filled)
+        for stack in dict.fromkeys((*known, *given)):
+            note, row = notes.get(stack), given.get(stack)
+            if note is not None and note.row == row:
+                continue
+            if known.get(stack) != row:
+                raise _other_placement(stack, "it is neither the updater's nor the model's")
+            if note is not None and note.order < self._made:
+                raise _other_placement(stack, "the model had another before the updater was made")
+            if note is not None:
+                rows[stack] = note.row
+        return rows
+
+    def write(self, newer: Shard, began: float) -> Report:
+        """Fill all that was matched from a set of the same tensors, whatever the model holds."""
         targets, tensors = self.fitted.filled, newer.tensors
+        slots = [(f.target, tensors[f.source].held) for f in targets]
         with torch.no_grad(), Reader(newer.files) as reader, self._filler as filler:
             # all that can be refused is, before the first byte is written
             names = [f.source for f in targets] + [other for _, other in self.fitted.twins]
@@ -87,6 +119,7 @@ class Updater:
             check_twins(self.fitted, tensors, reader)
             self.fitted.check()
             made = sum([_materialise(f, self.device) for f in targets])
+            begin(slots, newer)
             for item in targets:
                 into = item.local()
                 for step in item.steps:
@@ -94,17 +127,20 @@ class Updater:
                 if not into.is_inference():  # memory was written behind autograd's back
                     torch.autograd.graph.increment_version((into, item.target.now()))
             reader.check()
-            return Report(
-                tensors=len(targets),
-                bytes_read=reader.bytes_read,
-                overread=tuple(o for f in targets if (o := _overread(f, tensors))[1]),
-                seconds=time.perf_counter() - began,
-                ignored=self.fitted.ignored,
-                tied=self.fitted.tied,
-                materialised=made,
-                files=reader.names,
-                cast=self.fitted.cast,
-            )
+            files = reader.names
+        with torch.no_grad():
+            finish(slots, newer)
+        return Report(
+            tensors=len(targets),
+            bytes_read=reader.bytes_read,
+            overread=tuple(o for f in targets if (o := _overread(f, tensors))[1]),
+            seconds=time.perf_counter() - began,
+            ignored=self.fitted.ignored,
+            tied=self.fitted.tied,
+            materialised=made,
+            files=files,
+            cast=self.fitted.cast,
+        )
 
 
 def make_updater(
@@ -127,8 +163,6 @@ def _check_same(known: Shard, newer: Shard) -> None:
     problems = []
     if (known.ep_rank, known.ep_size) != (newer.ep_rank, newer.ep_size):
         problems.append(f"rank {newer.ep_rank} of {newer.ep_size}")
-    if known.placement != newer.placement:
-        problems.append("another placement")
     before = {tensor.facts() for tensor in known.tensors.values()}
     other = [tensor.name for tensor in newer.tensors.values() if tensor.facts() not in before]
     if other or len(known.tensors) != len(newer.tensors):
@@ -139,6 +173,16 @@ def _check_same(known: Shard, newer: Shard) -> None:
             cause="it has " + ", ".join(problems),
             fix="make a new updater for it",
         )
+
+
+def _other_placement(stack: str, cause: str) -> GeometryMismatch:
+    return GeometryMismatch(
+        f"the newer set has {quoted(stack)} in another placement",
+        at=quoted(stack),
+        cause=cause,
+        fix="load it with `newer.load_into(model)` if you route by its placement, and make a new "
+        "updater; otherwise load `newer.replace(...).shard` of the placement that you route by",
+    )
 
 
 def check_twins(fitted: Fit, tensors: Mapping[str, LocalTensor], reader: Reader) -> None:

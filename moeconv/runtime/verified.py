@@ -87,6 +87,20 @@ def check_digests(
         )
 
 
+def in_slot_alone(stored: Stored, number: int) -> Stored:
+    """The slot at a position of a rank's tensor, with its own digests, as a tensor of its own."""
+    entry, expert = stored.entry, stored.entry.expert
+    if expert is None or expert.slots is None or len(expert.experts) == 1:
+        return stored
+    count, first = len(expert.experts), expert.slots[0] + number
+    units = len(entry.digests) // count
+    one = replace(expert, experts=(expert.experts[number],), slots=(first, first + 1))
+    shape = (entry.shape[0] // count, *entry.shape[1:])
+    digests = entry.digests[number * units : (number + 1) * units]
+    alone = replace(entry, shape=shape, digests=digests, expert=one)
+    return Stored(alone, in_slot(stored.runs, number, count))
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """Some bytes and the matrices in them. order: None where they are one matrix as they lie."""
