@@ -142,36 +142,37 @@ def to_fill(
 ) -> dict[Target, frozenset[int]]:
     """The local slots to fill so that a model holds what `shard` says; only tensors with any.
 
-    All of a tensor where nobody knows what is in it. named: the stacks that the caller gave a
-    placement; of others nothing is filled. Raises GeometryMismatch, DoesNotFit.
+    named: the stacks that the caller gave a placement; of others nothing is filled. Where a stack
+    changes, a tensor of it is filled whole if nobody knows what is in it.
+    Raises GeometryMismatch, DoesNotFit.
     """
-    found: dict[Target, frozenset[int]] = {}
-    strange: Target | None = None
-    for target, held in tensors:
+    tensors = tuple(tensors)
+    differ = {target: _differ(target, held, shard, named) for target, held in tensors}
+    stacks = {held.stack for target, held in tensors if differ[target]}
+    found = {
+        target: frozenset(held.local) if _written_since(target) else differ[target]
+        for target, held in tensors
+        if held.stack in stacks and (differ[target] or _written_since(target))
+    }
+    for target in differ if found else ():
         note = noted(target)
-        if note is not None and not note.whole:
-            raise ended_early(target)
         if note is not None and note.weights != shard.weights:
-            strange = target
-        if slots := _to_fill(target, held, note, shard, named):
-            found[target] = slots
-    if found and strange is not None:
-        raise GeometryMismatch(
-            "the model holds the weights of another set",
-            at=quoted(strange.names[0]),
-            cause="what stays would keep those, what moves would get this set's",
-            fix="call `replace` of the shard that was loaded last",
-        )
+            raise GeometryMismatch(
+                "the model holds the weights of another set",
+                at=quoted(target.names[0]),
+                cause="what stays would keep those, what moves would get this set's",
+                fix="call `replace` of the shard that was loaded last",
+            )
     return found
 
 
-def _to_fill(
-    target: Target, held: Held, note: Note | None, shard: Shard, named: frozenset[str]
-) -> frozenset[int]:
-    stack, row = shard.stacks[held.stack], shard.rows[held.stack]
-    every = frozenset(held.local)
+def _differ(target: Target, held: Held, shard: Shard, named: frozenset[str]) -> frozenset[int]:
+    """The local slots of a tensor that do not hold what `shard` says, or may not."""
+    note, stack, row = noted(target), shard.stacks[held.stack], shard.rows[held.stack]
+    if note is not None and not note.whole:
+        raise ended_early(target)
     if note is None or (note.stack, note.start, note.stop) != (stack, held.start, held.stop):
-        return every if stack in named else frozenset()
+        return frozenset(held.local if stack in named else ())
     there = enumerate(held.local, start=held.start)
     other = frozenset(slot for at, slot in there if note.row[at] != row[at])
     if other and stack not in named:
@@ -181,7 +182,12 @@ def _to_fill(
             cause="it was given a placement since, and the new one does not name it",
             fix="name it in the new placement, too, or call `replace` of the last `Moves.shard`",
         )
-    return every if other and note.memory != memory_of(target) else other
+    return other
+
+
+def _written_since(target: Target) -> bool:
+    note = noted(target)
+    return note is None or note.memory != memory_of(target)
 
 
 _WHOLE: Final = "load it whole, with `load_into` of a set in the placement that you route by"

@@ -292,6 +292,10 @@ class Shard:
         `model.to_empty()` is no way out: it leaves buffers that no checkpoint has, such as the
         `inv_freq` of rotary embeddings, as whatever was in memory.
 
+        Which experts the model's slots hold is noted with its modules, and `Moves.load_into` and
+        `Updater.load` go by it; here all slots are filled as this shard has them, whatever they
+        held. What is copied by hand is not noted.
+
         What has no plain memory of its own is refused: views that overlap others or themselves
         (two names of the same view are tied, disjoint views are fine), wrapper subclasses, sparse
         and uninitialised parameters, subclasses of Parameter on meta, and what would have to be
@@ -318,7 +322,8 @@ class Shard:
     ) -> Updater:
         """Match this set with a model once, to load newer sets of its geometry again and again.
 
-        Nothing is read yet. Options and errors are those of `load_into`.
+        Nothing is read yet. Options and errors are those of `load_into`. A model that holds another
+        placement than this shard is to be loaded with `load_into` first.
 
         >>> updater = shard.updater(model)
         >>> updater.load(shard).bytes_read == updater.load(shard).bytes_read

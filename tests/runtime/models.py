@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from moeconv.runtime import Shard
+
 
 class Experts(nn.Module):
     """Fused experts of one rank; a scale for each, as a persistent buffer."""
@@ -79,3 +81,17 @@ def on_meta(model: nn.Module) -> nn.Module:
             new = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
             module._parameters[name] = moved.setdefault(id(p), new)
     return model
+
+
+def like(shard: Shard) -> nn.Module:
+    """A model with the tensors of a shard as parameters, all zeros."""
+    root = nn.Module()
+    for name, value in shard.load().items():
+        *path, leaf = name.split(".")
+        module = root
+        for word in path:
+            if word not in module._modules:
+                module.add_module(word, nn.Module())
+            module = module.get_submodule(word)
+        module.register_parameter(leaf, nn.Parameter(torch.zeros_like(value), requires_grad=False))
+    return root

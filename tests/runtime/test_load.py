@@ -1,5 +1,6 @@
 """Loading tensors: every slot right, views that never reach the file, every dtype, new slots."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,24 @@ def test_views_share_one_mapping_and_no_memory_is_taken(tmp_path: Path):
     for name in (f"{STACK}.down_proj_scale", "model.layers.0.mlp.gate.weight"):
         copied = loaded[name]  # gathered; not at a multiple of 16 bytes
         assert copied.untyped_storage().nbytes() == copied.numel() * 4
+
+
+def test_copies_outlive_their_files(tmp_path: Path):
+    """Views of a file that is cut end the process; what was asked for as a copy is read."""
+    made, new = checkpoint(), {STACK: NEW}
+    out = write_set(tmp_path / "set", made)
+    shard = moeconv.runtime.open(out, ep_rank=0, ep_size=2)
+    tensors, scales = shard.load(copy=True), shard.global_tensors(copy=True)
+    moved = shard.replace(new).load(copy=True)
+    several = [*tensors.values(), *scales.values(), *(value for _, value in moved.values())]
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in several)  # nothing is mapped
+    for file in out.glob("*.safetensors"):
+        os.truncate(file, 0)
+    all_same(tensors, made.expected(0))
+    all_same(scales, {f"{STACK}.down_proj_scale": numbers(5)})
+    expected = made.expected(0, new)
+    for name, (slots, value) in moved.items():
+        assert same(value, expected[name][list(slots)])
 
 
 def test_a_misaligned_run_is_copied(tmp_path: Path):

@@ -256,6 +256,37 @@ def test_virtual_with_a_source_of_another_time(virtual: Path, tmp_path: Path):
     refused(SourceChanged, virtual)
 
 
+def test_virtual_with_a_copy_of_its_source(virtual: Path, tmp_path: Path):
+    """A copy has other times; where the caller names it, its size and header must do."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "source", copy, copy_function=shutil.copyfile)
+    os.utime(copy / "model.safetensors", ns=(1, 1))
+    for rank in range(2):
+        shard = moeconv.runtime.open(virtual, ep_rank=rank, ep_size=2, source=copy)
+        all_same(shard.load(), checkpoint().expected(rank))
+        new = {STACK: (3, 4, 1, 0, 2, 0)}
+        all_same(shard.replace(new).shard.load(), checkpoint().expected(rank, new))
+    os.utime(tmp_path / "source/model.safetensors", ns=(1, 1))
+    problem = refused(SourceChanged, virtual)
+    assert "`source=`" in str(problem.fix)
+    shard = moeconv.runtime.open(virtual, ep_rank=0, ep_size=2, source=tmp_path / "source")
+    os.utime(tmp_path / "source/model.safetensors", ns=(2, 2))
+    with pytest.raises(SourceChanged):  # from then on it must stay as it is
+        shard.load()
+
+
+@pytest.mark.parametrize("edit", ["size", "header", "gone"])
+def test_virtual_with_another_file_than_its_source(virtual: Path, tmp_path: Path, edit: str):
+    copy = tmp_path / "copy" / "model.safetensors"
+    copy.parent.mkdir()
+    data = (tmp_path / "source/model.safetensors").read_bytes()
+    edits = {"size": data + b"x", "header": data.replace(b"pt", b"tp", 1)}
+    if edit != "gone":
+        copy.write_bytes(edits[edit])
+    with pytest.raises(MissingShard if edit == "gone" else SourceChanged):
+        moeconv.runtime.open(virtual, ep_rank=0, ep_size=2, source=copy.parent)
+
+
 def test_virtual_with_a_source_of_another_size(virtual: Path, tmp_path: Path):
     _keeping_time(tmp_path / "source/model.safetensors", lambda data: data + b"x")
     refused(SourceChanged, virtual)
