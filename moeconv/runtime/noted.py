@@ -76,35 +76,34 @@ def memory_of(target: Target) -> Memory:
 
 def begin(filled: Iterable[tuple[Target, Held | None]], shard: Shard) -> None:
     """Note that tensors are being filled with what a shard has; held: which slots, if any."""
+    weights = shard.weights
     for target, held in filled:
         old = noted(target)
         if held is None:
             _put(target, None)
             continue
         row = shard.rows[held.stack]
-        known = old is None or old.row == row
-        _put(target, _note(target, held, shard, row=row if known else (), whole=False))
+        known = row if old is None or old.row == row else ()
+        note = Note(
+            stack=shard.home.root.stacks[held.stack].name,
+            row=known,
+            start=held.start,
+            stop=held.stop,
+            weights=weights,
+            whole=False,
+            memory=None,
+            order=now(),
+        )
+        _put(target, note)
 
 
 def finish(filled: Iterable[tuple[Target, Held | None]], shard: Shard) -> None:
     """Note that they are filled."""
     for target, held in filled:
-        if held is not None:
-            row = shard.rows[held.stack]
-            _put(target, _note(target, held, shard, row=row, whole=True))
-
-
-def _note(target: Target, held: Held, shard: Shard, *, row: tuple[int, ...], whole: bool) -> Note:
-    return Note(
-        stack=shard.stacks[held.stack],
-        row=row,
-        start=held.start,
-        stop=held.stop,
-        weights=shard.weights,
-        whole=whole,
-        memory=memory_of(target) if whole else None,
-        order=now(),
-    )
+        note = noted(target)
+        if held is not None and note is not None:
+            row, memory = shard.rows[held.stack], memory_of(target)
+            _put(target, replace(note, row=row, whole=True, memory=memory, order=now()))
 
 
 def _put(target: Target, note: Note | None) -> None:
@@ -154,9 +153,10 @@ def to_fill(
         for target, held in tensors
         if held.stack in stacks and (differ[target] or _written_since(target))
     }
+    weights = shard.weights
     for target in differ if found else ():
         note = noted(target)
-        if note is not None and note.weights != shard.weights:
+        if note is not None and note.weights != weights:
             raise GeometryMismatch(
                 "the model holds the weights of another set",
                 at=quoted(target.names[0]),
@@ -168,7 +168,8 @@ def to_fill(
 
 def _differ(target: Target, held: Held, shard: Shard, named: frozenset[str]) -> frozenset[int]:
     """The local slots of a tensor that do not hold what `shard` says, or may not."""
-    note, stack, row = noted(target), shard.stacks[held.stack], shard.rows[held.stack]
+    note, row = noted(target), shard.rows[held.stack]
+    stack = shard.home.root.stacks[held.stack].name
     if note is not None and not note.whole:
         raise ended_early(target)
     if note is None or (note.stack, note.start, note.stop) != (stack, held.start, held.stop):

@@ -241,9 +241,13 @@ def test_a_copy_of_a_virtual_set_s_source_is_verified_where_asked(tmp_path: Path
     runtime.open(out, ep_rank=0, ep_size=3, source=copy, verify="digest")
     flip(copy / "model.safetensors", (copy / "model.safetensors").stat().st_size * 8 - 1)
     runtime.open(out, ep_rank=2, ep_size=3, source=copy)  # only its header is looked at
-    with pytest.raises(Damaged):
-        for rank in range(3):
+    found = set()
+    for rank in range(3):
+        try:
             runtime.open(out, ep_rank=rank, ep_size=3, source=copy, verify="digest")
+        except Damaged:
+            found.add(rank)
+    assert found == {1, 2}  # it was expert 2
 
 
 @pytest.mark.parametrize("placed", [False, True])
