@@ -40,6 +40,7 @@ from moeconv.plan.existing import plan_restore
 from moeconv.plan.pack import Packing
 from moeconv.plan.unequal import unequal_notes
 from moeconv.plan.values import Plan
+from moeconv.units import counted
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 DEFAULT_MEMORY_BYTES: Final = 512 * 1024 * 1024
@@ -80,6 +81,7 @@ class Result:
 class Run:
     """How a plan is carried out. digests: `now`, or `later` for a set that gets them by `verify`.
 
+    unchecked: restore an origin without holding its bytes against the recorded digests.
     Raises UsageProblem for a word that is none of these.
     """
 
@@ -90,6 +92,7 @@ class Run:
     digests: str
     dry_run: bool
     progress: Progress | None
+    unchecked: bool = False
 
     def __post_init__(self) -> None:
         limits_of(self.jobs, self.max_memory)
@@ -218,11 +221,13 @@ def unfuse(
     jobs: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    unchecked: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Write SRC to OUT per expert; an output of moeconv goes back to its original files instead.
 
+    Those are held against the recorded digests (Damaged), unless `unchecked`.
     With `layout`, an output of moeconv is converted like any other checkpoint.
     """
     source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
@@ -230,7 +235,7 @@ def unfuse(
         plan = restored(source)
     else:
         plan = planned(source, UNFUSE, layout, packing_of(max_shard_size, align))
-    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
+    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress, unchecked)
     return carry_out(source, Path(out), plan, run)
 
 
@@ -284,10 +289,35 @@ def restored(source: Opened) -> Plan:
     return plan_restore(source.detection.whole(), original.whole(), own.origin)
 
 
+def _announced(plan: Plan, source: Opened, run: Run) -> Plan:
+    """The plan, saying of a restore what its bytes are held against. Raises UsageProblem."""
+    own = source.checkpoint.origin
+    if not plan.restores or own is None:
+        if run.unchecked:
+            raise UsageProblem(
+                "`--unchecked` is for restoring the original files of an output of moeconv",
+                cause="this command writes a new output, and takes its digests",
+                fix="drop `--unchecked`",
+            )
+        return plan
+    if run.unchecked:
+        note = "unchecked: the tensors' bytes are not held against the recorded digests"
+    elif own.manifest.complete:
+        note = "bit for bit: every byte is held against the recorded digests"
+    else:
+        tensors = [t for part in own.manifest.parts for t in part.tensors]
+        lacking = sum(not t.digests for t in tensors)
+        note = (
+            f"{lacking:,} of {counted(len(tensors), 'tensor')} have no recorded digest: their "
+            "bytes are written as they are, compared with nothing"
+        )
+    return replace(plan, notes=(*plan.notes, note))
+
+
 def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
     """Refuse what must be refused, then write the plan, or in a dry run do not."""
     checkpoint = source.checkpoint
-    plan = with_rewrites(plan, checkpoint, source.detection.stacks)
+    plan = with_rewrites(_announced(plan, source, run), checkpoint, source.detection.stacks)
     refuse_overlap(source.path, out)
     if checkpoint.virtual is not None:
         refuse_overlap(checkpoint.root, out)  # where its bytes are
@@ -327,6 +357,7 @@ def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
             overwrite=run.overwrite,
             resume=run.resume,
             later=run.digests == LATER,
+            unchecked=run.unchecked,
             progress=meter.advance,
             replaced=replaced,
         )

@@ -150,11 +150,13 @@ def merge(
     jobs: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    unchecked: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Write a set of moeconv back as the plain checkpoint it was made from, bit for bit.
 
+    Its bytes are held against the recorded digests (Damaged), unless `unchecked`.
     With `layout`, as a whole checkpoint in that layout instead. Raises NotASet.
     """
     source = open_source(src, without=without)
@@ -163,5 +165,5 @@ def merge(
         plan = restored(source)
     else:
         plan = planned(source, FUSE, layout, packing_of(max_shard_size, align))
-    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
+    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress, unchecked)
     return carry_out(source, Path(out), plan, run)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from moeconv.cli import options
@@ -33,6 +35,7 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
         dry_run: options.DryRun = False,
         overwrite: options.Overwrite = False,
         resume: options.Resume = False,
+        unchecked: options.Unchecked = False,
         as_json: options.AsJson = False,
         quiet: options.Quiet = False,
         verbose: options.Verbose = False,
@@ -43,7 +46,7 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
             from moeconv import api
             from moeconv.units import parse_size
 
-            run = api.fuse if verb == "fuse" else api.unfuse
+            run = api.fuse if verb == "fuse" else partial(api.unfuse, unchecked=unchecked)
             shard_size, memory = parse_size(max_shard_size), parse_size(max_memory)
             with ui.progress(verb) as progress:
                 result = run(
@@ -71,6 +74,10 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
 
     command.__name__ = verb
     command.__doc__ = help_text
+    if verb == "fuse":  # it never restores; typer asks the signature for the flags
+        signature = inspect.signature(command, eval_str=True)
+        flags = [p for p in signature.parameters.values() if p.name != "unchecked"]
+        command.__dict__["__signature__"] = signature.replace(parameters=flags)
     return command
 
 

@@ -20,6 +20,7 @@ def merge(
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
+    unchecked: options.Unchecked = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -45,6 +46,7 @@ def merge(
                 jobs=jobs,
                 overwrite=overwrite,
                 resume=resume,
+                unchecked=unchecked,
                 dry_run=dry_run,
                 progress=progress,
             )

@@ -95,6 +95,19 @@ Resume: TypeAlias = Annotated[
     bool,
     typer.Option("--resume", help="Go on where a run was killed; keep what is finished."),
 ]
+Unchecked: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--unchecked",
+        help="Restore the original files without holding their bytes against recorded digests.",
+    ),
+]
+Recorded: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--recorded", help="Believe the digests that a set of moeconv records; do not read it."
+    ),
+]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result on stdout.")]
 Verbose: TypeAlias = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moeconv.checkpoint.file_io import append, read_available
-from moeconv.checkpoint.reading import file_digest, opened, read_document, unreadable
+from moeconv.checkpoint.reading import opened, read_document, unreadable
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import digest, hasher
@@ -21,7 +21,6 @@ from moeconv.engine.methods import REFLINK, Methods
 from moeconv.engine.papers import (
     document,
     entry_of,
-    expected_digests,
     grouped,
     origin_of,
     paper_names,
@@ -30,13 +29,14 @@ from moeconv.engine.papers import (
     source_entry,
     virtual_parts,
 )
+from moeconv.engine.recorded import recorded
 from moeconv.engine.resume import finished_before, identity
 from moeconv.engine.room import Room, refuse_short
 from moeconv.engine.target import DiskTarget
 from moeconv.engine.tiles import Digests, Promised
 from moeconv.engine.undisturbed import undisturbed
 from moeconv.engine.workplace import Workplace, fsync_directory
-from moeconv.errors import Damaged, MoeconvError, NameCollision, SourceChanged, quoted
+from moeconv.errors import MoeconvError, NameCollision, SourceChanged, quoted
 from moeconv.manifest import (
     MAX_PAPER_BYTES,
     ORIGIN_NAME,
@@ -78,6 +78,7 @@ def commit(
     overwrite: bool,
     resume: bool,
     later: bool,
+    unchecked: bool = False,
     progress: Progress,
     replaced: Inventory | None = None,
 ) -> tuple[Manifest | None, tuple[str, ...]]:
@@ -86,7 +87,10 @@ def commit(
     methods: to be filled with how bytes went. room: counts on clones, where there seem to be any;
     they are asked for before anything is copied. later: take no digests of data now. resume: go on
     where an earlier run of the same plan ended, and if this one fails, keep what is finished.
-    replaced: what stands in an OUT that is to be overwritten.
+    replaced: what stands in an OUT that is to be overwritten. unchecked: restore an origin without
+    reading what need not be read for it. Otherwise a restore reads every byte and holds it against
+    what the set records, whatever `later` says and however the bytes get there: after it nothing
+    else could tell.
     Returns the manifest that was written, or None for a restored origin, which has none; and notes.
     Raises IoFailed, DiskFull, SourceChanged, Damaged (a set of ours whose bytes are not its own).
     """
@@ -114,6 +118,7 @@ def commit(
                 room=room,
                 progress=progress,
                 later=later,
+                unchecked=unchecked,
                 kept=kept,
                 resumed=journal is not None,
             ).run()
@@ -155,6 +160,7 @@ class _Commit:
         room: Room,
         progress: Progress,
         later: bool,
+        unchecked: bool,
         kept: dict[str, Digests],
         resumed: bool,
     ) -> None:
@@ -166,21 +172,24 @@ class _Commit:
         self.methods = methods
         self.room = room
         self.later = later
+        self.unchecked = unchecked
         self.kept = kept
         self.resumed = resumed
         self.progress = progress
         self.parts: dict[str, Part] = {}
         self.virtual: tuple[Part, ...] = ()
-        self.expected = expected_digests(checkpoint)
+        self.recorded = recorded(checkpoint)
+        self.compares = not unchecked if plan.restores else not later
         # without an index nothing else marks a restored set as whole: names come all at the end
         self.late = plan.restores and plan.index_name is None
         self.waiting: list[tuple[Path, Path]] = []
         self.noting = threading.Lock()
 
     def run(self) -> Manifest | None:
-        self._refuse_edited()
+        self.recorded.refuse_edited(self.checkpoint.sidecars)  # before hours of copying
         if self.plan.virtual:
-            self.virtual = virtual_parts(self.plan.files, self.plan.stacks, self.expected)
+            known = self.recorded.matrices
+            self.virtual = virtual_parts(self.plan.files, self.plan.stacks, known)
         else:
             self.methods.ask(f.path for f in self.checkpoint.files)
             # a resumed run has freed room since, and what it still needs each file will ask for
@@ -188,7 +197,7 @@ class _Commit:
                 refuse_short(self.out, replace(self.room, shared=0))
             for file in self.plan.files:
                 if file.name in self.kept:
-                    self.parts[file.name] = part_of(file, self.kept[file.name])
+                    self.parts[file.name] = self._checked(file, self.kept[file.name])
                     self.progress(file.size - len(file.header))
             run_tiles(
                 tuple(f for f in self.plan.files if f.name not in self.kept),
@@ -212,43 +221,34 @@ class _Commit:
         return manifest
 
     def _promised(self, file: OutputFile) -> Promised:
-        """Digests that the source's manifest has, or none at all if they are to come later."""
-        if self.later:
+        """Which digests need not be taken of bytes that need not be read.
+
+        Those that the source's manifest has, or all of them if they are to come later; none that
+        a restore is held against.
+        """
+        if self.unchecked or (self.later and not self.plan.restores):
             return lambda tensor, unit: ""
         known: dict[int, tuple[str | None, ...]] = {}
 
         def promise(tensor: int, unit: int) -> str | None:
-            if not self.expected:
-                return None
+            if not self.recorded.matrices:
+                return "" if self.later else None
             if tensor not in known:
                 held = addresses(entry_of(file.tensors[tensor]), self.plan.stacks)
-                known[tensor] = tuple(map(self.expected.get, held))
-            return known[tensor][unit]
+                known[tensor] = tuple(map(self.recorded.matrices.get, held))
+            value = known[tensor][unit]
+            if not self.plan.restores:
+                return value
+            return "" if self.later and value is None else None
 
         return promise
-
-    def _refuse_edited(self) -> None:
-        """Before hours of copying: are the sidecars of one of our sets still its own?"""
-        manifest = self.checkpoint.origin.manifest if self.checkpoint.origin else None
-        wanted = {e.name: e.digest for e in manifest.root.sidecars} if manifest else {}
-        for sidecar in self.checkpoint.sidecars:
-            value = wanted.get(sidecar.name)
-            if value is not None and file_digest(sidecar.path, name=sidecar.name) != value:
-                raise Damaged(
-                    f"{quoted(sidecar.name)} is not what the source's manifest says",
-                    at=quoted(str(sidecar.path)),
-                    cause="its digest is another one: it was damaged, or edited",
-                    fix=f"fetch it again, or leave it out with `--without '{sidecar.name}'`",
-                )
 
     def _settle(self) -> None:
         with writing(self.out):
             fsync_directory(self.out)
 
     def _finished(self, file: OutputFile, partial: Path, digests: Digests) -> None:
-        part = part_of(file, digests)
-        self._refuse_damage(part)
-        self.parts[file.name] = part
+        self.parts[file.name] = self._checked(file, digests)
         final = self.out / file.name
         if self.late:
             self.waiting.append((partial, final))
@@ -259,22 +259,12 @@ class _Commit:
                 with self.noting:
                     self.work.journal.finished(file, digests)
 
-    def _refuse_damage(self, part: Part) -> None:
-        """The bytes of one of our sets must be those that its manifest promises."""
-        if not self.expected or self.later:
-            return
-        for tensor in part.tensors:
-            for address, value in zip(
-                addresses(tensor, self.plan.stacks), tensor.digests, strict=True
-            ):
-                wanted = self.expected.get(address)
-                if wanted is not None and wanted != value:
-                    raise Damaged(
-                        f"{quoted(address)} is not what the source's manifest says",
-                        at=quoted(str(self.checkpoint.root)),
-                        cause=f"its digest is {value}, the manifest has {wanted}",
-                        fix="fetch the set again; `moeconv verify SRC` lists all the damage",
-                    )
+    def _checked(self, file: OutputFile, digests: Digests) -> Part:
+        """The part of a file whose bytes are those that the source's manifest records."""
+        part = part_of(file, digests)
+        if self.compares:
+            self.recorded.check_file(part, digests, self.plan.stacks)
+        return part
 
     def _papers(self, sidecars: tuple[FileEntry, ...]) -> Manifest:
         """Parts and origin; the manifest is returned, to be written last."""
@@ -326,6 +316,7 @@ class _Commit:
         with writing(final):
             self.work.folder(final.parent)
         value = copy_sidecar(sidecar, partial, final)
+        self.recorded.check_sidecar(sidecar, value)
         self.work.rename(partial, final)
         if final.parent != self.out:
             with writing(final.parent):
@@ -336,6 +327,7 @@ class _Commit:
         now = read_document(sidecar.path, MAX_PAPER_BYTES, name=sidecar.name)
         if now != rewrite.before:
             raise _changed(sidecar, f"it is {len(now):,} other bytes now")
+        self.recorded.check_sidecar(sidecar, digest(now))
         final = self.out / sidecar.name
         with writing(final):
             self.work.folder(final.parent)

@@ -190,11 +190,3 @@ def origin_of(checkpoint: Checkpoint, plan: Plan) -> bytes:
     )
     beside = tuple((r.name, r.before) for r in plan.rewrites)
     return origin_bytes(Origin(files, checkpoint.index, beside))
-
-
-def expected_digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """What the manifest of one of our sets promises, by address."""
-    own = checkpoint.origin
-    if own is None:
-        return {}
-    return {address: value for address, _, _, value in own.manifest.matrices()}

@@ -212,6 +212,11 @@ class TileRunner:
     def _weave(self, file: OutputFile, tile: WeaveTile, digests: Digests, target: Bytes) -> None:
         from moeconv.engine.weave import memory_of, weave  # NumPy takes longer than to plan
 
+        first = last = 0
+        if tile.straight:  # read for its digests only, where its bytes can be had without a copy
+            span = tile.spans[0]
+            source = self._sources.descriptor(span.file)
+            first, last = target.clone(source, span.offset, tile.start, tile.nbytes)
         with self._memory.hold(memory_of(tile)) as take:
             try:
                 data, units = weave(tile, self._read_span, take)
@@ -220,7 +225,8 @@ class TileRunner:
                 raise
             for unit, value in units:
                 digests[tile.tensor][unit] = value
-            target.write(data, tile.start)
+            for start, stop in _outside(0, tile.nbytes, first, last):
+                target.write(data[start:stop], tile.start + start)
             self._advance(tile.nbytes)
 
     def _read_span(self, span: Span, view: memoryview) -> memoryview:

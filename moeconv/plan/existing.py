@@ -38,7 +38,7 @@ def plan_restore(detection: Detection, original: Detection, origin: Origin) -> P
         stacks=tuple(stack_entry(s, s.layout, {}) for s in original.stacks),
         recipes=(),
         ledger=tuple(ledger),
-        notes=("back to the original files, bit for bit",),
+        notes=("back to the original files",),
         restores=True,
     )
     prove(plan, detection)
