@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Final
 
 from moeconv.api import (
     DEFAULT_MEMORY_BYTES,
@@ -12,26 +14,42 @@ from moeconv.api import (
     limits_of,
     open_source,
 )
-from moeconv.checkpoint.source import locate, open_checkpoint
+from moeconv.checkpoint.reading import unreadable
+from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.engine.crew import Limits
 from moeconv.engine.fill import fill_digests, finish_fill
-from moeconv.errors import MoeconvError, NotASet, UsageProblem, quoted
+from moeconv.errors import Damaged, MoeconvError, NotASet, UsageProblem, quoted
 from moeconv.errors.system import system_errors
+from moeconv.layout.recipe import Recipe
+from moeconv.layout.stack import Stack
+from moeconv.library import load_recipe, shipped_recipe
 from moeconv.manifest import ROOT_NAME, Manifest
 from moeconv.proof.diff import Difference, differences
 from moeconv.proof.digests import (
-    Matrix,
+    Contents,
+    believed,
     compare_digests,
     compare_file,
+    contents,
     fingerprint_of,
-    matrices,
     rehash,
     stack_entries,
 )
+from moeconv.proof.foreign import added_files
+from moeconv.proof.recipes import (
+    Trusted,
+    entry_problems,
+    origin_layout_problems,
+    recipe_problems,
+)
 from moeconv.proof.report import DIGEST, LEVELS, SOURCE, STRUCTURE, Report
-from moeconv.proof.source import compare_source
+from moeconv.proof.sidecars import origin_problems, sidecar_problems
+from moeconv.proof.source import compare_source, different_sets
 from moeconv.proof.structure import check_structure
 from moeconv.proof.virtual import digests_missing, virtual_problems
+from moeconv.units import counted
+
+_MAX_NAMED: Final = 8
 
 
 @system_errors()
@@ -68,32 +86,119 @@ def verify(
     place = locate(out)
     if fill:
         finish_fill(place)
-    manifest, problems = _structure(place, level)
+    if source is not None:
+        source = locate(source)
+        _refuse_itself(place, source)
+    manifest, problems, warnings = _structure(place, level)
     if problems or level == STRUCTURE:
-        return _report(level, problems, manifest, bytes_read=0)
+        return _report(level, problems, manifest, warnings, bytes_read=0)
     limits = limits_of(jobs, max_memory)
     meter = Meter(0, progress)
-    if manifest is not None and source is None:
+    if manifest is not None:
         problems += [p for entry in manifest.root.sidecars for p in compare_file(place, entry)]
     try:
         if source is None:
             problems += _fresh_problems(place, manifest, limits, meter)
         else:
-            sides = [
+            opened, held = (
                 open_source(s, recipe=recipe, from_layout=from_layout) for s in (place, source)
-            ]
-            pairs = [(side.checkpoint, side.detection.whole()) for side in sides]
-            meter.total = sides[0].checkpoint.tensor_bytes
-            problems += compare_source(*pairs, limits=limits, progress=meter.advance)
+            )
+            meter.total = opened.checkpoint.tensor_bytes
+            found, more = _against(opened, held, manifest, recipe, limits, meter)
+            problems += found
+            warnings += more
             if fill and manifest is not None and not manifest.complete and not problems:
-                manifest = _filled(place, manifest, sides[0], limits, meter)
+                manifest = _filled(place, manifest, opened, limits, meter)
     except MoeconvError as problem:
         # damage that the structure does not show is an answer, too; a missing SRC is none
         if manifest is None or source is not None:
             raise
         if not problems:
             problems.append(problem)
-    return _report(level, problems, manifest, bytes_read=meter.done)
+    return _report(level, problems, manifest, warnings, bytes_read=meter.done)
+
+
+def _refuse_itself(place: Path, source: Path) -> None:
+    """Raise UsageProblem where SRC is OUT, or one is in the other."""
+    one, other = (Path(os.path.realpath(p)) for p in (place, source))
+    if one.is_relative_to(other) or other.is_relative_to(one) or one.samefile(other):
+        raise _itself(source, f"it is {quoted(str(other))}, OUT is {quoted(str(one))}")
+
+
+def _refuse_same_files(out: Checkpoint, source: Checkpoint) -> None:
+    """Raise UsageProblem where SRC's files are OUT's: links to them, or a virtual set of them."""
+    if out.virtual is not None:
+        return  # whose bytes are SRC's, and nobody says otherwise
+    mine = {_inode(f.path): f.name for f in out.files}
+    for file in source.files:
+        if (name := mine.get(_inode(file.path))) is not None:
+            cause = f"{quoted(str(file.path))} is the same file as {quoted(name)} of OUT"
+            raise _itself(source.root, cause)
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    try:
+        facts = path.stat()
+    except OSError as problem:
+        raise unreadable(path, problem, name=path.name) from None
+    return facts.st_dev, facts.st_ino
+
+
+def _itself(source: Path, cause: str) -> UsageProblem:
+    return UsageProblem(
+        f"{quoted(str(source))} is OUT itself: to compare it with itself proves nothing",
+        cause=cause,
+        fix="give the checkpoint that OUT was made from, or verify without `--source`",
+    )
+
+
+def _against(  # noqa: PLR0917
+    out: Opened,
+    source: Opened,
+    manifest: Manifest | None,
+    recipe: str | Path | None,
+    limits: Limits,
+    meter: Meter,
+) -> tuple[list[MoeconvError], list[str]]:
+    """What differs between OUT and what it was made from; OUT is not believed in anything."""
+    _refuse_same_files(out.checkpoint, source.checkpoint)
+    pairs = [(side.checkpoint, side.detection.whole()) for side in (out, source)]
+    problems = different_sets(out.detection, source.detection)
+    if problems:
+        return problems, []
+    trusted = _trusted(source, recipe)
+    for name, side in (("OUT", out), ("SRC", source)):
+        own = side.checkpoint.origin
+        if own is not None:
+            detection = side.detection
+            problems += recipe_problems(name, own.manifest, detection, source.detection, trusted)
+    problems += origin_layout_problems(out.checkpoint, source.checkpoint, source.detection)
+    if manifest is not None and manifest.root.ep_size is None:
+        problems += entry_problems(manifest, out.detection)
+    problems += origin_problems(out.checkpoint, source.checkpoint)
+    found, warnings = sidecar_problems(out.checkpoint, pairs[1])
+    problems += found
+    problems += compare_source(*pairs, limits=limits, progress=meter.advance)
+    return problems, warnings
+
+
+def _trusted(source: Opened, recipe: str | Path | None) -> Trusted:
+    """The recipe to believe for a stack of SRC: the user's, else the shipped one of its name.
+
+    Others only where SRC is foreign or, being believed, carries them.
+    """
+    if source.checkpoint.origin is None:
+        return lambda stack: stack.recipe
+    given = load_recipe(recipe) if recipe is not None else None
+
+    def known(stack: Stack) -> Recipe:
+        name = stack.recipe.name
+        found = given if given is not None and given.name == name else shipped_recipe(name)
+        if found is None:
+            return stack.recipe
+        return found if stack.recipe.taken is None else found.taking(*stack.recipe.taken)
+
+    return known
 
 
 def _fresh_problems(
@@ -116,21 +221,26 @@ def _filled(
 ) -> Manifest:
     """The set with the digests of its source's bytes."""
     meter.total += side.checkpoint.tensor_bytes
-    found = matrices(side.checkpoint, side.detection.whole(), limits=limits, progress=meter.advance)
-    return fill_digests(place, manifest, {address: m.digest for address, m in found.items()})
+    found = contents(side.checkpoint, side.detection.whole(), limits=limits, progress=meter.advance)
+    return fill_digests(place, manifest, {a: m.digest for a, m in found.matrices.items()})
 
 
-def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvError]]:
+def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvError], list[str]]:
+    """The manifest of a set, and what is wrong or odd of all that is not data."""
     if (place / ROOT_NAME).exists():
         manifest, problems = check_structure(place)
-        if manifest is None or manifest.root.source is None or problems:
-            return manifest, problems
-        try:
-            return manifest, virtual_problems(open_source(place).detection.whole(), manifest)
-        except MoeconvError as problem:
-            return manifest, [problem]
+        if manifest is None:
+            return None, problems, []
+        added, warnings = added_files(place, manifest)
+        problems += added
+        if manifest.root.source is not None and not problems:
+            try:
+                problems = virtual_problems(open_source(place).detection.whole(), manifest)
+            except MoeconvError as problem:
+                problems = [problem]
+        return manifest, problems, warnings
     if level == SOURCE:
-        return None, []
+        return None, [], []
     open_checkpoint(place)
     raise NotASet(
         f"{quoted(str(place))} was not written by moeconv",
@@ -140,7 +250,12 @@ def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvEr
 
 
 def _report(
-    level: str, problems: list[MoeconvError], manifest: Manifest | None, *, bytes_read: int
+    level: str,
+    problems: list[MoeconvError],
+    manifest: Manifest | None,
+    warnings: list[str],
+    *,
+    bytes_read: int,
 ) -> Report:
     parts = manifest.parts if manifest else ()
     return Report(
@@ -150,6 +265,7 @@ def _report(
         tensors=sum(len(p.tensors) for p in parts),
         bytes_read=bytes_read,
         fingerprint=manifest.root.fingerprint if manifest else None,
+        warnings=tuple(warnings),
     )
 
 
@@ -159,13 +275,33 @@ def fingerprint(
     *,
     recipe: str | Path | None = None,
     from_layout: str | None = None,
+    recorded: bool = False,
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """One hash of the whole model, the same in every layout. Reads data only without a manifest."""
+    """One hash of the whole model, the same in every layout, of the bytes as they are.
+
+    recorded: believe the digests that a set records, where it has them all, and read nothing.
+    Raises Damaged for a set whose bytes are not those that it records.
+    """
     opened = open_source(src, recipe=recipe, from_layout=from_layout)
-    return fingerprint_of(_matrices(opened, max_memory, jobs, progress))
+    (found,) = _contents([opened], limits_of(jobs, max_memory), progress, recorded)
+    if found.damaged:
+        raise _damaged(opened, found.damaged)
+    return fingerprint_of(found.matrices)
+
+
+def _damaged(opened: Opened, addresses: tuple[str, ...]) -> Damaged:
+    shown = ", ".join(map(quoted, addresses[:_MAX_NAMED]))
+    more = f" and {len(addresses) - _MAX_NAMED:,} more" if addresses[_MAX_NAMED:] else ""
+    return Damaged(
+        f"{quoted(str(opened.path))} is damaged: its bytes are not those that were written",
+        at=f"{shown}{more}",
+        cause=f"{counted(len(addresses), 'matrix or tensor', 'matrices or tensors')} differ from "
+        "what its manifest records, or between replicas",
+        fix="fetch the set again; `moeconv verify SRC` lists all the damage",
+    )
 
 
 @system_errors()
@@ -175,23 +311,35 @@ def diff(
     *,
     recipe: str | Path | None = None,
     from_layout: str | None = None,
+    recorded: bool = False,
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Difference, ...]:
-    """Two checkpoints, matrix by matrix: `=` same, `-` only in A, `+` only in B, `*` differs."""
+    """Two checkpoints, matrix by matrix: `=` same, `-` only in A, `+` only in B, `*` differs.
+
+    All bytes are read, and marks are of the bytes as they are; `damaged` says where they are not
+    those that a set records. recorded: believe the digests that a set records, where it has them
+    all, and do not read it.
+    """
     sides = [open_source(s, recipe=recipe, from_layout=from_layout) for s in (a, b)]
-    first, second = (_matrices(side, max_memory, jobs, progress) for side in sides)
-    return differences(first, second)
+    limits = limits_of(jobs, max_memory)
+    return differences(*_contents(sides, limits, progress, recorded))
 
 
-def _matrices(
-    opened: Opened, max_memory: int, jobs: int | None, progress: Progress | None
-) -> dict[str, Matrix]:
-    meter = Meter(opened.checkpoint.tensor_bytes, progress)
-    return matrices(
-        opened.checkpoint,
-        opened.detection.whole(),
-        limits=limits_of(jobs, max_memory),
-        progress=meter.advance,
-    )
+def _contents(
+    sides: list[Opened],
+    limits: Limits,
+    progress: Progress | None,
+    recorded: bool,  # noqa: FBT001 - private, and named at every call of its callers
+) -> list[Contents]:
+    """What each side holds: read, or believed where its manifest records it."""
+    known = [believed(side.checkpoint) if recorded else None for side in sides]
+    unread = [s.checkpoint for s, held in zip(sides, known, strict=True) if held is None]
+    meter = Meter(sum(checkpoint.tensor_bytes for checkpoint in unread), progress)
+    return [
+        contents(side.checkpoint, side.detection.whole(), limits=limits, progress=meter.advance)
+        if held is None
+        else Contents(held)
+        for side, held in zip(sides, known, strict=True)
+    ]

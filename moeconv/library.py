@@ -61,6 +61,13 @@ def shipped_recipes() -> tuple[Recipe, ...]:
     return tuple(map(_shipped, _texts()))
 
 
+def shipped_recipe(name: str) -> Recipe | None:
+    """The shipped recipe of this name."""
+    # to parse all of them takes long, and most files are named as their recipe
+    first = sorted(_texts(), key=lambda file: file != f"{name}.toml")
+    return next((r for r in map(_shipped, first) if r.name == name), None)
+
+
 def shared_layouts() -> tuple[str, ...]:
     """The names of the layouts that every family can be written in."""
     return tuple(tomllib.loads(_shared("gated"))["layouts"])

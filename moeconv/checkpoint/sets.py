@@ -8,8 +8,15 @@ from pathlib import Path
 from moeconv.checkpoint.header import Header
 from moeconv.checkpoint.index import Index, parse_index
 from moeconv.checkpoint.origin import Origin, parse_origin
-from moeconv.checkpoint.papers import damaged, inside, read_entry, read_root
-from moeconv.checkpoint.sidecars import Sidecar
+from moeconv.checkpoint.papers import (
+    FILLED_ROOT,
+    damaged,
+    filled_name,
+    inside,
+    read_entry,
+    read_root,
+)
+from moeconv.checkpoint.sidecars import Sidecar, files_below
 from moeconv.digest import digest
 from moeconv.errors import quoted
 from moeconv.manifest import MAX_PART_BYTES, PARTS_DIR, ROOT_NAME, Manifest, Part
@@ -72,3 +79,18 @@ def open_set(root: Path) -> SetFiles:
         origin_raw=origin_raw,
         sidecars=tuple(beside),
     )
+
+
+def foreign_files(root: Path, manifest: Manifest) -> list[str]:
+    """Relative paths of what is in the directory of a set and not named by it, in natural order.
+
+    Folders that cannot be listed are among them, with a `/` at the end. Raises OSError.
+    """
+    top = manifest.root
+    named = {ROOT_NAME, f"{PARTS_DIR}/journal"}
+    named |= {e.name for e in (*top.parts, *top.sidecars, top.origin)}
+    named |= {top.index.name} if top.index else set()
+    named |= {p.file for p in manifest.parts}
+    named |= {FILLED_ROOT, *(filled_name(e.name) for e in top.parts)}
+    there, unread = files_below(root)
+    return sorted((set(there) | {f"{n}/" for n in unread}) - named, key=natural_key)

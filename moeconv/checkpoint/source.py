@@ -12,13 +12,12 @@ from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
 from moeconv.checkpoint.header import Header, StoredTensor, read_header
 from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
 from moeconv.checkpoint.oddities import oddities, short_rows
-from moeconv.checkpoint.papers import FILLED_ROOT, filled_name, inside, missing, read_root
+from moeconv.checkpoint.papers import inside, missing, read_root
 from moeconv.checkpoint.reading import read_document
-from moeconv.checkpoint.sets import SetFiles, open_set
+from moeconv.checkpoint.sets import SetFiles, foreign_files, open_set
 from moeconv.checkpoint.sidecars import (
     Sidecar,
     existing,
-    files_below,
     matches,
     refuse_unsafe_name,
     sidecar,
@@ -244,14 +243,7 @@ def _changed(source: SourceEntry, cause: str) -> SourceChanged:
 
 def _strangers(root: Path, own: SetFiles) -> tuple[str, ...]:
     """What somebody added to one of our sets: no verb copies it, so it must be said."""
-    top = own.manifest.root
-    named = {ROOT_NAME, f"{PARTS_DIR}/journal"}
-    named |= {e.name for e in (*top.parts, *top.sidecars, top.origin)}
-    named |= {top.index.name} if top.index else set()
-    named |= {p.file for p in own.manifest.parts}
-    named |= {FILLED_ROOT, *(filled_name(e.name) for e in top.parts)}
-    there, unread = files_below(root)
-    found = sorted((set(there) | {f"{n}/" for n in unread}) - named, key=natural_key)
+    found = foreign_files(root, own.manifest)
     if not found:
         return ()
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""

@@ -18,6 +18,7 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.", show_default=False)],
     from_layout: options.FromLayout = None,
     recipe: options.RecipeFile = None,
+    recorded: options.Recorded = False,
     max_memory: options.Memory = "512MiB",
     jobs: options.Jobs = None,
     as_json: options.AsJson = False,
@@ -25,12 +26,13 @@ def diff(
     verbose: options.Verbose = False,
     color: options.Color = "auto",
 ) -> None:
-    """Compare matrix by matrix: `=` same, `-` only in A, `+` only in B, `*` differs."""
+    """Compare all bytes, by matrix: `=` same, `-` only in A, `+` only in B, `*` differs."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
         checked_color(color)
         from moeconv import checks
+        from moeconv.errors import quoted
         from moeconv.names import printable
-        from moeconv.units import parse_size
+        from moeconv.units import counted, parse_size
 
         with ui.progress("diff") as progress:
             found = checks.diff(
@@ -38,12 +40,22 @@ def diff(
                 b,
                 recipe=recipe,
                 from_layout=from_layout,
+                recorded=recorded,
                 max_memory=parse_size(max_memory),
                 jobs=jobs,
                 progress=progress,
             )
         counts = Counter(d.mark for d in found)
         different = [d for d in found if d.mark != _SAME]
+        damaged = {side: [d for d in found if side in d.damaged] for side in ("A", "B")}
+        if recorded:
+            ui.warn("digests that a set records were believed: its bytes were not read")
+        for side, its in damaged.items():
+            if its:
+                ui.warn(
+                    f"{side} is damaged: {counted(len(its), 'matrix', 'matrices')} not as its "
+                    f"manifest records or its replicas are, {quoted(its[0].address)} first"
+                )
         if as_json:
             ui.document(
                 {
@@ -52,6 +64,10 @@ def diff(
                     "only_in_a": counts["-"],
                     "only_in_b": counts["+"],
                     "differ": counts["*"],
+                    "recorded": recorded,
+                    "damaged": {
+                        side.lower(): [d.address for d in its] for side, its in damaged.items()
+                    },
                     "differences": [
                         {"mark": d.mark, "address": d.address, "why": d.why} for d in different
                     ],
@@ -64,5 +80,5 @@ def diff(
                 f"{counts[_SAME]:,} same, {counts['-']:,} only in A, {counts['+']:,} only in B, "
                 f"{counts['*']:,} differ"
             )
-        if different:
+        if different or any(damaged.values()):
             raise typer.Exit(EXIT_NO)

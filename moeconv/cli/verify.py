@@ -57,6 +57,8 @@ def verify(
                 jobs=jobs,
                 progress=progress,
             )
+        for warning in report.warnings:
+            ui.warn(warning)
         if as_json:
             ui.document(
                 {
@@ -68,6 +70,7 @@ def verify(
                     "bytes_read": report.bytes_read,
                     "fingerprint": report.fingerprint,
                     "problems": [p.as_json() for p in report.problems],
+                    "warnings": list(report.warnings),
                 }
             )
         else:

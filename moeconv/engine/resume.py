@@ -12,7 +12,8 @@ from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.digest import digest
 from moeconv.engine.crew import Limits
 from moeconv.engine.journal import Journal
-from moeconv.engine.papers import entry_of, expected_digests
+from moeconv.engine.papers import entry_of
+from moeconv.engine.recorded import recorded
 from moeconv.engine.rehash import digests_of
 from moeconv.engine.tiles import Digests
 from moeconv.errors import CannotResume, MoeconvError, quoted
@@ -97,10 +98,9 @@ def _same_sidecar(out: Path, sidecar: Sidecar, plan: Plan) -> bool:
 
 def _wanted_digests(plan: Plan, checkpoint: Checkpoint, limits: Limits) -> dict[str, Digests]:
     """The digests that the plan's files must have: recorded, or those of the source's bytes."""
-    recorded = expected_digests(checkpoint)
-    stacks = plan.stacks
+    known, stacks = recorded(checkpoint).matrices, plan.stacks
     wanted = {
-        f.name: [[recorded.get(a, "") for a in addresses(entry_of(t), stacks)] for t in f.tensors]
+        f.name: [[known.get(a, "") for a in addresses(entry_of(t), stacks)] for t in f.tensors]
         for f in plan.files
     }
     if all(value for rows in wanted.values() for row in rows for value in row):

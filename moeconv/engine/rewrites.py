@@ -7,8 +7,10 @@ from typing import Final
 
 from moeconv.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES, QUANTIZATION
 from moeconv.checkpoint.reading import read_document
+from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.layout.stack import Stack
+from moeconv.manifest import StackEntry
 from moeconv.plan.values import Plan, Rewrite
 from moeconv.strictjson import may_escape
 
@@ -51,6 +53,26 @@ def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...])
     return replace(plan, rewrites=tuple(rewrites), notes=(*plan.notes, *notes))
 
 
+def is_rewritten(name: str) -> bool:
+    """Whether conversions may change a sidecar of this name."""
+    return any(name == document for document, _ in _DOCUMENTS)
+
+
+def rewritten(
+    name: str, first: bytes, stacks: tuple[Stack, ...], entries: tuple[StackEntry, ...]
+) -> bytes:
+    """What a sidecar of the first source becomes in an output whose manifest has these entries.
+
+    stacks: all that the entries name, by the recipes to believe.
+    """
+    # a fifth of the start of a command, and most checkpoints need none of it
+    from moeconv.engine.rewording import reworded
+    from moeconv.plan.modules import Renamings
+
+    inside = dict(_DOCUMENTS)[name]
+    return reworded(name, first, Renamings(stacks, entries), inside=inside)[0]
+
+
 def _names_some(config: bytes | None) -> bool:
     """Whether a config.json may hold a list of modules: it would stand in one of these members."""
     if config is None:
@@ -72,6 +94,9 @@ def _restoring(plan: Plan, checkpoint: Checkpoint) -> Plan:
 def _read(checkpoint: Checkpoint, name: str) -> bytes | None:
     """A sidecar's bytes; None where the output does not get it."""
     sidecar = next((s for s in checkpoint.sidecars if s.name == name), None)
-    if sidecar is None:
-        return None
-    return read_document(sidecar.path, MAX_CONFIG_BYTES, name=name)
+    return None if sidecar is None else read_sidecar(sidecar)
+
+
+def read_sidecar(sidecar: Sidecar) -> bytes:
+    """The bytes of a document that conversions may change. Raises Malformed, IoFailed."""
+    return read_document(sidecar.path, MAX_CONFIG_BYTES, name=sidecar.name)

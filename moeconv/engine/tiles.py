@@ -215,7 +215,7 @@ class TileRunner:
         first = last = 0
         if tile.straight:  # read for its digests only, where its bytes can be had without a copy
             span = tile.spans[0]
-            source = self._sources.descriptor(span.file)
+            source = self._source.file(span.file)
             first, last = target.clone(source, span.offset, tile.start, tile.nbytes)
         with self._memory.hold(memory_of(tile)) as take:
             try:

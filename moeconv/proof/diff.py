@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeconv.names import natural_key
-from moeconv.proof.digests import Matrix
+from moeconv.proof.digests import Contents, Matrix
 
 SAME, ONLY_A, ONLY_B, DIFFERS = "=", "-", "+", "*"
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One address: `=` same, `-` only in A, `+` only in B, `*` differs; `why` for `*`."""
+    """One address: `=` same, `-` only in A, `+` only in B, `*` differs; `why` for `*`.
+
+    damaged: the sides whose bytes are not those that their manifests record: `A`, `B`, or both.
+    """
 
     mark: str
     address: str
     why: str = ""
+    damaged: tuple[str, ...] = ()
 
 
-def differences(a: dict[str, Matrix], b: dict[str, Matrix]) -> tuple[Difference, ...]:
+def differences(a: Contents, b: Contents) -> tuple[Difference, ...]:
     """Every address of both sides, in natural order."""
-    return tuple(
-        _difference(address, a.get(address), b.get(address))
-        for address in sorted(a.keys() | b.keys(), key=natural_key)
+    damaged: dict[str, tuple[str, ...]] = dict.fromkeys(a.damaged, ("A",))
+    for address in b.damaged:
+        damaged[address] = (*damaged.get(address, ()), "B")
+    found = (
+        _difference(address, a.matrices.get(address), b.matrices.get(address))
+        for address in sorted(a.matrices.keys() | b.matrices.keys(), key=natural_key)
     )
+    if not damaged:
+        return tuple(found)
+    return tuple(replace(d, damaged=damaged.get(d.address, ())) for d in found)
 
 
 def _difference(address: str, a: Matrix | None, b: Matrix | None) -> Difference:

@@ -11,6 +11,7 @@ from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import fingerprint, fingerprint_line
 from moeconv.engine.crew import Limits, Progress
 from moeconv.engine.papers import part_of
+from moeconv.engine.recorded import recorded
 from moeconv.engine.rehash import digests_of
 from moeconv.errors import Damaged, IoFailed, Malformed, MoeconvError, quoted
 from moeconv.layout.detect import Detection
@@ -61,6 +62,11 @@ def stack_entries(checkpoint: Checkpoint, detection: Detection) -> tuple[StackEn
     manifest = checkpoint.manifest
     if manifest is not None and manifest.root.ep_size is not None:
         return manifest.root.stacks
+    return entries_of(detection)
+
+
+def entries_of(detection: Detection) -> tuple[StackEntry, ...]:
+    """The stacks of a detection as a plan from it numbers them."""
     return tuple(
         StackEntry(
             s.name,
@@ -75,15 +81,41 @@ def stack_entries(checkpoint: Checkpoint, detection: Detection) -> tuple[StackEn
     )
 
 
-def matrices(
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a checkpoint holds, by address.
+
+    damaged: addresses whose bytes are not those that the manifest records, or not the same in all
+    replicas; `matrices` has what was read.
+    """
+
+    matrices: dict[str, Matrix]
+    damaged: tuple[str, ...] = ()
+
+
+def believed(checkpoint: Checkpoint) -> dict[str, Matrix] | None:
+    """Every logical matrix and other tensor as the manifest records it, if it has all digests."""
+    known = checkpoint.origin.manifest if checkpoint.origin else None
+    if known is None or not known.complete:
+        return None
+    return {a: Matrix(d, s, v) for a, d, s, v in known.matrices()}
+
+
+def contents(
     checkpoint: Checkpoint, detection: Detection, *, limits: Limits, progress: Progress
-) -> dict[str, Matrix]:
-    """Every logical matrix and other tensor by address: from the manifest, or read and hashed."""
-    known = checkpoint.manifest or (checkpoint.virtual.manifest if checkpoint.virtual else None)
-    if known is not None and known.complete:
-        return {a: Matrix(d, s, v) for a, d, s, v in known.matrices()}
+) -> Contents:
+    """Every logical matrix and other tensor, read and hashed, and held against the manifest."""
     parts = rehash(checkpoint, detection, limits=limits, progress=progress)
-    return dict(_flat(parts, stack_entries(checkpoint, detection)))
+    record = recorded(checkpoint)
+    found: dict[str, Matrix] = {}
+    damaged: dict[str, None] = {}
+    for address, matrix in _flat(parts, stack_entries(checkpoint, detection)):
+        first = found.setdefault(address, matrix)
+        wanted = record.matrices.get(address, None if record.complete else first.digest)
+        if matrix.digest != wanted:
+            damaged[address] = None
+            found[address] = matrix  # of replicas the one that is wrong
+    return Contents(found, tuple(damaged))
 
 
 def _flat(parts: tuple[Part, ...], stacks: tuple[StackEntry, ...]) -> Iterator[tuple[str, Matrix]]:

@@ -14,7 +14,10 @@ LEVELS = (STRUCTURE, DIGEST, SOURCE)
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The answer of `verify`: yes where there are no problems; how much was looked at."""
+    """The answer of `verify`: yes where there are no problems; how much was looked at.
+
+    warnings: what is odd and changes nothing, such as a README that was added.
+    """
 
     level: str
     problems: tuple[MoeconvError, ...]
@@ -22,6 +25,7 @@ class Report:
     tensors: int
     bytes_read: int
     fingerprint: str | None
+    warnings: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

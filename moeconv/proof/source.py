@@ -11,18 +11,19 @@ from typing import Final
 import numpy as np
 
 from moeconv.checkpoint.file_io import read_bytes
-from moeconv.checkpoint.reading import file_digest, unreadable
-from moeconv.checkpoint.sidecars import Sidecar
+from moeconv.checkpoint.reading import unreadable
 from moeconv.checkpoint.source import Checkpoint, DataFile
-from moeconv.digest import digest
 from moeconv.engine.crew import Limits, Progress, Reader, run_tiles
 from moeconv.engine.gather import BUFFER_BYTES
+from moeconv.engine.papers import entry_of
+from moeconv.engine.recorded import Recorded, recorded
 from moeconv.engine.tiles import Digests, Origin
 from moeconv.errors import Damaged, MoeconvError, TensorNotInFile, quoted
 from moeconv.layout.detect import Detection
+from moeconv.manifest import StackEntry, addresses
 from moeconv.plan.existing import plan_onto, plan_onto_set
 from moeconv.plan.values import OutputFile, OutputTensor
-from moeconv.proof.digests import placed_headers
+from moeconv.proof.digests import entries_of, placed_headers
 
 _MAX_REPORTED: Final = 1000
 
@@ -34,17 +35,18 @@ def compare_source(
     limits: Limits,
     progress: Progress,
 ) -> list[MoeconvError]:
-    """Hold all tensors of `source` against `output`, byte by byte, whatever their layouts."""
-    problems = _different_sets(output[1], source[1])
-    problems += _different_sidecars(output[0], source[0])
-    if any(isinstance(p, TensorNotInFile) for p in problems):
-        return problems
+    """Hold all tensors of `source` against `output`, byte by byte, whatever their layouts.
+
+    And the digests that `output` records against those of the bytes. Both have the same tensors.
+    """
+    problems: list[MoeconvError] = []
     # of a set for ranks every replica must be what the source makes it, so it is held against the
     # source; of any other output each of the source's own bytes must be found again
     sharded = output[0].manifest is not None and output[0].manifest.root.ep_size is not None
     (read, detection), (held, target) = (source, output) if sharded else (output, source)
     files = planned_onto(detection, target, held)
     by_name = {f.name: f for f in held.files}
+    record, stacks = recorded(output[0]), entries_of(source[1])
     lock = threading.Lock()
 
     def report(problem: MoeconvError) -> None:
@@ -55,7 +57,7 @@ def compare_source(
     run_tiles(
         files,
         read.files,
-        lambda file: _Comparing(file, by_name[file.name], report),
+        lambda file: _Comparing(file, by_name[file.name], report, record, stacks),
         limits=limits,
         progress=progress,
     )
@@ -72,7 +74,7 @@ def planned_onto(
     return plan_onto(detection, target, headers)
 
 
-def _different_sets(output: Detection, source: Detection) -> list[MoeconvError]:
+def different_sets(output: Detection, source: Detection) -> list[MoeconvError]:
     """Tensors and stacks that only one side has, or that differ in dtype or size."""
     problems: list[MoeconvError] = []
     ours = _facts(output)
@@ -106,40 +108,22 @@ def _facts(detection: Detection) -> dict[str, str]:
     return facts
 
 
-def _original(checkpoint: Checkpoint, sidecar: Sidecar) -> str:
-    """The digest of a sidecar as it was in the first source."""
-    own = checkpoint.origin
-    kept = dict(own.origin.sidecars).get(sidecar.name) if own else None
-    return digest(kept) if kept is not None else file_digest(sidecar.path, name=sidecar.name)
-
-
-def _different_sidecars(output: Checkpoint, source: Checkpoint) -> list[MoeconvError]:
-    ours = {s.name: s for s in output.sidecars}
-    problems: list[MoeconvError] = []
-    for sidecar in source.sidecars:
-        mine = ours.get(sidecar.name)
-        same = mine is not None and _original(output, mine) == _original(source, sidecar)
-        if not same:
-            problems.append(
-                Damaged(
-                    f"{quoted(sidecar.name)} is not the same in OUT and SRC",
-                    at=quoted(sidecar.name),
-                    cause="it is absent from OUT" if mine is None else "its bytes differ",
-                    fix="convert again from this source",
-                )
-            )
-    return problems
-
-
 class _Comparing(Reader):
     """A target that holds what would be written against what is there."""
 
     def __init__(
-        self, file: OutputFile, actual: DataFile, report: Callable[[MoeconvError], None]
+        self,
+        file: OutputFile,
+        actual: DataFile,
+        report: Callable[[MoeconvError], None],
+        record: Recorded,
+        stacks: tuple[StackEntry, ...],
     ) -> None:
         self._file = file
         self._actual = actual
         self._report = report
+        self._record = record
+        self._stacks = stacks
         self._descriptor = -1
         self._starts = [t.offset for t in file.tensors]
         self._reported: set[str] = set()
@@ -192,7 +176,22 @@ class _Comparing(Reader):
         )
 
     def finish(self, digests: Digests) -> None:
-        """Nothing to keep."""
+        """Hold what OUT records of the bytes against them, where they are SRC's."""
+        for tensor, row in zip(self._file.tensors, digests, strict=True):
+            if tensor.name in self._reported:
+                continue
+            for address, value in zip(addresses(entry_of(tensor), self._stacks), row, strict=True):
+                wanted = self._record.matrices.get(address)
+                if wanted != value and (wanted is not None or self._record.complete):
+                    self._report(
+                        Damaged(
+                            f"OUT records another digest of {quoted(address)} than it has",
+                            at=f"{quoted(self._file.name)}, tensor {quoted(tensor.name)}",
+                            cause=f"its bytes are SRC's, their digest is {value}; "
+                            f"OUT's manifest has {wanted or 'none'}",
+                            fix="convert again from this source",
+                        )
+                    )
 
     def close(self) -> None:
         """Close the source's file."""

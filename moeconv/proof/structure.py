@@ -10,11 +10,10 @@ from typing import Final
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import LENGTH_BYTES, StoredTensor, parse_header
-from moeconv.checkpoint.index import parse_index
+from moeconv.checkpoint.index import INDEX_NAME, parse_index
 from moeconv.checkpoint.origin import parse_origin
 from moeconv.checkpoint.papers import damaged, inside, missing, read_entry, read_root
 from moeconv.checkpoint.reading import opened, read_start, unreadable
-from moeconv.checkpoint.source import SUFFIX
 from moeconv.digest import digest
 from moeconv.errors import (
     Damaged,
@@ -49,7 +48,7 @@ _MAX_MISSING: Final = 20
 
 
 def check_structure(root: Path) -> tuple[Manifest | None, list[MoeconvError]]:
-    """Everything about a set that can be known without its data; all problems.
+    """Everything about a set's own files that can be known without its data; all problems.
 
     Returns the manifest where all of its parts could be read.
     """
@@ -67,7 +66,6 @@ def check_structure(root: Path) -> tuple[Manifest | None, list[MoeconvError]]:
     problems += _papers(root, top)
     if not whole:
         return None, problems
-    problems += _strangers(root, top, parts)
     manifest = Manifest(top, tuple(parts))
     return manifest, problems + _whole(manifest)
 
@@ -123,7 +121,14 @@ def _data_file(root: Path, part: Part) -> list[MoeconvError]:
 
 def _index(root: Path, top: Root, parts: list[Part] | None) -> list[MoeconvError]:
     if top.index is None:
-        return []
+        return [
+            damaged(ROOT_NAME, f"it names an index, {quoted(INDEX_NAME)}: a set for ranks has none")
+            for entry in top.sidecars
+            if entry.name == INDEX_NAME
+        ]
+    if top.index.name != INDEX_NAME:
+        cause = f"its index is {quoted(top.index.name)}, but loaders follow {quoted(INDEX_NAME)}"
+        return [damaged(ROOT_NAME, cause)]
     try:
         index = parse_index(read_entry(root, top.index), name=top.index.name)
     except (Malformed, IoFailed) as problem:
@@ -158,22 +163,6 @@ def _sidecar_size(root: Path, entry: FileEntry) -> list[MoeconvError]:
     if size != entry.size:
         return [damaged(entry.name, f"it has {size:,} bytes, the manifest says {entry.size:,}")]
     return []
-
-
-def _strangers(root: Path, top: Root, parts: list[Part]) -> list[MoeconvError]:
-    """Tensor files that the set does not name: loaders glob, and would take them in."""
-    ours = {p.file for p in parts} | {s.name for s in top.sidecars}
-    found = sorted(p.name for p in root.iterdir() if p.name.endswith(SUFFIX))
-    return [
-        Damaged(
-            f"{quoted(name)} does not belong to the set",
-            at=quoted(name),
-            cause="the manifest does not name it, but programs that glob would load it",
-            fix="remove it",
-        )
-        for name in found
-        if name not in ours
-    ]
 
 
 def _whole(manifest: Manifest) -> list[MoeconvError]:

@@ -1,0 +1,191 @@
+"""Whether the recipes that a set carries put every matrix where trusted recipes put it.
+
+The bytes of a set are compared with its source's by way of the set's own recipes, so these must
+not be believed: who can write `up` for `gate` there makes any bytes the right ones. Only what
+decides where bytes lie is compared, so a recipe of an older version that knows fewer model types,
+components or layouts is the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+from moeconv.checkpoint.source import Checkpoint
+from moeconv.errors import Damaged, MoeconvError, quoted
+from moeconv.layout.axes import Axes
+from moeconv.layout.detect import Detection
+from moeconv.layout.recipe import Component, Layout, Line, Recipe
+from moeconv.layout.stack import Member, Stack
+from moeconv.manifest import ROOT_NAME, ExpertEntry, Manifest, StackEntry
+from moeconv.plan.draft import laid_out
+
+Trusted: TypeAlias = Callable[[Stack], Recipe]
+
+
+def recipe_problems(
+    name: str, manifest: Manifest, detection: Detection, source: Detection, trusted: Trusted
+) -> list[MoeconvError]:
+    """Where the recipes of a set, or what it says of its tensors, differ from the trusted ones.
+
+    name: of the set, for messages. detection: the set by its own recipes. source: what it was made
+    from. trusted: the recipe to believe for a stack of the source.
+    """
+    theirs = {s.name: s for s in source.stacks}
+    entries = {s.name: s for s in manifest.root.stacks}
+    causes: dict[tuple[str, str], str] = {}
+    for stack in detection.stacks:
+        if stack.name in theirs and stack.name in entries:
+            of = theirs[stack.name]
+            cause = _difference(stack, entries[stack.name], of, trusted(of))
+            if cause is not None:
+                causes.setdefault((stack.recipe.name, cause), stack.name)
+    return [
+        Damaged(
+            f"recipe {quoted(recipe)} in {quoted(name)} is not the one that is known by this name",
+            at=f"`{ROOT_NAME}`, `recipes`, for {quoted(stack)}",
+            cause=cause,
+            fix="convert again; if it is a recipe of your own, give it with `--recipe FILE`",
+        )
+        for (recipe, cause), stack in causes.items()
+    ]
+
+
+def _difference(stack: Stack, entry: StackEntry, source: Stack, trusted: Recipe) -> str | None:
+    """How a set's recipe for a stack differs from the trusted one, in what matters to the stack."""
+    recipe = stack.recipe
+    if recipe.name != trusted.name:
+        return f"SRC is of recipe {quoted(trusted.name)}, the set of {quoted(recipe.name)}"
+    used = [(m, c) for m in stack.members if (c := _component(trusted, m.component.name))]
+    lost = {m.component.name for m in stack.members} - {c.name for _, c in used}
+    if lost:
+        return f"the known recipe has no component {quoted(min(lost))}"
+    for name in dict.fromkeys((entry.layout, entry.origin_layout)):
+        own, other = recipe.layout(name), trusted.layout(name)
+        if own is None or other is None:
+            return f"the known recipe has no layout {quoted(name)}"
+        if _lines(own) != _lines(other):
+            return f"layout {quoted(name)} has other lines: {_first_difference(own, other)}"
+        for member, component in used:
+            cause = _component_difference(member.component, component, own, other)
+            if cause is not None:
+                return f"layout {quoted(name)}, component {quoted(component.name)}: {cause}"
+    layout = trusted.layout(entry.layout) if stack.layout.name == entry.layout else None
+    for member, component in used:
+        cause = _stored_otherwise(member, component, layout or stack.layout, source)
+        if cause is not None:
+            return cause
+    return None
+
+
+def _component(recipe: Recipe, name: str) -> Component | None:
+    return next((c for c in recipe.components if c.name == name), None)
+
+
+def _key(line: Line) -> tuple[object, ...]:
+    return line.projections, line.template, line.axes, line.first, line.part
+
+
+def _lines(layout: Layout) -> frozenset[tuple[object, ...]]:
+    return frozenset(map(_key, layout.lines))
+
+
+def _first_difference(own: Layout, other: Layout) -> str:
+    for one, two in ((own, other), (other, own)):
+        for line in one.lines:
+            if _key(line) not in _lines(two):
+                where = "the set's" if one is own else "the known recipe's"
+                words = " and ".join(line.projections)
+                return f"{where} has {words} as `{line.template}: {line.axes}`"
+    return "they are in another order"
+
+
+def _component_difference(
+    own: Component, other: Component, mine: Layout, its: Layout
+) -> str | None:
+    """How the tensors of a component differ in name or in axes; `own` as it is read in the set."""
+    if (own.suffix, own.parameter, own.weight) != (other.suffix, other.parameter, other.weight):
+        return f"its name is `{own.suffix or own.name}`, not `{other.suffix or other.name}`"
+    readings = [axes for axes in other.readings if alike(axes, own.axes)]
+    if not readings:
+        return f"its axes are `{own.axes}`, not `{other.axes}`"
+    there = {_key(line): line for line in its.lines}
+    for line in mine.lines:
+        wanted = [f for axes in readings for f in there[_key(line)].forms(other.read_as(axes))]
+        if not any(alike(form, line.forms(own)[0]) for form in wanted):
+            return f"it is written as `{line.forms(own)[0]}`, not `{wanted[0]}`"
+    return None
+
+
+def _stored_otherwise(
+    member: Member, component: Component, layout: Layout, source: Stack
+) -> str | None:
+    """How a member is stored as the trusted recipe does not allow it, or SRC has it not."""
+    line = next((ln for ln in layout.lines if _key(ln) == _key(member.line)), member.line)
+    readings = [a for a in component.readings if alike(a, member.component.axes)]
+    forms = [form for axes in readings for form in line.forms(component.read_as(axes))]
+    if not any(alike(form, member.axes) for form in forms):
+        return f"{quoted(component.name)} is stored as `{member.axes}`, not `{forms[0]}`"
+    for projection in member.line.projections:
+        held = source.member(projection, component.name)
+        if held is not None and not alike(held.component.axes, member.component.axes):
+            return (
+                f"{quoted(component.name)} of {projection} is read as `{member.component.axes}`, "
+                f"in SRC as `{held.component.axes}`"
+            )
+    return None
+
+
+def alike(one: Axes, other: Axes) -> bool:
+    """Whether axes are the same, where a granule's name may stand for any number or name."""
+    return [len(d) for d in one.dims] == [len(d) for d in other.dims] and all(
+        a.letter == b.letter
+        and (isinstance(a.granule, str) or isinstance(b.granule, str) or a.granule == b.granule)
+        for a, b in zip(one.flat, other.flat, strict=True)
+    )
+
+
+def origin_layout_problems(
+    output: Checkpoint, source: Checkpoint, detection: Detection
+) -> list[MoeconvError]:
+    """Where OUT says of a stack that its first source had it in another layout than it has.
+
+    detection: SRC's.
+    """
+    ours, theirs = output.origin, source.origin
+    layouts = {s.name: s.layout.name for s in detection.stacks}
+    if theirs is not None:
+        layouts = {s.name: s.origin_layout for s in theirs.manifest.root.stacks}
+    return [
+        Damaged(
+            f"{quoted(entry.name)} was in another layout than OUT says",
+            at=f"`{ROOT_NAME}`, `stacks`",
+            cause=f"in SRC it is {quoted(layouts[entry.name])}, "
+            f"`origin_layout` is {quoted(entry.origin_layout)}: a restore would go by that",
+            fix="convert again from this source",
+        )
+        for entry in (ours.manifest.root.stacks if ours else ())
+        if layouts.get(entry.name, entry.origin_layout) != entry.origin_layout
+    ]
+
+
+def entry_problems(manifest: Manifest, detection: Detection) -> Iterator[MoeconvError]:
+    """Where the parts of a whole set say other things of its tensors than its recipes make of them.
+
+    Of an expert-parallel set the detection itself is held against its parts.
+    """
+    numbers = {s.name: n for n, s in enumerate(manifest.root.stacks)}
+    wanted: dict[str, ExpertEntry] = {}
+    for stack in detection.stacks:
+        if stack.name in numbers:
+            made = laid_out(stack, numbers[stack.name], stack.layout)
+            wanted.update((d.name, d.woven.expert) for d in made if d.woven is not None)
+    for part in manifest.parts:
+        for tensor in part.tensors:
+            if tensor.expert != wanted.get(tensor.name):
+                yield Damaged(
+                    f"{quoted(tensor.name)} is not what its part says",
+                    at=f"{quoted(part.file)}, tensor {quoted(tensor.name)}",
+                    cause=f"by its recipe it is {wanted.get(tensor.name)}",
+                    fix="convert the checkpoint again; a manifest is never edited by hand",
+                )
