@@ -1,0 +1,69 @@
+"""Files that somebody added to a set: what a program would load is a problem, the rest is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import moeconv
+from tests.badinput.builders import qwen, shard_bytes
+from tests.cli.run import moeconv as command
+
+LOADED = [
+    ("out", "pytorch_model.bin"),
+    ("out", "sub/model.safetensors"),
+    ("out", "modeling_x.py"),
+    ("out", "sub/deep/x.PT"),
+    ("out", "other.safetensors.index.json"),
+    ("out", "adapter_config.json"),
+    ("out", "moeconv/x.pkl"),
+    ("ranks", "model.safetensors.index.json"),
+    ("ranks", "pytorch_model.bin.index.json"),
+    ("ranks", "rank-9.safetensors"),
+]
+HARMLESS = ["README.md", ".gitattributes", ".DS_Store", "notes/todo.txt", "moeconv/.x.partial"]
+
+
+@pytest.mark.parametrize(("kind", "name"), LOADED)
+def test_what_a_program_would_load(kind: str, name: str, request: pytest.FixtureRequest, src: Path):
+    out: Path = request.getfixturevalue(kind)
+    path = out / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(shard_bytes(qwen()))
+    for more in ({"level": "structure"}, {}, {"level": "source", "source": src}):
+        (problem,) = moeconv.verify(out, **more).problems  # type: ignore[arg-type]
+        assert f"`{name}` does not belong to the set" in str(problem)
+    path.unlink()
+    assert moeconv.verify(out).ok
+
+
+def test_what_nobody_loads_is_named(out: Path):
+    for name in HARMLESS:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("x")
+    done = command("verify", out)
+    assert done.code == 0
+    assert all(f"`{name}` is not of this set" in done.err for name in HARMLESS)
+    doc = json.loads(command("verify", out, "--json").out)
+    assert doc["ok"]
+    assert len(doc["warnings"]) == len(HARMLESS)
+
+
+def test_many_are_counted_not_listed(out: Path):
+    for number in range(500):
+        (out / f"{number}.bin").touch()
+        (out / f"{number}.txt").touch()
+    report = moeconv.verify(out)
+    assert len(report.problems) == 20
+    assert "480 more" in str(report.problems[-1])
+    assert len(report.warnings) == 21
+    assert "480 more" in report.warnings[-1]
+
+
+def test_a_folder_that_may_not_be_listed(out: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(out / "closed"))
+
+    monkeypatch.setattr("moeconv.proof.foreign.foreign_files", refuse)
+    (problem,) = moeconv.verify(out, level="structure").problems
+    assert "cannot read `closed`" in str(problem)
