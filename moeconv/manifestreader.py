@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections import Counter
+from functools import lru_cache
 from typing import Final
 
 from moeconv.digest import DIGEST_HEX_DIGITS, digest
@@ -38,9 +41,12 @@ from moeconv.manifest import (
 )
 from moeconv.manifestrules import check_root
 from moeconv.names import natural_key, slot_namer
-from moeconv.schema import Problems, Table, is_digest, is_dtype
-from moeconv.strictjson import loads
+from moeconv.schema import MAX_LISTED, Problems, Refused, Table, is_digest, is_dtype
+from moeconv.strictjson import Pairs, loads, loads_records
 
+_OF_TENSORS: Final = frozenset(("name", "dtype", "shape", "digests"))
+_RANK: Final = re.compile(r"/rank-([0-9]{1,9})-of-")
+_MAX_SHARED: Final = 8
 _FEW: Final = 64  # experts that a tensor may name whatever its digests
 
 
@@ -205,8 +211,7 @@ def parse_parts(raw: bytes, root: Root, *, where: str) -> tuple[Part, ...]:
     """
     if root.ep_size is None:
         return (parse_part(raw, root, where=where),)
-    problems = Problems(lenient=root.minor > MINOR)
-    top = Table(loads(raw, where=quoted(where), floats=False), "", problems)
+    top, problems = _table(raw, root, _rank_in(where), where=where)
     rank = None if top.null("rank") else top.integer("rank")
     if rank_part(rank, root.ep_size) != where:
         top.problem("rank", "is not the one in the part's name")
@@ -216,8 +221,7 @@ def parse_parts(raw: bytes, root: Root, *, where: str) -> tuple[Part, ...]:
     if root.source is not None:
         if parts:
             top.problem("files", "must be empty: a virtual set has no data files")
-        listed = top.tables("virtual") if top.given("virtual") else ()
-        tensors = tuple(_tensor(t, root, rank) for t in listed)
+        tensors = _tensors(top, "virtual", root, rank) if top.given("virtual") else ()
         parts = (Part("", 0, 0, "", tensors, rank),)
     elif names != wanted:
         odd = next(n for n, name in enumerate(names) if name != wanted[n])
@@ -232,11 +236,50 @@ def parse_parts(raw: bytes, root: Root, *, where: str) -> tuple[Part, ...]:
 
 def parse_part(raw: bytes, root: Root, *, where: str) -> Part:
     """Parse and check the part of a whole set. Raises BadManifest, BadJson, DuplicateKey."""
-    doc = loads(raw, where=quoted(where), floats=False)
-    problems = Problems(lenient=root.minor > MINOR)
-    part = _part(Table(doc, "", problems), root, None)
+    top, problems = _table(raw, root, None, where=where)
+    part = _part(top, root, None)
     _refuse(problems, where)
     return part
+
+
+def _table(raw: bytes, root: Root, rank: int | None, *, where: str) -> tuple[Table, Problems]:
+    """A part's document, its tensors read already as far as nothing is wrong with them."""
+    reader = _TensorReader(root, rank)
+    doc = loads_records(raw, where=quoted(where), record=reader.record, floats=False)
+    problems = Problems(lenient=root.minor > MINOR, allowance=reader.allowance)
+    return Table(doc, "", problems), problems
+
+
+class _TensorReader:
+    """Reads tensors while the JSON is parsed: as values of JSON a million of them take gigabytes.
+
+    One in which anything is wrong stays JSON, and is read again where its place is known.
+    """
+
+    def __init__(self, root: Root, rank: int | None) -> None:
+        self._root = root
+        self._rank = rank
+        self.allowance = MAX_LISTED
+
+    def record(self, pairs: Pairs) -> TensorEntry | None:
+        """The tensor that an object of the document is."""
+        doc = dict(pairs)
+        if len(doc) != len(pairs) or not doc.keys() >= _OF_TENSORS:
+            return None
+        lenient = self._root.minor > MINOR
+        problems = Problems(silent=True, lenient=lenient, allowance=self.allowance)
+        try:
+            entry = _tensor(Table(doc, "", problems), self._root, self._rank)
+        except Refused:
+            return None
+        self.allowance = problems.allowance
+        return entry
+
+
+def _rank_in(name: str) -> int | None:
+    """The rank that a part's name says, if it says one."""
+    match = _RANK.search(name)
+    return int(match[1]) if match else None
 
 
 def _part(t: Table, root: Root, rank: int | None) -> Part:
@@ -246,7 +289,7 @@ def _part(t: Table, root: Root, rank: int | None) -> Part:
         size=t.integer("size"),
         header_size=header.integer("size"),
         header_digest=header.digest("digest"),
-        tensors=tuple(_tensor(tensor, root, rank) for tensor in t.tables("tensors")),
+        tensors=_tensors(t, "tensors", root, rank),
         rank=rank,
     )
     t.finish()
@@ -254,13 +297,20 @@ def _part(t: Table, root: Root, rank: int | None) -> Part:
     return part
 
 
+def _tensors(t: Table, key: str, root: Root, rank: int | None) -> tuple[TensorEntry, ...]:
+    return tuple(
+        item if isinstance(item, TensorEntry) else _tensor(item, root, rank)
+        for item in t.records(key, TensorEntry)
+    )
+
+
 def _tensor(t: Table, root: Root, rank: int | None) -> TensorEntry:
     virtual = root.source is not None
     runs = _runs(t, root) if virtual else ()
     entry = TensorEntry(
         name=t.text("name"),
-        dtype=t.formed("dtype", "a dtype in capital letters, digits and `_`", is_dtype),
-        shape=t.integers("shape"),
+        dtype=sys.intern(t.formed("dtype", "a dtype in capital letters, digits and `_`", is_dtype)),
+        shape=_shared(t.integers("shape")),
         start=0 if virtual else t.integer("start"),
         stop=sum(r.nbytes for r in runs) if virtual else t.integer("stop"),
         digests=t.texts("digests"),
@@ -278,6 +328,16 @@ def _tensor(t: Table, root: Root, rank: int | None) -> TensorEntry:
     if rank is not None and entry.expert is None:
         t.problem("expert", "is missing: what is no expert's stands in the common files")
     return entry
+
+
+def _shared(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """One tuple for equal ones: many tensors have the same shape."""
+    return _known(sizes) if len(sizes) <= _MAX_SHARED else sizes
+
+
+@lru_cache(maxsize=4096)
+def _known(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return sizes
 
 
 def _runs(t: Table, root: Root) -> tuple[Run, ...]:
@@ -321,9 +381,9 @@ def _expert(tensor: Table, root: Root, rank: int | None) -> ExpertEntry:
         stack=stack,
         experts=experts,
         projections=t.texts("projections"),
-        component=t.text("component"),
-        axes=t.text("axes"),
-        matrix=t.integers("matrix"),
+        component=sys.intern(t.text("component")),
+        axes=sys.intern(t.text("axes")),
+        matrix=_shared(t.integers("matrix")),
         slots=slots,
         local=t.text("local") if t.given("local") else None,
     )

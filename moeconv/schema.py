@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Final, TypeGuard
+from typing import Final, TypeGuard, TypeVar
 
 from moeconv.errors import quoted
 from moeconv.jsonvalue import Json
 from moeconv.names import abridged, file_name_problem, printable, relative_path_problem
 from moeconv.strictjson import encodable
 
+T = TypeVar("T")
 MAX_TEXT_BYTES: Final = 4096
 MAX_COUNT: Final = 2**53 - 1
 MAX_LISTED: Final = 4 * 1024 * 1024
@@ -28,29 +29,38 @@ _MAX_KNOWN: Final = 100  # keys that one may have meant
 _DIGEST = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
+class Refused(Exception):
+    """The first problem of something that is read for its value alone: nobody asks for a text."""
+
+
 @dataclass(slots=True)
 class Problems:
     """What is wrong with one document, in reading order: the first texts, and how many there are.
 
     skipped: whether items of a list were left out, so that the numbers of the others are not those
-    of the document.
+    of the document. silent: whether the first one raises Refused instead.
     """
 
     found: list[str] = field(default_factory=list)
     count: int = 0
     skipped: bool = False
+    silent: bool = False
     lenient: bool = False  # unknown keys pass: the document is of a later minor version
     allowance: int = MAX_LISTED  # of items that a few words may make a long list of
 
     def add(self, place: str, text: str) -> None:
         """Note one problem at `place`, a path such as `parts[3].size`."""
         self.count += 1
+        if self.silent:
+            raise Refused
         if self.count <= MAX_KEPT:
             self.found.append(printable(f"{place or 'the document'}: {text}"))
 
     def note(self, text: str) -> None:
         """Note one problem of the whole document, in words of our own."""
         self.count += 1
+        if self.silent:
+            raise Refused
         if self.count <= MAX_KEPT:
             self.found.append(text)
 
@@ -237,16 +247,32 @@ class Table:
 
     def tables(self, key: str, most: int = MAX_ITEMS) -> Iterator[Table]:
         """A member that is a list of at most `most` objects, one after the other."""
-        value = self.raw(key)
-        if isinstance(value, list) and len(value) > most:
-            self.problem(key, f"has {len(value):,} items, more than {most:,}")
-            return
-        for place, item in self._items(key):
+        for place, item in self._bounded(key, most):
             if isinstance(item, dict):
                 yield Table(item, place, self.problems)
             else:
-                self.problems.add(place, "must be an object")
-                self.problems.skipped = True
+                self._no_object(place)
+
+    def records(self, key: str, kind: type[T], most: int = MAX_ITEMS) -> Iterator[Table | T]:
+        """As `tables`, of a document whose objects were read as `kind` where they could be."""
+        for place, item in self._bounded(key, most):
+            if isinstance(item, kind):
+                yield item
+            elif isinstance(item, dict):
+                yield Table(item, place, self.problems)
+            else:
+                self._no_object(place)
+
+    def _bounded(self, key: str, most: int) -> Iterable[tuple[str, object]]:
+        value = self.raw(key)
+        if isinstance(value, list) and len(value) > most:
+            self.problem(key, f"has {len(value):,} items, more than {most:,}")
+            return ()
+        return self._items(key)
+
+    def _no_object(self, place: str) -> None:
+        self.problems.add(place, "must be an object")
+        self.problems.skipped = True
 
     def finish(self) -> None:
         """Refuse members that nothing read: a misspelt key must not be silent."""
@@ -259,7 +285,7 @@ class Table:
     def _similar(self, key: str) -> str | None:
         """A key that may have been meant. To look for one takes long: only for the first few."""
         self._suggested += 1
-        if self._suggested > _MAX_SUGGESTED or len(key) > _MAX_SIMILAR:
+        if self.problems.silent or self._suggested > _MAX_SUGGESTED or len(key) > _MAX_SIMILAR:
             return None
         known = sorted(name for name in self._read if len(name) <= _MAX_SIMILAR)
         return next(iter(difflib.get_close_matches(key, known[:_MAX_KNOWN], n=1)), None)

@@ -121,12 +121,13 @@ def loads(
 
 
 def loads_records(
-    data: bytes, *, where: str, record: Callable[[Pairs], T | None]
+    data: bytes, *, where: str, record: Callable[[Pairs], T | None], floats: bool = True
 ) -> dict[str, T | Json] | T | Json:
     """Parse an object of many small objects without ever holding a dict for each of them.
 
     record: called with the members of every object, innermost first; what it returns stands in
-    the object's place, and None leaves the object a dict. Raises DuplicateKey, BadJson.
+    the object's place, and None leaves the object a dict. floats: as for `loads`.
+    Raises DuplicateKey, BadJson.
     """
 
     _refuse_hollow(data, where)
@@ -141,7 +142,7 @@ def loads_records(
             object_pairs_hook=members,
             parse_constant=_no_constant,
             parse_int=_bounded_int if _may_be_long(data) else None,
-            parse_float=_float,
+            parse_float=_float if floats else _no_float,
         )
         return doc
 
