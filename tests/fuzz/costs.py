@@ -10,7 +10,7 @@ from tests.fuzz.targets import Target, tried
 
 BYTES_AT_LEAST = 700_000
 # a few calls for each key of an object, and for each problem that is only counted
-CALLS_PER_BYTE, CALLS_AT_LEAST = 24, 60_000
+CALLS_PER_BYTE, CALLS_AT_LEAST = 32, 60_000
 
 
 def peak(target: Target, raw: bytes) -> int:
