@@ -196,7 +196,8 @@ class Table:
         if not isinstance(value, list):
             self.problem(key, "must be a list" if key in self._members else "is missing")
             return ()
-        return ((f"{self.place(key)}[{n}]", item) for n, item in enumerate(value))
+        place = self.place(key)
+        return ((f"{place}[{n}]", item) for n, item in enumerate(value))
 
     def texts(self, key: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
         """A list of texts."""

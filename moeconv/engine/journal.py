@@ -7,6 +7,7 @@ somebody else, and one for each finished data file. It stands in OUT until the m
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import threading
 from contextlib import suppress
@@ -65,9 +66,10 @@ def read_journal(out: Path) -> Journal | None:
     if not (out / JOURNAL_NAME).exists():
         return None
     try:
-        lines = read_bounded(out / JOURNAL_NAME, MAX_JOURNAL_BYTES, name=JOURNAL_NAME).split(b"\n")
+        raw = read_bounded(out / JOURNAL_NAME, MAX_JOURNAL_BYTES, name=JOURNAL_NAME)
+        lines = io.BytesIO(raw)
         problems = Problems()
-        head = Table(loads(lines[0], where=JOURNAL_NAME), "", problems)
+        head = Table(loads(next(lines, b""), where=JOURNAL_NAME), "", problems)
         plan, names = head.digest("plan"), head.texts("names")
         aside = head.integer("aside") if head.has("aside") else None
         refused = problems.count > 0
@@ -77,9 +79,11 @@ def read_journal(out: Path) -> Journal | None:
         return None
     finished: Finished = {}
     made: dict[str, tuple[int, int]] = {}
-    for line in lines[1:-1]:  # the last one has no end: it was being written
+    for line in lines:
+        if not line.endswith(b"\n"):
+            break  # it was being written
         try:
-            entry = Table(loads(line, where=JOURNAL_NAME), "", problems)
+            entry = Table(loads(line, where=JOURNAL_NAME, hollow=True), "", problems)
         except MoeconvError:
             break
         if entry.has("made"):

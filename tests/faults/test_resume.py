@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.engine.journal import JournalFile, read_journal
+from moeconv.engine.journal import JOURNAL_NAME, JournalFile, read_journal
 from moeconv.errors import CannotResume, IoFailed, UsageProblem, WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import untouched
@@ -242,3 +242,15 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, files: int) -> None:
         real(self)
 
     monkeypatch.setattr(target.DiskTarget, "open", open_)
+
+
+def test_a_journal_of_tensors_without_digests_is_read(tmp_path: Path):
+    """A line of empty lists only is longer in lists than any other document of ours."""
+    rows: list[list[str]] = [[] for _ in range(20_000)]
+    lines = [{"plan": "0" * 32, "names": ["a"]}, {"file": "a", "digests": rows}, {"file": "b"}]
+    (tmp_path / JOURNAL_NAME).parent.mkdir()
+    text = "\n".join(json.dumps(line, separators=(",", ":")) for line in lines)
+    (tmp_path / JOURNAL_NAME).write_text(text)
+    journal = read_journal(tmp_path)
+    assert journal is not None
+    assert journal.finished == {"a": rows}
