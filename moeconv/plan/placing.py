@@ -88,13 +88,14 @@ def _refuse_other_redundancy(
 ) -> None:
     for stack in stacks:
         row = rows.get(stack.name)
-        if row is None or wish.redundant in (None, len(row) - stack.sizes.experts):
+        more = len(row or ()) - stack.sizes.experts
+        if row is None or wish.redundant in {None, more}:
             continue
         raise UsageProblem(
             f"`--redundant {wish.redundant}` is not what the map has",
             at=quoted(stack.name),
-            cause=f"the map has {counted(len(row), 'slot')} "
-            f"for {counted(stack.sizes.experts, 'expert')}",
+            cause=f"its {len(row)} slots are {abs(more)} {'more' if more >= 0 else 'fewer'} "
+            f"than the {stack.sizes.experts} experts",
             fix="leave `--redundant` away: a map says it itself",
         )
 
