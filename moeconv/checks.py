@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -44,7 +45,7 @@ from moeconv.proof.recipes import (
 )
 from moeconv.proof.report import DIGEST, LEVELS, SOURCE, STRUCTURE, Report
 from moeconv.proof.sidecars import origin_problems, sidecar_problems
-from moeconv.proof.source import compare_source, different_sets
+from moeconv.proof.source import MAX_REPORTED, compare_source, different_sets
 from moeconv.proof.structure import check_structure
 from moeconv.proof.virtual import digests_missing, virtual_problems
 from moeconv.units import counted
@@ -84,11 +85,11 @@ def verify(
             fix="say `--level source --source SRC --fill`",
         )
     place = locate(out)
-    if fill:
-        finish_fill(place)
     if source is not None:
         source = locate(source)
         _refuse_itself(place, source)
+    if fill:
+        finish_fill(place)
     manifest, problems, warnings = _structure(place, level)
     if problems or level == STRUCTURE:
         return _report(level, problems, manifest, warnings, bytes_read=0)
@@ -174,7 +175,7 @@ def _against(  # noqa: PLR0917
             problems += recipe_problems(name, own.manifest, detection, source.detection, trusted)
     problems += origin_layout_problems(out.checkpoint, source.checkpoint, source.detection)
     if manifest is not None and manifest.root.ep_size is None:
-        problems += entry_problems(manifest, out.detection)
+        problems += islice(entry_problems(manifest, out.detection), MAX_REPORTED)
     problems += origin_problems(out.checkpoint, source.checkpoint)
     found, warnings = sidecar_problems(out.checkpoint, pairs[1])
     problems += found

@@ -18,7 +18,6 @@ from moeconv.layout.detect import Detection
 from moeconv.layout.recipe import Component, Layout, Line, Recipe
 from moeconv.layout.stack import Member, Stack
 from moeconv.manifest import ROOT_NAME, ExpertEntry, Manifest, StackEntry
-from moeconv.plan.draft import laid_out
 
 Trusted: TypeAlias = Callable[[Stack], Recipe]
 
@@ -70,9 +69,9 @@ def _difference(stack: Stack, entry: StackEntry, source: Stack, trusted: Recipe)
             cause = _component_difference(member.component, component, own, other)
             if cause is not None:
                 return f"layout {quoted(name)}, component {quoted(component.name)}: {cause}"
-    layout = trusted.layout(entry.layout) if stack.layout.name == entry.layout else None
+    stored = trusted.layout(stack.layout.name) or stack.layout  # one of the two above
     for member, component in used:
-        cause = _stored_otherwise(member, component, layout or stack.layout, source)
+        cause = _stored_otherwise(member, component, stored, source)
         if cause is not None:
             return cause
     return None
@@ -112,8 +111,9 @@ def _component_difference(
     there = {_key(line): line for line in its.lines}
     for line in mine.lines:
         wanted = [f for axes in readings for f in there[_key(line)].forms(other.read_as(axes))]
-        if not any(alike(form, line.forms(own)[0]) for form in wanted):
-            return f"it is written as `{line.forms(own)[0]}`, not `{wanted[0]}`"
+        for form in line.forms(own):
+            if not any(alike(form, other_form) for other_form in wanted):
+                return f"it is stored as `{form}`, not `{wanted[0]}`"
     return None
 
 
@@ -175,17 +175,39 @@ def entry_problems(manifest: Manifest, detection: Detection) -> Iterator[Moeconv
     Of an expert-parallel set the detection itself is held against its parts.
     """
     numbers = {s.name: n for n, s in enumerate(manifest.root.stacks)}
-    wanted: dict[str, ExpertEntry] = {}
-    for stack in detection.stacks:
-        if stack.name in numbers:
-            made = laid_out(stack, numbers[stack.name], stack.layout)
-            wanted.update((d.name, d.woven.expert) for d in made if d.woven is not None)
+    wanted = {
+        tensor.name: (
+            numbers.get(stack.name),
+            member,
+            (first, 1) if member.line.per_expert else (0, stack.sizes.experts),
+        )
+        for stack in detection.stacks
+        for member in stack.members
+        for first, tensor in enumerate(member.tensors)
+    }
     for part in manifest.parts:
         for tensor in part.tensors:
-            if tensor.expert != wanted.get(tensor.name):
+            said = tensor.expert
+            of = wanted.get(tensor.name)
+            if of is None and said is None:
+                continue
+            if of is None or said is None or not _is_of(said, *of):
                 yield Damaged(
                     f"{quoted(tensor.name)} is not what its part says",
                     at=f"{quoted(part.file)}, tensor {quoted(tensor.name)}",
-                    cause=f"by its recipe it is {wanted.get(tensor.name)}",
+                    cause=f"it says {said}" if said else "it says that it is of no expert",
                     fix="convert the checkpoint again; a manifest is never edited by hand",
                 )
+
+
+def _is_of(said: ExpertEntry, stack: int | None, member: Member, experts: tuple[int, int]) -> bool:
+    """Whether an entry is that of a member's tensor; experts: the first in it, and how many."""
+    return (
+        said.stack == stack
+        and (said.slots, said.local) == (None, None)
+        and said.projections == member.line.projections
+        and said.component == member.component.name
+        and said.axes == str(member.axes)
+        and said.matrix == member.geometry.canonical_shape
+        and (said.experts[0], len(said.experts)) == experts
+    )

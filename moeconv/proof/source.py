@@ -25,7 +25,7 @@ from moeconv.plan.existing import plan_onto, plan_onto_set
 from moeconv.plan.values import OutputFile, OutputTensor
 from moeconv.proof.digests import entries_of, placed_headers
 
-_MAX_REPORTED: Final = 1000
+MAX_REPORTED: Final = 1000
 
 
 def compare_source(
@@ -51,7 +51,7 @@ def compare_source(
 
     def report(problem: MoeconvError) -> None:
         with lock:
-            if len(problems) < _MAX_REPORTED:
+            if len(problems) < MAX_REPORTED:
                 problems.append(problem)
 
     run_tiles(
