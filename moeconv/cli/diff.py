@@ -49,7 +49,7 @@ def diff(
         different = [d for d in found if d.mark != _SAME]
         damaged = {side: [d for d in found if side in d.damaged] for side in ("A", "B")}
         if recorded:
-            ui.warn("digests that a set records were believed: its bytes were not read")
+            ui.warn("where a set records all digests, they were believed and its bytes not read")
         for side, its in damaged.items():
             if its:
                 ui.warn(

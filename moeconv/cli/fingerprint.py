@@ -35,7 +35,7 @@ def fingerprint(
                 progress=progress,
             )
         if recorded:
-            ui.warn("digests that a set records were believed: its bytes were not read")
+            ui.warn("where a set records all digests, they were believed and its bytes not read")
         ui.result(
             value,
             lambda: {"type": "fingerprint", "fingerprint": value, "recorded": recorded},

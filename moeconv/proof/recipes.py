@@ -18,6 +18,8 @@ from moeconv.layout.detect import Detection
 from moeconv.layout.recipe import Component, Layout, Line, Recipe
 from moeconv.layout.stack import Member, Stack
 from moeconv.manifest import ROOT_NAME, ExpertEntry, Manifest, StackEntry
+from moeconv.names import printable
+from moeconv.units import counted
 
 Trusted: TypeAlias = Callable[[Stack], Recipe]
 
@@ -43,7 +45,7 @@ def recipe_problems(
         Damaged(
             f"recipe {quoted(recipe)} in {quoted(name)} is not the one that is known by this name",
             at=f"`{ROOT_NAME}`, `recipes`, for {quoted(stack)}",
-            cause=cause,
+            cause=printable(cause),
             fix="convert again; if it is a recipe of your own, give it with `--recipe FILE`",
         )
         for (recipe, cause), stack in causes.items()
@@ -195,7 +197,7 @@ def entry_problems(manifest: Manifest, detection: Detection) -> Iterator[Moeconv
                 yield Damaged(
                     f"{quoted(tensor.name)} is not what its part says",
                     at=f"{quoted(part.file)}, tensor {quoted(tensor.name)}",
-                    cause=f"it says {said}" if said else "it says that it is of no expert",
+                    cause=_words(said) if said else "it says that it is of no expert",
                     fix="convert the checkpoint again; a manifest is never edited by hand",
                 )
 
@@ -209,5 +211,14 @@ def _is_of(said: ExpertEntry, stack: int | None, member: Member, experts: tuple[
         and said.component == member.component.name
         and said.axes == str(member.axes)
         and said.matrix == member.geometry.canonical_shape
-        and (said.experts[0], len(said.experts)) == experts
+        and (said.experts[:1], len(said.experts)) == (experts[:1], experts[1])
+    )
+
+
+def _words(said: ExpertEntry) -> str:
+    """What an entry says, but for the list of its experts."""
+    whose = " and ".join(said.projections)
+    return printable(
+        f"it says {said.component} of {whose} as `{said.axes}`, matrices {list(said.matrix)}, "
+        f"{counted(len(said.experts), 'expert')}; its recipe says otherwise"
     )
