@@ -80,7 +80,7 @@ def files_below(
     while waiting:  # not by recursion: folders may be thousands deep
         below = waiting.pop()
         try:
-            with os.scandir(root / below) as listed:
+            with os.scandir(f"{root}/{below}") as listed:  # a Path would be taken apart each time
                 entries = [(e.name, e.is_dir(follow_symlinks=False)) for e in listed]
         except OSError as problem:
             if not below:

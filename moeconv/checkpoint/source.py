@@ -38,7 +38,7 @@ from moeconv.errors import (
 )
 from moeconv.errors.system import explained
 from moeconv.manifest import ORIGIN_NAME, PARTS_DIR, ROOT_NAME, Manifest, SourceEntry
-from moeconv.names import natural_key, printable
+from moeconv.names import natural_key
 from moeconv.units import counted
 
 SUFFIX: Final = ".safetensors"
@@ -110,10 +110,6 @@ def locate(src: str | Path) -> Path:
     except OSError as problem:
         cause, fix = explained(problem, otherwise=give)
         raise SourceMissing(f"{quoted(text)} cannot be reached", cause=cause, fix=fix) from None
-    except ValueError as problem:  # a NUL, or what the file system's encoding lacks
-        raise SourceMissing(
-            f"{quoted(text)} is not a path", cause=printable(str(problem)), fix=give
-        ) from None
     if not there:
         raise SourceMissing(
             f"{quoted(text)} does not exist",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
@@ -13,6 +14,18 @@ from moeconv.errors import IoFailed
 
 EXIT_PIPE: Final = 141  # as if the closed pipe's signal had ended us
 _LAST_STREAM: Final = 2
+_ERRORS: Final = "moeconv"  # the name of our own answer to what an encoding lacks
+
+
+def _as_it_was_given(problem: UnicodeError) -> tuple[str | bytes, int]:
+    """Paths that are not text are printed as the bytes that they are, all else as escapes."""
+    try:
+        return codecs.lookup_error("surrogateescape")(problem)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(problem)
+
+
+codecs.register_error(_ERRORS, _as_it_was_given)
 
 
 class Data(io.TextIOWrapper):
@@ -79,7 +92,7 @@ def open_streams() -> None:
 def _like(kind: type[io.TextIOWrapper], stream: TextIO | None) -> TextIO:
     """The same stream as such a kind; one that a host put there is left as it is."""
     if stream is None:
-        return kind(io.FileIO(os.devnull, "w"), encoding="utf-8", errors="backslashreplace")
+        return kind(io.FileIO(os.devnull, "w"), encoding="utf-8", errors=_ERRORS)
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     try:
@@ -91,6 +104,6 @@ def _like(kind: type[io.TextIOWrapper], stream: TextIO | None) -> TextIO:
     return kind(
         io.BufferedWriter(io.FileIO(number, "w", closefd=False)),
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors=_ERRORS if stream.errors == "strict" else stream.errors,
         line_buffering=stream.line_buffering or stream.write_through,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -25,6 +26,7 @@ from moeconv.units import human_size
 
 HEARTBEAT_SECONDS: Final = 10.0
 EXIT_NO: Final = 1
+_SURROGATES: Final = re.compile("[\ud800-\udfff]")
 _STYLES: Final = {"error": "31;1", "warning": "33;1", "note": "36"}
 
 
@@ -44,7 +46,9 @@ class Ui:
 
     def document(self, doc: Json) -> None:
         """The one JSON document of a `--json` run."""
-        self.data(json.dumps(doc, indent=2, ensure_ascii=False))
+        text = json.dumps(doc, indent=2, ensure_ascii=False)
+        # halves of characters, of paths that are not text, are no UTF-8, but may stand as escapes
+        self.data(_SURROGATES.sub(lambda half: f"\\u{ord(half[0]):04x}", text))
 
     def result(self, path: str, doc: Callable[[], Json]) -> None:
         """What a writing verb leaves behind: its path, or the whole document with `--json`."""

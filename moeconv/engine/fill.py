@@ -8,6 +8,7 @@ from pathlib import Path
 from moeconv.checkpoint.papers import (
     FILLED_ROOT,
     FILLED_SUFFIX,
+    damaged,
     filled_name,
     read_bounded,
     read_root,
@@ -16,6 +17,7 @@ from moeconv.digest import digest
 from moeconv.engine.files import write_new, writing
 from moeconv.engine.papers import document, read_back
 from moeconv.engine.workplace import fsync_directory
+from moeconv.errors import quoted
 from moeconv.manifest import (
     MAX_PART_BYTES,
     PARTS_DIR,
@@ -35,9 +37,14 @@ def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Mani
     New parts wait beside the old ones until the root, replaced in one step, vouches for them: an
     interruption before that changes nothing; after it readers take those that wait, until
     `finish_fill` gives them their names.
-    Raises IoFailed, DiskFull.
+    Raises IoFailed, DiskFull, Damaged where `known` lacks a matrix.
     """
     root = manifest.root
+    for address in (
+        a for p in manifest.parts for t in p.tensors for a in addresses(t, root.stacks)
+    ):
+        if address not in known:
+            raise damaged(ROOT_NAME, f"its parts name {quoted(address)}, which no tensor holds")
     parts = tuple(
         replace(
             part,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from moeconv.engine.aside import OldOutput, beside, noted_aside
@@ -11,10 +12,21 @@ from moeconv.engine.inventory import NOT_MADE, Inventory, take_inventory
 from moeconv.engine.journal import JOURNAL_NAME, is_bare, read_journal
 from moeconv.errors import IoFailed, UnsafeOutput, UsageProblem, WouldOverwrite, quoted
 from moeconv.manifest import PARTS_DIR, ROOT_NAME
+from moeconv.names import printable
 
 
 def refuse_overlap(src: Path, out: Path) -> None:
-    """Raise UnsafeOutput where OUT is SRC, lies in it or around it."""
+    """Raise UnsafeOutput where OUT is SRC, lies in it or around it; UsageProblem for no path."""
+    try:
+        with suppress(OSError):
+            out.lstat()
+    except ValueError as problem:  # a NUL, or what the file system's encoding lacks
+        raise UsageProblem(
+            f"{quoted(str(out))} is not a path",
+            at=quoted(str(out)),
+            cause=printable(str(problem)),
+            fix="give a directory that is absent or empty",
+        ) from None
     source = Path(os.path.realpath(src))
     target = Path(os.path.realpath(out))
     if target.is_relative_to(source) or source.is_relative_to(target):

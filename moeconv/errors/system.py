@@ -64,11 +64,12 @@ def system_failure(problem: OSError) -> IoFailed:
     place = os.fsdecode(name) if isinstance(name, str | bytes) else None
     kind = DiskFull if is_full(problem) else IoFailed
     cause, fix = explained(problem, otherwise="check the file system, then run again")
+    if not place:  # the directory of the process has no name to be told by
+        fix = "check that the directory you are in is still there"
+        return kind("a call of the operating system failed", cause=cause, fix=fix)
     return kind(
-        f"cannot access {quoted(os.path.basename(place) or place)}"  # noqa: PTH119 - a text
-        if place
-        else "a call of the operating system failed",
-        at=quoted(place) if place else None,
+        f"cannot access {quoted(os.path.basename(place) or place)}",  # noqa: PTH119 - a text
+        at=quoted(place),
         cause=cause,
         fix=fix,
     )

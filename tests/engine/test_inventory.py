@@ -334,7 +334,7 @@ EDITS: dict[str, Edit] = {
 HARMLESS = {"touch", "age", "chmod", "rewrite"}
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(["whole", "ranks", "half-done"]),
     edits=st.lists(st.tuples(st.sampled_from(sorted(EDITS)), PATHS), min_size=1, max_size=3),
