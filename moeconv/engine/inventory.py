@@ -41,6 +41,9 @@ from moeconv.plan.existing import PlacedHeader, plan_onto_itself
 from moeconv.units import counted
 
 NOT_MADE = "moeconv did not make it"
+_UNKNOWN = (
+    "it is newer than the set, whose digests of it are not recorded; `verify --fill` adds them"
+)
 
 
 class Identity(NamedTuple):
@@ -203,11 +206,11 @@ def _of_run(there: _Listing, journal: Journal | None) -> _Claims:
     for name in journal.names:
         facts = there.facts.get(name)
         if facts is not None:
-            claims.reasons[name] = _made_problem(journal, name, facts)
+            claims.reasons[name] = made_problem(journal, name, facts)
     return claims
 
 
-def _made_problem(journal: Journal, name: str, facts: os.stat_result) -> str | None:
+def made_problem(journal: Journal, name: str, facts: os.stat_result) -> str | None:
     """Why a file is not as the run left it that keeps the journal; None where it is."""
     noted = journal.made.get(name)
     if noted is None:
@@ -344,7 +347,7 @@ def _read_and_compare(
         if _has_digests(part):
             known.append(part)
         else:
-            reasons[part.file] = "its times are newer than the set's, and it has no digests yet"
+            reasons[part.file] = _UNKNOWN
     there: list[DataFile] = []
     try:
         for number, part in enumerate(known):

@@ -12,7 +12,7 @@ from pathlib import Path
 from moeconv.engine.aside import OldOutput, beside, remove_output
 from moeconv.engine.crew import Limits
 from moeconv.engine.files import PARTIAL_SUFFIX, writing
-from moeconv.engine.inventory import Inventory
+from moeconv.engine.inventory import Inventory, made_problem
 from moeconv.engine.journal import JOURNAL_NAME, Journal, JournalFile, barely_begun, busy
 from moeconv.engine.output import left_aside
 from moeconv.engine.undisturbed import undisturbed
@@ -115,11 +115,14 @@ class Workplace:
     def refuse_appeared(self, journal: Journal) -> None:
         """Raise WouldOverwrite for what `reopen` would remove and the run before did not make."""
         for name in journal.names:
-            if name not in journal.made and os.path.lexists(self.out / name):
+            if name in journal.finished or not os.path.lexists(self.out / name):
+                continue  # a data file is read again, and made anew where it is damaged
+            reason = made_problem(journal, name, (self.out / name).lstat())
+            if reason is not None:
                 raise WouldOverwrite(
                     f"{quoted(name)} is in the way",
                     at=quoted(str(self.out / name)),
-                    cause="the run that was killed had not made it yet, so somebody else did",
+                    cause=reason,
                     fix="move it away, then run again",
                 )
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeconv
+from moeconv.engine import commit
 from moeconv.engine.crew import Limits
 from moeconv.engine.inventory import take_inventory
 from moeconv.errors import WouldOverwrite
@@ -261,7 +262,7 @@ def test_newer_files_without_digests_are_refused(
     os.utime(out / DATA)
     with untouched(out), pytest.raises(WouldOverwrite, match=DATA) as caught:
         moeconv.fuse(src, out, overwrite=True)
-    assert "no digests yet" in str(caught.value)
+    assert "digests of it are not recorded" in str(caught.value)
 
 
 def test_sets_without_digests_are_replaced_at_once(src: Path, tmp_path: Path) -> None:
@@ -307,6 +308,25 @@ def test_a_file_under_a_name_that_was_announced_only(
     (out / "config.json").write_text("mine")
     with untouched(out), pytest.raises(WouldOverwrite, match=r"config\.json"):
         moeconv.shard(src, out, ep_size=2, jobs=1, **{verb: True})
+
+
+def test_documents_that_somebody_changed_are_not_made_anew_by_a_resumed_run(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def work() -> None:
+        monkeypatch.setattr(commit, "root_bytes", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        moeconv.fuse(src, out)
+
+    assert forked(work) == signal.SIGKILL
+    append(out / "config.json")
+    with untouched(out), pytest.raises(WouldOverwrite, match=r"config\.json") as caught:
+        moeconv.fuse(src, out, resume=True)
+    assert "changed after the unfinished run made it" in str(caught.value)
+    (out / "config.json").unlink()
+    moeconv.fuse(src, out, resume=True)
+    assert moeconv.verify(out).ok
 
 
 # --- anything in any order ---------------------------------------------------------------------

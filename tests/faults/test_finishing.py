@@ -12,6 +12,8 @@ import pytest
 
 import moeconv
 import moeconv.runtime
+from moeconv.engine.crew import Limits
+from moeconv.engine.inventory import take_inventory
 from moeconv.engine.single import write_single
 from moeconv.errors import WouldOverwrite
 from tests.badinput.builders import config, qwen, write
@@ -104,6 +106,8 @@ def test_a_filling_is_always_a_set(  # noqa: PLR0917 - fixtures
         assert report.ok or [p.code for p in report.problems] == ["digests-missing"]
         assert moeconv.verify(out, level="structure").ok
         assert not moeconv.open_source(out).checkpoint.warnings
+        foreign = take_inventory(out, Limits(1, 1 << 20)).foreign
+        assert not [name for name in foreign if name.startswith("moeconv")]
         for rank in range(2):
             moeconv.runtime.open(out, ep_rank=rank, ep_size=2)
         assert moeconv.fingerprint(out) == fingerprint
