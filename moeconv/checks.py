@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -91,32 +92,36 @@ def verify(
     if fill:
         finish_fill(place)
     manifest, problems, warnings = _structure(place, level)
+    summary = _summary(manifest)
     if problems or level == STRUCTURE:
-        return _report(level, problems, manifest, warnings, bytes_read=0)
+        return _report(level, problems, summary, warnings, bytes_read=0)
     limits = limits_of(jobs, max_memory)
     meter = Meter(0, progress)
+    ours = manifest is not None
     if manifest is not None:
         problems += [p for entry in manifest.root.sidecars for p in compare_file(place, entry)]
+    del manifest  # it is read once more with the rest of OUT; of a million tensors one is enough
     try:
         if source is None:
-            problems += _fresh_problems(place, manifest, limits, meter)
+            problems += _fresh_problems(place, limits, meter) if ours else []
         else:
             opened, held = (
                 open_source(s, recipe=recipe, from_layout=from_layout) for s in (place, source)
             )
             meter.total = opened.checkpoint.tensor_bytes
-            found, more = _against(opened, held, manifest, recipe, limits, meter)
+            found, more = _against(opened, held, recipe, limits, meter)
             problems += found
             warnings += more
-            if fill and manifest is not None and not manifest.complete and not problems:
-                manifest = _filled(place, manifest, opened, limits, meter)
+            own = opened.checkpoint.origin
+            if fill and own is not None and not own.manifest.complete and not problems:
+                summary = _summary(_filled(place, own.manifest, opened, limits, meter))
     except MoeconvError as problem:
         # damage that the structure does not show is an answer, too; a missing SRC is none
-        if manifest is None or source is not None:
+        if not ours or source is not None:
             raise
         if not problems:
             problems.append(problem)
-    return _report(level, problems, manifest, warnings, bytes_read=meter.done)
+    return _report(level, problems, summary, warnings, bytes_read=meter.done)
 
 
 def _refuse_itself(place: Path, source: Path) -> None:
@@ -153,10 +158,9 @@ def _itself(source: Path, cause: str) -> UsageProblem:
     )
 
 
-def _against(  # noqa: PLR0917
+def _against(
     out: Opened,
     source: Opened,
-    manifest: Manifest | None,
     recipe: str | Path | None,
     limits: Limits,
     meter: Meter,
@@ -174,6 +178,7 @@ def _against(  # noqa: PLR0917
             detection = side.detection
             problems += recipe_problems(name, own.manifest, detection, source.detection, trusted)
     problems += origin_layout_problems(out.checkpoint, source.checkpoint, source.detection)
+    manifest = out.checkpoint.manifest
     if manifest is not None and manifest.root.ep_size is None:
         problems += islice(entry_problems(manifest, out.detection), MAX_REPORTED)
     problems += origin_problems(out.checkpoint, source.checkpoint)
@@ -202,19 +207,30 @@ def _trusted(source: Opened, recipe: str | Path | None) -> Trusted:
     return known
 
 
-def _fresh_problems(
-    place: Path, manifest: Manifest | None, limits: Limits, meter: Meter
-) -> list[MoeconvError]:
+def _fresh_problems(place: Path, limits: Limits, meter: Meter) -> list[MoeconvError]:
     """What re-reading all tensors of a set shows."""
-    if manifest is None:
-        return []
     opened = open_source(place)
     checkpoint, detection = opened.checkpoint, opened.detection.whole()
+    if checkpoint.origin is None:
+        return []
+    manifest = checkpoint.origin.manifest
     if not manifest.complete:
         return [digests_missing(manifest, checkpoint)]
     meter.total = checkpoint.tensor_bytes
     fresh = rehash(checkpoint, detection, limits=limits, progress=meter.advance)
-    return compare_digests(manifest, fresh, stack_entries(checkpoint, detection))
+    found = compare_digests(manifest, fresh, stack_entries(checkpoint, detection))
+    problems = list(islice(found, MAX_REPORTED))
+    more = sum(1 for _ in found)
+    if more:
+        problems.append(
+            Damaged(
+                f"{counted(more, 'more is', 'more are')} damaged",
+                at=quoted(str(place)),
+                cause=f"the first {MAX_REPORTED:,} are listed",
+                fix="fetch the set again, or convert again",
+            )
+        )
+    return problems
 
 
 def _filled(
@@ -250,22 +266,39 @@ def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvEr
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    """What a report says of a set: data files, tensors, fingerprint."""
+
+    files: int
+    tensors: int
+    fingerprint: str | None
+
+
+def _summary(manifest: Manifest | None) -> _Summary:
+    parts = manifest.parts if manifest else ()
+    return _Summary(
+        files=sum(bool(p.file) for p in parts),
+        tensors=sum(len(p.tensors) for p in parts),
+        fingerprint=manifest.root.fingerprint if manifest else None,
+    )
+
+
 def _report(
     level: str,
     problems: list[MoeconvError],
-    manifest: Manifest | None,
+    summary: _Summary,
     warnings: list[str],
     *,
     bytes_read: int,
 ) -> Report:
-    parts = manifest.parts if manifest else ()
     return Report(
         level=level,
         problems=tuple(problems),
-        files=sum(bool(p.file) for p in parts),
-        tensors=sum(len(p.tensors) for p in parts),
+        files=summary.files,
+        tensors=summary.tensors,
         bytes_read=bytes_read,
-        fingerprint=manifest.root.fingerprint if manifest else None,
+        fingerprint=summary.fingerprint,
         warnings=tuple(warnings),
     )
 

@@ -42,14 +42,13 @@ def parse_index(raw: bytes, *, name: str) -> Index:
         raise _bad(name, "it needs a `weight_map` object")
     escaped = may_escape(raw)
     checked: dict[str, str] = {}
+    files: dict[str, str] = {}  # one text for each, however many tensors it has
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or (escaped and not encodable(tensor + file)):
             raise _bad(name, f"the entry of {quoted(tensor)} is not a text")
-        checked[tensor] = file
+        checked[tensor] = files.setdefault(file, file)
     unsafe = (
-        _unsafe(name, file, problem)
-        for file in dict.fromkeys(checked.values())
-        if (problem := file_name_problem(file))
+        _unsafe(name, file, problem) for file in files if (problem := file_name_problem(file))
     )
     if problems := list(islice(unsafe, _MAX_REPORTED)):
         raise problems[0].with_also(tuple(problems[1:]))

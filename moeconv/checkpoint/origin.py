@@ -58,7 +58,8 @@ def origin_bytes(origin: Origin) -> bytes:
 
 def parse_origin(raw: bytes) -> Origin:
     """The inverse of `origin_bytes`. Raises BadManifest, BadHeader, BadJson."""
-    head, _, payload = raw.partition(b"\n")
+    end = raw.find(b"\n")
+    head, start = (raw, len(raw)) if end < 0 else (raw[:end], end + 1)
     problems = Problems()
     top = Table(loads(head, where=ORIGIN_NAME, floats=False), "", problems)
     named = [_file(t) for t in top.tables("files")]
@@ -76,8 +77,8 @@ def parse_origin(raw: bytes) -> Origin:
         problems.add("files", f"{quoted(twice)} is named twice")
     announced = sum(length for *_, length in named) + (index[1] if index else 0)
     announced += sum(size for _, size in beside)
-    if announced != len(payload):
-        problems.add("", f"announces {announced:,} bytes, holds {len(payload):,}")
+    if announced != len(raw) - start:
+        problems.add("", f"announces {announced:,} bytes, holds {len(raw) - start:,}")
     if problems.count:
         raise BadManifest(
             f"`{ORIGIN_NAME}` breaks the rules of its format",
@@ -85,18 +86,18 @@ def parse_origin(raw: bytes) -> Origin:
             cause="; ".join(problems.shown()),
             fix="convert the checkpoint again",
         )
-    files, at = [], 0
+    files, at = [], start
     for number, (name, size, length) in enumerate(named):
-        header = parse_header(payload[at : at + length], file_size=size, file=number, where=name)
+        header = parse_header(raw[at : at + length], file_size=size, file=number, where=name)
         files.append(OriginFile(name, size, header))
         at += length
     first = None
     if index:
-        first = parse_index(payload[at : at + index[1]], name=index[0])
+        first = parse_index(raw[at : at + index[1]], name=index[0])
         at += index[1]
     sidecars = []
     for name, size in beside:
-        sidecars.append((name, payload[at : at + size]))
+        sidecars.append((name, raw[at : at + size]))
         at += size
     return Origin(tuple(files), first, tuple(sidecars))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
+from moeconv.checkpoint.header import Header
 from moeconv.checkpoint.reading import read_document, unreadable
 from moeconv.digest import digest
 from moeconv.errors import Damaged, MissingShard, UnsafePath, quoted
@@ -15,6 +17,7 @@ from moeconv.manifest import (
     PARTS_DIR,
     ROOT_NAME,
     FileEntry,
+    Part,
     Root,
 )
 from moeconv.manifestreader import parse_root
@@ -38,6 +41,24 @@ def hidden_name(name: str, suffix: str) -> str:
 def filled_name(part: str) -> str:
     """Where a part with digests that were missing waits for the root that names it."""
     return f"{PARTS_DIR}/{hidden_name(part.rpartition('/')[2], FILLED_SUFFIX)}"
+
+
+def differing_tensor(header: Header, part: Part) -> str | None:
+    """The name of a tensor of which a data file's header and its part do not say the same."""
+    stored = sorted(header.tensors, key=lambda t: (t.offset, t.nbytes, t.name))
+    listed = sorted(part.tensors, key=lambda t: (t.start, t.stop, t.name))
+    for a, b in zip_longest(stored, listed):
+        if a is None or b is None:
+            return (a or b).name if a or b else None
+        if (a.name, a.dtype, a.shape, a.offset, a.offset + a.nbytes) != (
+            b.name,
+            b.dtype,
+            b.shape,
+            b.start,
+            b.stop,
+        ):
+            return b.name
+    return None
 
 
 def inside(root: Path, name: str) -> Path:

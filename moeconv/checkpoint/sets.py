@@ -11,6 +11,7 @@ from moeconv.checkpoint.origin import Origin, parse_origin
 from moeconv.checkpoint.papers import (
     FILLED_ROOT,
     damaged,
+    differing_tensor,
     filled_name,
     inside,
     read_entry,
@@ -42,9 +43,7 @@ class SetFiles:
                 raise damaged(name, f"it has {size:,} bytes, its part says {part.size:,}")
             if digest(header.raw) != part.header_digest:
                 raise damaged(name, "its header is not the one that was written")
-            held = [(t.name, t.dtype, t.shape, t.offset, t.nbytes) for t in header.tensors]
-            said = [(t.name, t.dtype, t.shape, t.start, t.stop - t.start) for t in part.tensors]
-            if sorted(held) != sorted(said):
+            if differing_tensor(header, part) is not None:
                 raise damaged(f"{PARTS_DIR}/", f"it lists other tensors than {quoted(name)} has")
 
     def sorted_parts(self) -> tuple[Part, ...]:
@@ -60,8 +59,7 @@ def open_set(root: Path) -> SetFiles:
     top = read_root(root)
     parts: list[Part] = []
     for entry in top.parts:
-        raw = read_entry(root, entry, limit=MAX_PART_BYTES)
-        parts += parse_parts(raw, top, where=entry.name)
+        parts += parse_parts(read_entry(root, entry, limit=MAX_PART_BYTES), top, where=entry.name)
     for cause in contradictions(Manifest(top, tuple(parts))):
         raise damaged(ROOT_NAME, cause)
     origin_raw = read_entry(root, top.origin)

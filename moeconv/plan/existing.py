@@ -23,7 +23,7 @@ def plan_restore(detection: Detection, original: Detection, origin: Origin) -> P
     detection: the set as it is; original: what the origin's headers spell, in its own layouts.
     Raises BadManifest where the two are not the same model.
     """
-    drafts, ledger = _drafts_onto(detection, original)
+    drafts = _drafts_onto(detection, original)
     kept = {t.name for t in original.others} | {s.name for s in original.stacks}
     for name in (*(t.name for t in detection.others), *(s.name for s in detection.stacks)):
         if name not in kept:
@@ -37,7 +37,7 @@ def plan_restore(detection: Detection, original: Detection, origin: Origin) -> P
         index=origin.index.raw if origin.index else b"",
         stacks=tuple(stack_entry(s, s.layout, {}) for s in original.stacks),
         recipes=(),
-        ledger=tuple(ledger),
+        ledger=_ledger_onto(detection, original),
         notes=("back to the original files",),
         restores=True,
     )
@@ -55,23 +55,27 @@ class PlacedHeader:
     rank: int | None = None
 
 
-def _drafts_onto(detection: Detection, target: Detection) -> tuple[dict[str, Draft], list[Fate]]:
+def _drafts_onto(detection: Detection, target: Detection) -> dict[str, Draft]:
     current = {s.name: s for s in detection.stacks}
     plain = {t.name: t for t in detection.others}
     drafts: dict[str, Draft] = {}
-    ledger = copied_fates(detection)
     for number, stack in enumerate(target.stacks):
         source = current.get(stack.name)
         if source is None or source.sizes != stack.sizes:
             raise _foreign(stack.name)
         made = laid_out(source, number, stack.layout, like=stack)
         drafts.update((d.name, d) for d in made)
-        ledger += fates(source, stack.layout)
     for tensor in target.others:
         if tensor.name not in plain:
             raise _foreign(tensor.name)
         drafts[tensor.name] = copied(plain[tensor.name])
-    return drafts, ledger
+    return drafts
+
+
+def _ledger_onto(detection: Detection, target: Detection) -> tuple[Fate, ...]:
+    current = {s.name: s for s in detection.stacks}
+    found = [fate for s in target.stacks for fate in fates(current[s.name], s.layout)]
+    return (*copied_fates(detection), *found)
 
 
 def _existing_file(file: PlacedHeader, drafts: dict[str, Draft]) -> OutputFile:
@@ -102,7 +106,7 @@ def plan_onto(
     inverse plan, under which every byte of the one can be held against the other.
     Raises BadManifest where `detection` has nothing for a tensor.
     """
-    drafts, _ = _drafts_onto(detection, target)
+    drafts = _drafts_onto(detection, target)
     return tuple(_existing_file(file, drafts) for file in files)
 
 

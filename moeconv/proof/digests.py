@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from moeconv.checkpoint.reading import file_digest
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.digest import fingerprint, fingerprint_line
 from moeconv.engine.crew import Limits, Progress
-from moeconv.engine.papers import part_of
+from moeconv.engine.papers import entry_of
 from moeconv.engine.recorded import recorded
 from moeconv.engine.rehash import digests_of
 from moeconv.errors import Damaged, IoFailed, Malformed, MoeconvError, quoted
@@ -18,12 +18,13 @@ from moeconv.layout.detect import Detection
 from moeconv.manifest import (
     FileEntry,
     Manifest,
-    Part,
     StackEntry,
+    TensorEntry,
     addresses,
     canonical_shape,
 )
 from moeconv.plan.existing import PlacedHeader, plan_onto, plan_onto_itself
+from moeconv.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +47,26 @@ def placed_headers(checkpoint: Checkpoint) -> tuple[PlacedHeader, ...]:
 
 def rehash(
     checkpoint: Checkpoint, detection: Detection, *, limits: Limits, progress: Progress
-) -> tuple[Part, ...]:
-    """The digests of every unit, freshly read, as the parts that a manifest would have."""
+) -> Iterator[tuple[str, TensorEntry]]:
+    """The digests of every unit, freshly read: (file, tensor as a manifest would have it).
+
+    All is read before the first one is given.
+    """
     headers, manifest = placed_headers(checkpoint), checkpoint.manifest
     if manifest is not None and manifest.root.ep_size is not None:
         files = plan_onto_itself(manifest, headers)
     else:
         files = plan_onto(detection, detection, headers)
     found = digests_of(files, checkpoint.files, limits=limits, progress=progress)
-    return tuple(part_of(f, found[f.name]) for f in files)
+    return (
+        (file.name, entry_of(tensor, tensor.offset, tuple(values) if all(values) else ()))
+        for file in files
+        for tensor, values in zip(file.tensors, found[file.name], strict=True)
+    )
 
 
 def stack_entries(checkpoint: Checkpoint, detection: Detection) -> tuple[StackEntry, ...]:
-    """The stacks as `rehash`'s parts number them."""
+    """The stacks as `rehash`'s tensors number them."""
     manifest = checkpoint.manifest
     if manifest is not None and manifest.root.ep_size is not None:
         return manifest.root.stacks
@@ -105,11 +113,11 @@ def contents(
     checkpoint: Checkpoint, detection: Detection, *, limits: Limits, progress: Progress
 ) -> Contents:
     """Every logical matrix and other tensor, read and hashed, and held against the manifest."""
-    parts = rehash(checkpoint, detection, limits=limits, progress=progress)
+    fresh = rehash(checkpoint, detection, limits=limits, progress=progress)
     record = recorded(checkpoint)
     found: dict[str, Matrix] = {}
     damaged: dict[str, None] = {}
-    for address, matrix in _flat(parts, stack_entries(checkpoint, detection)):
+    for address, matrix in _flat(fresh, stack_entries(checkpoint, detection)):
         first = found.setdefault(address, matrix)
         wanted = record.matrices.get(address, None if record.complete else first.digest)
         if matrix.digest != wanted:
@@ -118,12 +126,13 @@ def contents(
     return Contents(found, tuple(damaged))
 
 
-def _flat(parts: tuple[Part, ...], stacks: tuple[StackEntry, ...]) -> Iterator[tuple[str, Matrix]]:
-    for part in parts:
-        for tensor in part.tensors:
-            shape = canonical_shape(tensor)
-            for address, value in zip(addresses(tensor, stacks), tensor.digests, strict=True):
-                yield address, Matrix(tensor.dtype, shape, value)
+def _flat(
+    fresh: Iterable[tuple[str, TensorEntry]], stacks: tuple[StackEntry, ...]
+) -> Iterator[tuple[str, Matrix]]:
+    for _, tensor in fresh:
+        shape = canonical_shape(tensor)
+        for address, value in zip(addresses(tensor, stacks), tensor.digests, strict=True):
+            yield address, Matrix(tensor.dtype, shape, value)
 
 
 def fingerprint_of(found: dict[str, Matrix]) -> str:
@@ -132,36 +141,44 @@ def fingerprint_of(found: dict[str, Matrix]) -> str:
 
 
 def compare_digests(
-    manifest: Manifest, fresh: tuple[Part, ...], stacks: tuple[StackEntry, ...]
-) -> list[MoeconvError]:
-    """Every unit whose bytes are not those that the manifest promises."""
+    manifest: Manifest,
+    fresh: Iterable[tuple[str, TensorEntry]],
+    stacks: tuple[StackEntry, ...],
+) -> Iterator[MoeconvError]:
+    """Every tensor and unit that is not what the manifest says; fresh: what `rehash` gives."""
     promised = {address: value for address, _, _, value in manifest.matrices()}
-    said = {(part.file, t.name): t.expert for part in manifest.parts for t in part.tensors}
+    experts = {
+        (part.file, t.name): t.expert for part in manifest.parts for t in part.tensors if t.expert
+    }
     virtual = manifest.root.source is not None  # its parts are of other files than were read
-    problems: list[MoeconvError] = []
-    for part in fresh:
-        for tensor in part.tensors:
-            if not virtual and said.get((part.file, tensor.name)) != tensor.expert:
-                problems.append(
-                    Damaged(
-                        f"{quoted(tensor.name)} is not what its part says",
-                        at=f"{quoted(part.file)}, tensor {quoted(tensor.name)}",
-                        cause=f"by its recipe it is {tensor.expert}",
-                        fix="convert the checkpoint again; a manifest is never edited by hand",
-                    )
+    for file, tensor in fresh:
+        place = f"{quoted(file)}, tensor {quoted(tensor.name)}"
+        if not virtual and experts.get((file, tensor.name)) != tensor.expert:
+            yield _misdescribed(tensor, place)
+        for address, value in zip(addresses(tensor, stacks), tensor.digests, strict=True):
+            if promised.get(address) != value:
+                yield Damaged(
+                    f"{quoted(address)} is damaged",
+                    at=place,
+                    cause=f"its digest is {value}, the manifest has {promised.get(address)}",
+                    fix="fetch that file of the set again, or convert again",
                 )
-            for address, value in zip(addresses(tensor, stacks), tensor.digests, strict=True):
-                if promised.get(address) == value:
-                    continue
-                problems.append(
-                    Damaged(
-                        f"{quoted(address)} is damaged",
-                        at=f"{quoted(part.file)}, tensor {quoted(tensor.name)}",
-                        cause=f"its digest is {value}, the manifest has {promised.get(address)}",
-                        fix="fetch that file of the set again, or convert again",
-                    )
-                )
-    return problems
+
+
+def _misdescribed(tensor: TensorEntry, place: str) -> Damaged:
+    held = tensor.expert
+    what = "of no expert"
+    if held is not None:
+        what = (
+            f"{quoted(held.component)} of {' and '.join(held.projections)}, in the axes "
+            f"{quoted(held.axes)}, of {counted(len(held.experts), 'expert')}"
+        )
+    return Damaged(
+        f"{quoted(tensor.name)} is not what its part says",
+        at=place,
+        cause=f"by its recipe it is {what}",
+        fix="convert the checkpoint again; a manifest is never edited by hand",
+    )
 
 
 def compare_file(root: Path, entry: FileEntry) -> list[MoeconvError]:

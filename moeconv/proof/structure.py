@@ -12,7 +12,14 @@ from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import LENGTH_BYTES, StoredTensor, parse_header
 from moeconv.checkpoint.index import INDEX_NAME, parse_index
 from moeconv.checkpoint.origin import parse_origin
-from moeconv.checkpoint.papers import damaged, inside, missing, read_entry, read_root
+from moeconv.checkpoint.papers import (
+    damaged,
+    differing_tensor,
+    inside,
+    missing,
+    read_entry,
+    read_root,
+)
 from moeconv.checkpoint.reading import opened, read_start, unreadable
 from moeconv.digest import digest
 from moeconv.errors import (
@@ -73,8 +80,7 @@ def check_structure(root: Path) -> tuple[Manifest | None, list[MoeconvError]]:
 def _parts(root: Path, top: Root, problems: list[MoeconvError]) -> Iterator[tuple[Part, ...]]:
     for entry in top.parts:
         try:
-            raw = read_entry(root, entry, limit=MAX_PART_BYTES)
-            yield parse_parts(raw, top, where=entry.name)
+            yield parse_parts(read_entry(root, entry, limit=MAX_PART_BYTES), top, where=entry.name)
         except (Malformed, IoFailed) as problem:
             problems.append(problem)
 
@@ -110,9 +116,7 @@ def _data_file(root: Path, part: Part) -> list[MoeconvError]:
         header = parse_header(raw, file_size=part.size, file=0, where=name)
     except Malformed as problem:
         return [*problems, problem]
-    stored = [(t.name, t.dtype, t.shape, t.offset, t.offset + t.nbytes) for t in header.tensors]
-    promised = [(t.name, t.dtype, t.shape, t.start, t.stop) for t in part.tensors]
-    if sorted(stored) != sorted(promised) or len(raw) < LENGTH_BYTES:
+    if differing_tensor(header, part) is not None or len(raw) < LENGTH_BYTES:
         problems.append(
             damaged(f"{PARTS_DIR}/{name}.json", "it lists other tensors than the header")
         )

@@ -18,7 +18,7 @@ import torch
 from moeconv.checkpoint.descriptors import DescriptorPool, Lease, descriptors_left
 from moeconv.checkpoint.file_io import FileEnded, read_into
 from moeconv.checkpoint.header import parse_header
-from moeconv.checkpoint.papers import damaged, inside
+from moeconv.checkpoint.papers import damaged, differing_tensor, inside
 from moeconv.checkpoint.reading import open_regular, opened, read_start, unreadable
 from moeconv.digest import digest
 from moeconv.errors import IoFailed, MissingShard, SourceChanged, quoted
@@ -57,10 +57,7 @@ def own_file(home: Path, part: Part) -> DataFile:
         if digest(raw) != part.header_digest:
             raise damaged(part.file, "its header is not the one that was written")
     header = parse_header(raw, file_size=part.size, file=0, where=part.file)
-    stored = {(t.name, t.dtype, t.shape, t.offset, t.offset + t.nbytes) for t in header.tensors}
-    said = {(t.name, t.dtype, t.shape, t.start, t.stop) for t in part.tensors}
-    if stored != said:
-        name = sorted(str(t[0]) for t in stored ^ said)[0]
+    if (name := differing_tensor(header, part)) is not None:
         raise damaged(part.file, f"its part says something else of {quoted(name)}")
     return DataFile(part.file, path, facts.st_size, _identity(facts))
 
