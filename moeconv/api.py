@@ -26,7 +26,7 @@ from moeconv.engine.rewrites import with_rewrites
 from moeconv.engine.room import Room, refuse_short, room_needed
 from moeconv.engine.workplace import end_run
 from moeconv.errors import NotASet, UsageProblem, quoted
-from moeconv.errors.system import system_errors
+from moeconv.errors.system import callers_own, system_errors
 from moeconv.families import family
 from moeconv.layout.detect import Detection, detect
 from moeconv.layout.fromset import set_detection
@@ -379,4 +379,5 @@ class Meter:
     def advance(self, nbytes: int) -> None:
         self.done += nbytes
         if self._progress is not None:
-            self._progress(self.done, self.total)
+            with callers_own():
+                self._progress(self.done, self.total)

@@ -19,7 +19,7 @@ import typer
 
 from moeconv.cli.signals import interrupted, interruptible
 from moeconv.errors import InternalError, MoeconvError, UsageProblem, quoted
-from moeconv.errors.system import system_errors
+from moeconv.errors.system import system_failure
 from moeconv.jsonvalue import Json
 from moeconv.names import printable
 from moeconv.units import human_size
@@ -211,7 +211,7 @@ class _Heartbeat(Progress):
 def handled(ui: Ui) -> Iterator[Ui]:
     """Run a command's body: every way to fail becomes a message and an exit code."""
     try:
-        with interruptible(), system_errors():
+        with interruptible():
             yield ui
             sys.stdout.flush()
     except typer.Exit:
@@ -219,6 +219,10 @@ def handled(ui: Ui) -> Iterator[Ui]:
     except MoeconvError as problem:
         ui.error(problem)
         raise typer.Exit(problem.exit_code) from None
+    except OSError as problem:
+        failure = system_failure(problem)
+        ui.error(failure)
+        raise typer.Exit(failure.exit_code) from None
     except KeyboardInterrupt as problem:
         raise typer.Exit(interrupted(problem)) from None
     except Exception as problem:  # noqa: BLE001 - the one place that turns bugs into words

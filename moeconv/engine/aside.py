@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,10 +75,10 @@ def _remove_folders(path: Path, folders: tuple[str, ...]) -> None:
 
 def _removed_folder(path: Path) -> bool:
     """Remove a folder if nothing is in it; whether it is gone."""
+    if not os.path.lexists(path):
+        return True
     try:
         _remove(path)
-    except FileNotFoundError:
-        return True
     except OSError:
         if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
             raise

@@ -247,7 +247,7 @@ def _of_set(out: Path, there: _Listing, limits: Limits) -> _Claims:
     for part in (p for p in parts if p.file):
         facts = there.regular(part.file)
         reason = claims.reasons[part.file] = _data_problem(out, part, facts)
-        if facts is None or reason is not None:
+        if facts is None or facts.st_size == 0 or reason is not None:
             continue
         if _written_since(facts, root_facts, same_moment=_has_digests(part)):
             suspects.append(part)
@@ -263,6 +263,8 @@ def _file_problem(out: Path, entry: FileEntry, there: _Listing) -> str | None:
     facts = there.regular(entry.name)
     if facts is None:
         return None if entry.name not in there.facts else "it is not a regular file"
+    if facts.st_size == 0:
+        return None  # whoever emptied it has nothing to lose
     if facts.st_size != entry.size:
         return "its size is not the one it was written with"
     try:
@@ -311,7 +313,7 @@ def _without_part(facts: os.stat_result | None, root: os.stat_result) -> str | N
 
 
 def _data_problem(out: Path, part: Part, facts: os.stat_result | None) -> str | None:
-    if facts is None:
+    if facts is None or facts.st_size == 0:
         return None
     if facts.st_size != part.size:
         return "its size is not the one it was written with"

@@ -13,6 +13,7 @@ from moeconv.errors.files import DiskFull
 from moeconv.errors.kinds import IoFailed, quoted
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_OF_CALLER: Final = "raised by a function that was given to moeconv"
 _FIXES: Final = {
     errno.ENOSPC: "make room, then run again",
     errno.EDQUOT: "make room, then run again",
@@ -80,9 +81,21 @@ def system_errors() -> Iterator[None]:
     """Turn an OSError that nothing nearer put into words into IoFailed.
 
     Also a decorator: every function of the library is under it, so that no call of the system
-    comes out raw. Raises IoFailed, DiskFull.
+    comes out raw. What a function of the caller raised is left as it is. Raises IoFailed, DiskFull.
     """
     try:
         yield
     except OSError as problem:
+        if _OF_CALLER in getattr(problem, "__notes__", ()):
+            raise
         raise system_failure(problem) from problem
+
+
+@contextmanager
+def callers_own() -> Iterator[None]:
+    """Mark an OSError of a function that the caller gave as none of ours."""
+    try:
+        yield
+    except OSError as problem:
+        problem.add_note(_OF_CALLER)
+        raise

@@ -278,6 +278,13 @@ def test_the_index_may_lack_and_a_part_too(src: Path, out: Path) -> None:
     assert moeconv.verify(out).ok
 
 
+@pytest.mark.parametrize("name", [DATA, "config.json", "moeconv/origin"])
+def test_an_empty_file_has_nothing_to_lose(src: Path, out: Path, name: str) -> None:
+    (out / name).write_bytes(b"")
+    moeconv.fuse(src, out, overwrite=True)
+    assert moeconv.verify(out).ok
+
+
 # --- while the new output is written -----------------------------------------------------------
 def test_what_comes_while_the_new_output_is_written_stays(src: Path, out: Path) -> None:
     """The old one waits beside it for hours, and somebody has a file of it open."""
