@@ -101,6 +101,11 @@ def exchange_data(path: Path) -> None:
     new.replace(path)
 
 
+def retitle(path: Path) -> None:
+    """Say in the header that it is of another framework."""
+    path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"np"', 1))
+
+
 def append(path: Path) -> None:
     """Add a byte."""
     with path.open("ab") as stream:
@@ -141,7 +146,8 @@ CHANGES: dict[str, tuple[str, Edit, str]] = {
     "a bit of a tensor": (DATA, flip, "its tensors are not"),
     "a bit of a tensor, the time put back": (DATA, flip_in_secret, "its tensors are not"),
     "other tensors in an older file": (DATA, exchange_data, "its tensors are not"),
-    "a bit of a header": (DATA, lambda p: flip(p, 20), "its header"),
+    "a bit of a header": (DATA, lambda p: flip(p, 8), "its header cannot be compared"),
+    "a word of a header": (DATA, retitle, "its header is not the one"),
     "zeros of the same size": (DATA, exchange, "its header cannot be compared"),
     "a longer data file": (DATA, append, "its size"),
     "a data file that is a link": (DATA, link, "not a regular file"),
