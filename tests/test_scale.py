@@ -15,6 +15,7 @@ import pytest
 import moeconv
 from tests.bench.make_checkpoint import write_phantom, write_qwen3_30b
 from tests.cli.run import environment
+from tests.helpers import Spec, write_checkpoint
 from tests.phantoms import Shape, phantom
 
 INDEXES = Path(__file__).parent / "data" / "indexes"
@@ -195,3 +196,35 @@ def test_the_bound_on_memory_holds_for_ten_times_as_much(tmp_path: Path) -> None
     assert peak(many, "64MiB") < floor + bound + more
     # with room for all workers it takes more: the bound is what holds it
     assert peak(many, "2GiB") > floor + bound + more
+
+
+MANY = 150_000
+
+
+@pytest.fixture(scope="module")
+def many_tensors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file of very many tensors of a byte, beside a few experts."""
+    folder = tmp_path_factory.mktemp("many") / "src"
+    tensors: dict[str, Spec] = {f"t{n}": ("U8", (1,), b"x") for n in range(MANY)}
+    for expert in range(2):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            name = f"model.layers.0.mlp.experts.{expert}.{part}.weight"
+            tensors[name] = ("U8", (2, 2), bytes([expert, 1, 2, len(part)]))
+    config = {"model_type": "qwen3_moe", "num_experts": 2, "moe_intermediate_size": 2}
+    write_checkpoint(folder, {"model.safetensors": tensors}, config, index=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("verb", "a_tensor"), [("fuse", 1800), ("verify", 1700)]
+)  # twice as much before headers and parts were read without a dict for each tensor
+def test_memory_of_very_many_tensors(
+    many_tensors: Path, tmp_path: Path, verb: str, a_tensor: int
+) -> None:
+    out = tmp_path / "out"
+    if verb == "verify":
+        moeconv.fuse(many_tensors, out)
+    where = [str(many_tensors), "-o", str(out)] if verb == "fuse" else [str(out)]
+    _, peak = measured(verb, *where, "--json")
+    print(f"{verb}: {peak / MANY:,.0f} bytes a tensor")
+    assert peak < 30_000_000 + a_tensor * MANY

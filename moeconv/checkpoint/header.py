@@ -111,7 +111,10 @@ def parse_header(raw: bytes, *, file_size: int, file: int, where: str) -> Header
     if raw[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{":
         raise _bad(where, "its header does not start with `{`")
     doc = loads_records(
-        raw[LENGTH_BYTES:], where=f"header of {quoted(where)}", record=_Entries().short
+        raw,
+        where=f"header of {quoted(where)}",
+        record=_Entries().short,
+        start=LENGTH_BYTES,
     )
     if not isinstance(doc, dict):
         raise _bad(where, "its header is not a JSON object")

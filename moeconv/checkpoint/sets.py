@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from moeconv.checkpoint.header import Header
-from moeconv.checkpoint.index import Index, parse_index
 from moeconv.checkpoint.origin import Origin, parse_origin
 from moeconv.checkpoint.papers import (
     FILLED_ROOT,
@@ -26,15 +26,21 @@ from moeconv.manifestrules import contradictions
 from moeconv.names import natural_key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SetFiles:
     """A set's own documents, already checked against the root's digests."""
 
     manifest: Manifest
-    index: Index | None  # a whole set has one
-    origin: Origin
     origin_raw: bytes
     sidecars: tuple[Sidecar, ...]
+
+    @cached_property
+    def origin(self) -> Origin:
+        """The first foreign source; parsed where it is needed, since it is as large as the set.
+
+        Raises BadManifest, BadHeader, BadJson.
+        """
+        return parse_origin(self.origin_raw)
 
     def check_headers(self, files: tuple[tuple[str, int, Header], ...]) -> None:
         """Hold (name, size, header) of the data files against their parts. Raises Damaged."""
@@ -63,6 +69,8 @@ def open_set(root: Path) -> SetFiles:
     for cause in contradictions(Manifest(top, tuple(parts))):
         raise damaged(ROOT_NAME, cause)
     origin_raw = read_entry(root, top.origin)
+    if top.index is not None:
+        read_entry(root, top.index)  # loaders follow it; nothing here needs what it says
     beside = []
     for entry in top.sidecars:
         path = inside(root, entry.name)
@@ -72,8 +80,6 @@ def open_set(root: Path) -> SetFiles:
         beside.append(Sidecar(entry.name, path, stat.st_size, stat.st_mtime_ns))
     return SetFiles(
         manifest=Manifest(top, tuple(parts)),
-        index=parse_index(read_entry(root, top.index), name=top.index.name) if top.index else None,
-        origin=parse_origin(origin_raw),
         origin_raw=origin_raw,
         sidecars=tuple(beside),
     )

@@ -184,7 +184,7 @@ def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
     own.check_headers(tuple((f.name, f.size, f.header) for f in files))
     kept = tuple(s for s in own.sidecars if not matches(s.name, without))
     config = read_config(inside(root, CONFIG_NAME))
-    return Checkpoint(root, files, own.index, config, kept, _strangers(root, own), own)
+    return Checkpoint(root, files, None, config, kept, _strangers(root, own), own)
 
 
 def _open_virtual(
