@@ -24,6 +24,12 @@ GIB = 1024**3
 
 def measured(*arguments: str) -> tuple[dict[str, object], int]:
     """The JSON of a command in a process of its own, and that process's peak memory in bytes."""
+    printed, peak = with_peak(*arguments)
+    return json.loads(printed), peak
+
+
+def with_peak(*arguments: str) -> tuple[str, int]:
+    """What a command printed in a process of its own, and that process's peak memory in bytes."""
     code = (
         "import os, runpy, sys\n"
         "os._exit = sys.exit  # it is to end below\n"
@@ -44,7 +50,7 @@ def measured(*arguments: str) -> tuple[dict[str, object], int]:
     )
     status, peak = map(int, done.stderr.splitlines()[-1].split())
     assert status == 0
-    return json.loads(done.stdout), peak * 1024
+    return done.stdout, peak * 1024
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +217,7 @@ def many_tensors(tmp_path_factory: pytest.TempPathFactory) -> Path:
             name = f"model.layers.0.mlp.experts.{expert}.{part}.weight"
             tensors[name] = ("U8", (2, 2), bytes([expert, 1, 2, len(part)]))
     config = {"model_type": "qwen3_moe", "num_experts": 2, "moe_intermediate_size": 2}
-    write_checkpoint(folder, {"model.safetensors": tensors}, config, index=False)
-    return folder
+    return write_checkpoint(folder, tensors, config)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +230,5 @@ def test_memory_of_very_many_tensors(
     if verb == "verify":
         moeconv.fuse(many_tensors, out)
     where = [str(many_tensors), "-o", str(out)] if verb == "fuse" else [str(out)]
-    _, peak = measured(verb, *where, "--json")
-    print(f"{verb}: {peak / MANY:,.0f} bytes a tensor")
+    _, peak = with_peak(verb, *where, "--quiet")
     assert peak < 30_000_000 + a_tensor * MANY
