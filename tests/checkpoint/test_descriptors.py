@@ -20,11 +20,11 @@ from moeconv.checkpoint.descriptors import (
     DescriptorPool,
     Lease,
     descriptors_left,
-    limit_reached,
 )
 from moeconv.checkpoint.source import open_checkpoint
 from moeconv.engine.sources import Sources
 from moeconv.errors import IoFailed, SourceChanged
+from moeconv.errors.system import explained
 from tests.badinput.builders import config, qwen, two_files, write
 
 FILES = 12
@@ -160,15 +160,15 @@ def test_no_limit_at_all(limits: list[int]) -> None:
 
 def test_the_limit_in_words(limits: list[int]) -> None:
     reached = OSError(errno.EMFILE, "Too many open files")
-    cause, fix = limit_reached(reached) or ("", "")
+    cause, fix = explained(reached, otherwise="")
     assert "100 open files" in cause
     assert "`ulimit -n`, at most to 1,000" in fix
     limits[:] = [64, 64]
-    cause, fix = limit_reached(reached) or ("", "")
+    cause, fix = explained(reached, otherwise="")
     assert "64 open files" in cause
     assert "hard limit" in fix
-    assert limit_reached(OSError(errno.ENFILE, "")) is not None
-    assert limit_reached(OSError(errno.EIO, "")) is None
+    assert "as many files open" in explained(OSError(errno.ENFILE, ""), otherwise="")[0]
+    assert explained(OSError(errno.EIO, "said"), otherwise="")[0] == "said"
 
 
 @pytest.mark.parametrize("what", ["written to", "replaced", "removed", "cut"])
