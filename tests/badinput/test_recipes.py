@@ -1,5 +1,6 @@
 """Recipe files of one's own: every problem of a file at once, with its key and a suggestion."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,14 @@ def test_control_characters_in_axes_are_not_printed_raw():
 )
 def test_a_key_of_many_parts(text: str):
     _refused(GOOD + text, "a key of more than 16 parts", "1 problem")
+
+
+@pytest.mark.parametrize("piece", ['\\"', "\\'", '"\\"', "'", '\\""'])
+def test_quotes_without_end_are_read_once(piece: str):
+    """Each could begin a key; 60 seconds for the first of these if each were looked through."""
+    began = time.process_time()
+    _refused(piece * (100_000 // len(piece)), "1 problem")
+    assert time.process_time() - began < 5
 
 
 def test_texts_with_many_dots_are_no_keys():
