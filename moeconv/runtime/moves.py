@@ -15,7 +15,7 @@ from moeconv.placement.placement import Given, by_stack, refuse_misfits, row_pro
 from moeconv.runtime.complete import Rows, bad, is_stacked
 from moeconv.runtime.fill import loaded
 from moeconv.runtime.fit import Rename, fit
-from moeconv.runtime.noted import to_fill
+from moeconv.runtime.noted import follow, to_fill
 from moeconv.runtime.opening import Files, Home, Key, Stored, key_of
 from moeconv.runtime.tensors import LocalTensor, cut, in_slot, joined
 from moeconv.runtime.update import Report, Updater
@@ -92,7 +92,7 @@ class Moves:
         needed = {tensor.name for tensor in self._touched()}
         with torch.no_grad():
             fitted = fit(model, slots, rename=rename, ignore=ignore, cast=cast, needed=needed)
-            pairs = ((f.target, held) for f in fitted.filled if (held := slots[f.source].held))
+            pairs = [(f.target, held) for f in fitted.filled if (held := slots[f.source].held)]
             wanted = to_fill(pairs, shard, self.named)
         items = {
             f.target: f.only(wanted[f.target], slots[f.source])
@@ -101,7 +101,9 @@ class Moves:
         }
         twins = tuple((items[f.target], n) for f, n in fitted.twins if f.target in items)
         fitted = replace(fitted, filled=tuple(items.values()), twins=twins)
-        return Updater(shard, fitted, None).write(shard, began)
+        report = Updater(shard, fitted, None).write(shard, began)
+        follow(pairs, shard, self.named)
+        return report
 
 
 def _slots_of(tensor: LocalTensor, slots: Sequence[int]) -> LocalTensor:

@@ -106,6 +106,19 @@ def finish(filled: Iterable[tuple[Target, Held | None]], shard: Shard) -> None:
             _put(target, replace(note, row=row, whole=True, memory=memory, order=now()))
 
 
+def follow(tensors: Iterable[tuple[Target, Held]], shard: Shard, named: frozenset[str]) -> None:
+    """Note the placement of a shard for what holds it already, though nothing was filled there.
+
+    That is what was filled before, in slots whose experts stay: those of other ranks, or of other
+    tensors of the stack, have changed.
+    """
+    for target, held in tensors:
+        note, row = noted(target), shard.rows[held.stack]
+        known = note is not None and note.whole and note.stack in named
+        if note is not None and known and note.row != row:
+            _put(target, replace(note, row=row, order=now()))
+
+
 def _put(target: Target, note: Note | None) -> None:
     for module, name in target.places:
         notes = module.__dict__.get(_KEY)

@@ -252,6 +252,22 @@ def test_an_update_after_a_new_placement_keeps_it(sets: Sets, loaded: Loaded):
     assert held(model, sets) == should("b", dict.fromkeys(STACKS, OTHER))
 
 
+@pytest.mark.parametrize("row", [(3, 1, 2, 0, 0, 1), (0, 1, 3, 2, 0, 1), (0, 1, 2, 3, 1, 0)])
+def test_an_update_after_a_placement_that_changes_some_slots(
+    sets: Sets, loaded: Loaded, row: Row
+):
+    """One slot of this rank, or only slots of other ranks: the model is in that placement."""
+    shard, model = loaded
+    updater, rows = shard.updater(model), dict.fromkeys(STACKS, row)
+    shard.replace(rows).load_into(model)
+    updater.load(sets.open("b"))
+    assert held(model, sets) == should("b", rows)
+    updater.load(sets.open("a").replace(rows).shard)
+    assert held(model, sets) == should("a", rows)
+    shard.replace(A).load_into(model)
+    assert held(model, sets) == should("a", A)
+
+
 def test_such_an_update_needs_the_other_ranks_files_before_it_writes(
     sets: Sets, loaded: Loaded, tmp_path: Path
 ):
