@@ -45,7 +45,8 @@ _MAX_LAYOUTS: Final = 100
 _MAX_PATTERNS: Final = 100
 _WORD: Final = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
 # never from a quote behind a backslash: each of these would be looked through to the line's end
-_LONG_KEY: Final = re.compile(rf"(?<![\w\\-]){_WORD}(?:[ \t]*+\.[ \t]*+{_WORD}){{{_MAX_KEY_PARTS}}}")
+_START: Final = r"(?<![\w\\-])"
+_LONG_KEY: Final = re.compile(rf"{_START}{_WORD}(?:[ \t]*+\.[ \t]*+{_WORD}){{{_MAX_KEY_PARTS}}}")
 
 
 def parse_recipe(text: str, *, where: str) -> Recipe:

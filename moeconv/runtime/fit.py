@@ -177,12 +177,13 @@ def fit(
     problems = _Problems()
     patterns = patterns_of(ignore, "ignore")
     must = tensors if needed is None else needed
-    ignored = {n: None for n in tensors if n in must and any(fnmatchcase(n, p) for p in patterns)}
+    skipped = {n for n in tensors if any(fnmatchcase(n, p) for p in patterns)}
+    ignored = {n: None for n in tensors if n in must and n in skipped}
     if needed is not None and ignored:  # the model would be in neither placement
         problems.kinds["ignored, but its slots change"] += map(quoted, ignored)
     by_target: dict[str, str] = {}
     for name in tensors:
-        if name in ignored:
+        if name in skipped:
             continue
         wanted = _renamed(name, rename)
         if wanted in by_target:

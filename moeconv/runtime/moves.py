@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moeconv.errors import GeometryMismatch, MissingShard, Unsupported, quoted
+from moeconv.errors import DoesNotFit, GeometryMismatch, MissingShard, Unsupported, quoted
 from moeconv.manifest import Run, part_names
 from moeconv.placement.placement import Given, by_stack, refuse_misfits, row_problems
 from moeconv.runtime.complete import Rows, bad, is_stacked
 from moeconv.runtime.fill import loaded
-from moeconv.runtime.fit import Rename, fit
+from moeconv.runtime.fit import Fit, Rename, fit
 from moeconv.runtime.noted import follow, to_fill
 from moeconv.runtime.opening import Files, Home, Key, Stored, key_of
 from moeconv.runtime.tensors import LocalTensor, cut, in_slot, joined
@@ -93,6 +93,7 @@ class Moves:
         with torch.no_grad():
             fitted = fit(model, slots, rename=rename, ignore=ignore, cast=cast, needed=needed)
             pairs = [(f.target, held) for f in fitted.filled if (held := slots[f.source].held)]
+            _refuse_untied(fitted, slots, shard)
             wanted = to_fill(pairs, shard, self.named)
         items = {
             f.target: f.only(wanted[f.target], slots[f.source])
@@ -104,6 +105,23 @@ class Moves:
         report = Updater(shard, fitted, None).write(shard, began)
         follow(pairs, shard, self.named)
         return report
+
+
+def _refuse_untied(fitted: Fit, slots: Mapping[str, LocalTensor], shard: Shard) -> None:
+    """Raise DoesNotFit where one memory would have to hold different experts for two stacks."""
+
+    def experts(name: str) -> tuple[int, ...]:
+        held = slots[name].held
+        return shard.rows[held.stack][held.start : held.stop] if held else ()
+
+    for item, other in fitted.twins:
+        if experts(item.source) != experts(other):
+            raise DoesNotFit(
+                f"the model ties {quoted(item.source)} and {quoted(other)}",
+                at=quoted(item.target.names[0]),
+                cause="the new placement gives their slots different experts",
+                fix="give both stacks the same placement, or untie them in the model",
+            )
 
 
 def _slots_of(tensor: LocalTensor, slots: Sequence[int]) -> LocalTensor:

@@ -473,6 +473,46 @@ def test_whole_sets_leave_no_note(sets: Sets, tmp_path: Path):
     all_same(state(model), one.load())
 
 
+def test_two_stacks_in_one_memory(tmp_path: Path):
+    """Experts that two layers share can have one placement only."""
+    shape, names = (HIDDEN, HIDDEN), ("gate", "up", "down")
+    tensors = {
+        f"{stack}.{e}.{p}_proj.weight": ("BF16", shape, bytes([9 * e + n]) * 2 * HIDDEN**2)
+        for stack in STACKS
+        for e in range(EXPERTS)
+        for n, p in enumerate(names)
+    }
+    src = write_checkpoint(tmp_path / "src", tensors, {"model_type": "qwen3_moe"})
+    moeconv.shard(src, tmp_path / "set", ep_size=EP, placement=dict.fromkeys(STACKS, OWN))
+    shard = runtime.open(tmp_path / "set", ep_rank=0, ep_size=EP)
+    model = like(shard)
+    one, other = (model.get_submodule(stack) for stack in STACKS)
+    other._parameters.update(one._parameters)
+    shard.load_into(model)
+    before = state(model)
+    rows = [{STACKS[0]: A[STACKS[0]]}, {STACKS[1]: A[STACKS[1]]}]
+    rows += [dict(zip(STACKS, (OTHER, A[STACKS[1]]), strict=True))]
+    for placement in rows:
+        with pytest.raises(DoesNotFit, match="different experts"):
+            shard.replace(placement).load_into(model)
+        all_same(state(model), before)
+    shard.replace(A).load_into(model)
+    all_same(state(model), shard.replace(A).shard.load())
+
+
+def test_what_is_ignored_is_left_alone_by_a_new_placement(sets: Sets, loaded: Loaded):
+    """Also where it was never loaded, so that nobody knows what is in it."""
+    shard, _ = loaded
+    model = like(shard)
+    layer = model.get_submodule("model.layers")._modules.pop("1")
+    shard.load_into(model, ignore=["*layers.1.*"])
+    model.get_submodule("model.layers").add_module("1", layer)
+    rows = {STACKS[0]: A[STACKS[0]], STACKS[1]: OWN}
+    shard.replace(rows).load_into(model, ignore=["*layers.1.*"])
+    assert held(model, sets)[STACKS[0]] == should("a", rows)[STACKS[0]]
+    assert not any(p.any() for n, p in model.named_parameters() if ".layers.1." in n)
+
+
 def test_tensors_of_a_model_in_two_placements(opened: Opened):
     shard, model = opened(checkpoint()), TinyMoe(3)
     shard.load_into(model)
