@@ -272,7 +272,8 @@ class _TensorReader:
             entry = _tensor(Table(doc, "", problems), self._root, self._rank)
         except Refused:
             return None
-        self.allowance = problems.allowance
+        finally:  # what was listed took its time, whatever came of it
+            self.allowance = problems.allowance
         return entry
 
 

@@ -1,6 +1,8 @@
 """Parts: one test for each rule; the root vouches for every broken part."""
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import moeconv
 from moeconv.digest import digest, fingerprint
 from moeconv.errors import BadJson, BadManifest, Damaged, DuplicateKey, MissingExpert, MissingShard
-from moeconv.manifest import Manifest, part_bytes
+from moeconv.manifest import MAX_EXPERTS, Manifest, part_bytes
 from moeconv.manifestreader import parse_part, parse_root
 from tests.badinput.checks import within
 from tests.manifest.broken import refused_everywhere, reported
@@ -44,6 +46,21 @@ def test_bytes_come_back_as_they_were():
 def test_a_part_that_is_not_the_one_the_root_names(made: Path):
     (made / PART_NAME).write_bytes(PART.replace(b'"BF16"', b'"FP16"'))
     refused_everywhere(made, Damaged, PART_NAME, "digest")
+
+
+def test_long_lists_of_experts_in_tensors_that_are_wrong():
+    """Each takes from what all may name without digests, though it is read twice."""
+    root = parse_root(ROOT)
+    huge = replace(root.stacks[0], experts=MAX_EXPERTS)
+    root = replace(root, stacks=(huge, *root.stacks[1:]), unread=True)
+    doc = json.loads(PART)
+    bad = _expert(doc) | {"digests": [], "start": 1, "stop": 0}
+    bad["expert"] |= {"stack": 0, "experts": [0, MAX_EXPERTS]}
+    doc["tensors"] = [bad] * 500
+    began = time.process_time()
+    with pytest.raises(BadManifest, match="lies before `start`"):
+        parse_part(dump(doc), root, where="p")
+    assert time.process_time() - began < 4
 
 
 @pytest.mark.parametrize("raw", [PART[:-1], PART + b"\n", b"", PART[:100]])
