@@ -253,9 +253,7 @@ def test_an_update_after_a_new_placement_keeps_it(sets: Sets, loaded: Loaded):
 
 
 @pytest.mark.parametrize("row", [(3, 1, 2, 0, 0, 1), (0, 1, 3, 2, 0, 1), (0, 1, 2, 3, 1, 0)])
-def test_an_update_after_a_placement_that_changes_some_slots(
-    sets: Sets, loaded: Loaded, row: Row
-):
+def test_an_update_after_a_placement_that_changes_some_slots(sets: Sets, loaded: Loaded, row: Row):
     """One slot of this rank, or only slots of other ranks: the model is in that placement."""
     shard, model = loaded
     updater, rows = shard.updater(model), dict.fromkeys(STACKS, row)
