@@ -317,10 +317,11 @@ def fingerprint(
     """One hash of the whole model, the same in every layout, of the bytes as they are.
 
     recorded: believe the digests that a set records, where it has them all, and read nothing.
-    Raises Damaged for a set whose bytes are not those that it records.
+    Raises Damaged for a set whose bytes are not those that it records, or whose recipes are not
+    the known ones of their names.
     """
     opened = open_source(src, recipe=recipe, from_layout=from_layout)
-    (found,) = _contents([opened], limits_of(jobs, max_memory), progress, recorded)
+    (found,) = _contents([opened], limits_of(jobs, max_memory), progress, recorded, recipe)
     if found.damaged:
         raise _damaged(opened, found.damaged)
     return fingerprint_of(found.matrices)
@@ -354,11 +355,11 @@ def diff(
 
     All bytes are read, and marks are of the bytes as they are; `damaged` says where they are not
     those that a set records. recorded: believe the digests that a set records, where it has them
-    all, and do not read it.
+    all, and do not read it. Raises Damaged for a set whose recipes are not the known ones.
     """
     sides = [open_source(s, recipe=recipe, from_layout=from_layout) for s in (a, b)]
     limits = limits_of(jobs, max_memory)
-    return differences(*_contents(sides, limits, progress, recorded))
+    return differences(*_contents(sides, limits, progress, recorded, recipe))
 
 
 def _contents(
@@ -366,10 +367,14 @@ def _contents(
     limits: Limits,
     progress: Progress | None,
     recorded: bool,  # noqa: FBT001 - private, and named at every call of its callers
+    recipe: str | Path | None,
 ) -> list[Contents]:
     """What each side holds: read, or believed where its manifest records it."""
     known = [believed(side.checkpoint) if recorded else None for side in sides]
     unread = [s.checkpoint for s, held in zip(sides, known, strict=True) if held is None]
+    for side, held in zip(sides, known, strict=True):
+        if held is None:
+            _refuse_other_recipes(side, recipe)
     meter = Meter(sum(checkpoint.tensor_bytes for checkpoint in unread), progress)
     return [
         contents(side.checkpoint, side.detection.whole(), limits=limits, progress=meter.advance)
@@ -377,3 +382,18 @@ def _contents(
         else Contents(held)
         for side, held in zip(sides, known, strict=True)
     ]
+
+
+def _refuse_other_recipes(side: Opened, recipe: str | Path | None) -> None:
+    """Raise Damaged where the recipes of a set take its bytes for other matrices than known ones.
+
+    What is read by way of them would be the same model, and what a loader takes from it another.
+    """
+    own = side.checkpoint.origin
+    if own is None:
+        return
+    detection = side.detection.whole()
+    trusted = _trusted(side, recipe)
+    found = recipe_problems(str(side.path), own.manifest, detection, detection, trusted)
+    if found:
+        raise found[0].with_also(tuple(found[1:]))

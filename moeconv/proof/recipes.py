@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.errors import Damaged, MoeconvError, quoted
-from moeconv.layout.axes import Axes
+from moeconv.layout.axes import Axes, Axis, geometry
 from moeconv.layout.detect import Detection
 from moeconv.layout.recipe import Component, Layout, Line, Recipe
 from moeconv.layout.stack import Member, Stack
@@ -72,8 +72,14 @@ def _difference(stack: Stack, entry: StackEntry, source: Stack, trusted: Recipe)
             if cause is not None:
                 return f"layout {quoted(name)}, component {quoted(component.name)}: {cause}"
     stored = trusted.layout(stack.layout.name) or stack.layout  # one of the two above
+    copied = stored.name == source.layout.name
+    made = trusted.layout(entry.layout)
+    if made is not None and made.read_only and not (copied and trusted.fuse is None):
+        return f"layout {quoted(made.name)} is never written: loaders take its names otherwise"
     for member, component in used:
         cause = _stored_otherwise(member, component, stored, source)
+        if cause is None and not copied:
+            cause = _not_as_written(member, component, stored, stack)
         if cause is not None:
             return cause
     return None
@@ -136,6 +142,27 @@ def _stored_otherwise(
                 f"in SRC as `{held.component.axes}`"
             )
     return None
+
+
+def _not_as_written(
+    member: Member, component: Component, layout: Layout, stack: Stack
+) -> str | None:
+    """How a member is stored in axes that are only read, where those that are written fit too.
+
+    A loader would take its bytes for those of the written axes, and no shape would stop it.
+    """
+    line = next((ln for ln in layout.lines if _key(ln) == _key(member.line)), member.line)
+    written = line.forms(component.read_as(member.component.axes))[0]
+    if alike(written, member.axes):
+        return None
+    counts = {axis.letter: axis.granule for axis in member.axes.flat}
+    bound = Axes(
+        tuple(tuple(Axis(a.letter, counts.get(a.letter, 1)) for a in dim) for dim in written.dims)
+    )
+    sizes = stack.sizes.of(line, component.name, 1)  # of one expert: ranks hold some of them each
+    if geometry(bound, sizes).shape != geometry(member.axes, sizes).shape:
+        return None
+    return f"{quoted(component.name)} is stored as `{member.axes}`, loaders take it for `{written}`"
 
 
 def alike(one: Axes, other: Axes) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import moeconv
-from moeconv.errors import UnknownFamily
+from moeconv.errors import Damaged, UnknownFamily
 from moeconv.library import load_recipe
 from tests.badinput.builders import config, qwen, write
 from tests.proof.forged import rename_in_recipe, resign, tensors_of
@@ -73,6 +73,74 @@ def test_a_turned_matrix_that_the_recipe_says(out: Path, src: Path):
     resign(out, part=part, root=rename_in_recipe(DOWN, DOWN.replace("E O K", "E K O")))
     assert moeconv.verify(out).ok
     assert "`{stack}.down_proj{suffix}: E K O`" in against(out, src)
+
+
+def turn(out: Path, end: str, axes: str, *, item: str = "u2", layout: str | None = None) -> None:
+    """Transpose what each expert has in tensors whose names end so, and say that they are so."""
+
+    def part(doc: Any) -> None:
+        for file in doc.get("files", [doc]):
+            path = out / file["file"]
+            raw = bytearray(path.read_bytes())
+            for t in file["tensors"]:
+                if t["name"].endswith(end):
+                    whole = np.frombuffer(raw[t["start"] : t["stop"]], item).reshape(t["shape"])
+                    raw[t["start"] : t["stop"]] = whole.transpose(0, 2, 1).tobytes()
+                    t["expert"]["axes"] = axes
+            path.write_bytes(raw)
+
+    def root(doc: Any) -> None:
+        for stack in doc["stacks"]:
+            stack["layout"] = layout or stack["layout"]
+
+    resign(out, part=part, root=root)
+
+
+def test_a_layout_that_is_only_ever_read(tmp_path: Path):
+    """The shipped recipe has it, for files that a program mixed up; loaders go by the shape."""
+    tensors = qwen(4, 8, 16, layers=2)
+    said = config("qwen3_vl_moe", width=8, hidden=16, num_hidden_layers=2)
+    src, out = write(tmp_path / "src", tensors, config=said), tmp_path / "out"
+    moeconv.fuse(src, out)
+    turn(out, "gate_up_proj", "E K (G O)", layout="mixed-gate-up")
+    assert moeconv.verify(out).ok, "the forgery must be whole, or it shows nothing"
+    assert "layout `mixed-gate-up` is never written" in against(out, src)
+    with pytest.raises(Damaged, match="mixed-gate-up"):
+        moeconv.fingerprint(out)
+
+
+def test_axes_that_are_only_read_where_those_that_are_written_fit_too(tmp_path: Path):
+    """Scales of a grid that is square for gate and up together."""
+    tensors: dict[str, Any] = {}
+    for expert in range(2):
+        for name, rows, columns in (("gate", 2, 4), ("up", 2, 4), ("down", 4, 2)):
+            base = f"model.layers.0.mlp.experts.{expert}.{name}_proj.weight"
+            data = bytes((7 * expert + n) % 251 for n in range(rows * columns * 16))
+            tensors[base] = ("F8_E4M3", [rows * 4, columns * 4], data)
+            scales = np.arange(rows * columns, dtype="<f4") + 100 * expert + len(name)
+            tensors[f"{base}_scale_inv"] = ("F32", [rows, columns], scales.tobytes())
+    more: dict[str, Any] = {
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}
+    }
+    said = config("qwen3_vl_moe", experts=2, width=8, hidden=16, num_hidden_layers=1, **more)
+    src, out = write(tmp_path / "src", tensors, config=said), tmp_path / "out"
+    moeconv.shard(src, out, ep_size=2, layout="hub")
+    assert moeconv.verify(out, level="source", source=src).problems == ()
+    turn(out, "gate_up_proj_scale_inv", "E (G O/4) K/4", item="u4")
+    assert moeconv.verify(out).ok, "the forgery must be whole, or it shows nothing"
+    assert "loaders take it for `E K/block.1 (G O/block.0)`" in against(out, src)
+
+
+@pytest.mark.parametrize("kind", ["out", "ranks"])
+def test_diff_and_fingerprint_believe_such_recipes_no_more(
+    kind: str, src: Path, request: pytest.FixtureRequest
+):
+    out: Path = request.getfixturevalue(kind)
+    swap_halves(out)
+    for look in (lambda: moeconv.diff(src, out), lambda: moeconv.fingerprint(out)):
+        with pytest.raises(Damaged, match="is not the one that is known"):
+            look()
+    assert moeconv.fingerprint(out, recorded=True) == moeconv.fingerprint(src)
 
 
 def test_a_layout_of_the_origin_that_would_be_restored_wrong(out: Path, src: Path):
