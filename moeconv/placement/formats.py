@@ -112,8 +112,11 @@ def _counted(way: str, ids: dict[int, int], layers: Layers) -> dict[int, int]:
 def _ambiguous(raw: RawMap, layers: Layers, fitting: list[str]) -> BadPlacement:
     """Rows that nothing but their number speaks for, where that speaks for two readings."""
     readings = {r: _ids(r, layers) for r in fitting}
-    first = next(n for n in layers.moe if len({ids.get(n) for ids in readings.values()}) > 1)
-    rows = " or ".join(f"row {ids[first]}" for ids in readings.values())
+    # the main layers may have the same rows in both: then one of the two has rows of MTP layers
+    first = next(n for n in layers.all_moe if len({ids.get(n) for ids in readings.values()}) > 1)
+    rows = " or ".join(
+        f"row {ids[first]}" if first in ids else "no row" for ids in readings.values()
+    )
     return BadPlacement(
         f"the map's {counted(len(raw.rows), 'row')} fit two readings: "
         f"{', or '.join(f'one for each {r}' for r in fitting)}; layer {first} would have {rows}",

@@ -171,5 +171,10 @@ def _header_text(doc: Json) -> bytes:
 def index_bytes(files: tuple[OutputFile, ...]) -> bytes:
     """`model.safetensors.index.json` with the true total_size."""
     total = sum(f.size - len(f.header) for f in files)
-    weight_map: dict[str, Json] = {t.name: f.name for f in files for t in f.tensors}
-    return dumps({"metadata": {"total_size": total}, "weight_map": weight_map}) + b"\n"
+    return index_text({t.name: f.name for f in files for t in f.tensors}, total)
+
+
+def index_text(files: dict[str, str], total_size: int) -> bytes:
+    """The index of tensors in these files; total_size: of their data sections together."""
+    weight_map: dict[str, Json] = {**files}
+    return dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}) + b"\n"

@@ -11,11 +11,14 @@ from moeconv.errors import Damaged, MoeconvError, quoted
 from moeconv.manifest import Manifest
 
 _MAX_REPORTED: Final = 20
-_TENSORS: Final = (".safetensors", ".gguf", ".npz", ".npy", ".h5", ".msgpack", ".onnx")
-_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".pt2", ".nemo")
+_TENSORS: Final = (".safetensors", ".gguf", ".npz", ".npy", ".h5", ".msgpack", ".onnx", ".dduf")
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".pt2", ".nemo", ".distcp")
 _CODE: Final = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 _INDEX: Final = ("index.json",)
-_CONFIG: Final = ("config.json",)
+_CONFIG: Final = ("config.json", "/params.json", "/quant_model_description.json")
+# how the names begin of files that programs read wherever they are there
+_TEXTS: Final = ("tokenizer", "tekken", "vocab", "merges", "added_tokens", "special_tokens_map")
+_TEMPLATES: Final = ("chat_template.json", ".jinja")
 
 
 def loaded_as(name: str, *, sharded: bool = False) -> str | None:
@@ -23,7 +26,7 @@ def loaded_as(name: str, *, sharded: bool = False) -> str | None:
 
     sharded: whether the file is beside the files of an expert-parallel set.
     """
-    name = name.lower()
+    name = f"/{name.lower()}"
     if name.endswith(_TENSORS):
         return "programs that glob would load it"
     if name.endswith(_PICKLES):
@@ -36,6 +39,8 @@ def loaded_as(name: str, *, sharded: bool = False) -> str | None:
         return "loaders may follow it to other tensors than the set's"
     if name.endswith(_CONFIG):
         return "programs read it to know what the tensors mean"
+    if name.rpartition("/")[2].startswith(_TEXTS) or name.endswith(_TEMPLATES):
+        return "programs read it to know what goes into the model"
     return None
 
 
@@ -50,7 +55,10 @@ def added_files(root: Path, manifest: Manifest) -> tuple[list[MoeconvError], lis
         return [problem], []
     sharded = manifest.root.ep_size is not None
     loaded = [(n, why) for n in names if (why := loaded_as(n, sharded=sharded)) is not None]
-    harmless = [n for n in names if loaded_as(n) is None]
+    linked = "programs that follow links to folders would load what is there"
+    loaded += [(n, linked) for n in names if (root / n).is_symlink() and (root / n).is_dir()]
+    dangerous = {n for n, _ in loaded}
+    harmless = [n for n in names if n not in dangerous]
     problems: list[MoeconvError] = [
         Damaged(
             f"{quoted(name)} does not belong to the set",

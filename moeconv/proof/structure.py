@@ -37,6 +37,7 @@ from moeconv.layout.recipe import WEIGHT, Recipe
 from moeconv.library import manifest_recipes
 from moeconv.manifest import (
     MAX_PART_BYTES,
+    MINOR,
     PARTS_DIR,
     ROOT_NAME,
     FileEntry,
@@ -50,6 +51,8 @@ from moeconv.manifest import (
 )
 from moeconv.manifestreader import parse_parts
 from moeconv.manifestrules import contradictions
+from moeconv.plan.pack import METADATA, index_text
+from moeconv.strictjson import dumps
 
 _MAX_MISSING: Final = 20
 
@@ -67,7 +70,7 @@ def check_structure(root: Path) -> tuple[Manifest | None, list[MoeconvError]]:
     documents = list(_parts(root, top, problems))
     parts = [part for document in documents for part in document]
     for part in parts:
-        problems += _data_file(root, part) if part.file else []
+        problems += _data_file(root, part, newer=top.minor > MINOR) if part.file else []
     whole = len(documents) == len(top.parts)
     problems += _index(root, top, parts if whole else None)
     problems += _papers(root, top)
@@ -85,7 +88,7 @@ def _parts(root: Path, top: Root, problems: list[MoeconvError]) -> Iterator[tupl
             problems.append(problem)
 
 
-def _data_file(root: Path, part: Part) -> list[MoeconvError]:
+def _data_file(root: Path, part: Part, *, newer: bool) -> list[MoeconvError]:
     name = part.file
     try:
         path = inside(root, name)
@@ -120,6 +123,9 @@ def _data_file(root: Path, part: Part) -> list[MoeconvError]:
         problems.append(
             damaged(f"{PARTS_DIR}/{name}.json", "it lists other tensors than the header")
         )
+    if not newer and dict(header.metadata) != METADATA:
+        cause = f"its `__metadata__` is not {dumps(dict(METADATA)).decode()}: loaders go by it"
+        problems.append(damaged(name, cause))
     return problems
 
 
@@ -134,7 +140,8 @@ def _index(root: Path, top: Root, parts: list[Part] | None) -> list[MoeconvError
         cause = f"its index is {quoted(top.index.name)}, but loaders follow {quoted(INDEX_NAME)}"
         return [damaged(ROOT_NAME, cause)]
     try:
-        index = parse_index(read_entry(root, top.index), name=top.index.name)
+        raw = read_entry(root, top.index)
+        index = parse_index(raw, name=top.index.name)
     except (Malformed, IoFailed) as problem:
         return [problem]
     if parts is None:
@@ -143,6 +150,8 @@ def _index(root: Path, top: Root, parts: list[Part] | None) -> list[MoeconvError
     total = sum(p.size - p.header_size for p in parts)
     if index.weight_map != held or index.total_size != total:
         return [damaged(top.index.name, "it does not list the tensors of the set")]
+    if top.minor <= MINOR and raw != index_text(held, total):
+        return [damaged(top.index.name, "it says more than the tensors and their size")]
     return []
 
 

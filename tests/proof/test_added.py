@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import moeconv
+from moeconv.digest import digest
 from tests.badinput.builders import qwen, shard_bytes
 from tests.cli.run import moeconv as command
+from tests.proof.forged import resign
 
 LOADED = [
     ("out", "pytorch_model.bin"),
@@ -17,6 +20,11 @@ LOADED = [
     ("out", "other.safetensors.index.json"),
     ("out", "adapter_config.json"),
     ("out", "moeconv/x.pkl"),
+    ("out", "params.json"),
+    ("out", "quant_model_description.json"),
+    ("out", "vocab.txt"),
+    ("ranks", "Chat_Template.jinja"),
+    ("ranks", "additional_chat_templates/tools.jinja"),
     ("ranks", "model.safetensors.index.json"),
     ("ranks", "pytorch_model.bin.index.json"),
     ("ranks", "rank-9.safetensors"),
@@ -35,6 +43,44 @@ def test_what_a_program_would_load(kind: str, name: str, request: pytest.Fixture
         assert f"`{name}` does not belong to the set" in str(problem)
     path.unlink()
     assert moeconv.verify(out).ok
+
+
+def test_a_link_to_a_folder(out: Path, tmp_path: Path):
+    """What is there is not looked at: it may be another thing tomorrow."""
+    (tmp_path / "elsewhere").mkdir()
+    (out / "original").symlink_to(tmp_path / "elsewhere")
+    (problem,) = moeconv.verify(out, level="structure").problems
+    assert "`original` does not belong to the set" in str(problem)
+
+
+@pytest.mark.parametrize("kind", ["out", "ranks"])
+def test_a_header_that_says_more_than_a_set_does(kind: str, request: pytest.FixtureRequest):
+    """Programs choose by it how they read the tensors."""
+    out: Path = request.getfixturevalue(kind)
+    data = max(out.glob("*.safetensors"))
+    raw = data.read_bytes()
+    at = 8 + int.from_bytes(raw[:8], "little")
+    text = raw[8:at].replace(b'"format":"pt"', b'"format":"tf"')
+    data.write_bytes(raw[:8] + text + raw[at:])
+
+    def part(doc: Any) -> None:
+        for file in doc.get("files", [doc]):
+            if file["file"] == data.name:
+                file["header"]["digest"] = digest(raw[:8] + text)
+
+    resign(out, part=part)
+    (problem,) = moeconv.verify(out).problems
+    assert "`__metadata__` is not" in str(problem)
+
+
+def test_an_index_that_says_more_than_a_set_does(out: Path):
+    path = out / "model.safetensors.index.json"
+    doc = json.loads(path.read_bytes())
+    doc["metadata"]["format"] = "mlx"
+    path.write_text(json.dumps(doc))
+    resign(out)
+    (problem,) = moeconv.verify(out).problems
+    assert "it says more than the tensors" in str(problem)
 
 
 def test_what_nobody_loads_is_named(out: Path):
