@@ -188,10 +188,13 @@ def _against(
     return problems, warnings
 
 
-def _trusted(source: Opened, recipe: str | Path | None) -> Trusted:
+def _trusted(
+    source: Opened, recipe: str | Path | None, beside: dict[str, Recipe] | None = None
+) -> Trusted:
     """The recipe to believe for a stack of SRC: the user's, else the shipped one of its name.
 
-    Others only where SRC is foreign or, being believed, carries them.
+    Others only where SRC is foreign or, being believed, carries them. beside: what to believe
+    rather than those that it carries.
     """
     if source.checkpoint.origin is None:
         return lambda stack: stack.recipe
@@ -201,7 +204,7 @@ def _trusted(source: Opened, recipe: str | Path | None) -> Trusted:
         name = stack.recipe.name
         found = given if given is not None and given.name == name else shipped_recipe(name)
         if found is None:
-            return stack.recipe
+            return (beside or {}).get(stack.name, stack.recipe)
         return found if stack.recipe.taken is None else found.taking(*stack.recipe.taken)
 
     return known
@@ -372,9 +375,10 @@ def _contents(
     """What each side holds: read, or believed where its manifest records it."""
     known = [believed(side.checkpoint) if recorded else None for side in sides]
     unread = [s.checkpoint for s, held in zip(sides, known, strict=True) if held is None]
+    foreign = [s for side in sides if side.checkpoint.origin is None for s in side.detection.stacks]
     for side, held in zip(sides, known, strict=True):
         if held is None:
-            _refuse_other_recipes(side, recipe)
+            _refuse_other_recipes(side, recipe, {s.name: s.recipe for s in foreign})
     meter = Meter(sum(checkpoint.tensor_bytes for checkpoint in unread), progress)
     return [
         contents(side.checkpoint, side.detection.whole(), limits=limits, progress=meter.advance)
@@ -384,16 +388,19 @@ def _contents(
     ]
 
 
-def _refuse_other_recipes(side: Opened, recipe: str | Path | None) -> None:
+def _refuse_other_recipes(
+    side: Opened, recipe: str | Path | None, beside: dict[str, Recipe]
+) -> None:
     """Raise Damaged where the recipes of a set take its bytes for other matrices than known ones.
 
     What is read by way of them would be the same model, and what a loader takes from it another.
+    beside: by stack, the recipes of a foreign checkpoint that the set is compared with.
     """
     own = side.checkpoint.origin
     if own is None:
         return
     detection = side.detection.whole()
-    trusted = _trusted(side, recipe)
+    trusted = _trusted(side, recipe, beside)
     found = recipe_problems(str(side.path), own.manifest, detection, detection, trusted)
     if found:
         raise found[0].with_also(tuple(found[1:]))

@@ -56,7 +56,7 @@ def _difference(stack: Stack, entry: StackEntry, source: Stack, trusted: Recipe)
     """How a set's recipe for a stack differs from the trusted one, in what matters to the stack."""
     recipe = stack.recipe
     if recipe.name != trusted.name:
-        return f"SRC is of recipe {quoted(trusted.name)}, the set of {quoted(recipe.name)}"
+        return f"its experts are of recipe {quoted(trusted.name)}, not of {quoted(recipe.name)}"
     used = [(m, c) for m in stack.members if (c := _component(trusted, m.component.name))]
     lost = {m.component.name for m in stack.members} - {c.name for _, c in used}
     if lost:

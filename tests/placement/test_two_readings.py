@@ -47,6 +47,15 @@ def test_the_refusal_names_both_readings_and_their_numbers():
     holds(caught.value, BadPlacement, *facts)
 
 
+def test_readings_that_differ_in_rows_of_mtp_only():
+    """Layer 3 of 4 is dense, so the three with experts have the same rows in both readings."""
+    layers = Layers(4, (0, 1, 2), (4,), 4)
+    with pytest.raises(BadPlacement, match="layer 4 would have row 3 or no row"):
+        resolve(bare(A, B, C, D), layers)
+    assert placed(bare(A, B, C, D), layers, "moe") == {0: A, 1: B, 2: C, 4: D}
+    assert placed(bare(A, B, C, D), layers, "all") == {0: A, 1: B, 2: C}
+
+
 def test_the_user_says_which():
     assert placed(bare(A, B, C, D), SMALL, "moe") == {1: A, 2: B, 3: C, 4: D}
     assert placed(bare(A, B, C, D), SMALL, "all") == {1: B, 2: C, 3: D}

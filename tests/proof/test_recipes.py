@@ -143,6 +143,20 @@ def test_diff_and_fingerprint_believe_such_recipes_no_more(
     assert moeconv.fingerprint(out, recorded=True) == moeconv.fingerprint(src)
 
 
+def test_diff_believes_no_recipe_of_another_name_beside_a_known_one(out: Path, src: Path):
+    def root(doc: Any) -> None:
+        text = doc["recipes"][0]["toml"]
+        toml = text.replace('name = "qwen3_moe"', 'name = "nobodys"')
+        doc["recipes"] = [{"name": "nobodys", "toml": toml}]
+        for stack in doc["stacks"]:
+            stack["recipe"] = "nobodys"
+
+    resign(out, root=root)
+    for one, two in ((src, out), (out, src)):
+        with pytest.raises(Damaged, match="of recipe `qwen3_moe`, not of `nobodys`"):
+            moeconv.diff(one, two)
+
+
 def test_a_layout_of_the_origin_that_would_be_restored_wrong(out: Path, src: Path):
     """OUT itself is right; its way back is not."""
 
