@@ -93,7 +93,7 @@ class Inventory:
             out.append(f"old output: of {count} {what}")
         if self.compared:
             count = counted(len(self.compared), "data file")
-            out.append(f"old output: {count} not older than its manifest, so read and compared")
+            out.append(f"old output: {count} not older than its documents, so read and compared")
         return tuple(out)
 
 
@@ -232,8 +232,10 @@ def _of_set(out: Path, there: _Listing, limits: Limits) -> _Claims:
         return _Claims({ROOT_NAME: "it is not a regular file"})
     claims = _Claims({ROOT_NAME: None})
     claims.reasons[FILLED_ROOT] = None
-    for entry in (root.origin, *root.sidecars, *([root.index] if root.index else [])):
+    beside = (root.origin, *root.sidecars, *([root.index] if root.index else []))
+    for entry in beside:
         claims.reasons[entry.name] = _file_problem(out, entry, there)
+    later = [root_facts, *(f for e in beside if (f := there.regular(e.name)) is not None)]
     parts: list[Part] = []
     for entry in root.parts:
         claims.reasons[filled_name(entry.name)] = None
@@ -249,7 +251,9 @@ def _of_set(out: Path, there: _Listing, limits: Limits) -> _Claims:
         reason = claims.reasons[part.file] = _data_problem(out, part, facts)
         if facts is None or facts.st_size == 0 or reason is not None:
             continue
-        if _written_since(facts, root_facts, same_moment=_has_digests(part)):
+        if _written_since(facts, root_facts, same_moment=_has_digests(part)) or (
+            _has_digests(part) and _out_of_order(facts, later)
+        ):
             suspects.append(part)
         else:
             claims.trusted += (part.file,)
@@ -337,6 +341,17 @@ def _written_since(facts: os.stat_result, root: os.stat_result, *, same_moment: 
     """
     pairs = ((facts.st_mtime_ns, root.st_mtime_ns), (facts.st_ctime_ns, root.st_ctime_ns))
     return any(own > its or (same_moment and own == its) for own, its in pairs)
+
+
+def _out_of_order(facts: os.stat_result, later: list[os.stat_result]) -> bool:
+    """Whether a data file is newer than one of the files that are written after all data files.
+
+    Then they were copied or touched one by one since, and what times say of an edit before that is
+    lost, though the root may be the newest of all.
+    """
+    return any(
+        facts.st_mtime_ns > f.st_mtime_ns or facts.st_ctime_ns > f.st_ctime_ns for f in later
+    )
 
 
 def _read_and_compare(

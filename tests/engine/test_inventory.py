@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,6 +222,54 @@ def copy_all(out: Path) -> None:
             place.mkdir()
         elif not place.exists():
             shutil.copyfile(path, place)
+
+
+def copy_by_name(out: Path, *, times: bool = False) -> None:
+    """As rsync does without `-t`: by name, so that the root comes last."""
+    away = out.with_name("edited")
+    out.rename(away)
+    for path in sorted(away.rglob("*"), key=lambda p: (p.name == "moeconv.json", p)):
+        place = out / path.relative_to(away)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            shutil.copyfile(path, place)
+            if times:
+                shutil.copystat(path, place)
+            time.sleep(0.01)  # a tick of the file system's clock
+
+
+def copy_with_a_time_put_back(out: Path) -> None:
+    """As `rsync -a` does, of a file that does not look as if it was edited."""
+    os.utime(out / DATA, (1, 1))
+    copy_by_name(out, times=True)
+
+
+def touch_by_name(out: Path) -> None:
+    """As `touch *` does, a moment each."""
+    for path in sorted(out.iterdir()):
+        os.utime(path)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("again", [copy_by_name, copy_with_a_time_put_back, touch_by_name])
+def test_an_edit_is_found_after_a_copy_whose_root_is_the_newest(
+    src: Path, out: Path, again: Edit
+) -> None:
+    flip(out / DATA)
+    again(out)
+    newest = (out / "moeconv.json").stat()
+    assert (out / DATA).stat().st_mtime_ns < newest.st_mtime_ns
+    assert (out / DATA).stat().st_ctime_ns < newest.st_ctime_ns
+    with untouched(out), pytest.raises(WouldOverwrite, match="its tensors are not"):
+        moeconv.fuse(src, out, overwrite=True)
+
+
+def test_an_output_as_it_was_written_is_not_read(src: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    moeconv.fuse(src, out, max_shard_size=10_000)
+    inventory = take_inventory(out, LIMITS)
+    assert DATA in inventory.trusted
+    assert len(inventory.compared) <= 1  # the last may share a tick of the clock with a document
 
 
 @pytest.mark.parametrize("kind", ["whole", "ranks", "virtual"])
