@@ -50,6 +50,8 @@ def refuse_existing(
     """
     if not os.path.lexists(out):
         _refuse_below_file(out)
+        if not overwrite and not resume:
+            _refuse_put_aside(out, limits)
         return None
     if not out.is_dir():
         raise WouldOverwrite(
@@ -60,6 +62,8 @@ def refuse_existing(
         )
     names = sorted(os.listdir(out))  # noqa: PTH208 - names, not paths
     if not names:
+        if not overwrite and not resume:
+            _refuse_put_aside(out, limits)
         return None
     if overwrite and Path.cwd().is_relative_to(out):
         raise UsageProblem(
@@ -72,14 +76,28 @@ def refuse_existing(
     if resume and (unfinished or ROOT_NAME in names):
         return None
     if not overwrite:
-        raise _in_use(out, names, unfinished=unfinished, restores=restores)
+        raise _in_use(out, names, limits, unfinished=unfinished, restores=restores)
     inventory = take_inventory(out, limits)
     if inventory.foreign:
         raise _not_ours(out, inventory.foreign)
     return inventory
 
 
-def _in_use(out: Path, names: list[str], *, unfinished: bool, restores: bool) -> WouldOverwrite:
+def _refuse_put_aside(out: Path, limits: Limits) -> None:
+    """Raise WouldOverwrite where an old output waits for the end of a run that was killed."""
+    old = left_aside(out, limits)
+    if old is not None:
+        raise WouldOverwrite(
+            f"{quoted(str(out))} was put aside",
+            at=quoted(str(old.path)),
+            cause="a run with `--overwrite` was killed there before it had begun to write",
+            fix="give `--overwrite` to replace the old output, or move it back",
+        )
+
+
+def _in_use(
+    out: Path, names: list[str], limits: Limits, *, unfinished: bool, restores: bool
+) -> WouldOverwrite:
     """The error for an OUT that is not empty; the fix is one that works there."""
     journal = read_journal(out) if unfinished else None
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -96,7 +114,7 @@ def _in_use(out: Path, names: list[str], *, unfinished: bool, restores: bool) ->
     old = noted_aside(out, journal)
     if old is not None:
         cause += f"; the old output is at {quoted(str(old))}"
-    elif not unfinished and os.path.lexists(beside(out)):
+    elif not unfinished and left_aside(out, limits, finished=restores) is not None:
         cause += f"; the rest of an old output is at {quoted(str(beside(out)))}"
         fix += "; the same command with `--resume` removes the rest"
     return WouldOverwrite(

@@ -48,6 +48,9 @@ def end_run(out: Path, limits: Limits, *, restored: bool = False) -> tuple[str, 
                 fsync_directory(out)
     finally:
         work.close()
+    if work.aside is None and os.path.lexists(beside(out)):
+        place = quoted(str(beside(out)))
+        return (f"{place} stays: not all in it is as moeconv made it",)
     return work.drop_old()
 
 
@@ -158,8 +161,9 @@ class Workplace:
             raise WouldOverwrite(
                 f"{quoted(str(aside))} is in the way",
                 at=quoted(str(aside)),
-                cause="an overwriting run that was killed left the old output there",
-                fix="move it back or remove it, then run again",
+                cause="an old output would wait there, and it holds something else, or files of an "
+                "old output that were changed",
+                fix="move it away, then run again",
             )
         self.out.rename(aside)
         self.aside = OldOutput(aside, self.replaced or Inventory())

@@ -199,3 +199,42 @@ def test_what_says_whose_it_is_goes_last(
     papers = [n for n, path in enumerate(gone) if "/moeconv/" in path]
     assert papers == list(range(len(gone) - 1 - len(papers), len(gone) - 1))
     assert not out.exists()
+
+
+def test_a_plain_run_does_not_take_the_place_of_an_output_that_was_put_aside(
+    src: Path, tmp_path: Path
+) -> None:
+    """Else nothing would know of the old one any more, and `--overwrite` would not either."""
+    out = tmp_path / "out"
+    moeconv.fuse(src, out)
+    out.rename(aside(out))
+    for there in (False, True):
+        if there:
+            out.mkdir()
+        with untouched(aside(out)), pytest.raises(WouldOverwrite, match="put aside") as caught:
+            moeconv.fuse(src, out)
+        assert "`--overwrite`" in str(caught.value)
+    moeconv.fuse(src, out, overwrite=True)
+    assert moeconv.verify(out).ok
+    assert not aside(out).exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_somebody_put_where_old_outputs_wait_is_not_called_ours(
+    src: Path, tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "out"
+    moeconv.fuse(src, out)
+    if kind == "folder":
+        aside(out).mkdir()
+        (aside(out) / "notes").write_text("mine")
+    else:
+        aside(out).write_text("mine")
+    with untouched(aside(out).parent), pytest.raises(WouldOverwrite) as caught:
+        moeconv.fuse(src, out)
+    assert "removes the rest" not in str(caught.value)
+    with untouched(aside(out).parent), pytest.raises(WouldOverwrite, match="something else"):
+        moeconv.fuse(src, out, overwrite=True)
+    done = moeconv.fuse(src, out, resume=True)
+    assert "stays" in done.plan.notes[-1]
+    assert os.path.lexists(aside(out))
