@@ -212,6 +212,7 @@ class _Commit:
         for partial, final in self.waiting:
             self.work.rename(partial, final)
         self._settle()
+        self.work.refuse_changed()
         if self.plan.index_name is not None:
             self._write(self.plan.index_name, self.plan.index)
             self._settle()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,11 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _state(facts: os.stat_result) -> tuple[int, int, int]:
+    """What changes where somebody writes to a file or puts another in its place."""
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def end_run(out: Path, limits: Limits, *, restored: bool = False) -> tuple[str, ...]:
@@ -62,6 +67,7 @@ class Workplace:
     limits: Limits
     replaced: Inventory | None = None  # what stands in OUT before the run
     made_files: list[tuple[Path, int]] = field(default_factory=list)
+    named: dict[Path, tuple[int, int, int]] = field(default_factory=dict)  # what is in place
     made_folders: list[Path] = field(default_factory=list)
     aside: OldOutput | None = None  # the old output, until the new one stands
     journal: JournalFile | None = None
@@ -97,7 +103,7 @@ class Workplace:
             self.journal = JournalFile(self.out)
             self.journal.lock()
 
-    def reopen(self, journal: Journal, kept: Iterable[str]) -> None:
+    def reopen(self, journal: Journal, kept: Collection[str]) -> None:
         """Go on where another run was killed: everything but the `kept` files is removed.
 
         After `lock`. Raises IoFailed.
@@ -114,6 +120,8 @@ class Workplace:
             for name in journal.names:
                 if name not in staying:
                     (self.out / name).unlink(missing_ok=True)
+            for name in kept:
+                self.named[self.out / name] = _state((self.out / name).lstat())
 
     def refuse_appeared(self, journal: Journal) -> None:
         """Raise WouldOverwrite for what `reopen` would remove and the run before did not make."""
@@ -209,6 +217,19 @@ class Workplace:
             if self.journal is not None:
                 self.journal.making(final.relative_to(self.out).as_posix(), facts)
             partial.rename(final)
+            self.named[final] = _state(facts)
+
+    def refuse_changed(self) -> None:
+        """Raise IoFailed where a file that is in place is not the one that was put there."""
+        for path, state in self.named.items():
+            with writing(path):
+                if _state(path.lstat()) != state:
+                    raise IoFailed(
+                        f"{quoted(path.name)} was changed in OUT before the output was complete",
+                        at=quoted(str(path)),
+                        cause="somebody else writes there",
+                        fix="choose a directory of its own for OUT",
+                    )
 
     def done(self, *, restored: bool) -> None:
         """The output stands: forget the journal, and for a restored origin all of `moeconv/`."""
@@ -257,8 +278,9 @@ class Workplace:
             return "; ".join(filter(None, ("`--resume` goes on from what is finished", old)))
         for path, inode in reversed(self.made_files):  # first what says that the output is whole
             with suppress(OSError):
-                if path.lstat().st_ino == inode:
-                    path.unlink()
+                facts = path.lstat()
+                if facts.st_ino == inode and self.named.get(path, _state(facts)) == _state(facts):
+                    path.unlink()  # else somebody changed it meanwhile
         for folder in reversed(self.made_folders):
             with suppress(OSError):  # somebody else put something there: it stays
                 folder.rmdir()

@@ -238,3 +238,39 @@ def test_what_somebody_put_where_old_outputs_wait_is_not_called_ours(
     done = moeconv.fuse(src, out, resume=True)
     assert "stays" in done.plan.notes[-1]
     assert os.path.lexists(aside(out))
+
+
+@pytest.mark.parametrize("verb", ["fuse", "unfuse"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_file_that_somebody_changes_before_the_end_is_no_part_of_an_output(
+    src: Path, tmp_path: Path, verb: str, *, there: bool
+) -> None:
+    """The first of many files stands there for hours before the run says that all is well."""
+    out, ours = tmp_path / "out", tmp_path / "ours"
+    origin = moeconv.fuse(src, ours, max_shard_size=50_000).out
+    if verb == "unfuse":
+        shutil.rmtree(ours / "moeconv")
+        (ours / "moeconv.json").unlink()
+        origin = moeconv.unfuse(ours, tmp_path / "again", layout="per-expert").out
+    if there:
+        moeconv.fuse(src, out, digests="later")
+    before = tree(out)
+    changed: list[Path] = []
+
+    def meanwhile(*_: object) -> None:
+        data = sorted(out.glob("*.safetensors"))
+        if data and not changed and not (out / "moeconv.json").exists():
+            with data[0].open("r+b") as stream:
+                stream.seek(-1, os.SEEK_END)
+                stream.write(b"!")
+            changed.append(data[0])
+
+    work = moeconv.fuse if verb == "fuse" else moeconv.unfuse
+    more = {} if verb == "unfuse" else {"max_shard_size": 50_000}
+    source = src if verb == "fuse" else origin
+    with pytest.raises(IoFailed, match="was changed in OUT"):
+        work(source, out, jobs=1, overwrite=there, progress=meanwhile, **more)
+    assert changed
+    assert [p for p in out.rglob("*") if p.is_file()] == changed
+    assert changed[0].read_bytes().endswith(b"!")
+    assert tree(aside(out)) == before
