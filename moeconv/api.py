@@ -340,7 +340,7 @@ def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
     if not run.resume:
         refuse_short(place, room)
     if run.resume and (place / ROOT_NAME).exists():
-        refuse_other_set(place, plan)
+        refuse_other_set(place, plan, checkpoint, limits)
         plan = replace(plan, notes=(*plan.notes, *end_run(place, limits)))
         return Result(source, out, plan, room, Manifest(read_root(place), ()), dry_run=False)
     meter = Meter(0 if plan.virtual else plan.tensor_bytes, run.progress)

@@ -7,6 +7,7 @@ from pathlib import Path
 from moeconv.checkpoint.header import read_header
 from moeconv.checkpoint.papers import read_root
 from moeconv.checkpoint.reading import file_digest, opened, read_document
+from moeconv.checkpoint.sets import open_set
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.digest import digest
@@ -108,8 +109,12 @@ def _wanted_digests(plan: Plan, checkpoint: Checkpoint, limits: Limits) -> dict[
     return digests_of(plan.files, checkpoint.files, limits=limits, progress=lambda _: None)
 
 
-def refuse_other_set(out: Path, plan: Plan) -> None:
-    """Raise CannotResume where the finished set in OUT is not what the plan makes."""
+def refuse_other_set(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> None:
+    """Raise CannotResume where the finished set in OUT is not what the plan makes.
+
+    Stacks, layouts and headers are compared, and the bytes where they may be of another source:
+    where SRC records digests, or is newer than the set.
+    """
     root = read_root(out)
     totals = (root.tensor_count, root.tensor_bytes, root.ep_size, root.stacks, root.recipes)
     wanted = (plan.tensor_count, plan.tensor_bytes, plan.ep_size, plan.stacks, plan.recipes)
@@ -127,3 +132,38 @@ def refuse_other_set(out: Path, plan: Plan) -> None:
             cause="its stacks, layouts or files are not those that this command makes",
             fix="give another directory, or `--overwrite`",
         )
+    if not plan.virtual and not _of_this_source(out, plan, checkpoint, limits):
+        raise CannotResume(
+            f"{quoted(str(out))} is a finished set of another source",
+            at=quoted(ROOT_NAME),
+            cause="it records other digests than SRC's bytes have now, or none",
+            fix="give another directory, or `--overwrite`",
+        )
+
+
+def _of_this_source(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> bool:
+    """Whether a finished set records the digests of SRC's bytes, as far as there is any doubt."""
+    made, root = (out / ROOT_NAME).stat().st_mtime_ns, read_root(out)
+    names = {e.name: e.digest for e in root.sidecars}
+    for sidecar in checkpoint.sidecars:
+        rewrite = next((r for r in plan.rewrites if r.name == sidecar.name), None)
+        if rewrite is not None:
+            value = digest(rewrite.after)
+        elif sidecar.mtime_ns > made:
+            value = file_digest(sidecar.path, name=sidecar.name)
+        else:
+            continue
+        if names.get(sidecar.name) != value:
+            return False
+    own = checkpoint.origin
+    both = own is not None and own.manifest.complete and not root.unread
+    if not both and all(f.mtime_ns <= made for f in checkpoint.files):
+        return True
+    theirs = {a: value for a, _, _, value in open_set(out).manifest.matrices()}
+    held = {
+        f.name: [
+            [theirs.get(a, "") for a in addresses(entry_of(t), plan.stacks)] for t in f.tensors
+        ]
+        for f in plan.files
+    }
+    return held == _wanted_digests(plan, checkpoint, limits)

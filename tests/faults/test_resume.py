@@ -1,6 +1,7 @@
 """A killed run goes on: what was finished stays, what was damaged is made anew, nothing differs."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -254,3 +255,45 @@ def test_a_journal_of_tensors_without_digests_is_read(tmp_path: Path):
     journal = read_journal(tmp_path)
     assert journal is not None
     assert journal.finished == {"a": rows}
+
+
+@pytest.mark.parametrize("where", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("verb", ["fuse", "shard"])
+def test_a_finished_set_of_an_older_source_is_not_done(
+    tmp_path: Path, verb: str, where: str
+) -> None:
+    """As where a run with `--overwrite` was killed before it had put the old output aside."""
+    src = write(tmp_path / "src", qwen(4, 16, 24), config=config(width=16))
+    out, more = tmp_path / "out", {"ep_size": 2} if verb == "shard" else {}
+    make = getattr(moeconv, verb)
+    make(src, out, **more)
+    os.utime(src / where)  # the same bytes are the same source, whatever the times say
+    make(src, out, resume=True, **more)
+    raw = bytearray((src / where).read_bytes())
+    raw[-1] ^= 1
+    (src / where).write_bytes(raw)
+    with untouched(out), pytest.raises(CannotResume, match="of another source"):
+        make(src, out, resume=True, **more)
+
+
+def test_a_finished_set_of_another_set_of_ours_is_not_done(tmp_path: Path) -> None:
+    """Their digests are recorded: no times are needed to tell them apart."""
+    src = write(tmp_path / "src", qwen(4, 16, 24), config=config(width=16))
+    moeconv.fuse(src, tmp_path / "first")
+    raw = bytearray((src / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (src / "model.safetensors").write_bytes(raw)
+    moeconv.fuse(src, tmp_path / "second")
+    moeconv.shard(tmp_path / "second", tmp_path / "out", ep_size=2)
+    moeconv.shard(tmp_path / "second", tmp_path / "out", ep_size=2, resume=True)
+    with pytest.raises(CannotResume, match="of another source"):
+        moeconv.shard(tmp_path / "first", tmp_path / "out", ep_size=2, resume=True)
+
+
+def test_a_finished_set_without_digests_is_done(tmp_path: Path) -> None:
+    src = write(tmp_path / "src", qwen(4, 16, 24), config=config(width=16))
+    moeconv.fuse(src, tmp_path / "ours")
+    for source in (src, tmp_path / "ours"):
+        out = tmp_path / f"of-{source.name}"
+        for resume in (False, True):
+            moeconv.shard(source, out, ep_size=2, digests="later", resume=resume)
