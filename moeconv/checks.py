@@ -44,9 +44,17 @@ from moeconv.proof.recipes import (
     origin_layout_problems,
     recipe_problems,
 )
-from moeconv.proof.report import DIGEST, LEVELS, SOURCE, STRUCTURE, Report
+from moeconv.proof.report import (
+    DIGEST,
+    LEVELS,
+    MAX_REPORTED,
+    SOURCE,
+    STRUCTURE,
+    Report,
+    bounded,
+)
 from moeconv.proof.sidecars import origin_problems, sidecar_problems
-from moeconv.proof.source import MAX_REPORTED, compare_source, different_sets
+from moeconv.proof.source import compare_source, different_sets
 from moeconv.proof.structure import check_structure
 from moeconv.proof.virtual import digests_missing, virtual_problems
 from moeconv.units import counted
@@ -222,18 +230,7 @@ def _fresh_problems(place: Path, limits: Limits, meter: Meter) -> list[MoeconvEr
     meter.total = checkpoint.tensor_bytes
     fresh = rehash(checkpoint, detection, limits=limits, progress=meter.advance)
     found = compare_digests(manifest, fresh, stack_entries(checkpoint, detection))
-    problems = list(islice(found, MAX_REPORTED))
-    more = sum(1 for _ in found)
-    if more:
-        problems.append(
-            Damaged(
-                f"{counted(more, 'more is', 'more are')} damaged",
-                at=quoted(str(place)),
-                cause=f"the first {MAX_REPORTED:,} are listed",
-                fix="fetch the set again, or convert again",
-            )
-        )
-    return problems
+    return list(bounded(found))
 
 
 def _filled(
@@ -297,7 +294,7 @@ def _report(
 ) -> Report:
     return Report(
         level=level,
-        problems=tuple(problems),
+        problems=bounded(problems),
         files=summary.files,
         tensors=summary.tensors,
         bytes_read=bytes_read,

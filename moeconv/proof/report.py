@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
+from typing import Final
 
-from moeconv.errors import MoeconvError
+from moeconv.errors import Damaged, MoeconvError
+from moeconv.units import counted
 
 STRUCTURE = "structure"
 DIGEST = "digest"
 SOURCE = "source"
 LEVELS = (STRUCTURE, DIGEST, SOURCE)
+MAX_REPORTED: Final = 1000
+
+
+def bounded(problems: Iterable[MoeconvError]) -> tuple[MoeconvError, ...]:
+    """The first of many problems, and one more that counts the others: nobody reads a million."""
+    rest = iter(problems)
+    first = tuple(islice(rest, MAX_REPORTED))
+    more = sum(1 for _ in rest)
+    if not more:
+        return first
+    return (
+        *first,
+        Damaged(
+            f"{counted(more, 'more problem')}, not listed",
+            cause=f"the first {MAX_REPORTED:,} are listed",
+            fix="fetch the set again, or convert again",
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import Final
 
 import numpy as np
 
@@ -24,8 +23,7 @@ from moeconv.manifest import StackEntry, addresses
 from moeconv.plan.existing import plan_onto, plan_onto_set
 from moeconv.plan.values import OutputFile, OutputTensor
 from moeconv.proof.digests import entries_of, placed_headers
-
-MAX_REPORTED: Final = 1000
+from moeconv.proof.report import MAX_REPORTED
 
 
 def compare_source(
