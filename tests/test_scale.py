@@ -204,7 +204,7 @@ def test_the_bound_on_memory_holds_for_ten_times_as_much(tmp_path: Path) -> None
     assert peak(many, "2GiB") > floor + bound + more
 
 
-MANY = 150_000
+MANY = 40_000
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moeconv.checkpoint.header import Header
+from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import Origin, parse_origin
 from moeconv.checkpoint.papers import (
     FILLED_ROOT,
@@ -70,7 +71,8 @@ def open_set(root: Path) -> SetFiles:
         raise damaged(ROOT_NAME, cause)
     origin_raw = read_entry(root, top.origin)
     if top.index is not None:
-        read_entry(root, top.index)  # loaders follow it; nothing here needs what it says
+        # loaders follow it, so it must be one; nothing here needs what it says
+        parse_index(read_entry(root, top.index), name=top.index.name)
     beside = []
     for entry in top.sidecars:
         path = inside(root, entry.name)
