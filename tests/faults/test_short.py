@@ -178,7 +178,7 @@ def test_a_call_that_moves_a_part_is_called_again(
         assert calls.kind
         made[calls.kind] += 1
         ended(place)
-    assert made.total() >= times
+    assert made.total() == len(chosen) > 0
     record_property("short calls that were made good", dict(made))
 
 
