@@ -61,6 +61,11 @@ class StackEntry:
     hidden: int
     physical_to_logical: tuple[int, ...] | None = None
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """E, I, H."""
+        return self.experts, self.width, self.hidden
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertEntry:

@@ -23,10 +23,24 @@ class Config:
 
     doc: dict[str, Json] = field(default_factory=dict)
     present: bool = False
+    _among: dict[tuple[str, ...], dict[str, Json]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def at(self, path: str) -> Json:
         """The value at a dotted path; list items by number; None where there is nothing."""
         return _below(self.doc, path)
+
+    def among(self, paths: tuple[str, ...]) -> dict[str, Json]:
+        """Of these paths those at which there is something, in their order, with what it is.
+
+        Kept: each of very many stacks asks for the same paths.
+        """
+        found = self._among.get(paths)
+        if found is None:
+            values = ((path, self.at(path)) for path in paths)
+            found = self._among[paths] = {path: v for path, v in values if v is not None}
+        return found
 
     def every(self, path: str) -> list[Json]:
         """The values at a path in which `*` stands for every key of an object."""

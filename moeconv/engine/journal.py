@@ -233,7 +233,7 @@ def resumable(out: Path, plan: str) -> Journal:
             f"{quoted(str(out))} cannot be resumed",
             at=quoted(str(out)),
             cause=f"it has no `{JOURNAL_NAME}` that says what was being made",
-            fix="give another directory, or `--overwrite` if moeconv made this one",
+            fix="give another directory",
         )
     if journal.plan != plan:
         raise CannotResume(

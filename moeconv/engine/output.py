@@ -102,8 +102,10 @@ def _in_use(
     journal = read_journal(out) if unfinished else None
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     cause = f"it holds {quoted(names[0])}{more}"
-    fix = "give another directory, or `--overwrite` if moeconv made this one"
-    if restores and ROOT_NAME not in names:
+    fix = "give another directory"
+    if ROOT_NAME in names:
+        fix += ", or `--overwrite` to replace what moeconv made here"
+    elif restores:
         fix = "give another directory; where this is the origin already, `--resume` says so"
     if unfinished and (journal is not None or is_bare(out)):
         cause += ": a run of moeconv was killed there"

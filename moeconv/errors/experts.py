@@ -108,6 +108,12 @@ class NoExperts(Unsupported):
     code = "no-experts"
 
 
+class TooManyStacks(Unsupported):
+    """More expert stacks than a set may have."""
+
+    code = "too-many-stacks"
+
+
 class NoPerExpertForm(Unsupported):
     """The family publishes no per-expert checkpoint."""
 

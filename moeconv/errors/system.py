@@ -51,7 +51,7 @@ def _limit_reached(problem: OSError) -> tuple[str, str] | None:
     if hard == resource.RLIM_INFINITY or hard > soft:
         most = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard:,}"
         return cause, f"raise it with `ulimit -n`, at most to {most}, then run again"
-    return cause, "raise the hard limit, `ulimit -Hn`, or use fewer `--jobs`, then run again"
+    return cause, "raise the hard limit (`ulimit -Hn`, as root), then run again"
 
 
 def is_full(problem: OSError) -> bool:

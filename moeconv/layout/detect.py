@@ -10,11 +10,8 @@ from typing import Final
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import (
-    AmbiguousLayout,
-    Damaged,
     LayoutContradiction,
     MoeconvError,
-    UnknownExpertTensor,
     UnknownLayout,
     quoted,
 )
@@ -37,8 +34,16 @@ from moeconv.layout.said import (
 )
 from moeconv.layout.stack import Member, Sizes, Stack
 from moeconv.layout.told import Told, told_first
-from moeconv.layout.why import no_fit
-from moeconv.manifest import StackEntry
+from moeconv.layout.why import (
+    fits_several,
+    names_alone,
+    no_fit,
+    not_as_in_manifest,
+    too_many_stacks,
+    turned_or_not,
+    unknown_inside,
+)
+from moeconv.manifest import MAX_STACKS, StackEntry
 from moeconv.names import natural_key
 from moeconv.units import counted
 
@@ -93,6 +98,8 @@ def detect(
         files,
         owners={name: entry.recipe for name, entry in (known or {}).items()},
     )
+    if len(collected) > MAX_STACKS:
+        return Detection((), tensors, (too_many_stacks(collected),), tuple(collected))
     passed = {name: found for name, found in collected.items() if found.passed}
     as_they_are = tuple(t for found in passed.values() for t in found.all())
     others += as_they_are
@@ -253,19 +260,19 @@ def _judge(
         why = [reason for *_, f in fits for reason in f.reasons]
         return [no_fit(name, found, candidates, choices, unsaid, count, said, why)]
     if len(layouts) > 1:
-        return [_ambiguous(name, found, layouts)]
+        return [fits_several(name, found, layouts)]
     layout, granules, reading, sizes = survivors[0]
     if layout.ask and not known and from_layout != layout.name:
-        return [_to_be_asked(name, found, layout)]
+        return [names_alone(name, found, layout)]
     others = [r for *_, r, _ in survivors[1:] if bound(r) != bound(reading)]
     if others and not known:
         return [several_sizes(name, found, [reading, *others])]
     for other in () if known else turned_about(readings(found, layout, granules), reading):
         fitting = fit(found, layout, reading=other, count=count, known=said).sizes is not None
         if fitting and _elsewhere(layout, sizes, reading, other):
-            return [_either_way(name, found, reading, other)]
-    if known and sizes_of(known) != (sizes.experts, sizes.width, sizes.hidden):
-        return [_against_manifest(name, known, sizes)]
+            return [turned_or_not(name, found, reading, other)]
+    if known and known.sizes != (sizes.experts, sizes.width, sizes.hidden):
+        return [not_as_in_manifest(name, known, sizes)]
     held = {"experts": sizes.experts, "width": sizes.width, "hidden": sizes.hidden}
     problems = [] if known else against_config(name, found.recipe, held, config)
     return problems or _stack(name, found, layout, sizes, granules, reading)
@@ -274,7 +281,7 @@ def _judge(
 def _candidates(name: str, found: Found) -> list[Layout] | MoeconvError:
     """The layouts whose names these are, or why there is none."""
     if found.unknown:
-        return _unknown(name, found)
+        return unknown_inside(name, found)
     if found.recipe.ids and not found.recipe.taken:
         return no_range(name, found)
     return by_names(found)
@@ -304,53 +311,12 @@ def _first_fit(
     return tried[0] if tried else ({}, Fit())
 
 
-def sizes_of(entry: StackEntry) -> tuple[int, int, int]:
-    """E, I, H as a manifest has them."""
-    return entry.experts, entry.width, entry.hidden
-
-
 def _from_manifest(entry: StackEntry) -> dict[str, int]:
     return {"experts": entry.experts, "width": entry.width, "hidden": entry.hidden}
 
 
-def _against_manifest(name: str, known: StackEntry, sizes: Sizes) -> MoeconvError:
-    return Damaged(
-        f"{quoted(name)} is not of the sizes that the manifest says",
-        at=quoted(name),
-        cause=f"E, I, H are {sizes.experts}, {sizes.width}, {sizes.hidden}; "
-        f"the manifest has {', '.join(map(str, sizes_of(known)))}",
-        fix="fetch the set again, or convert again",
-    )
-
-
-def _unknown(name: str, found: Found) -> MoeconvError:
-    first = found.unknown[0]
-    return UnknownExpertTensor(
-        f"{quoted(first.name)} lies inside an expert stack, but its recipe does not know it",
-        at=found.place(first),
-        cause=f"recipe {quoted(found.recipe.name)} knows the components "
-        f"{', '.join(quoted(c.name) for c in found.recipe.components)}; in this stack "
-        f"{counted(len(found.unknown), 'tensor')} beside them",
-        fix="write a recipe that has them and give it with `--recipe FILE`",
-    )
-
-
 def _count(found: Found) -> int:
     return 1 + max(expert for tensors in found.tensors.values() for expert in tensors)
-
-
-def _ambiguous(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
-    names = ", ".join(quoted(layout.name) for layout in layouts)
-    shapes = "; ".join(
-        f"{quoted(t.name)} {list(t.shape)}"
-        for t in (next(iter(v.values())) for v in found.tensors.values())
-    )
-    return AmbiguousLayout(
-        f"{quoted(stack)} fits more than one layout: {names}",
-        at=quoted(stack),
-        cause=f"the shapes fit each of them: {shapes}",
-        fix=f"find out who wrote it, then say `--from-layout {layouts[0].name}` or another",
-    )
 
 
 def _elsewhere(layout: Layout, sizes: Sizes, one: Reading, other: Reading) -> bool:
@@ -366,28 +332,6 @@ def _elsewhere(layout: Layout, sizes: Sizes, one: Reading, other: Reading) -> bo
         return [(g.pair_stride, [axis for axis in g.matrix if axis[0] > 1]) for g in shapes]
 
     return places(one) != places(other)
-
-
-def _to_be_asked(stack: str, found: Found, layout: Layout) -> MoeconvError:
-    return AmbiguousLayout(
-        f"{quoted(stack)} has the names of layout {quoted(layout.name)}, which do not tell enough",
-        at=found.place(found.all()[0]),
-        cause=str(layout.ask),
-        fix=f"find out who wrote it; if it is that layout, say `--from-layout {layout.name}`",
-    )
-
-
-def _either_way(stack: str, found: Found, one: Reading, other: Reading) -> MoeconvError:
-    key = next(key for key in one if one[key][1] != other[key][1])
-    tensor = next(iter(found.tensors[key].values()))
-    recipe = found.recipe.name
-    return AmbiguousLayout(
-        f"{quoted(tensor.name)} may be turned or not: its shape does not tell",
-        at=found.place(tensor),
-        cause=f"{list(tensor.shape)} fits both `{one[key][1]}` and `{other[key][1]}`",
-        fix=f"find out who wrote it; `moeconv recipes show {recipe}` prints the recipe: leave the "
-        "one that is right under `axes` and give it with `--recipe FILE`",
-    )
 
 
 def _stack(  # noqa: PLR0917

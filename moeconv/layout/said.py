@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Final
 
 from moeconv.checkpoint.config import Config
 from moeconv.errors import ConfigMismatch, MoeconvError, quoted
 from moeconv.jsonvalue import Json
-from moeconv.layout.recipe import SECTIONS, Recipe
+from moeconv.layout.recipe import SECTIONS, ConfigKeys, Recipe
 from moeconv.names import abridged, printable
 
 # keys of what was not quantised, of several quantisers
@@ -116,8 +117,21 @@ def _same(said: object, held: int) -> bool:
 
 
 def _in_section(config: Config, recipe: Recipe, section: str, paths: tuple[str, ...]) -> list[_Hit]:
-    full = (recipe.config.path(section, path) for path in paths)
-    return [(key, value) for key in full if (value := config.at(key)) is not None]
+    return list(config.among(_in_full(section, paths)).items())
+
+
+@lru_cache(maxsize=1024)
+def _in_full(section: str, paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(ConfigKeys.path(section, path) for path in paths)
+
+
+@lru_cache(maxsize=1024)
+def _owners(
+    section: str, paths: tuple[str, ...], forms: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    """For each path of a layer, what stands before and behind the number of the layer."""
+    keys = _in_full(section, tuple(f.replace("{key}", path) for path in paths for f in forms))
+    return tuple((owner, rest) for owner, _, rest in (key.partition(".{layer}") for key in keys))
 
 
 def _sizes(
@@ -128,10 +142,13 @@ def _sizes(
     What is said of the one layer is what counts: beside it the rest is a default. alike: whether
     all keys mean the same; else that goes for each of them alone.
     """
+    number = _NUMBER.search(stack)
+    layer_forms = recipe.config.layers_of(stack) if number else ()
     for section in recipe.config.sections_of(stack):
         hits: list[_Hit] = []
         for several in (paths,) if alike else ((path,) for path in paths):
-            layer = list(_of_layer(config, recipe, section, stack, several))
+            owners = _owners(section, several, layer_forms)
+            layer = list(_of_layer(config, recipe, section, number[1] if number else "", owners))
             hits += layer or _in_section(config, recipe, section, several)
         if hits:
             return hits
@@ -139,19 +156,14 @@ def _sizes(
 
 
 def _of_layer(
-    config: Config, recipe: Recipe, section: str, stack: str, paths: tuple[str, ...]
+    config: Config, recipe: Recipe, section: str, number: str, owners: tuple[tuple[str, str], ...]
 ) -> Iterator[_Hit]:
-    number = _NUMBER.search(stack)
-    for path in paths if number else ():
-        for form in recipe.config.layers_of(stack):
-            key = recipe.config.path(section, form.replace("{key}", path))
-            owner, _, rest = key.partition(".{layer}")
-            full = f"{owner}.{number[1] if number else ''}{rest}"
-            value = config.at(full)
-            # a bare list may be of anything, of two kinds of experts for example
-            listed = rest or _of_layers(config.at(owner), config, recipe, section)
-            if value is not None and listed:
-                yield full, value
+    there = config.among(tuple(owner for owner, _ in owners)) if owners else {}
+    for owner, rest in owners if there else ():
+        value = config.at(full := f"{owner}.{number}{rest}") if owner in there else None
+        # a bare list may be of anything, of two kinds of experts for example
+        if value is not None and (rest or _of_layers(there[owner], config, recipe, section)):
+            yield full, value
 
 
 def _of_layers(owner: object, config: Config, recipe: Recipe, section: str) -> bool:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.errors import ConfigMismatch, LayoutContradiction, MoeconvError, quoted
+from moeconv.errors import (
+    AmbiguousLayout,
+    ConfigMismatch,
+    Damaged,
+    LayoutContradiction,
+    MoeconvError,
+    TooManyStacks,
+    UnknownExpertTensor,
+    quoted,
+)
 from moeconv.layout.fit import fit
 from moeconv.layout.granules import Granules
 from moeconv.layout.match import Found
-from moeconv.layout.readings import held, readings, same_rank
+from moeconv.layout.readings import Reading, held, readings, same_rank
 from moeconv.layout.recipe import Layout
+from moeconv.layout.stack import Sizes
+from moeconv.manifest import MAX_STACKS, StackEntry
+from moeconv.units import counted
 
 
 def no_fit(  # noqa: PLR0917
@@ -103,4 +115,80 @@ def _contradiction(
         at=found.place(found.all()[0]),
         cause="\n         ".join((*reasons, *tried)),
         fix="check that config.json belongs to these tensors; `moeconv recipes show` lists layouts",
+    )
+
+
+def too_many_stacks(collected: dict[str, Found]) -> MoeconvError:
+    """The problem of a checkpoint with more stacks than a set may have."""
+    name, found = next(iter(collected.items()))
+    return TooManyStacks(
+        f"the checkpoint has {len(collected):,} expert stacks",
+        at=found.place(found.all()[0]),
+        cause=f"a set may have {MAX_STACKS:,} of them, one or two for each layer; "
+        f"the first is {quoted(name)}",
+        fix="check that SRC is one model, and that `--recipe FILE`, if given, takes whole layers "
+        "for stacks",
+    )
+
+
+def not_as_in_manifest(name: str, known: StackEntry, sizes: Sizes) -> MoeconvError:
+    """The problem of a stack whose tensors do not have the sizes that the manifest says."""
+    return Damaged(
+        f"{quoted(name)} is not of the sizes that the manifest says",
+        at=quoted(name),
+        cause=f"E, I, H are {sizes.experts}, {sizes.width}, {sizes.hidden}; "
+        f"the manifest has {', '.join(map(str, known.sizes))}",
+        fix="fetch the set again, or convert again",
+    )
+
+
+def unknown_inside(name: str, found: Found) -> MoeconvError:
+    """The problem of a stack with tensors in it that its recipe does not know."""
+    first = found.unknown[0]
+    return UnknownExpertTensor(
+        f"{quoted(first.name)} lies inside an expert stack, but its recipe does not know it",
+        at=found.place(first),
+        cause=f"recipe {quoted(found.recipe.name)} knows the components "
+        f"{', '.join(quoted(c.name) for c in found.recipe.components)}; in this stack "
+        f"{counted(len(found.unknown), 'tensor')} beside them",
+        fix="write a recipe that has them and give it with `--recipe FILE`",
+    )
+
+
+def fits_several(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
+    """The problem of a stack whose shapes fit more than one layout."""
+    names = ", ".join(quoted(layout.name) for layout in layouts)
+    shapes = "; ".join(
+        f"{quoted(t.name)} {list(t.shape)}"
+        for t in (next(iter(v.values())) for v in found.tensors.values())
+    )
+    return AmbiguousLayout(
+        f"{quoted(stack)} fits more than one layout: {names}",
+        at=quoted(stack),
+        cause=f"the shapes fit each of them: {shapes}",
+        fix=f"find out who wrote it, then say `--from-layout {layouts[0].name}` or another",
+    )
+
+
+def names_alone(stack: str, found: Found, layout: Layout) -> MoeconvError:
+    """The problem of a stack with a layout's names, which other programs give, too."""
+    return AmbiguousLayout(
+        f"{quoted(stack)} has the names of layout {quoted(layout.name)}, which do not tell enough",
+        at=found.place(found.all()[0]),
+        cause=str(layout.ask),
+        fix=f"find out who wrote it; if it is that layout, say `--from-layout {layout.name}`",
+    )
+
+
+def turned_or_not(stack: str, found: Found, one: Reading, other: Reading) -> MoeconvError:
+    """The problem of a stack with a matrix that fits its axes in either order."""
+    key = next(key for key in one if one[key][1] != other[key][1])
+    tensor = next(iter(found.tensors[key].values()))
+    recipe = found.recipe.name
+    return AmbiguousLayout(
+        f"{quoted(tensor.name)} may be turned or not: its shape does not tell",
+        at=found.place(tensor),
+        cause=f"{list(tensor.shape)} fits both `{one[key][1]}` and `{other[key][1]}`",
+        fix=f"find out who wrote it; `moeconv recipes show {recipe}` prints the recipe: leave the "
+        "one that is right under `axes` and give it with `--recipe FILE`",
     )

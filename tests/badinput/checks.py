@@ -76,6 +76,7 @@ CODES: Final[dict[type[MoeconvError], tuple[str, int]]] = {
     errors.UnknownFamily: ("unknown-family", UNSUPPORTED),
     errors.UnknownLayout: ("unknown-layout", UNSUPPORTED),
     errors.NoExperts: ("no-experts", UNSUPPORTED),
+    errors.TooManyStacks: ("too-many-stacks", UNSUPPORTED),
     errors.NoTorchDtype: ("no-torch-dtype", UNSUPPORTED),
     errors.NoPerExpertForm: ("no-per-expert-form", UNSUPPORTED),
     errors.UnsupportedVersion: ("unsupported-version", UNSUPPORTED),

@@ -8,10 +8,13 @@ from types import FrameType
 
 import pytest
 
+import moeconv.layout.detect
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.errors import TooManyStacks
 from moeconv.layout.detect import MAX_PROBLEMS, Detection, detect
 from moeconv.library import fitting
+from tests.badinput.checks import holds
 
 RECIPES = fitting(model_type="qwen3_moe", architectures=())
 CONFIG = Config({"model_type": "qwen3_moe"}, present=True)
@@ -90,3 +93,26 @@ def test_ids_far_apart_are_not_listed_one_by_one() -> None:
     problem = found([stored(name, 4, 8) for name in names]).problems[0]
     assert "9,999,999,998" not in str(problem).partition("missing")[0]
     assert "and 9,999,999,990 more" in str(problem)
+
+
+def one_expert_each(count: int) -> list[StoredTensor]:
+    """Fused stacks of one expert: as many stacks as a header can name."""
+    shapes = {"gate_up_proj": (1, 8, 8), "down_proj": (1, 8, 4)}
+    return [
+        stored(f"model.layers.{n}.mlp.experts.{name}", *shape)
+        for n in range(count)
+        for name, shape in shapes.items()
+    ]
+
+
+def test_a_stack_costs_little() -> None:
+    found(one_expert_each(10))
+    a_stack = (calls(one_expert_each(80)) - calls(one_expert_each(40))) / 40
+    assert a_stack < 5000  # 8,700 when each looked up config.json anew
+
+
+def test_more_stacks_than_a_set_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not found(one_expert_each(4)).problems
+    monkeypatch.setattr(moeconv.layout.detect, "MAX_STACKS", 3)
+    (problem,) = found(one_expert_each(4)).problems
+    holds(problem, TooManyStacks, "4 expert stacks", "`model.safetensors`")
