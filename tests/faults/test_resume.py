@@ -87,17 +87,21 @@ def flip_last_byte(path: Path) -> None:
     path.write_bytes(raw)
 
 
-def half_done(src: Path, tmp_path: Path) -> Path:
-    """An output whose run was killed after some files and before the manifest."""
-    for out in killed(src, tmp_path / "out", 12):
-        journal = read_journal(out) if out.exists() else None
-        if journal and journal.finished and not (out / "moeconv.json").exists():
-            return out
-    raise AssertionError("no run was killed in the middle")
+def half_done(src: Path, out: Path) -> Path:
+    """An output whose run came to its end after some files and before the manifest."""
+    with pytest.MonkeyPatch.context() as patch:
+        fail_after(patch, 3)
+        with pytest.raises(IoFailed):
+            moeconv.shard(src, out, resume=True, jobs=1, **SAME)
+    journal = read_journal(out)
+    assert journal is not None
+    assert journal.finished
+    assert not (out / "moeconv.json").exists()
+    return out
 
 
 def test_without_resume_it_is_named_as_such(src: Path, tmp_path: Path) -> None:
-    out = half_done(src, tmp_path)
+    out = half_done(src, tmp_path / "out")
     with untouched(out):
         done = command("shard", src, "-o", out, "--ep", "2", "--redundant", "2")
     assert done.code == 6
@@ -115,13 +119,13 @@ def test_without_resume_it_is_named_as_such(src: Path, tmp_path: Path) -> None:
     ids=str,
 )
 def test_another_plan_is_refused(src: Path, tmp_path: Path, other: dict[str, object]) -> None:
-    out = half_done(src, tmp_path)
+    out = half_done(src, tmp_path / "out")
     with untouched(out), pytest.raises(CannotResume, match="another plan"):
         moeconv.shard(src, out, resume=True, **{**SAME, **other})
 
 
 def test_another_source_is_refused(src: Path, tmp_path: Path) -> None:
-    out = half_done(src, tmp_path)
+    out = half_done(src, tmp_path / "out")
     flip_last_byte(src / "model.safetensors")
     with untouched(out), pytest.raises(CannotResume):
         moeconv.shard(src, out, resume=True, **SAME)
@@ -164,7 +168,7 @@ def test_a_run_that_lives_is_not_taken_for_one_that_barely_began(
 def test_a_run_that_ends_between_the_opening_of_its_journal_and_the_lock(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = half_done(src, tmp_path)
+    out = half_done(src, tmp_path / "out")
     real = JournalFile._lock
 
     def lock(self: JournalFile) -> None:
@@ -175,6 +179,7 @@ def test_a_run_that_ends_between_the_opening_of_its_journal_and_the_lock(
     monkeypatch.setattr(JournalFile, "_lock", lock)
     with pytest.raises(WouldOverwrite, match="another run"):
         moeconv.shard(src, out, resume=True, **SAME)
+    moeconv.shard(src, tmp_path / "whole", **SAME)
     assert tree_sha256(out) == tree_sha256(tmp_path / "whole")
 
 
@@ -208,15 +213,9 @@ def test_resume_and_overwrite_are_two_things(src: Path, tmp_path: Path) -> None:
         moeconv.shard(src, tmp_path / "out", resume=True, overwrite=True, **SAME)
 
 
-def test_a_failing_run_keeps_what_can_be_resumed(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_run_keeps_what_can_be_resumed(src: Path, tmp_path: Path) -> None:
     """With `--resume` a full disk costs the file at hand, not the night's work."""
-    out = tmp_path / "out"
-    fail_after(monkeypatch, 3)
-    with pytest.raises(IoFailed):
-        moeconv.shard(src, out, resume=True, jobs=1, **SAME)
-    monkeypatch.undo()
+    out = half_done(src, tmp_path / "out")
     journal = read_journal(out)
     assert journal is not None
     inodes = {name: (out / name).stat().st_ino for name in journal.finished}

@@ -124,9 +124,10 @@ def run(job: dict[str, Any], rank: int) -> torch.Tensor:
 
 
 def main() -> None:
-    """Save the logits beside the job."""
-    path, rank = Path(sys.argv[1]), int(sys.argv[2])
-    torch.save(run(json.loads(path.read_text()), rank), path.with_suffix(f".{rank}.pt"))
+    """Save the logits of each job beside it; the rank is the first argument."""
+    rank = int(sys.argv[1])
+    for path in map(Path, sys.argv[2:]):
+        torch.save(run(json.loads(path.read_text()), rank), path.with_suffix(f".{rank}.pt"))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ RANKS = 4
 MODEL_TYPES = ("qwen3_moe", "deepseek_v3")
 
 
-@pytest.fixture(scope="module", params=MODEL_TYPES)
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model as transformers saves it, expert by expert."""
-    folder: Path = tmp_path_factory.mktemp("forward") / request.param
-    model: Any = tiny_model(request.param)
-    model.save_pretrained(folder)
-    return folder
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Tiny models as transformers saves them, expert by expert."""
+    folders = [tmp_path_factory.mktemp("forward") / name for name in MODEL_TYPES]
+    for folder in folders:
+        model: Any = tiny_model(folder.name)
+        model.save_pretrained(folder)
+    return folders
 
 
 def token_ids(source: Path) -> torch.Tensor:
@@ -62,50 +63,67 @@ def rows(source: Path, slots: int, *, ranks: int, seed: int) -> dict[str, tuple[
     return out
 
 
-def sharded_logits(folder: Path, job: dict[str, object], ranks: int) -> torch.Tensor:
-    """Of all processes, in the order of ranks."""
-    path = folder / "job.json"
-    path.write_text(json.dumps(job | {"ranks": ranks, "meet": str(folder / "meet")}))
+Job = dict[str, object]
+
+
+def sharded_logits(jobs: dict[Path, Job], ranks: int) -> list[torch.Tensor]:
+    """For each job, in the folder beside it, those of all processes in the order of ranks.
+
+    Processes that do all jobs, one after the other: most of their time is that of imports.
+    """
+    paths = []
+    for folder, job in jobs.items():
+        paths.append(folder / "job.json")
+        paths[-1].write_text(json.dumps(job | {"ranks": ranks, "meet": str(folder / "meet")}))
     crew = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.runtime.forward", str(path), str(rank)],
+            [sys.executable, "-m", "tests.runtime.forward", str(rank), *map(str, paths)],
             cwd=ROOT,
             env=environment(OMP_NUM_THREADS="1"),
         )
         for rank in range(ranks)
     ]
     assert [process.wait(timeout=300) for process in crew] == [0] * ranks
-    return torch.cat([torch.load(path.with_suffix(f".{r}.pt")) for r in range(ranks)])
+    return [
+        torch.cat([torch.load(path.with_suffix(f".{rank}.pt")) for rank in range(ranks)])
+        for path in paths
+    ]
 
 
-def test_four_ranks_compute_what_one_model_does(source: Path, tmp_path: Path):
+def test_four_ranks_compute_what_one_model_does(sources: list[Path], tmp_path: Path):
     """In float32, so that only the order of a sum of two or three terms is left to differ."""
-    experts = moeconv.open_source(source).detection.stacks[0].sizes.experts
-    slots = -(-experts // RANKS) * RANKS + RANKS
-    placement = rows(source, slots, ranks=RANKS, seed=1)
-    moeconv.shard(source, tmp_path / "set", ep_size=RANKS, placement=placement)
-    ids = token_ids(source)
-    job: dict[str, object] = {
-        "set": str(tmp_path / "set"), "config": str(source), "dtype": "float32",
-        "experts": "eager", "ids": ids.tolist(), "spread": True,
-    }  # fmt: skip
-    found = sharded_logits(tmp_path, job, RANKS)
-    wanted = whole_logits(source, ids, torch.float32, "eager")
-    assert torch.isfinite(wanted).all()
-    assert wanted.std() > 0.1  # a model that says something
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    jobs: dict[Path, Job] = {}
+    for source in sources:
+        experts = moeconv.open_source(source).detection.stacks[0].sizes.experts
+        slots = -(-experts // RANKS) * RANKS + RANKS
+        placement = rows(source, slots, ranks=RANKS, seed=1)
+        folder = tmp_path / source.name
+        moeconv.shard(source, folder / "set", ep_size=RANKS, placement=placement)
+        jobs[folder] = {
+            "set": str(folder / "set"), "config": str(source), "dtype": "float32",
+            "experts": "eager", "ids": token_ids(source).tolist(), "spread": True,
+        }  # fmt: skip
+    for source, found in zip(sources, sharded_logits(jobs, RANKS), strict=True):
+        wanted = whole_logits(source, token_ids(source), torch.float32, "eager")
+        assert torch.isfinite(wanted).all()
+        assert wanted.std() > 0.1  # a model that says something
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_one_process_is_bit_equal(source: Path, tmp_path: Path):
+def test_one_process_is_bit_equal(sources: list[Path], tmp_path: Path):
     """Permuted and redundant, by `grouped_mm`: each expert sees the same tokens as unsharded."""
-    experts = moeconv.open_source(source).detection.stacks[0].sizes.experts
-    placement = rows(source, experts, ranks=1, seed=2)
-    placement = {name: (*row, *row[:2]) for name, row in placement.items()}
-    moeconv.shard(source, tmp_path / "set", ep_size=1, placement=placement, allow_duplicates=True)
-    ids = token_ids(source)
-    job: dict[str, object] = {
-        "set": str(tmp_path / "set"), "config": str(source), "dtype": "bfloat16",
-        "experts": "grouped_mm", "ids": ids.tolist(), "spread": False,
-    }  # fmt: skip
-    found = sharded_logits(tmp_path, job, 1)
-    assert torch.equal(found, whole_logits(source, ids, torch.bfloat16, "grouped_mm"))
+    jobs: dict[Path, Job] = {}
+    for source in sources:
+        experts = moeconv.open_source(source).detection.stacks[0].sizes.experts
+        placement = rows(source, experts, ranks=1, seed=2)
+        placement = {name: (*row, *row[:2]) for name, row in placement.items()}
+        folder = tmp_path / source.name
+        more = {"placement": placement, "allow_duplicates": True}
+        moeconv.shard(source, folder / "set", ep_size=1, **more)
+        jobs[folder] = {
+            "set": str(folder / "set"), "config": str(source), "dtype": "bfloat16",
+            "experts": "grouped_mm", "ids": token_ids(source).tolist(), "spread": False,
+        }  # fmt: skip
+    for source, found in zip(sources, sharded_logits(jobs, 1), strict=True):
+        wanted = whole_logits(source, token_ids(source), torch.bfloat16, "grouped_mm")
+        assert torch.equal(found, wanted)
