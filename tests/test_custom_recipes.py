@@ -205,3 +205,38 @@ def test_the_way_back_survives_another_recipe(tmp_path: Path):
         return  # refused is fine, a set without a way back is not
     moeconv.unfuse(tmp_path / "other", tmp_path / "back")
     assert tree_sha256(tmp_path / "back") == tree_sha256(src)
+
+
+@pytest.mark.parametrize("key", ["gate", "up"])
+def test_blocks_across_experts_are_refused_for_each_projection(key: str, tmp_path: Path):
+    """Three rows in blocks of two, experts one below the other: of one projection, not the other."""
+    axes = {"gate": "E O K", "up": "E O K", key: "(E O) K"}
+    (tmp_path / "r.toml").write_text(f"""
+name = "rows"
+stack = "{{prefix}}{{layer}}.ffn"
+[config]
+experts = ["E"]
+[layouts.apart]
+gate = "{{stack}}.gate.{{component}}: {axes["gate"]}"
+up = "{{stack}}.up.{{component}}: {axes["up"]}"
+down = "{{stack}}.down.{{component}}: E O K"
+[layouts.joined]
+gate_up = "{{stack}}.gate_up.{{component}}: E O K G"
+down = "{{stack}}.down.{{component}}: E O K"
+[components]
+weight = {{ axes = "O K", suffix = "" }}
+scale = {{ axes = "O/2 K", suffix = "_scale" }}
+""")
+    tensors = {
+        f"{STACK}.{part}.{name}": (dtype, shape, bytes(nbytes(dtype, shape)))
+        for part, lead, rows in (("gate", axes["gate"], 3), ("up", axes["up"], 3))
+        for name, dtype, shape in (
+            ("weight", "U8", (2 * rows, 4) if lead[0] == "(" else (2, rows, 4)),
+            ("scale", "F16", (4, 4) if lead[0] == "(" else (2, 2, 4)),
+        )
+    }
+    tensors |= {f"{STACK}.down.weight": ("U8", (2, 4, 3), bytes(24))}
+    tensors |= {f"{STACK}.down.scale": ("F16", (2, 2, 3), bytes(24))}
+    src = write_checkpoint(tmp_path / "src", tensors, {"E": 2})
+    with pytest.raises(StraddlingBlock, match="blocks of 2"):
+        moeconv.fuse(src, tmp_path / "out", recipe=tmp_path / "r.toml", layout="joined")

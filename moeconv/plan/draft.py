@@ -132,10 +132,11 @@ def kinds_of(
                 continue
             component = member.component
             axes = (like or stack).axes_in(line, component)
-            refuse_straddling(stack, member.line, component, member.axes)
-            refuse_straddling(stack, line, component, axes)
             members = (stack.member(p, name) for p in line.projections)
             held = tuple(m for m in members if m is not None)
+            for one in held:
+                refuse_straddling(stack, one.line, one.component, one.axes)
+            refuse_straddling(stack, line, component, axes)
             refuse_two_dtypes(stack, held)
             yield Kind(stack, number, line, component, held, axes)
 
