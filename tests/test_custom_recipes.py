@@ -209,7 +209,7 @@ def test_the_way_back_survives_another_recipe(tmp_path: Path):
 
 @pytest.mark.parametrize("key", ["gate", "up"])
 def test_blocks_across_experts_are_refused_for_each_projection(key: str, tmp_path: Path):
-    """Three rows in blocks of two, experts one below the other: of one projection, not the other."""
+    """Three rows in blocks of two, experts one below the other, in one of two projections."""
     axes = {"gate": "E O K", "up": "E O K", key: "(E O) K"}
     (tmp_path / "r.toml").write_text(f"""
 name = "rows"

@@ -166,6 +166,7 @@ def test_a_virtual_set_of_kimi_k2(tmp_path: Path) -> None:
     assert proof["ok"]
 
 
+@pytest.mark.soak  # half a minute, most of it to write the headers
 def test_dry_run_of_kimi_k3(tmp_path: Path) -> None:
     """497,220 tensors, the most of any published model."""
     write_phantom(tmp_path / "kimi", "kimi-k3")

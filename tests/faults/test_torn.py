@@ -16,7 +16,7 @@ from moeconv.errors import MoeconvError, Unfinished, WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.cli.run import ROOT, environment
 
-HOW_OFTEN = [pytest.param(30), pytest.param(400, marks=pytest.mark.soak)]
+HOW_OFTEN = [pytest.param(15), pytest.param(400, marks=pytest.mark.soak)]
 
 
 @pytest.mark.parametrize("times", HOW_OFTEN)
