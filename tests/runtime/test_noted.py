@@ -14,6 +14,7 @@ from torch import nn
 import moeconv
 from moeconv import runtime
 from moeconv.errors import DoesNotFit, GeometryMismatch, IoFailed, MissingShard, MoeconvError
+from moeconv.runtime import noted
 from moeconv.runtime.files import Reader
 from tests.helpers import write_checkpoint
 from tests.runtime.conftest import Opened
@@ -454,6 +455,10 @@ def test_a_model_of_some_layers(sets: Sets):
         shard.replace(A).load_into(model)
 
 
+def notes(model: nn.Module) -> list[object]:
+    return [note for m in model.modules() for note in m.__dict__.get(noted._KEY, {}).values()]
+
+
 def test_whole_sets_leave_no_note(sets: Sets, tmp_path: Path):
     moeconv.fuse(sets.folder / "a", tmp_path / "whole")
     row = dict.fromkeys(STACKS, (1, 0, 3, 2))
@@ -465,7 +470,9 @@ def test_whole_sets_leave_no_note(sets: Sets, tmp_path: Path):
     updater.load(one)
     with pytest.raises(MoeconvError):
         updater.load(whole)
+    assert notes(model)
     whole.load_into(model)
+    assert not notes(model)
     all_same(state(model), whole.load())
     updater.load(one)
     all_same(state(model), one.load())
