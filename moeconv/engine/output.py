@@ -67,9 +67,9 @@ def refuse_existing(
         return None
     if overwrite and Path.cwd().is_relative_to(out):
         raise UsageProblem(
-            f"{quoted(str(out))} is where you are",
+            f"{quoted(str(out))} is the current directory",
             at=quoted(str(out)),
-            cause="the old output is put aside as a whole, and you would go with it",
+            cause="the old output is moved to a backup as a whole, with the directory you are in",
             fix="run it from another directory",
         )
     unfinished = PARTS_DIR in names and ROOT_NAME not in names
@@ -88,7 +88,7 @@ def _refuse_put_aside(out: Path, limits: Limits) -> None:
     old = left_aside(out, limits)
     if old is not None:
         raise WouldOverwrite(
-            f"{quoted(str(out))} was put aside",
+            f"a backup of {quoted(str(out))} exists",
             at=quoted(str(old.path)),
             cause="a run with `--overwrite` was killed there before it had begun to write",
             fix="give `--overwrite` to replace the old output, or move it back",

@@ -186,7 +186,7 @@ def turned_or_not(stack: str, found: Found, one: Reading, other: Reading) -> Moe
     tensor = next(iter(found.tensors[key].values()))
     recipe = found.recipe.name
     return AmbiguousLayout(
-        f"{quoted(tensor.name)} may be turned or not: its shape does not tell",
+        f"{quoted(tensor.name)} may be transposed or not: its shape does not tell",
         at=found.place(tensor),
         cause=f"{list(tensor.shape)} fits both `{one[key][1]}` and `{other[key][1]}`",
         fix=f"find out who wrote it; `moeconv recipes show {recipe}` prints the recipe: leave the "

@@ -133,7 +133,7 @@ def _unwritable(stack: Stack, target: Layout) -> str | None:
             what = "packed" if component.weight else "one for a block or group"
             return (
                 f"its {quoted(component.name)} is {what}: a kernel that wants turned weights "
-                "cannot take it, turned or not"
+                "cannot take it, transposed or not"
             )
         if target.name == _SGLANG and component.weight and any(a.letter.islower() for a in flat):
             return f"its {quoted(component.name)} has no parameter of that kind in sglang"

@@ -211,7 +211,7 @@ def test_a_plain_run_does_not_take_the_place_of_an_output_that_was_put_aside(
     for there in (False, True):
         if there:
             out.mkdir()
-        with untouched(aside(out)), pytest.raises(WouldOverwrite, match="put aside") as caught:
+        with untouched(aside(out)), pytest.raises(WouldOverwrite, match="a backup of") as caught:
             moeconv.fuse(src, out)
         assert "`--overwrite`" in str(caught.value)
     moeconv.fuse(src, out, overwrite=True)
