@@ -12,7 +12,7 @@ import pytest
 
 from moeconv import errors
 from moeconv.cli.main import app
-from moeconv.library import fitting, parts, shared_layouts, shipped_recipes
+from moeconv.layout.shipped import fitting, parts, shared_layouts, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint.reading import read_document
+from moeconv.core.json_value import Json
+from moeconv.core.strict_json import loads
 from moeconv.errors import BadConfig, quoted
-from moeconv.jsonvalue import Json
-from moeconv.strictjson import loads
+from moeconv.store.documents import read_document
 
 CONFIG_NAME: Final = "config.json"
 MAX_CONFIG_BYTES: Final = 64 * 1024 * 1024

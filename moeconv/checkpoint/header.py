@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final, TypeAlias, TypeGuard
 
 from moeconv.checkpoint.dtypes import BITS
-from moeconv.checkpoint.reading import LFS_MARK, opened, read_start, refuse_lfs, unreadable
+from moeconv.core.json_value import Json
+from moeconv.core.strict_json import Pairs, encodable, loads_records, may_escape
 from moeconv.errors import (
     BadHeader,
     HeaderTooLong,
@@ -23,8 +24,7 @@ from moeconv.errors import (
     TruncatedFile,
     quoted,
 )
-from moeconv.jsonvalue import Json
-from moeconv.strictjson import Pairs, encodable, loads_records, may_escape
+from moeconv.store.documents import LFS_MARK, opened, read_start, refuse_lfs, unreadable
 
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
+from moeconv.core.json_value import Json
+from moeconv.core.names import file_name_problem
+from moeconv.core.strict_json import encodable, loads, may_escape
 from moeconv.errors import BadIndex, MoeconvError, UnsafePath, quoted
-from moeconv.jsonvalue import Json
-from moeconv.names import file_name_problem
-from moeconv.strictjson import encodable, loads, may_escape
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_INDEX_BYTES: Final = 512 * 1024 * 1024

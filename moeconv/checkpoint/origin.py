@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from moeconv.checkpoint.header import Header, parse_header
 from moeconv.checkpoint.index import Index, parse_index
+from moeconv.core.json_value import Json
+from moeconv.core.schema import Problems, Table
+from moeconv.core.strict_json import dumps, loads
 from moeconv.errors import BadManifest, quoted
-from moeconv.jsonvalue import Json
-from moeconv.manifest import ORIGIN_NAME
-from moeconv.schema import Problems, Table
-from moeconv.strictjson import dumps, loads
+from moeconv.manifest.model import ORIGIN_NAME
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint.papers import inside
+from moeconv.checkpoint.output_files import inside
+from moeconv.core.names import natural_key, relative_path_problem
 from moeconv.errors import MissingShard, SourceMissing, UnsafePath, quoted
-from moeconv.names import natural_key, relative_path_problem
 
 # of git, of huggingface_hub, and of the file system that SRC may be mounted as
 NEVER_COPIED: Final = frozenset({".git", ".cache", "lost+found"})

@@ -7,14 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint import hub
 from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
 from moeconv.checkpoint.header import Header, StoredTensor, read_header
 from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
-from moeconv.checkpoint.oddities import oddities, short_rows
-from moeconv.checkpoint.papers import inside, missing, read_root
-from moeconv.checkpoint.reading import read_document
-from moeconv.checkpoint.sets import SetFiles, foreign_files, open_set
+from moeconv.checkpoint.output import SetFiles, foreign_files, open_set
+from moeconv.checkpoint.output_files import inside, missing, read_root
 from moeconv.checkpoint.sidecars import (
     Sidecar,
     existing,
@@ -23,7 +20,11 @@ from moeconv.checkpoint.sidecars import (
     sidecar,
     sidecars,
 )
-from moeconv.digest import digest
+from moeconv.checkpoint.warnings import oddities, short_rows
+from moeconv.core.digest import digest
+from moeconv.core.names import natural_key
+from moeconv.core.system_errors import explained
+from moeconv.core.text import counted
 from moeconv.errors import (
     BadIndex,
     DuplicateTensor,
@@ -36,10 +37,9 @@ from moeconv.errors import (
     Unfinished,
     quoted,
 )
-from moeconv.errors.system import explained
-from moeconv.manifest import ORIGIN_NAME, PARTS_DIR, ROOT_NAME, Manifest, SourceEntry
-from moeconv.names import natural_key
-from moeconv.units import counted
+from moeconv.manifest.model import ORIGIN_NAME, PARTS_DIR, ROOT_NAME, Manifest, SourceEntry
+from moeconv.store import hub
+from moeconv.store.documents import read_document
 
 SUFFIX: Final = ".safetensors"
 _OTHERS: Final = frozenset({".json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".md", ".txt"})

@@ -11,7 +11,7 @@ from moeconv.cli import options
 from moeconv.cli.ui import Ui, checked_color, handled
 
 if TYPE_CHECKING:
-    from moeconv.api import Result
+    from moeconv.api.convert import Result
 
 # to the end of the process: taking half a million tensors apart one by one helps nobody
 _HELD: Final[list[Result]] = []
@@ -43,10 +43,10 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
     ) -> None:
         with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
             checked_color(color)
-            from moeconv import api
-            from moeconv.units import parse_size
+            import moeconv
+            from moeconv.core.text import parse_size
 
-            run = api.fuse if verb == "fuse" else partial(api.unfuse, unchecked=unchecked)
+            run = moeconv.fuse if verb == "fuse" else partial(moeconv.unfuse, unchecked=unchecked)
             shard_size, memory = parse_size(max_shard_size), parse_size(max_memory)
             with ui.progress(verb) as progress:
                 result = run(

@@ -29,13 +29,12 @@ def diff(
     """Compare all bytes, by matrix: `=` same, `-` only in A, `+` only in B, `*` differs."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
         checked_color(color)
-        from moeconv import checks
-        from moeconv.errors import quoted
-        from moeconv.names import printable
-        from moeconv.units import counted, parse_size
+        import moeconv
+        from moeconv.core.text import counted, parse_size
+        from moeconv.errors import printable, quoted
 
         with ui.progress("diff") as progress:
-            found = checks.diff(
+            found = moeconv.diff(
                 a,
                 b,
                 recipe=recipe,

@@ -21,11 +21,11 @@ def fingerprint(
     """Read the model and print one hash of it, the same in every layout."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
         checked_color(color)
-        from moeconv import checks
-        from moeconv.units import parse_size
+        import moeconv
+        from moeconv.core.text import parse_size
 
         with ui.progress("fingerprint") as progress:
-            value = checks.fingerprint(
+            value = moeconv.fingerprint(
                 src,
                 recipe=recipe,
                 from_layout=from_layout,

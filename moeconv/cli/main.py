@@ -20,8 +20,8 @@ from moeconv.cli.shard import shard
 from moeconv.cli.signals import ENDED, end_when_told, hear_no_more
 from moeconv.cli.streams import open_streams
 from moeconv.cli.verify import verify
+from moeconv.core.system_errors import system_failure
 from moeconv.errors import IoFailed
-from moeconv.errors.system import system_failure
 from moeconv.version import __version__
 
 app = typer.Typer(

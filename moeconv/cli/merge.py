@@ -29,12 +29,12 @@ def merge(
     """Write a set of moeconv back as the checkpoint it came from; its source is not needed."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
         checked_color(color)
-        from moeconv import sharding
-        from moeconv.units import parse_size
+        import moeconv
+        from moeconv.core.text import parse_size
 
         shard_size, memory = parse_size(max_shard_size), parse_size(max_memory)
         with ui.progress("merge") as progress:
-            result = sharding.merge(
+            result = moeconv.merge(
                 src,
                 output,
                 layout=layout,

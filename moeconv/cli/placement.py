@@ -11,9 +11,9 @@ from moeconv.cli import options
 from moeconv.cli.ui import Ui, checked_color, handled
 
 if TYPE_CHECKING:
-    from moeconv.jsonvalue import Json
-    from moeconv.placement.documents import RawMap
-    from moeconv.placement.placement import Layers, Placement
+    from moeconv.core.json_value import Json
+    from moeconv.placement.model import Layers, Placement
+    from moeconv.placement.parse import RawMap
 
 _SOURCE_HELP = "The checkpoint that the map is for: a directory, or all else that SRC may be."
 Map: TypeAlias = Annotated[
@@ -53,9 +53,9 @@ def show(
     with handled(Ui(json=as_json, color=color)) as ui:
         checked_color(color)
         from moeconv.errors import BadPlacement, UsageProblem
-        from moeconv.mapfiles import read_map
+        from moeconv.placement.files import read_map
         from moeconv.placement.formats import ep_size_of, resolve
-        from moeconv.placement.placement import check
+        from moeconv.placement.model import check
 
         if map_layers is not None and source is None:
             raise UsageProblem(
@@ -116,11 +116,11 @@ def convert(
     """Write a map in another system's format; systems count layers differently, so SRC tells."""
     with handled(Ui(json=as_json, quiet=quiet, color=color)) as ui:
         checked_color(color)
-        from moeconv.engine.output import refuse_overlap
-        from moeconv.engine.single import refuse_file, write_single
-        from moeconv.mapfiles import read_map
+        from moeconv.engine.output.preflight import refuse_overlap
+        from moeconv.engine.output.single_file import refuse_file, write_single
+        from moeconv.placement.files import read_map
         from moeconv.placement.formats import ep_size_of, resolve, written
-        from moeconv.placement.placement import check
+        from moeconv.placement.model import check
 
         refuse_file(output)
         raw = read_map(map_)
@@ -137,8 +137,8 @@ def convert(
 
 def _layers(source: str) -> tuple[Layers, Path]:
     """The checkpoint's layers, and where it is."""
-    from moeconv.api import open_source
-    from moeconv.layout.moelayers import layers_of
+    from moeconv.api.convert import open_source
+    from moeconv.detect.moe_layers import layers_of
 
     opened = open_source(source)
     layers, _ = layers_of(opened.detection.whole().stacks, opened.checkpoint.config)
@@ -147,7 +147,7 @@ def _layers(source: str) -> tuple[Layers, Path]:
 
 def _alone(raw: RawMap) -> tuple[Layers, Placement]:
     """A map without its checkpoint: its own indices and ids are all there is."""
-    from moeconv.placement.placement import Layers, Placement
+    from moeconv.placement.model import Layers, Placement
 
     indices = tuple(index for index, _ in raw.rows)
     rows = tuple(row for _, row in raw.rows)
@@ -179,7 +179,7 @@ def _redundant(found: Placement) -> int | None:
 
 
 def _describe(ui: Ui, raw: RawMap, found: Placement, assumed: str) -> None:
-    from moeconv.units import counted
+    from moeconv.core.text import counted
 
     redundant = _redundant(found)
     more = "too few" if redundant is None else f"{redundant} redundant"

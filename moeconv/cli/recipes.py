@@ -10,7 +10,7 @@ from moeconv.cli import options
 from moeconv.cli.ui import Ui, checked_color, handled
 
 if TYPE_CHECKING:
-    from moeconv.jsonvalue import Json
+    from moeconv.core.json_value import Json
     from moeconv.layout.recipe import Recipe
 
 recipes = typer.Typer(
@@ -32,7 +32,7 @@ def list_(as_json: options.AsJson = False, color: options.Color = "auto") -> Non
     """List the recipes: tensor names, layouts, model types; and the parts of quantised experts."""
     with handled(Ui(json=as_json, color=color)) as ui:
         checked_color(color)
-        from moeconv.library import parts, shipped_recipes
+        from moeconv.layout.shipped import parts, shipped_recipes
 
         found = shipped_recipes()
         if as_json:
@@ -82,7 +82,7 @@ def show(
     """Print a recipe as TOML: a start for one of your own."""
     with handled(Ui(color=color)) as ui:
         checked_color(color)
-        from moeconv.library import load_recipe
+        from moeconv.layout.shipped import load_recipe
 
         ui.data(load_recipe(name).toml.rstrip("\n"))
 
@@ -96,7 +96,7 @@ def check(
     """Check a recipe of your own; every problem is reported at once."""
     with handled(Ui(json=as_json, color=color)) as ui:
         checked_color(color)
-        from moeconv.library import load_recipe
+        from moeconv.layout.shipped import load_recipe
 
         recipe = load_recipe(file)
         ui.result(f"ok: {recipe.name}", lambda: {"type": "recipe", "ok": True, **_as_dict(recipe)})

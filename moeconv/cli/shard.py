@@ -69,12 +69,12 @@ def shard(
     """Write what each expert-parallel rank needs: its slots apart, everything else once."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
         checked_color(color)
-        from moeconv import sharding
-        from moeconv.units import parse_size
+        import moeconv
+        from moeconv.core.text import parse_size
 
         shard_size, memory = parse_size(max_shard_size), parse_size(max_memory)
         with ui.progress("shard") as progress:
-            result = sharding.shard(
+            result = moeconv.shard(
                 src,
                 output,
                 ep_size=ep,

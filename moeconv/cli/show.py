@@ -6,14 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from moeconv.api import Opened, Result
+from moeconv.api.convert import Opened, Result
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.engine.methods import REFLINK
-from moeconv.jsonvalue import Json
-from moeconv.layout.stack import Stack
-from moeconv.manifest import Root
-from moeconv.names import natural_key, printable
-from moeconv.units import counted, human_size
+from moeconv.core.json_value import Json, error_json
+from moeconv.core.names import natural_key
+from moeconv.core.text import counted, human_size
+from moeconv.detect.stack import Stack
+from moeconv.engine.copy.methods import REFLINK
+from moeconv.errors import printable
+from moeconv.manifest.model import Root
 
 _LAYER = re.compile(r"(.*?)([0-9]+)((?:\.[^.0-9][^.]*)*)")
 _COUPLED = re.compile(
@@ -333,7 +334,7 @@ def checkpoint_document(opened: Opened, tensors: Iterable[StoredTensor] | None) 
         "notes": list(detection.notes),
         "sidecars": [{"name": s.name, "size": s.size} for s in checkpoint.sidecars],
         "warnings": list(checkpoint.warnings),
-        "problems": [p.as_json() for p in detection.problems],
+        "problems": [error_json(p) for p in detection.problems],
         "fingerprint": checkpoint.manifest.root.fingerprint if checkpoint.manifest else None,
     }
     if tensors is not None:

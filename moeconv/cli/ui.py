@@ -18,11 +18,10 @@ from typing import Final, Protocol, TextIO
 import typer
 
 from moeconv.cli.signals import interrupted, interruptible
-from moeconv.errors import InternalError, MoeconvError, UsageProblem, quoted
-from moeconv.errors.system import system_failure
-from moeconv.jsonvalue import Json
-from moeconv.names import printable
-from moeconv.units import human_size
+from moeconv.core.json_value import Json, error_json
+from moeconv.core.system_errors import system_failure
+from moeconv.core.text import human_size
+from moeconv.errors import InternalError, MoeconvError, UsageProblem, printable, quoted
 
 HEARTBEAT_SECONDS: Final = 10.0
 EXIT_NO: Final = 1
@@ -102,7 +101,7 @@ class Ui:
     def error(self, problem: MoeconvError) -> None:
         """An error, as text or as the last JSON object on stderr."""
         if self.json:
-            sys.stderr.write(json.dumps(problem.as_json(), ensure_ascii=False) + "\n")
+            sys.stderr.write(json.dumps(error_json(problem), ensure_ascii=False) + "\n")
             return
         text = str(problem)
         if self._colored():

@@ -8,6 +8,7 @@ import typer
 
 from moeconv.cli import options
 from moeconv.cli.ui import EXIT_NO, Ui, checked_color, handled
+from moeconv.core.json_value import error_json
 
 
 def verify(
@@ -42,11 +43,11 @@ def verify(
     """Prove that OUT is whole and holds the bytes it should. Exit 1: it is not."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
         checked_color(color)
-        from moeconv import checks
-        from moeconv.units import counted, human_size, parse_size
+        import moeconv
+        from moeconv.core.text import counted, human_size, parse_size
 
         with ui.progress("verify") as progress:
-            report = checks.verify(
+            report = moeconv.verify(
                 out,
                 level=level or ("source" if source else "digest"),
                 source=source,
@@ -69,7 +70,7 @@ def verify(
                     "tensors": report.tensors,
                     "bytes_read": report.bytes_read,
                     "fingerprint": report.fingerprint,
-                    "problems": [p.as_json() for p in report.problems],
+                    "problems": [error_json(p) for p in report.problems],
                     "warnings": list(report.warnings),
                 }
             )

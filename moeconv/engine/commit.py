@@ -7,18 +7,16 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from moeconv.checkpoint.file_io import append, read_available
-from moeconv.checkpoint.reading import opened, read_document, unreadable
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
-from moeconv.digest import digest, hasher
-from moeconv.engine.crew import Limits, Progress, run_tiles
-from moeconv.engine.files import new_file, partial_path, write_new, writing
-from moeconv.engine.gather import BUFFER_BYTES
-from moeconv.engine.inventory import Inventory
-from moeconv.engine.journal import barely_begun, plan_digest, resumable
-from moeconv.engine.methods import REFLINK, Methods
-from moeconv.engine.papers import (
+from moeconv.core.digest import digest, hasher
+from moeconv.core.signals import undisturbed
+from moeconv.engine.copy.methods import REFLINK, Methods
+from moeconv.engine.copy.pool import Limits, Progress, run_tiles
+from moeconv.engine.copy.target import DiskTarget
+from moeconv.engine.copy.worker import Digests, Promised
+from moeconv.engine.copy.write_buffer import BUFFER_BYTES
+from moeconv.engine.manifest_writer import (
     document,
     entry_of,
     grouped,
@@ -29,15 +27,15 @@ from moeconv.engine.papers import (
     source_entry,
     virtual_parts,
 )
-from moeconv.engine.recorded import recorded
-from moeconv.engine.resume import finished_before, identity
-from moeconv.engine.room import Room, refuse_short
-from moeconv.engine.target import DiskTarget
-from moeconv.engine.tiles import Digests, Promised
-from moeconv.engine.undisturbed import undisturbed
-from moeconv.engine.workplace import Workplace, fsync_directory
+from moeconv.engine.output.atomic_file import new_file, partial_path, write_new, writing
+from moeconv.engine.output.disk_space import Room, refuse_short
+from moeconv.engine.output.journal import barely_begun, plan_digest, resumable
+from moeconv.engine.output.ownership import Inventory
+from moeconv.engine.output.resume import finished_before, identity
+from moeconv.engine.output.transaction import Workplace, fsync_directory
+from moeconv.engine.recorded_digests import recorded
 from moeconv.errors import MoeconvError, NameCollision, SourceChanged, quoted
-from moeconv.manifest import (
+from moeconv.manifest.model import (
     MAX_PAPER_BYTES,
     ORIGIN_NAME,
     PARTS_DIR,
@@ -49,8 +47,10 @@ from moeconv.manifest import (
     addresses,
     root_bytes,
 )
-from moeconv.manifestreader import parse_root
-from moeconv.plan.values import OutputFile, Plan, Rewrite
+from moeconv.manifest.reader import parse_root
+from moeconv.plan.model import OutputFile, Plan, Rewrite
+from moeconv.store.documents import opened, read_document, unreadable
+from moeconv.store.file_io import append, read_available
 from moeconv.version import __version__
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
+from moeconv.core.names import slot_hole
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, derived, recounted, shared_by_pair
-from moeconv.names import slot_hole
 
 GATE: Final = "gate"
 UP: Final = "up"

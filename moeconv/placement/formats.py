@@ -10,8 +10,10 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from moeconv.core.text import counted, layer_names, spans
 from moeconv.errors import BadPlacement, UsageProblem, quoted
-from moeconv.placement.documents import (
+from moeconv.placement.model import Layers, Placement, check, trivial
+from moeconv.placement.parse import (
     ALIKE,
     ASCEND,
     BY_ROW,
@@ -25,9 +27,6 @@ from moeconv.placement.documents import (
     VLLM,
     RawMap,
 )
-from moeconv.placement.placement import Layers, Placement, check, trivial
-from moeconv.placement.words import layer_names, spans
-from moeconv.units import counted
 
 MOE_ROWS: Final = "moe"  # what `--map-layers` may say: row n is of the n-th MoE layer
 ALL_ROWS: Final = "all"  # row n is of layer n

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from moeconv.checkpoint.dtypes import alignment
-from moeconv.plan.draft import Draft
-from moeconv.plan.tiles import tiles_of
-from moeconv.plan.values import CopyTile, Tile
+from moeconv.plan.copies import tiles_of
+from moeconv.plan.model import CopyTile, Tile
+from moeconv.plan.tensors import Draft
 
 PAGE: Final = 4096  # the smallest block of the file systems that clone
 PAGE_ALIGNED: Final = "page"

@@ -7,6 +7,9 @@ from typing import Final
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.index import INDEX_NAME
+from moeconv.core.text import counted
+from moeconv.detect.detect import Detection
+from moeconv.detect.stack import Stack
 from moeconv.errors import (
     InternalError,
     NoExperts,
@@ -15,14 +18,11 @@ from moeconv.errors import (
     quoted,
 )
 from moeconv.layout.axes import OUT
-from moeconv.layout.detect import Detection
 from moeconv.layout.recipe import Layout
-from moeconv.layout.stack import Stack
-from moeconv.manifest import RecipeText, StackEntry
-from moeconv.plan.draft import copied, fates, laid_out, matrix_bytes
+from moeconv.manifest.model import RecipeText, StackEntry
+from moeconv.plan.model import Fate, Plan
 from moeconv.plan.pack import Packing, index_bytes, pack
-from moeconv.plan.values import Fate, Plan
-from moeconv.units import counted
+from moeconv.plan.tensors import copied, fates, laid_out, matrix_bytes
 
 FUSE = "fuse"
 UNFUSE = "unfuse"

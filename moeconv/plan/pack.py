@@ -15,15 +15,15 @@ from typing import Final
 
 from moeconv.checkpoint.dtypes import alignment
 from moeconv.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
+from moeconv.core.json_value import Json
+from moeconv.core.names import natural_key
+from moeconv.core.strict_json import dumps
 from moeconv.errors import NameCollision, quoted
-from moeconv.jsonvalue import Json
-from moeconv.manifest import numbered
-from moeconv.names import natural_key
+from moeconv.manifest.model import numbered
 from moeconv.plan.align import PAGE, PAGE_ALIGNED, by_home, file_phase, home, misplaced
-from moeconv.plan.draft import Draft
-from moeconv.plan.tiles import tiles_of
-from moeconv.plan.values import OutputFile, OutputTensor, Tile
-from moeconv.strictjson import dumps
+from moeconv.plan.copies import tiles_of
+from moeconv.plan.model import OutputFile, OutputTensor, Tile
+from moeconv.plan.tensors import Draft
 
 METADATA: Final = {"format": "pt"}
 # an entry's JSON beside name and shape: keys, dtype, two offsets of up to 16 digits

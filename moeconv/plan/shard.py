@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
+from moeconv.core.text import counted, human_size
+from moeconv.detect.detect import Detection
+from moeconv.detect.stack import Stack
 from moeconv.errors import NameCollision, NotVirtual, quoted
-from moeconv.layout.detect import Detection
 from moeconv.layout.recipe import Layout, slots_before
-from moeconv.layout.stack import Stack
-from moeconv.manifest import files_name
+from moeconv.manifest.model import files_name
 from moeconv.plan.convert import (
     FUSE,
     copied_fates,
@@ -25,10 +26,9 @@ from moeconv.plan.convert import (
     stack_entry,
     target_of,
 )
-from moeconv.plan.draft import Draft, Kind, copied, fates, kinds_of
+from moeconv.plan.model import Fate, OutputFile, Plan, WeaveTile
 from moeconv.plan.pack import Packing, pack
-from moeconv.plan.values import Fate, OutputFile, Plan, WeaveTile
-from moeconv.units import counted, human_size
+from moeconv.plan.tensors import Draft, Kind, copied, fates, kinds_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from moeconv.layout.stack import Stack
-from moeconv.manifest import Manifest
-from moeconv.units import counted
+from moeconv.core.text import counted
+from moeconv.detect.stack import Stack
+from moeconv.manifest.model import Manifest
 
 
 def unequal_notes(stacks: tuple[Stack, ...], manifest: Manifest) -> tuple[str, ...]:

@@ -15,16 +15,15 @@ from typing import Final, cast
 
 import torch
 
-from moeconv.checkpoint.descriptors import DescriptorPool, Lease, descriptors_left
-from moeconv.checkpoint.file_io import FileEnded, read_into
 from moeconv.checkpoint.header import parse_header
-from moeconv.checkpoint.papers import damaged, differing_tensor, inside
-from moeconv.checkpoint.reading import open_regular, opened, read_start, unreadable
-from moeconv.digest import digest
-from moeconv.errors import IoFailed, MissingShard, SourceChanged, quoted
-from moeconv.manifest import ROOT_NAME, Part, Run, SourceFile
-from moeconv.names import printable
-from moeconv.runtime.tensors import LocalTensor, portions
+from moeconv.checkpoint.output_files import damaged, differing_tensor, inside
+from moeconv.core.digest import digest
+from moeconv.errors import IoFailed, MissingShard, SourceChanged, printable, quoted
+from moeconv.manifest.model import ROOT_NAME, Part, Run, SourceFile
+from moeconv.runtime.byte_runs import LocalTensor, portions
+from moeconv.store.descriptors import DescriptorPool, Lease, descriptors_left
+from moeconv.store.documents import open_regular, opened, read_start, unreadable
+from moeconv.store.file_io import FileEnded, read_into
 
 _MAX_HEADER: Final = 8 + 100_000_000
 _THREADS: Final = 4

@@ -11,15 +11,13 @@ from typing import Literal
 
 import torch
 
+from moeconv.core.system_errors import system_errors
 from moeconv.errors import GeometryMismatch, UsageProblem, quoted
-from moeconv.errors.system import system_errors
-from moeconv.placement.placement import Given, by_stack
-from moeconv.runtime.complete import Rows, check_complete
+from moeconv.placement.model import Given, by_stack
+from moeconv.runtime.bind import Rename, patterns_of
+from moeconv.runtime.byte_runs import LocalTensor
 from moeconv.runtime.files import DataFile
-from moeconv.runtime.fill import loaded
-from moeconv.runtime.fit import Rename, patterns_of
-from moeconv.runtime.moves import Catalog, Moves, changed_slots, new_rows, placed_anew
-from moeconv.runtime.opening import (
+from moeconv.runtime.open import (
     Files,
     Home,
     Stored,
@@ -29,9 +27,11 @@ from moeconv.runtime.opening import (
     rank_tensors,
     wanted_parts,
 )
-from moeconv.runtime.tensors import LocalTensor
-from moeconv.runtime.update import Report, Updater, make_updater
-from moeconv.runtime.verified import check_digests
+from moeconv.runtime.rebalance import Catalog, Moves, changed_slots, new_rows, placed_anew
+from moeconv.runtime.transfer import loaded
+from moeconv.runtime.updater import Report, Updater, make_updater
+from moeconv.runtime.validate import Rows, check_complete
+from moeconv.runtime.verify import check_digests
 
 
 def ep_rank_of(rank: int, world: int, ep: int, order: str = "sglang", *, moe_tp: int = 1) -> int:

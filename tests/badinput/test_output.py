@@ -8,7 +8,7 @@ import pytest
 
 import moeconv
 from moeconv.engine import commit
-from moeconv.engine.workplace import Workplace
+from moeconv.engine.output.transaction import Workplace
 from moeconv.errors import IoFailed, MoeconvError, UnsafeOutput, WouldOverwrite
 from tests.badinput.builders import SHARD, qwen, shard_bytes, write
 from tests.badinput.checks import refused, tree, untouched

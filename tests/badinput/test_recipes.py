@@ -7,7 +7,7 @@ import pytest
 
 import moeconv
 from moeconv.errors import BadRecipe
-from moeconv.layout.recipefile import parse_recipe
+from moeconv.layout.recipe_toml import parse_recipe
 from tests.badinput.builders import qwen, write
 from tests.badinput.checks import holds, refused, untouched
 

@@ -15,11 +15,11 @@ import pytest
 
 import moeconv
 import moeconv.runtime
-from moeconv.checkpoint.papers import filled_name, hidden_name
+from moeconv.checkpoint.output_files import filled_name, hidden_name
 from moeconv.checkpoint.sidecars import files_below
-from moeconv.engine.single import write_single
+from moeconv.core.system_errors import system_errors
+from moeconv.engine.output.single_file import write_single
 from moeconv.errors import IoFailed, MoeconvError, SourceMissing, UsageProblem
-from moeconv.errors.system import system_errors
 from tests.badinput.builders import qwen, write
 from tests.badinput.checks import holds, refused, tree, untouched
 from tests.calls import around

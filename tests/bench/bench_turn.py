@@ -27,9 +27,9 @@ from typing import Final
 import numpy as np
 
 import moeconv
-from moeconv.engine.memory import Memory, Take, mapped
-from moeconv.engine.weave import memory_of, view, weave
-from moeconv.plan.values import Span, WeaveTile
+from moeconv.engine.copy.buffers import Memory, Take, mapped
+from moeconv.engine.copy.permute import memory_of, view, weave
+from moeconv.plan.model import Span, WeaveTile
 
 EXPERTS: Final = 2
 LIMIT: Final = 4 << 30

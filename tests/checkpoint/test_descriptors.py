@@ -15,16 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeconv.checkpoint import descriptors
-from moeconv.checkpoint.descriptors import (
+from moeconv.checkpoint.source import open_checkpoint
+from moeconv.core.system_errors import explained
+from moeconv.engine.copy.sources import Sources
+from moeconv.errors import IoFailed, SourceChanged
+from moeconv.store import descriptors
+from moeconv.store.descriptors import (
     DescriptorPool,
     Lease,
     descriptors_left,
 )
-from moeconv.checkpoint.source import open_checkpoint
-from moeconv.engine.sources import Sources
-from moeconv.errors import IoFailed, SourceChanged
-from moeconv.errors.system import explained
 from tests.badinput.builders import config, qwen, two_files, write
 
 FILES = 12

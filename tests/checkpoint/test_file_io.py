@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moeconv
-from moeconv.checkpoint import file_io
-from moeconv.checkpoint.file_io import FileEnded
-from moeconv.checkpoint.reading import file_digest, read_document
-from moeconv.digest import digest
-from moeconv.engine.single import write_single
+from moeconv.core.digest import digest
+from moeconv.engine.output.single_file import write_single
 from moeconv.errors import IoFailed
+from moeconv.store import file_io
+from moeconv.store.documents import file_digest, read_document
+from moeconv.store.file_io import FileEnded
 from tests.badinput.builders import qwen, write
 from tests.badinput.checks import holds, tree
 

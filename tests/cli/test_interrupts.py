@@ -15,7 +15,7 @@ from tests.cli.run import environment, moeconv
 
 SLOW = """
 import sys, time
-import moeconv.engine.tiles as tiles
+import moeconv.engine.copy.worker as tiles
 real = tiles.TileRunner._small
 def slow(self, *rest):
     time.sleep(0.05)
@@ -109,7 +109,7 @@ def test_demo_can_be_kept(tmp_path: Path) -> None:
         ("typer.main", "get_command"),  # before the command line is read
         ("typer.core", "TyperGroup.parse_args"),
         ("moeconv.cli.verify", "Ui"),  # before the verb has begun
-        ("moeconv.checks", "verify"),
+        ("moeconv.api.verify", "verify"),
         ("moeconv.cli.ui", "Ui.data"),
     ],
     ids=lambda place: place[1],
@@ -134,7 +134,7 @@ def test_signals_that_are_ignored_stay_so(source: Path, tmp_path: Path) -> None:
     """As under `nohup`, and for what a shell runs in the background."""
     assert moeconv("fuse", source, "-o", tmp_path / "out").code == 0
     ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{AT_A_CALL}"
-    place = ("moeconv.checks", "verify", str(int(signal.SIGINT)))
+    place = ("moeconv.api.verify", "verify", str(int(signal.SIGINT)))
     done = subprocess.run(
         [sys.executable, "-c", ignoring, *place, "verify", tmp_path / "out"],
         capture_output=True,

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 
 import moeconv
-from moeconv.engine import crew, methods, syscalls, target, tiles
-from moeconv.engine.journal import read_journal
+from moeconv.engine.copy import methods, pool, syscalls, target, worker
+from moeconv.engine.output.journal import read_journal
 from moeconv.errors import DiskFull, IoFailed
 from tests.badinput.checks import holds, tree
 from tests.calls import watched
@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_made_is_tried_once(
         time.sleep(0.2)
         raise IoFailed("no space")
 
-    monkeypatch.setattr(crew, "BATCH_BYTES", 1)
+    monkeypatch.setattr(pool, "BATCH_BYTES", 1)
     monkeypatch.setattr(target.DiskTarget, "open", fail)
     big(tmp_path / "src")
     with pytest.raises(IoFailed, match="no space"):
@@ -211,7 +211,7 @@ class Kernel:
         monkeypatch.setattr(os, "preadv", self.read)
         monkeypatch.setattr(fcntl, "ioctl", self.ioctl)
         monkeypatch.setattr(target, "open_direct", lambda _: None)
-        monkeypatch.setattr(tiles, "LARGE_TILE_BYTES", 16 * 1024)
+        monkeypatch.setattr(worker, "LARGE_TILE_BYTES", 16 * 1024)
 
     def _turn(self) -> None:
         self.calls += 1

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import moeconv
 from moeconv.engine import commit
-from moeconv.engine.crew import Limits
-from moeconv.engine.inventory import take_inventory
+from moeconv.engine.copy.pool import Limits
+from moeconv.engine.output.ownership import take_inventory
 from moeconv.errors import WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree, untouched

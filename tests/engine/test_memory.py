@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from moeconv.engine import memory as rooms
-from moeconv.engine.memory import PAGE_BYTES, Memory, paged
+from moeconv.engine.copy import buffers as rooms
+from moeconv.engine.copy.buffers import PAGE_BYTES, Memory, paged
 from moeconv.errors import MemoryShort
 
 LIMIT = 4 * PAGE_BYTES

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.engine import crew, methods, target, writeback
+from moeconv.engine.copy import methods, pool, target, writeback
 from tests.calls import around, watched
 from tests.engine.cloning import MATRICES_BYTES, big, phased, share, source, used
 from tests.helpers import tree_sha256
@@ -99,8 +99,8 @@ def test_clones_that_nobody_reads_are_not_shared_out(
     """They wait for one another; a batch of them is as long as it takes, not as it is large."""
     src = phased(cloning / "src", big)
     jobs: list[int] = []
-    monkeypatch.setattr(crew, "BATCH_BYTES", 2 << 20)
-    monkeypatch.setattr(crew, "_job", around(crew._job, after=lambda job: jobs.append(job.pending)))
+    monkeypatch.setattr(pool, "BATCH_BYTES", 2 << 20)
+    monkeypatch.setattr(pool, "_job", around(pool._job, after=lambda job: jobs.append(job.pending)))
     moeconv.fuse(src, cloning / "out", align="source", digests=digests)
     assert jobs == [batches]
     for out in ("src", "out"):
@@ -198,7 +198,7 @@ def test_btrfs_gets_a_file_in_order_and_begins_on_it_meanwhile(
         threads[file].add(threading.get_ident())
         offsets[file].append(at)
 
-    monkeypatch.setattr(crew, "BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(pool, "BATCH_BYTES", 1 << 20)
     monkeypatch.setattr(target, "SETTLED_BYTES", 0)
     monkeypatch.setattr(os, "pwrite", watched(os.pwrite, wrote))
     for room in (target, writeback):
@@ -231,7 +231,7 @@ def test_who_is_left_alone_on_btrfs(  # noqa: PLR0917
 ) -> None:  # fmt: skip
     src = phased(cloning / "src")
     jobs: list[bool] = []
-    monkeypatch.setattr(crew, "_job", around(crew._job, after=lambda job: jobs.append(job.alone)))
+    monkeypatch.setattr(pool, "_job", around(pool._job, after=lambda job: jobs.append(job.alone)))
     moeconv.fuse(src, cloning / "out", align=align, digests=digests, layout=layout)
     assert jobs == [alone and cloning.parent.name.startswith("btrfs")]
     for out in ("src", "out"):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.engine import target, tiles
+from moeconv.engine.copy import target, worker
 from moeconv.errors import Damaged
-from moeconv.plan.values import CopyTile
+from moeconv.plan.model import CopyTile
 from tests.badinput.builders import config, qwen, write
 from tests.calls import around
 from tests.engine.cloning import MATRICES_BYTES, big, share, source
@@ -66,12 +66,12 @@ def test_where_nothing_can_be_cloned_after_all_every_digest_is_held_against_its_
     moeconv.fuse(src, cloning / "fused")
     monkeypatch.setattr(target, "clone_range", lambda *_: False)
     rows: list[int] = []
-    real = tiles._in_a_row
+    real = worker._in_a_row
 
     def seen(found: list[CopyTile]) -> None:
         rows.append(len(found))
 
-    monkeypatch.setattr(tiles, "_in_a_row", around(real, after=seen))
+    monkeypatch.setattr(worker, "_in_a_row", around(real, after=seen))
     result = moeconv.shard(cloning / "fused", cloning / "out", ep_size=4)
     assert share(result) == 0
     # each tile is looked at once, however long the row that cannot be cloned

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api import Result
+from moeconv.api.convert import Result
 from moeconv.checkpoint.sidecars import Sidecar
-from moeconv.engine import commit, target
-from moeconv.engine.recorded import Recorded
+from moeconv.engine import commit
+from moeconv.engine.copy import target
+from moeconv.engine.recorded_digests import Recorded
 from moeconv.errors import Damaged, UsageProblem
 from tests.badinput.builders import config, qwen, two_files, write
 from tests.badinput.checks import untouched

@@ -7,7 +7,7 @@ from types import FrameType
 
 import pytest
 
-from moeconv.engine.undisturbed import undisturbed
+from moeconv.core.signals import undisturbed
 
 
 def test_the_block_ends_and_then_the_interruption_comes():

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moeconv.digest import digest
-from moeconv.engine.memory import PAGE_BYTES, paged
-from moeconv.engine.weave import memory_of, weave
+from moeconv.core.digest import digest
+from moeconv.engine.copy.buffers import PAGE_BYTES, paged
+from moeconv.engine.copy.permute import memory_of, weave
 from moeconv.errors import UnequalShared
-from moeconv.plan.values import Piece, Span, WeaveTile
+from moeconv.plan.model import Piece, Span, WeaveTile
 
 # about the blocks that matrices are turned by, of 256 x 256 items
 SIZES = st.sampled_from([1, 2, 3, 31, 255, 256, 257, 511, 512, 513, 600])

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import moeconv
-from moeconv.engine import crew, syscalls, target, writeback
+from moeconv.engine.copy import pool, syscalls, target, writeback
 from moeconv.errors import IoFailed
 from tests.badinput.builders import config, qwen, write
 from tests.calls import watched
@@ -36,7 +36,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(target, "is_btrfs", lambda _: True)
     monkeypatch.setattr(target, "open_direct", lambda _: None)
     monkeypatch.setattr(target, "SETTLED_BYTES", 0)
-    monkeypatch.setattr(crew, "BATCH_BYTES", 1)
+    monkeypatch.setattr(pool, "BATCH_BYTES", 1)
     monkeypatch.setattr(writeback, "start_writeback", slow)
     write(tmp_path / "src", qwen(4, 256, 1024), config=config(width=256, hidden=1024))
     return found

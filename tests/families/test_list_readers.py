@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api import Result
+from moeconv.api.convert import Result
 from tests.phantoms import phantom, rows
 
 STACK = "model.layers.{}.mlp.experts"

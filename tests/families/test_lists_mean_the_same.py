@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import moeconv
-from moeconv.engine.rewording import reworded
-from moeconv.manifest import StackEntry
-from moeconv.plan.modules import Renamings
+from moeconv.manifest.model import StackEntry
+from moeconv.quantconfig.modules import Renamings
+from moeconv.quantconfig.rewording import reworded
 from tests.families.listed import PLACES, TYPES, Place, document, layouts_of, stacks_of, texts
 from tests.families.listed import universe as modules_in
 from tests.families.test_tiny import family, shapes

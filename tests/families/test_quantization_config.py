@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.checkpoint.quantlists import changed_lists
+from moeconv.quantconfig.document import changed_lists
 from tests.families.listing import PROJECTIONS, STACK, checkpoint, config_of, modules
 from tests.helpers import Spec, tree_sha256, write_checkpoint
 

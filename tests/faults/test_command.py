@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from moeconv.engine.journal import read_journal
+from moeconv.engine.output.journal import read_journal
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree
 from tests.cli.run import environment, moeconv

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.engine.workplace import Workplace
+from moeconv.engine.output.transaction import Workplace
 from moeconv.errors import DiskFull, IoFailed
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.engine.aside import OldOutput, remove_output
-from moeconv.engine.crew import Limits
-from moeconv.engine.inventory import take_inventory
+from moeconv.engine.copy.pool import Limits
+from moeconv.engine.output.backup import OldOutput, remove_output
+from moeconv.engine.output.ownership import take_inventory
 from moeconv.errors import IoFailed, WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree, untouched

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.engine.journal import JOURNAL_NAME, JournalFile, read_journal
+from moeconv.engine.output.journal import JOURNAL_NAME, JournalFile, read_journal
 from moeconv.errors import CannotResume, IoFailed, UsageProblem, WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import untouched
@@ -229,7 +229,7 @@ def test_a_failing_run_keeps_what_can_be_resumed(src: Path, tmp_path: Path) -> N
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, files: int) -> None:
     """The disk fills up when so many data files are finished."""
-    from moeconv.engine import target
+    from moeconv.engine.copy import target
 
     real: Callable[..., None] = target.DiskTarget.open
     opened = 0

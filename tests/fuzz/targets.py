@@ -17,19 +17,20 @@ import torch
 from moeconv.checkpoint.header import header_length, parse_header
 from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import parse_origin
-from moeconv.checkpoint.quantlists import changed_lists
-from moeconv.digest import digest
+from moeconv.core.digest import digest
+from moeconv.core.json_value import error_json
+from moeconv.core.strict_json import loads
 from moeconv.errors import MoeconvError
-from moeconv.layout.recipefile import parse_recipe
-from moeconv.library import shipped_recipes
-from moeconv.manifestreader import parse_part, parse_parts, parse_root
-from moeconv.mapfiles import read_map
-from moeconv.placement.documents import EPLB_KEY, FORMATS
+from moeconv.layout.recipe_toml import parse_recipe
+from moeconv.layout.shipped import shipped_recipes
+from moeconv.manifest.reader import parse_part, parse_parts, parse_root
+from moeconv.placement.files import read_map
 from moeconv.placement.formats import resolve, written
-from moeconv.placement.placement import Layers, Placement, trivial
-from moeconv.plan.automaton import Budget, Mode, Unsupported
-from moeconv.plan.patterns import glob, regular
-from moeconv.strictjson import loads
+from moeconv.placement.model import Layers, Placement, trivial
+from moeconv.placement.parse import EPLB_KEY, FORMATS
+from moeconv.quantconfig.automaton import Budget, Mode, Unsupported
+from moeconv.quantconfig.document import changed_lists
+from moeconv.quantconfig.patterns import glob, regular
 from tests.badinput.builders import entries, framed, index_doc, nbytes, qwen, two_files
 from tests.badinput.test_recipes import GOOD
 from tests.checkpoint.test_fuzz import ORIGIN
@@ -173,6 +174,6 @@ def tried(target: Target, raw: bytes) -> bool:
     except MoeconvError as problem:
         unprintable = [line for line in str(problem).splitlines() if not line.isprintable()]
         assert not unprintable, f"written raw: {unprintable}"
-        json.dumps(problem.as_json())
+        json.dumps(error_json(problem))
         return False
     return True

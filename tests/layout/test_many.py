@@ -8,12 +8,12 @@ from types import FrameType
 
 import pytest
 
-import moeconv.layout.detect
+import moeconv.detect.detect
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.detect.detect import MAX_PROBLEMS, Detection, detect
 from moeconv.errors import TooManyStacks
-from moeconv.layout.detect import MAX_PROBLEMS, Detection, detect
-from moeconv.library import fitting
+from moeconv.layout.shipped import fitting
 from tests.badinput.checks import holds
 
 RECIPES = fitting(model_type="qwen3_moe", architectures=())
@@ -113,6 +113,6 @@ def test_a_stack_costs_little() -> None:
 
 def test_more_stacks_than_a_set_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found(one_expert_each(4)).problems
-    monkeypatch.setattr(moeconv.layout.detect, "MAX_STACKS", 3)
+    monkeypatch.setattr(moeconv.detect.detect, "MAX_STACKS", 3)
     (problem,) = found(one_expert_each(4)).problems
     holds(problem, TooManyStacks, "4 expert stacks", "`model.safetensors`")

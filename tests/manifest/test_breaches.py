@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api import open_source
+from moeconv.api.convert import open_source
 from moeconv.errors import MoeconvError
-from moeconv.manifestreader import parse_parts, parse_root
+from moeconv.manifest.reader import parse_parts, parse_root
 from tests.badinput.checks import holds, untouched, within
 from tests.manifest.breaches import OPENING, PARTS, READER, ROOTS, Breach
 from tests.manifest.broken import reported

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.api import open_source
-from moeconv.digest import digest
+from moeconv.api.convert import open_source
+from moeconv.core.digest import digest
 from moeconv.errors import (
     BadManifest,
     Damaged,
@@ -232,7 +232,7 @@ def test_the_source_is_never_fetched(virtual: Path, monkeypatch: pytest.MonkeyPa
     def fetch(_address: str) -> Path:
         pytest.fail("a manifest must not make anybody connect")
 
-    monkeypatch.setattr("moeconv.checkpoint.hub.fetch", fetch)
+    monkeypatch.setattr("moeconv.store.hub.fetch", fetch)
     edit_root(virtual, lambda doc: doc["source"].update(directory="hf://org/name"))
     reported(virtual, BadManifest, "source.directory")
 

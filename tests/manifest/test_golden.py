@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.digest import digest
+from moeconv.core.digest import digest
 from moeconv.version import __version__
 from tests.badinput.builders import Tensors, config, entries, framed, nbytes
 from tests.manifest.samples import DATA, INDEX_NAME, ORIGIN_NAME, PART_NAME, ROOT_NAME, signed

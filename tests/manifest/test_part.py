@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.digest import digest, fingerprint
+from moeconv.core.digest import digest, fingerprint
 from moeconv.errors import BadJson, BadManifest, Damaged, DuplicateKey, MissingExpert, MissingShard
-from moeconv.manifest import MAX_EXPERTS, Manifest, part_bytes
-from moeconv.manifestreader import parse_part, parse_root
+from moeconv.manifest.model import MAX_EXPERTS, Manifest, part_bytes
+from moeconv.manifest.reader import parse_part, parse_root
 from tests.badinput.checks import within
 from tests.manifest.broken import refused_everywhere, reported
 from tests.manifest.samples import (

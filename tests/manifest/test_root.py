@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.digest import digest
+from moeconv.core.digest import digest
 from moeconv.errors import BadJson, BadManifest, Damaged, DuplicateKey, UnsupportedVersion
-from moeconv.manifest import root_bytes
-from moeconv.manifestreader import parse_root
+from moeconv.manifest.model import root_bytes
+from moeconv.manifest.reader import parse_root
 from tests.badinput.checks import within
 from tests.manifest.broken import refused_everywhere, reported
 from tests.manifest.samples import (
@@ -94,7 +94,7 @@ def test_any_flipped_bit_of_the_root():
         ROOT_BODY.replace(b'"minor":1', b'"minor":18446744073709551616'),
         ROOT_BODY.replace(b'"minor":1', b'"minor":' + b"9" * 5000),
         ROOT_BODY.replace(b'"minor":1', b'"minor":' + b"[" * 100_000),
-        ROOT_BODY.replace(b'"moeconv.manifest"', b'"\xff"'),
+        ROOT_BODY.replace(b'"moeconv.manifest.model"', b'"\xff"'),
     ],
     ids=["empty", "cut", "two", "bom", "utf-16", "nan", "float", "1e400", "2^64", "5000 digits",
          "nesting", "latin-1"],
@@ -110,7 +110,7 @@ def test_a_duplicate_key(made: Path, key: str):
     refused_everywhere(_put(made, signed(body)), DuplicateKey, ROOT_NAME, f"`{key}`")
 
 
-@pytest.mark.parametrize("body", [b"[]", b"null", b"1", b'"moeconv.manifest"'])
+@pytest.mark.parametrize("body", [b"[]", b"null", b"1", b'"moeconv.manifest.model"'])
 def test_a_body_that_is_no_object(made: Path, body: bytes):
     refused_everywhere(_put(made, signed(body)), BadManifest, ROOT_NAME, "must be an object")
 

@@ -9,9 +9,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeconv.core.json_value import Json
 from moeconv.errors import BadPlacement, BadPlacementFile, MoeconvError
-from moeconv.jsonvalue import Json
-from moeconv.placement.documents import (
+from moeconv.placement.formats import ep_size_of, resolve, written
+from moeconv.placement.model import Layers, Placement, check
+from moeconv.placement.parse import (
     ASCEND,
     EPLB,
     FORMATS,
@@ -20,8 +22,6 @@ from moeconv.placement.documents import (
     VLLM,
     parse_map,
 )
-from moeconv.placement.formats import ep_size_of, resolve, written
-from moeconv.placement.placement import Layers, Placement, check
 from tests.badinput.checks import holds
 from tests.placement.maps import (
     PLAIN,

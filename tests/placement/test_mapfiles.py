@@ -25,7 +25,7 @@ from moeconv.errors import (
     TorchNeeded,
     UsageProblem,
 )
-from moeconv.mapfiles import read_map
+from moeconv.placement.files import read_map
 from tests.badinput.checks import holds, within
 
 ROWS = ((0, 1, 2), (2, 1, 0))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from moeconv.api import open_source
+from moeconv.api.convert import open_source
+from moeconv.detect.moe_layers import layers_of
 from moeconv.errors import ConfigMismatch, NoExperts
-from moeconv.layout.moelayers import layers_of
-from moeconv.placement.placement import Layers
+from moeconv.placement.model import Layers
 from tests.badinput import builders
 from tests.badinput.checks import holds
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeconv.core.text import listed, spans
 from moeconv.errors import BadPlacement
-from moeconv.placement.placement import (
+from moeconv.placement.model import (
     Layers,
     Placement,
     by_stack,
@@ -20,7 +21,6 @@ from moeconv.placement.placement import (
     slots_for,
     trivial,
 )
-from moeconv.placement.words import listed, spans
 from tests.badinput.checks import holds
 from tests.placement.maps import PLAIN, SMALL, Case, cases, placed
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from moeconv.placement.documents import (
+from moeconv.placement.formats import resolve
+from moeconv.placement.model import Layers, check
+from moeconv.placement.parse import (
     ALIKE,
     ASCEND,
     EPLB,
@@ -13,8 +15,6 @@ from moeconv.placement.documents import (
     VLLM,
     parse_map,
 )
-from moeconv.placement.formats import resolve
-from moeconv.placement.placement import Layers, check
 from tests.placement.maps import (
     DEEPSEEK,
     SMALL,

@@ -8,8 +8,8 @@ import pytest
 
 import moeconv
 from moeconv.plan.align import Home, by_home
-from moeconv.plan.draft import Draft
-from moeconv.plan.values import CopyTile, OutputFile
+from moeconv.plan.model import CopyTile, OutputFile
+from moeconv.plan.tensors import Draft
 from tests.badinput.builders import config, qwen, two_files, write
 from tests.bench.make_checkpoint import write_phantom
 

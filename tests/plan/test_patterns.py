@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeconv.plan.automaton import Budget, Mode, Rests, Unsupported
-from moeconv.plan.patterns import glob, regular
+from moeconv.quantconfig.automaton import Budget, Mode, Rests, Unsupported
+from moeconv.quantconfig.patterns import glob, regular
 
 NAMES = st.text("ab.1_", max_size=8)
 ATOMS = st.sampled_from([

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeconv.plan.automaton import Budget, Rests, Unsupported
-from moeconv.plan.readers import Place, is_pattern
+from moeconv.quantconfig.automaton import Budget, Rests, Unsupported
+from moeconv.quantconfig.match_rules import Place, is_pattern
 
 PIECES = st.text("ab.1", max_size=5)
 NAMES = st.sets(st.one_of(st.just(""), PIECES.map(".{}".format)), max_size=6)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moeconv.digest import digest, fingerprint
-from moeconv.manifest import Manifest
-from moeconv.manifestreader import parse_parts, parse_root
+from moeconv.core.digest import digest, fingerprint
+from moeconv.manifest.model import Manifest
+from moeconv.manifest.reader import parse_parts, parse_root
 from tests.manifest.samples import ROOT_NAME, body_of, dump, signed
 
 Edit = Callable[[Any], object]

@@ -9,7 +9,7 @@ import pytest
 
 import moeconv
 from moeconv.errors import Damaged, UnknownFamily
-from moeconv.library import load_recipe
+from moeconv.layout.shipped import load_recipe
 from tests.badinput.builders import config, qwen, write
 from tests.proof.forged import rename_in_recipe, resign, tensors_of
 

@@ -8,8 +8,8 @@ import torch
 
 import moeconv.runtime
 from moeconv.errors import MissingShard, NoTorchDtype, SourceChanged, UsageProblem
-from moeconv.runtime.fill import loaded
-from moeconv.runtime.tensors import LocalTensor, cut, joined, portions
+from moeconv.runtime.byte_runs import LocalTensor, cut, joined, portions
+from moeconv.runtime.transfer import loaded
 from tests.runtime.handmade import (
     _NAMES,
     STACK,
@@ -192,7 +192,7 @@ def test_runs_are_joined_and_cut():
 # --- another device ----------------------------------------------------------------------------
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moeconv.runtime.fill.RING_BYTES", 256)
+    monkeypatch.setattr("moeconv.runtime.transfer.RING_BYTES", 256)
     made = checkpoint(layers=3)
     shard = moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=1, ep_size=2)
     loaded = shard.load(device="cuda")
@@ -247,11 +247,11 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
 ):
     from contextlib import nullcontext
 
-    from moeconv.runtime import fill
+    from moeconv.runtime import transfer
     from moeconv.runtime.files import Reader
 
     WAITED.clear()
-    monkeypatch.setattr(fill, "RING_BYTES", 64)
+    monkeypatch.setattr(transfer, "RING_BYTES", 64)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
@@ -264,7 +264,7 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
     shard = moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=0, ep_size=2)
     tensor = shard.tensors[f"{STACK}.gate_up_proj"]
     into = numbers(tensor.nbytes, dtype=torch.uint8).zero_().as_subclass(Slow)
-    ring = fill.Ring(torch.device("cpu"))
+    ring = transfer.Ring(torch.device("cpu"))
     with Reader(shard.files) as reader:
         reader.open(tensor.runs)
         ring.copy(into, tensor.runs, reader)
@@ -277,7 +277,7 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
 
 
 def test_a_filler_waits_for_its_rings_each_time():
-    from moeconv.runtime.fill import Filler
+    from moeconv.runtime.transfer import Filler
 
     done: list[int] = []
 
@@ -302,15 +302,15 @@ def test_meta_holds_no_bytes(tmp_path: Path):
 
 
 def test_a_device_that_is_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from moeconv.runtime import fill
+    from moeconv.runtime import transfer
     from moeconv.runtime.files import Reader
 
-    monkeypatch.setattr(fill, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(transfer, "BLOCK_BYTES", 10)
     made = checkpoint()
     shard = moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=0, ep_size=2)
     tensor = shard.tensors[f"{STACK}.gate_up_proj"]
     flat = torch.zeros(tensor.nbytes, dtype=torch.uint8)
-    with Reader(shard.files) as reader, fill.Filler() as filler:
+    with Reader(shard.files) as reader, transfer.Filler() as filler:
         reader.open(tensor.runs)
         filler.buffered(flat, tensor.runs, reader)
     assert raw(flat) == raw(made.expected(0)[tensor.name])

@@ -5,8 +5,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
-from moeconv.runtime.fill import _within
-from moeconv.runtime.slices import (
+from moeconv.runtime.dtensor import (
     Selection,
     blocks,
     chunk,
@@ -18,6 +17,7 @@ from moeconv.runtime.slices import (
     strided_chunk,
     whole,
 )
+from moeconv.runtime.transfer import _within
 from tests.runtime.handmade import numbers, raw
 
 

@@ -22,7 +22,7 @@ from moeconv.errors import (
     UsageProblem,
     quoted,
 )
-from moeconv.runtime.complete import check_complete
+from moeconv.runtime.validate import check_complete
 from tests.models import FAMILIES, Disk, Model, disks, models
 from tests.quantised.packing import FORMATS
 from tests.quantised.test_formats import checkpoint, experts

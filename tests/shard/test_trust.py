@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.engine import fill as filling
-from moeconv.engine.papers import virtual_parts
+from moeconv.engine import add_digests as filling
+from moeconv.engine.manifest_writer import virtual_parts
 from moeconv.errors import BadPlacement, Damaged, NoExperts, NotVirtual, UsageProblem
-from moeconv.manifest import Run
+from moeconv.manifest.model import Run
+from moeconv.plan.model import CopyTile, OutputFile, OutputTensor
 from moeconv.plan.shard import refuse_woven
-from moeconv.plan.values import CopyTile, OutputFile, OutputTensor
-from moeconv.proof.structure import check_structure
-from moeconv.proof.virtual import virtual_problems
+from moeconv.verify.structure import check_structure
+from moeconv.verify.virtual import virtual_problems
 from tests.badinput.builders import config, fused, qwen, write
 from tests.badinput.checks import refused, untouched
 from tests.helpers import tree_sha256

@@ -1,0 +1,169 @@
+"""The library: shard and merge. Nothing here prints or exits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+from moeconv.api.convert import (
+    DEFAULT_MEMORY_BYTES,
+    DEFAULT_SHARD_BYTES,
+    NOW,
+    Opened,
+    Progress,
+    Result,
+    Run,
+    carry_out,
+    open_source,
+    origin_layouts,
+    packing_of,
+    planned,
+    refuse_foreign,
+    restored,
+    uncollected,
+)
+from moeconv.core.system_errors import system_errors
+from moeconv.detect.moe_layers import layers_of
+from moeconv.errors import UsageProblem, quoted
+from moeconv.placement.files import read_map
+from moeconv.placement.formats import ep_size_of, resolve
+from moeconv.placement.model import Placement, by_stack, check
+from moeconv.plan.align import PAGE_ALIGNED
+from moeconv.plan.assign import RULES, TRIVIAL, Wish, placed
+from moeconv.plan.convert import FUSE, refuse_no_experts
+from moeconv.plan.shard import plan_shards, refuse_tensor_sidecars
+
+# a rule's name, a map (file or inline JSON), a placement, or rows [P] by stack name
+Placing: TypeAlias = str | Path | Placement | Mapping[str, tuple[int, ...]]
+
+
+@system_errors()
+def shard(
+    src: str | Path,
+    out: str | Path,
+    *,
+    ep_size: int,
+    placement: Placing = TRIVIAL,
+    map_layers: str | None = None,
+    redundant: int | None = None,
+    allow_duplicates: bool = False,
+    virtual: bool = False,
+    layout: str | None = None,
+    from_layout: str | None = None,
+    recipe: str | Path | None = None,
+    without: tuple[str, ...] = (),
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    align: str = PAGE_ALIGNED,
+    digests: str = NOW,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Write one file set for each expert-parallel rank, and one with everything else.
+
+    Each rank gets its slots `[S, …]` in the family's fused layout, or in `layout`. placement: a
+    rule (`trivial`, `round-robin`), a map in any of the formats of `moeconv placement`, or rows.
+    map_layers: what row n of a map without a key is of: the n-th MoE layer (`moe`), or layer n
+    (`all`).
+    redundant: R more slots than experts, where a rule places them. allow_duplicates: one rank may
+    hold an expert twice. virtual: write no tensor bytes, only where they are in SRC.
+    Raises BadPlacement, NotVirtual and what `fuse` raises.
+    """
+    source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
+    wish = Wish(ep_size, TRIVIAL, None, redundant, allow_duplicates)
+    wish, told = _wish(source, wish, placement, map_layers)
+    detection = source.detection.whole()
+    refuse_no_experts(detection)
+    if virtual:
+        refuse_tensor_sidecars(tuple(s.name for s in source.checkpoint.sidecars))
+    sharding, words = placed(detection.stacks, wish)
+    with uncollected():
+        plan = plan_shards(
+            detection,
+            sharding,
+            layout=layout,
+            packing=packing_of(max_shard_size, align),
+            origin_layouts=origin_layouts(source.checkpoint),
+            virtual=virtual,
+            notes=(*told, *words),
+        )
+    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
+    return carry_out(source, Path(out), plan, run)
+
+
+def _wish(
+    source: Opened, wish: Wish, placement: Placing, map_layers: str | None
+) -> tuple[Wish, tuple[str, ...]]:
+    """The wish that a placement amounts to here, and what was assumed to read it."""
+    by_rule = isinstance(placement, str) and placement in RULES
+    if map_layers is not None and (by_rule or isinstance(placement, Placement | Mapping)):
+        raise UsageProblem(
+            "`--map-layers` is only for a map",
+            cause="it says which layers the rows of a file or of JSON are of; there is neither",
+            fix="drop `--map-layers`, or give the map to `--placement`",
+        )
+    if isinstance(placement, str) and placement in RULES:
+        return replace(wish, rule=placement), ()
+    stacks = source.detection.whole().stacks
+    if isinstance(placement, str) and _no_map(placement):
+        raise UsageProblem(
+            f"{quoted(placement)} is neither a rule nor a map",
+            cause=f"the rules are {', '.join(RULES)}; no file has this name",
+            fix="name one of them, a map's file, or give its JSON",
+        )
+    if isinstance(placement, Mapping):
+        rows = by_stack(tuple(s.name for s in stacks), placement)
+        return replace(wish, rows=rows), ()
+    layers, names = layers_of(stacks, source.checkpoint.config)
+    told: tuple[str, ...] = ()
+    if not isinstance(placement, Placement):
+        raw = read_map(placement)
+        ep_size_of(raw, wish.ep_size)
+        placement, assumed = resolve(raw, layers, map_layers=map_layers)
+        told = (f"{raw.format} map, {assumed}",)
+    check(placement, layers, ep_size=wish.ep_size, allow_duplicates=wish.allow_duplicates)
+    by_layer = dict(zip(layers.all_moe, names, strict=True))
+    given = zip(placement.layers, placement.physical_to_logical, strict=True)
+    return replace(wish, rows={by_layer[n]: row for n, row in given}, whole=False), told
+
+
+def _no_map(text: str) -> bool:
+    return text.lstrip()[:1] not in ("{", "[") and not Path(text).suffix and not Path(text).exists()
+
+
+@system_errors()
+def merge(
+    src: str | Path,
+    out: str | Path,
+    *,
+    layout: str | None = None,
+    without: tuple[str, ...] = (),
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    align: str = PAGE_ALIGNED,
+    digests: str = NOW,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    unchecked: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Write a set of moeconv back as the plain checkpoint it was made from, bit for bit.
+
+    Its bytes are held against the recorded digests (Damaged), unless `unchecked`.
+    With `layout`, as a whole checkpoint in that layout instead. Raises NotASet.
+    """
+    source = open_source(src, without=without)
+    refuse_foreign(source)
+    if layout is None:
+        plan = restored(source)
+    else:
+        plan = planned(source, FUSE, layout, packing_of(max_shard_size, align))
+    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress, unchecked)
+    return carry_out(source, Path(out), plan, run)

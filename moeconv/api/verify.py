@@ -1,0 +1,403 @@
+"""The library: verify, diff and fingerprint as functions. Nothing here prints, exits or writes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from moeconv.api.convert import (
+    DEFAULT_MEMORY_BYTES,
+    Meter,
+    Opened,
+    Progress,
+    limits_of,
+    open_source,
+)
+from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
+from moeconv.core.system_errors import system_errors
+from moeconv.core.text import counted
+from moeconv.detect.stack import Stack
+from moeconv.engine.add_digests import fill_digests, finish_fill
+from moeconv.engine.copy.pool import Limits
+from moeconv.errors import Damaged, MoeconvError, NotASet, UsageProblem, quoted
+from moeconv.layout.recipe import Recipe
+from moeconv.layout.shipped import load_recipe, shipped_recipe
+from moeconv.manifest.model import ROOT_NAME, Manifest
+from moeconv.store.documents import unreadable
+from moeconv.verify.against_source import compare_source, different_sets
+from moeconv.verify.diff import Difference, differences
+from moeconv.verify.digests import (
+    Contents,
+    believed,
+    compare_digests,
+    compare_file,
+    contents,
+    fingerprint_of,
+    rehash,
+    stack_entries,
+)
+from moeconv.verify.foreign import added_files
+from moeconv.verify.recipes import (
+    Trusted,
+    entry_problems,
+    origin_layout_problems,
+    recipe_problems,
+)
+from moeconv.verify.report import (
+    DIGEST,
+    LEVELS,
+    MAX_REPORTED,
+    SOURCE,
+    STRUCTURE,
+    Report,
+    bounded,
+)
+from moeconv.verify.sidecars import origin_problems, sidecar_problems
+from moeconv.verify.structure import check_structure
+from moeconv.verify.virtual import digests_missing, virtual_problems
+
+_MAX_NAMED: Final = 8
+
+
+@system_errors()
+def verify(
+    out: str | Path,
+    *,
+    level: str = DIGEST,
+    source: str | Path | None = None,
+    recipe: str | Path | None = None,
+    from_layout: str | None = None,
+    fill: bool = False,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Prove an output of moeconv: `structure`, `digest` (all re-read), or `source` (against SRC).
+
+    level `source` needs `source`; it also works for OUT that moeconv did not write. fill: where
+    all is well, add to a virtual set the digests that it lacks.
+    Damage is in the report, not raised.
+    """
+    if level not in LEVELS or (level == SOURCE) != (source is not None):
+        raise UsageProblem(
+            f"level {quoted(level)} and source {quoted(str(source))} do not go together",
+            cause=f"the levels are {', '.join(LEVELS)}; only `{SOURCE}` takes a source",
+            fix="say `--level source --source SRC`, or leave `--source` away",
+        )
+    if fill and level != SOURCE:
+        raise UsageProblem(
+            "`--fill` belongs to the level `source`",
+            cause="digests are added only after every byte was compared",
+            fix="say `--level source --source SRC --fill`",
+        )
+    place = locate(out)
+    if source is not None:
+        source = locate(source)
+        _refuse_itself(place, source)
+    if fill:
+        finish_fill(place)
+    manifest, problems, warnings = _structure(place, level)
+    summary = _summary(manifest)
+    if problems or level == STRUCTURE:
+        return _report(level, problems, summary, warnings, bytes_read=0)
+    limits = limits_of(jobs, max_memory)
+    meter = Meter(0, progress)
+    ours = manifest is not None
+    if manifest is not None:
+        problems += [p for entry in manifest.root.sidecars for p in compare_file(place, entry)]
+    del manifest  # it is read once more with the rest of OUT; of a million tensors one is enough
+    try:
+        if source is None:
+            problems += _fresh_problems(place, limits, meter) if ours else []
+        else:
+            opened, held = (
+                open_source(s, recipe=recipe, from_layout=from_layout) for s in (place, source)
+            )
+            meter.total = opened.checkpoint.tensor_bytes
+            found, more = _against(opened, held, recipe, limits, meter)
+            problems += found
+            warnings += more
+            own = opened.checkpoint.origin
+            if fill and own is not None and not own.manifest.complete and not problems:
+                summary = _summary(_filled(place, own.manifest, opened, limits, meter))
+    except MoeconvError as problem:
+        # damage that the structure does not show is an answer, too; a missing SRC is none
+        if not ours or source is not None:
+            raise
+        if not problems:
+            problems.append(problem)
+    return _report(level, problems, summary, warnings, bytes_read=meter.done)
+
+
+def _refuse_itself(place: Path, source: Path) -> None:
+    """Raise UsageProblem where SRC is OUT, or one is in the other."""
+    one, other = (Path(os.path.realpath(p)) for p in (place, source))
+    if one.is_relative_to(other) or other.is_relative_to(one) or one.samefile(other):
+        raise _itself(source, f"it is {quoted(str(other))}, OUT is {quoted(str(one))}")
+
+
+def _refuse_same_files(out: Checkpoint, source: Checkpoint) -> None:
+    """Raise UsageProblem where SRC's files are OUT's: links to them, or a virtual set of them."""
+    if out.virtual is not None:
+        return  # whose bytes are SRC's, and nobody says otherwise
+    mine = {_inode(f.path): f.name for f in out.files}
+    for file in source.files:
+        if (name := mine.get(_inode(file.path))) is not None:
+            cause = f"{quoted(str(file.path))} is the same file as {quoted(name)} of OUT"
+            raise _itself(source.root, cause)
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    try:
+        facts = path.stat()
+    except OSError as problem:
+        raise unreadable(path, problem, name=path.name) from None
+    return facts.st_dev, facts.st_ino
+
+
+def _itself(source: Path, cause: str) -> UsageProblem:
+    return UsageProblem(
+        f"{quoted(str(source))} is OUT itself: to compare it with itself proves nothing",
+        cause=cause,
+        fix="give the checkpoint that OUT was made from, or verify without `--source`",
+    )
+
+
+def _against(
+    out: Opened,
+    source: Opened,
+    recipe: str | Path | None,
+    limits: Limits,
+    meter: Meter,
+) -> tuple[list[MoeconvError], list[str]]:
+    """What differs between OUT and what it was made from; OUT is not believed in anything."""
+    _refuse_same_files(out.checkpoint, source.checkpoint)
+    pairs = [(side.checkpoint, side.detection.whole()) for side in (out, source)]
+    problems = different_sets(out.detection, source.detection)
+    if problems:
+        return problems, []
+    trusted = _trusted(source, recipe)
+    for name, side in (("OUT", out), ("SRC", source)):
+        own = side.checkpoint.origin
+        if own is not None:
+            detection = side.detection
+            problems += recipe_problems(name, own.manifest, detection, source.detection, trusted)
+    problems += origin_layout_problems(out.checkpoint, source.checkpoint, source.detection)
+    manifest = out.checkpoint.manifest
+    if manifest is not None and manifest.root.ep_size is None:
+        problems += islice(entry_problems(manifest, out.detection), MAX_REPORTED)
+    problems += origin_problems(out.checkpoint, source.checkpoint)
+    found, warnings = sidecar_problems(out.checkpoint, pairs[1])
+    problems += found
+    problems += compare_source(*pairs, limits=limits, progress=meter.advance)
+    return problems, warnings
+
+
+def _trusted(
+    source: Opened, recipe: str | Path | None, beside: dict[str, Recipe] | None = None
+) -> Trusted:
+    """The recipe to believe for a stack of SRC: the user's, else the shipped one of its name.
+
+    Others only where SRC is foreign or, being believed, carries them. beside: what to believe
+    rather than those that it carries.
+    """
+    if source.checkpoint.origin is None:
+        return lambda stack: stack.recipe
+    given = load_recipe(recipe) if recipe is not None else None
+
+    def known(stack: Stack) -> Recipe:
+        name = stack.recipe.name
+        found = given if given is not None and given.name == name else shipped_recipe(name)
+        if found is None:
+            return (beside or {}).get(stack.name, stack.recipe)
+        return found if stack.recipe.taken is None else found.taking(*stack.recipe.taken)
+
+    return known
+
+
+def _fresh_problems(place: Path, limits: Limits, meter: Meter) -> list[MoeconvError]:
+    """What re-reading all tensors of a set shows."""
+    opened = open_source(place)
+    checkpoint, detection = opened.checkpoint, opened.detection.whole()
+    if checkpoint.origin is None:
+        return []
+    manifest = checkpoint.origin.manifest
+    if not manifest.complete:
+        return [digests_missing(manifest, checkpoint)]
+    meter.total = checkpoint.tensor_bytes
+    fresh = rehash(checkpoint, detection, limits=limits, progress=meter.advance)
+    found = compare_digests(manifest, fresh, stack_entries(checkpoint, detection))
+    return list(bounded(found))
+
+
+def _filled(
+    place: Path, manifest: Manifest, side: Opened, limits: Limits, meter: Meter
+) -> Manifest:
+    """The set with the digests of its source's bytes."""
+    meter.total += side.checkpoint.tensor_bytes
+    found = contents(side.checkpoint, side.detection.whole(), limits=limits, progress=meter.advance)
+    return fill_digests(place, manifest, {a: m.digest for a, m in found.matrices.items()})
+
+
+def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvError], list[str]]:
+    """The manifest of a set, and what is wrong or odd of all that is not data."""
+    if (place / ROOT_NAME).exists():
+        manifest, problems = check_structure(place)
+        if manifest is None:
+            return None, problems, []
+        added, warnings = added_files(place, manifest)
+        problems += added
+        if manifest.root.source is not None and not problems:
+            try:
+                problems = virtual_problems(open_source(place).detection.whole(), manifest)
+            except MoeconvError as problem:
+                problems = [problem]
+        return manifest, problems, warnings
+    if level == SOURCE:
+        return None, [], []
+    open_checkpoint(place)
+    raise NotASet(
+        f"{quoted(str(place))} was not written by moeconv",
+        cause=f"it has no `{ROOT_NAME}`, so nothing says what its bytes should be",
+        fix="compare it with its source: `moeconv verify OUT --level source --source SRC`",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    """What a report says of a set: data files, tensors, fingerprint."""
+
+    files: int
+    tensors: int
+    fingerprint: str | None
+
+
+def _summary(manifest: Manifest | None) -> _Summary:
+    parts = manifest.parts if manifest else ()
+    return _Summary(
+        files=sum(bool(p.file) for p in parts),
+        tensors=sum(len(p.tensors) for p in parts),
+        fingerprint=manifest.root.fingerprint if manifest else None,
+    )
+
+
+def _report(
+    level: str,
+    problems: list[MoeconvError],
+    summary: _Summary,
+    warnings: list[str],
+    *,
+    bytes_read: int,
+) -> Report:
+    return Report(
+        level=level,
+        problems=bounded(problems),
+        files=summary.files,
+        tensors=summary.tensors,
+        bytes_read=bytes_read,
+        fingerprint=summary.fingerprint,
+        warnings=tuple(warnings),
+    )
+
+
+@system_errors()
+def fingerprint(
+    src: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    from_layout: str | None = None,
+    recorded: bool = False,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """One hash of the whole model, the same in every layout, of the bytes as they are.
+
+    recorded: believe the digests that a set records, where it has them all, and read nothing.
+    Raises Damaged for a set whose bytes are not those that it records, or whose recipes are not
+    the known ones of their names.
+    """
+    opened = open_source(src, recipe=recipe, from_layout=from_layout)
+    (found,) = _contents([opened], limits_of(jobs, max_memory), progress, recorded, recipe)
+    if found.damaged:
+        raise _damaged(opened, found.damaged)
+    return fingerprint_of(found.matrices)
+
+
+def _damaged(opened: Opened, addresses: tuple[str, ...]) -> Damaged:
+    shown = ", ".join(map(quoted, addresses[:_MAX_NAMED]))
+    more = f" and {len(addresses) - _MAX_NAMED:,} more" if addresses[_MAX_NAMED:] else ""
+    return Damaged(
+        f"{quoted(str(opened.path))} is damaged: its bytes are not those that were written",
+        at=f"{shown}{more}",
+        cause=f"{counted(len(addresses), 'matrix or tensor', 'matrices or tensors')} differ from "
+        "what its manifest records, or between replicas",
+        fix="fetch the set again; `moeconv verify SRC` lists all the damage",
+    )
+
+
+@system_errors()
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    from_layout: str | None = None,
+    recorded: bool = False,
+    max_memory: int = DEFAULT_MEMORY_BYTES,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Difference, ...]:
+    """Two checkpoints, matrix by matrix: `=` same, `-` only in A, `+` only in B, `*` differs.
+
+    All bytes are read, and marks are of the bytes as they are; `damaged` says where they are not
+    those that a set records. recorded: believe the digests that a set records, where it has them
+    all, and do not read it. Raises Damaged for a set whose recipes are not the known ones.
+    """
+    sides = [open_source(s, recipe=recipe, from_layout=from_layout) for s in (a, b)]
+    limits = limits_of(jobs, max_memory)
+    return differences(*_contents(sides, limits, progress, recorded, recipe))
+
+
+def _contents(
+    sides: list[Opened],
+    limits: Limits,
+    progress: Progress | None,
+    recorded: bool,  # noqa: FBT001 - private, and named at every call of its callers
+    recipe: str | Path | None,
+) -> list[Contents]:
+    """What each side holds: read, or believed where its manifest records it."""
+    known = [believed(side.checkpoint) if recorded else None for side in sides]
+    unread = [s.checkpoint for s, held in zip(sides, known, strict=True) if held is None]
+    foreign = [s for side in sides if side.checkpoint.origin is None for s in side.detection.stacks]
+    for side, held in zip(sides, known, strict=True):
+        if held is None:
+            _refuse_other_recipes(side, recipe, {s.name: s.recipe for s in foreign})
+    meter = Meter(sum(checkpoint.tensor_bytes for checkpoint in unread), progress)
+    return [
+        contents(side.checkpoint, side.detection.whole(), limits=limits, progress=meter.advance)
+        if held is None
+        else Contents(held)
+        for side, held in zip(sides, known, strict=True)
+    ]
+
+
+def _refuse_other_recipes(
+    side: Opened, recipe: str | Path | None, beside: dict[str, Recipe]
+) -> None:
+    """Raise Damaged where the recipes of a set take its bytes for other matrices than known ones.
+
+    What is read by way of them would be the same model, and what a loader takes from it another.
+    beside: by stack, the recipes of a foreign checkpoint that the set is compared with.
+    """
+    own = side.checkpoint.origin
+    if own is None:
+        return
+    detection = side.detection.whole()
+    trusted = _trusted(side, recipe, beside)
+    found = recipe_problems(str(side.path), own.manifest, detection, detection, trusted)
+    if found:
+        raise found[0].with_also(tuple(found[1:]))

@@ -1,0 +1,237 @@
+"""The stacks of an expert-parallel set: said by its manifest, held against recipes and headers.
+
+Names do not tell them: each rank calls its tensors alike, and a slot is not an expert.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Final
+
+from moeconv.checkpoint.header import StoredTensor
+from moeconv.core.names import natural_key
+from moeconv.detect.detect import Detection
+from moeconv.detect.stack import Member, Sizes, Stack
+from moeconv.errors import BadManifest, MissingExpert, MoeconvError, abridged, printable, quoted
+from moeconv.layout.axes import EXPERT, IN, OUT, Axes, AxesSyntax, geometry, parse_axes
+from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe, slots_before
+from moeconv.manifest.model import ExpertEntry, Manifest, StackEntry, TensorEntry
+
+_MAX_CAUSE: Final = 2000
+_Home = tuple[Line, Component, Axes]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An expert tensor of a set: what its part says, and where it is."""
+
+    entry: TensorEntry
+    expert: ExpertEntry
+    stored: StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """How many ranks there are; before: as in `Line.first_slot`."""
+
+    size: int
+    before: int
+
+
+def set_detection(
+    manifest: Manifest, stored: dict[tuple[str, str], StoredTensor], recipes: tuple[Recipe, ...]
+) -> Detection:
+    """What an expert-parallel set holds; of each expert's replicas the one in the first slot.
+
+    stored: the headers' facts by file and tensor name. Problems are collected, not raised.
+    """
+    by_name = {r.name: r for r in recipes}
+    held, others = sorted_out(manifest, stored)
+    stacks: list[Stack] = []
+    problems: list[MoeconvError] = []
+    size = manifest.root.ep_size or 1
+    placed = ((by_name[s.recipe], s.physical_to_logical) for s in manifest.root.stacks)
+    ranks = _Ranks(size, slots_before(placed, size))
+    for number, entry in enumerate(manifest.root.stacks):
+        try:
+            recipe = by_name[entry.recipe]
+            stacks.append(_stack(entry, ranks, recipe, held.get(number, [])))
+        except MoeconvError as problem:
+            problems.append(problem)
+    stacks.sort(key=lambda s: natural_key(s.name))
+    whole = {s.name for s in stacks}
+    damaged = tuple(s.name for s in manifest.root.stacks if s.name not in whole)
+    return Detection(tuple(stacks), others, tuple(problems), damaged)
+
+
+def sorted_out(
+    manifest: Manifest, stored: dict[tuple[str, str], StoredTensor]
+) -> tuple[dict[int, list[Held]], tuple[StoredTensor, ...]]:
+    """The expert tensors of each stack, by its number, and the tensors of no expert."""
+    held: dict[int, list[Held]] = defaultdict(list)
+    others: list[StoredTensor] = []
+    for part in manifest.parts:
+        for entry in part.tensors:
+            place = stored.get((part.file or str(part.rank), entry.name))
+            if place is None:
+                raise _unfit(entry.name, "its part lists it, its file does not hold it")
+            if entry.expert is None:
+                others.append(place)
+            else:
+                held[entry.expert.stack].append(Held(entry, entry.expert, place))
+    return held, tuple(others)
+
+
+def _home(layout: Layout, recipe: Recipe, held: Held) -> tuple[Line, Component, Axes]:
+    """The line, component and axes that a tensor says it is of. Raises BadManifest."""
+    expert = held.expert
+    line = next((ln for ln in layout.lines if ln.projections == expert.projections), None)
+    component = next((c for c in recipe.components if c.name == expert.component), None)
+    if line is None or component is None:
+        raise _unfit(
+            held.entry.name,
+            f"recipe {quoted(recipe.name)} has no {expert.component} of "
+            f"{' and '.join(expert.projections)} in layout {quoted(layout.name)}",
+        )
+    try:
+        said = parse_axes(expert.axes)
+    except AxesSyntax as problem:
+        raise _unfit(held.entry.name, str(problem)) from None
+    read = [component.read_as(axes) for axes in component.readings]
+    for one in read:
+        if any(_is(form, said) for form in line.forms(one)):
+            return line, one, said
+    forms = " or ".join(f"`{form}`" for one in read for form in line.forms(one))
+    raise _unfit(held.entry.name, f"its axes are `{said}`, the recipe says {forms}")
+
+
+def _is(named: Axes, said: Axes) -> bool:
+    """Whether axes are those of a recipe, with numbers where that has names."""
+    return [len(d) for d in named.dims] == [len(d) for d in said.dims] and all(
+        own.letter == axis.letter
+        and (isinstance(own.granule, str) or own.granule == axis.granule)
+        and isinstance(axis.granule, int)
+        for own, axis in zip(named.flat, said.flat, strict=True)
+    )
+
+
+def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, held: list[Held]) -> Stack:
+    layout = recipe.layout(entry.layout)
+    if layout is None or not held:
+        raise _unfit(entry.name, "no tensor of the set is of this stack")
+    homes: dict[tuple[tuple[str, ...], str], tuple[_Home, list[Held]]] = {}
+    granules: dict[str, int] = {}
+    packing: dict[tuple[str, bool, str], int] = {}
+    for one in held:
+        line, component, axes = home = _home(layout, recipe, one)
+        homes.setdefault((line.projections, component.name), (home, []))[1].append(one)
+        named = next(form for form in line.forms(component) if _is(form, axes))
+        granules |= _granules(named, axes)
+        packing |= _packing(one, component)
+    sizes = Sizes(entry.experts, entry.width, entry.hidden, tuple(sorted(packing.items())))
+    stack = Stack(entry.name, recipe, layout, sizes, tuple(sorted(granules.items())), ())
+    members = tuple(
+        _member(stack, entry, ranks, *homes[line.projections, component.name])
+        for line in layout.lines
+        for component in recipe.components
+        if (line.projections, component.name) in homes
+    )
+    return replace(stack, members=members)
+
+
+def _granules(named: Axes, said: Axes) -> dict[str, int]:
+    """The numbers that a tensor's axes have where the recipe's have names."""
+    return {
+        own.granule: axis.granule
+        for own, axis in zip(named.flat, said.flat, strict=True)
+        if isinstance(own.granule, str) and isinstance(axis.granule, int)
+    }
+
+
+def _packing(one: Held, component: Component) -> dict[tuple[str, bool, str], int]:
+    """The sizes of the packing axes, from the canonical shape of one matrix."""
+    letters = component.axes.letters
+    canonical = [c for c in (OUT, IN) if c in letters] + sorted(c for c in letters if c.islower())
+    if len(canonical) != len(one.expert.matrix):
+        raise _unfit(one.entry.name, f"a matrix `{component.axes}` has other dimensions")
+    down = one.expert.projections == (DOWN,)
+    sizes = zip(canonical, one.expert.matrix, strict=True)
+    return {(component.name, down, letter): size for letter, size in sizes if letter.islower()}
+
+
+def _member(
+    stack: Stack,
+    entry: StackEntry,
+    ranks: _Ranks,
+    home: _Home,
+    group: list[Held],
+) -> Member:
+    line, component, axes = home
+    row = entry.physical_to_logical
+    share = len(row) // ranks.size if row else 0
+    first: dict[int, tuple[int, int]] = {}
+    slots: set[int] = set()
+    for number, one in enumerate(group):
+        if one.entry.dtype != group[0].entry.dtype:
+            raise _unfit(one.entry.name, f"it is {one.entry.dtype}, not {group[0].entry.dtype}")
+        _check(stack, home, one, share, ranks.before)
+        start = one.expert.slots[0] if one.expert.slots else one.expert.experts[0]
+        for position, expert in enumerate(one.expert.experts):
+            slots.add(start + position)
+            first.setdefault(expert, (number, position if EXPERT in axes.letters else 0))
+    wanted = len(row) if row and group[0].expert.slots else entry.experts
+    held = sum(len(one.expert.experts) for one in group)
+    if not len(slots) == len({*slots, *range(wanted)}) == held or len(first) != entry.experts:
+        raise MissingExpert(
+            f"{quoted(entry.name)} is not whole",
+            at=quoted(group[0].entry.name),
+            cause=f"{held} of {wanted} slots hold its {component.name} of "
+            f"{' and '.join(line.projections)}, for {len(first)} of {entry.experts} experts",
+            fix="convert the checkpoint again",
+        )
+    return Member(
+        line=line,
+        component=component,
+        dtype=group[0].entry.dtype,
+        axes=axes,
+        geometry=geometry(axes, stack.sizes.of(line, component.name, len(group[0].expert.experts))),
+        tensors=tuple(one.stored for one in group),
+        places=tuple(first[e] for e in range(entry.experts)),
+    )
+
+
+def _check(stack: Stack, home: _Home, one: Held, share: int, before: int) -> None:
+    """A tensor must be what its recipe makes of its stack. Raises BadManifest."""
+    line, component, axes = home
+    expert, slots = one.expert, one.expert.slots
+    here = geometry(axes, stack.sizes.of(line, component.name, len(expert.experts)))
+    number, local = None, None
+    if line.per_expert:
+        number = slots[0] % share if slots and share else expert.experts[0]
+        template = line.slot_template(stack.name, component, before)
+        local = template if share and not slots else None
+    if expert.local != local:
+        raise _unfit(one.entry.name, f"`local` is {expert.local}, its recipe makes it {local}")
+    if share and component.is_global == bool(slots):
+        where = "in the common files" if slots else "in the files of ranks"
+        raise _unfit(one.entry.name, f"ranks share its stack: a {component.name} belongs {where}")
+    said = (one.entry.name, expert.axes, expert.matrix, one.stored.shape, one.stored.dtype)
+    need = (
+        line.namer(stack.name, component, slots_before=before if slots else None)(number),
+        str(axes),
+        here.canonical_shape,
+        here.shape,
+        one.entry.dtype,
+    )
+    if said != need or (line.per_expert and len(expert.experts) != 1):
+        raise _unfit(one.entry.name, f"it is {said}, its recipe makes it {need}")
+
+
+def _unfit(name: str, cause: str) -> BadManifest:
+    return BadManifest(
+        f"{quoted(name)} is not what the set's manifest says",
+        at=quoted(name),
+        cause=printable(abridged(cause, _MAX_CAUSE)),
+        fix="convert the checkpoint again; a manifest is never edited by hand",
+    )

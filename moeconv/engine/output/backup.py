@@ -1,0 +1,94 @@
+"""The old output, put aside by `--overwrite`: where it waits, whose it is, and how it goes."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeconv.checkpoint.output_files import hidden_name
+from moeconv.engine.output.journal import JOURNAL_NAME, Journal
+from moeconv.engine.output.ownership import Inventory
+from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class OldOutput:
+    """A directory to be replaced, and what in it was found to be moeconv's own."""
+
+    path: Path
+    inventory: Inventory
+
+
+def beside(out: Path) -> Path:
+    """Where the old output waits until the new one stands."""
+    return out.with_name(hidden_name(out.name, ".replaced"))
+
+
+def noted_aside(out: Path, journal: Journal | None) -> Path | None:
+    """The old output that a journal's run put aside, if it is still there."""
+    if journal is None or journal.aside is None:
+        return None
+    aside = beside(out)
+    try:
+        facts = aside.lstat()
+    except OSError:
+        return None
+    return aside if stat.S_ISDIR(facts.st_mode) and facts.st_ino == journal.aside else None
+
+
+def remove_output(old: OldOutput) -> bool:
+    """Remove what the inventory of an output names, and nothing that changed since it was taken.
+
+    Data files and sidecars go first, then the documents, the journal, and last the root: what is
+    left by a kill can be held against them again. Returns whether all of it is gone.
+    Raises OSError.
+    """
+    path, files = old.path, old.inventory.files
+    for name in sorted(files, key=_last):
+        place = path / name
+        try:
+            unchanged = files[name].is_of(place.lstat())
+        except FileNotFoundError:
+            continue
+        if not unchanged:
+            continue
+        if name == ROOT_NAME:
+            _remove_folders(path, old.inventory.folders)
+        _remove(place)
+    _remove_folders(path, old.inventory.folders)
+    return _removed_folder(path)
+
+
+def _last(name: str) -> tuple[int, str]:
+    """The order of removal."""
+    if name in (JOURNAL_NAME, ROOT_NAME):
+        return 2 + (name == ROOT_NAME), name
+    return int(name.startswith(f"{PARTS_DIR}/")), name
+
+
+def _remove_folders(path: Path, folders: tuple[str, ...]) -> None:
+    for name in reversed(folders):
+        _removed_folder(path / name)
+
+
+def _removed_folder(path: Path) -> bool:
+    """Remove a folder if nothing is in it; whether it is gone."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        _remove(path)
+    except OSError:
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
+            raise
+        return False  # somebody put something there
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Remove one file, or one folder that is empty."""
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,483 @@
+"""Every failure a user can cause: one class each, with code, exit status, place, cause and fix."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Final
+
+_MAX_QUOTED: Final = 4096  # characters: names and paths are shorter
+
+
+def printable(name: str) -> str:
+    """The name with everything that could act on a terminal written as an escape."""
+    if name.isprintable():
+        return name
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in name
+    )
+
+
+def abridged(text: str, most: int) -> str:
+    """The text, or its beginning and end where it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
+def quoted(name: str) -> str:
+    """A name out of a file, escaped and in backticks; the middle of a very long one is left out."""
+    return f"`{printable(abridged(name, _MAX_QUOTED))}`"
+
+
+class MoeconvError(Exception):
+    """A failure with a stable `code`, the process `exit_code`, and four short texts.
+
+    message: what is wrong, one sentence without a full stop; at: file and tensor;
+    cause: the facts, with numbers; fix: what the user can do.
+    also: further problems found in the same pass over the same document.
+    """
+
+    code: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 4
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        at: str | None = None,
+        cause: str | None = None,
+        fix: str | None = None,
+        also: tuple[MoeconvError, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.at = at
+        self.cause = cause
+        self.fix = fix
+        self.also = also
+
+    def __str__(self) -> str:
+        lines = [f"error[{self.code}]: {self.message}"]
+        lines += [
+            f"  {key}: {text}"
+            for key, text in (("at", self.at), ("cause", self.cause), ("fix", self.fix))
+            if text
+        ]
+        lines += [str(other) for other in self.also]
+        return "\n".join(lines)
+
+    def with_also(self, others: tuple[MoeconvError, ...]) -> MoeconvError:
+        """This error, carrying the other problems of the same document."""
+        self.also = others
+        return self
+
+
+class UsageProblem(MoeconvError):
+    """Flags that do not go together, or a value that is not one."""
+
+    code = "usage"
+    exit_code = 2
+
+
+class IoFailed(MoeconvError):
+    """The operating system refused a read or a write."""
+
+    code = "io"
+    exit_code = 3
+
+
+class Malformed(MoeconvError):
+    """Input that breaks the rules of its own format."""
+
+    code = "malformed"
+    exit_code = 4
+
+
+class Unsupported(MoeconvError):
+    """Well-formed, but nothing that moeconv knows."""
+
+    code = "unsupported"
+    exit_code = 5
+
+
+class WouldOverwrite(MoeconvError):
+    """OUT is not empty."""
+
+    code = "would-overwrite"
+    exit_code = 6
+
+
+class InternalError(MoeconvError):
+    """A plan that fails its own proof: moeconv's fault, never the user's."""
+
+    code = "internal"
+    exit_code = 70
+
+
+class BadSize(UsageProblem):
+    """A size that is not a number with GB or GiB."""
+
+    code = "bad-size"
+
+
+class UnsafeOutput(UsageProblem):
+    """OUT equal to, inside or around SRC."""
+
+    code = "output-overlaps-source"
+
+
+class SourceMissing(IoFailed):
+    """SRC does not exist or cannot be read."""
+
+    code = "not-found"
+
+
+class DiskFull(IoFailed):
+    """Not enough free space for the output, known before the first byte."""
+
+    code = "disk-full"
+
+
+class MemoryShort(IoFailed):
+    """The system has no memory for a tensor that must be permuted."""
+
+    code = "memory-short"
+
+
+class DownloadFailed(IoFailed):
+    """huggingface_hub could not fetch a repository."""
+
+    code = "download-failed"
+
+
+class SourceChanged(IoFailed):
+    """A source file changed while it was read."""
+
+    code = "source-changed"
+
+
+class BadHeader(Malformed):
+    """A safetensors header that breaks a rule not named below."""
+
+    code = "bad-header"
+
+
+class TruncatedFile(BadHeader):
+    """A shard that is shorter than its header says."""
+
+    code = "truncated-shard"
+
+
+class TrailingBytes(BadHeader):
+    """A shard that is longer than its header says."""
+
+    code = "trailing-bytes"
+
+
+class OverlappingTensors(BadHeader):
+    """Two tensors that share bytes."""
+
+    code = "overlap"
+
+
+class HoleBetweenTensors(BadHeader):
+    """Bytes of a data section that no tensor claims."""
+
+    code = "hole"
+
+
+class HeaderTooLong(BadHeader):
+    """A header length beyond the file, or beyond 100 MB."""
+
+    code = "header-length"
+
+
+class DuplicateKey(Malformed):
+    """A JSON object that says one key twice."""
+
+    code = "duplicate-key"
+
+
+class BadJson(Malformed):
+    """Not JSON, or JSON outside the limits."""
+
+    code = "bad-json"
+
+
+class LfsPointer(Malformed):
+    """A Git-LFS pointer where a shard should be."""
+
+    code = "lfs-pointer"
+
+
+class UnsafePath(Malformed):
+    """A file name that is a path, or a link that leaves the checkpoint."""
+
+    code = "unsafe-path"
+
+
+class BadIndex(Malformed):
+    """An index of the wrong form."""
+
+    code = "bad-index"
+
+
+class TensorNotInFile(BadIndex):
+    """The index names a tensor that its file does not hold."""
+
+    code = "tensor-not-in-file"
+
+
+class TensorNotInIndex(BadIndex):
+    """A file holds a tensor that the index does not name."""
+
+    code = "tensor-not-in-index"
+
+
+class MissingShard(BadIndex):
+    """The index names a file that is not there."""
+
+    code = "missing-shard"
+
+
+class DuplicateTensor(Malformed):
+    """One tensor name in two files."""
+
+    code = "duplicate-tensor"
+
+
+class NoCheckpoint(Malformed):
+    """A directory without safetensors files."""
+
+    code = "no-checkpoint"
+
+
+class BadConfig(Malformed):
+    """A config.json that is not a JSON object."""
+
+    code = "bad-config"
+
+
+class NameCollision(Malformed):
+    """Two things would get the same name in the output."""
+
+    code = "name-collision"
+
+
+class BadRecipe(MoeconvError):
+    """A recipe file that breaks a rule of recipes."""
+
+    code = "bad-recipe"
+    exit_code = 2
+
+
+class AmbiguousLayout(UsageProblem):
+    """More than one layout fits a stack; only `--from-layout` can say."""
+
+    code = "ambiguous-layout"
+
+
+class MissingExpert(Malformed):
+    """One projection of one expert is missing."""
+
+    code = "missing-expert"
+
+
+class ExpertGap(Malformed):
+    """An expert id without any tensor, below the last one."""
+
+    code = "expert-gap"
+
+
+class ExpertOutOfRange(Malformed):
+    """An expert id at or above the number of experts."""
+
+    code = "expert-out-of-range"
+
+
+class ExpertShape(Malformed):
+    """One expert's tensor has another shape than its fellows."""
+
+    code = "expert-shape"
+
+
+class ExpertDtype(Malformed):
+    """One expert's tensor has another dtype than its fellows."""
+
+    code = "expert-dtype"
+
+
+class ScaleWithoutWeight(Malformed):
+    """A companion of a weight that is not there."""
+
+    code = "scale-without-weight"
+
+
+class MissingScale(Malformed):
+    """Some experts of a stack have a companion, others lack it."""
+
+    code = "missing-scale"
+
+
+class MixedLayouts(Malformed):
+    """One stack stored in two layouts at once."""
+
+    code = "mixed-layouts"
+
+
+class ConfigMismatch(Malformed):
+    """config.json and the tensors disagree."""
+
+    code = "config-mismatch"
+
+
+class LayoutContradiction(Malformed):
+    """Names of a known layout, but shapes that it cannot have."""
+
+    code = "layout-contradiction"
+
+
+class UnknownExpertTensor(Malformed):
+    """A tensor inside an expert stack that the recipe does not know."""
+
+    code = "unknown-expert-tensor"
+
+
+class UnequalShared(Malformed):
+    """Values that a layout stores once, but the source has different."""
+
+    code = "unequal-shared"
+
+
+class UnknownFamily(Unsupported):
+    """No recipe for this model type."""
+
+    code = "unknown-family"
+
+
+class UnknownLayout(Unsupported):
+    """The family has no layout of that name."""
+
+    code = "unknown-layout"
+
+
+class NoExperts(Unsupported):
+    """A checkpoint without routed experts."""
+
+    code = "no-experts"
+
+
+class TooManyStacks(Unsupported):
+    """More expert stacks than a set may have."""
+
+    code = "too-many-stacks"
+
+
+class NoPerExpertForm(Unsupported):
+    """The family publishes no per-expert checkpoint."""
+
+    code = "no-per-expert-form"
+
+
+class StraddlingBlock(Unsupported):
+    """A quantisation block that would lie across two projections."""
+
+    code = "straddling-block"
+
+
+class SubByteAxis(Unsupported):
+    """A rearrangement that would cut inside a byte."""
+
+    code = "sub-byte"
+
+
+class BadPlacement(MoeconvError):
+    """A well-formed placement map that does not fit the checkpoint or the ranks."""
+
+    code = "bad-placement"
+    exit_code = 2
+
+
+class TorchNeeded(UsageProblem):
+    """Something that only torch can read, and it is not installed."""
+
+    code = "torch-needed"
+
+
+class GeometryMismatch(UsageProblem):
+    """A set of other ranks, of another placement or of other tensors than the caller's."""
+
+    code = "geometry-mismatch"
+
+
+class DoesNotFit(UsageProblem):
+    """A model and a set that do not have the same tensors."""
+
+    code = "does-not-fit"
+
+
+class BadManifest(Malformed):
+    """A manifest that breaks a rule of FORMAT.md."""
+
+    code = "bad-manifest"
+
+
+class Unfinished(Malformed):
+    """An output whose writing never came to its end."""
+
+    code = "unfinished"
+
+
+class Damaged(Malformed):
+    """A file of a moeconv set that is not the one that was written."""
+
+    code = "damaged"
+
+
+class DigestsMissing(Malformed):
+    """A set whose bytes nobody has read yet: there is nothing to hold them against."""
+
+    code = "digests-missing"
+
+
+class BadPlacementFile(Malformed):
+    """A placement map that breaks the rules of its own format."""
+
+    code = "bad-placement-file"
+
+
+class UnsupportedVersion(Unsupported):
+    """A manifest of a newer major version, or with a feature this version lacks."""
+
+    code = "unsupported-version"
+
+
+class NotASet(Unsupported):
+    """A proof was asked for that only an output of moeconv can give."""
+
+    code = "not-a-set"
+
+
+class NoTorchDtype(Unsupported):
+    """A dtype of safetensors that torch lacks."""
+
+    code = "no-torch-dtype"
+
+
+class UnsupportedTransformers(Unsupported):
+    """transformers is not installed, or has another inside than this version of moeconv knows."""
+
+    code = "unsupported-transformers"
+
+
+class NotVirtual(Unsupported):
+    """A virtual set of a source that it cannot point into, or whose bytes are in another order."""
+
+    code = "not-virtual"
+
+
+class CannotResume(WouldOverwrite):
+    """A half-done OUT that is of another plan or another source."""
+
+    code = "cannot-resume"

@@ -1,0 +1,1 @@
+"""What other programs need of moeconv, one file each."""

@@ -1,0 +1,158 @@
+"""The recipes that ship with moeconv, and the choice of those that fit a checkpoint."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeconv.errors import BadManifest, BadRecipe, quoted
+from moeconv.layout.recipe import Component, Recipe
+from moeconv.layout.recipe_toml import MAX_RECIPE_BYTES, parse_recipe
+from moeconv.layout.shared_tables import completed
+from moeconv.manifest.model import ROOT_NAME, Root
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+
+@cache
+def _folder() -> Traversable:
+    package = Path(__file__).parent
+    # an editable install runs from the repository, where recipes/ stands beside the package
+    for place in (package / "recipes", package.resolve().parent / "recipes"):
+        if place.is_dir():
+            return place
+    from importlib.resources import files  # the package is in an archive; slow to import
+
+    return files("moeconv") / "recipes"
+
+
+@cache
+def _texts() -> dict[str, str]:
+    """The text of each shipped recipe by file name, in the order of names."""
+    found = sorted((f for f in _folder().iterdir() if f.name.endswith(".toml")), key=_file_name)
+    return {f.name: f.read_text("utf-8") for f in found}
+
+
+def _file_name(file: Traversable) -> str:
+    return file.name
+
+
+@cache
+def _shared(name: str) -> str:
+    return (_folder() / "shared" / f"{name}.toml").read_text("utf-8")
+
+
+@cache
+def _shipped(file: str) -> Recipe:
+    return completed(
+        _texts()[file],
+        gated=_shared("gated"),
+        plain=_shared("plain"),
+        components=_shared("components"),
+        where=file,
+    )
+
+
+def shipped_recipes() -> tuple[Recipe, ...]:
+    """All shipped recipes, by file name."""
+    return tuple(map(_shipped, _texts()))
+
+
+def shipped_recipe(name: str) -> Recipe | None:
+    """The shipped recipe of this name."""
+    # to parse all of them takes long, and most files are named as their recipe
+    first = sorted(_texts(), key=lambda file: file != f"{name}.toml")
+    return next((r for r in map(_shipped, first) if r.name == name), None)
+
+
+def shared_layouts() -> tuple[str, ...]:
+    """The names of the layouts that every family can be written in."""
+    return tuple(tomllib.loads(_shared("gated"))["layouts"])
+
+
+def parts(recipes: tuple[Recipe, ...]) -> tuple[tuple[Component, tuple[str, ...]], ...]:
+    """What experts are made of, each part once, with the recipes that have it so."""
+    found: dict[tuple[str, str, tuple[str, ...]], tuple[Component, list[str]]] = {}
+    for recipe in recipes:
+        for component in recipe.components:
+            key = (component.name, component.suffix, tuple(map(str, component.readings)))
+            found.setdefault(key, (component, []))[1].append(recipe.name)
+    return tuple((component, tuple(names)) for component, names in found.values())
+
+
+def fitting(*, model_type: str | None, architectures: tuple[str, ...]) -> tuple[Recipe, ...]:
+    """The shipped recipes that name this model type or one of these architectures."""
+    words = [f'"{word}"' for word in (model_type, *architectures) if word]
+    # to parse all of them takes longer than everything else before the first byte moves
+    likely = (_shipped(f) for f, text in _texts().items() if any(w in text for w in words))
+    return tuple(
+        r
+        for r in likely
+        if model_type in r.model_types or not set(architectures).isdisjoint(r.architectures)
+    )
+
+
+def load_recipe(which: str | Path) -> Recipe:
+    """A recipe file, or a shipped recipe by name. Raises BadRecipe."""
+    path = Path(which)
+    shipped = {r.name: r for r in shipped_recipes()}
+    if str(which) in shipped and not path.exists():
+        return shipped[str(which)]
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(MAX_RECIPE_BYTES + 1).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise BadRecipe(
+            f"cannot read the recipe {quoted(str(which))}",
+            cause=problem.strerror if isinstance(problem, OSError) else "it is not UTF-8",
+            fix=f"give a file, or one of {', '.join(sorted(shipped))}",
+        ) from None
+    if len(text) > MAX_RECIPE_BYTES:
+        raise BadRecipe(
+            f"{quoted(str(which))} is no recipe",
+            at=quoted(str(which)),
+            cause=f"it is larger than a recipe may be ({MAX_RECIPE_BYTES // 1024} KiB)",
+            fix="`moeconv recipes show qwen3_moe` prints one that works",
+        )
+    return parse_recipe(text, where=path.name)
+
+
+def manifest_recipes(root: Root) -> tuple[Recipe, ...]:
+    """The recipes that a set carries, held against its stacks. Raises BadManifest."""
+    try:
+        recipes = {r.name: parse_recipe(r.toml, where=r.name) for r in root.recipes}
+    except BadRecipe as problem:
+        raise _bad_recipes(str(problem.cause)) from None
+    for stack in root.stacks:
+        recipe = recipes[stack.recipe]
+        for layout in (stack.layout, stack.origin_layout):
+            if recipe.name != stack.recipe or recipe.layout(layout) is None:
+                raise _bad_recipes(
+                    f"{quoted(stack.name)} is in layout {quoted(layout)}, "
+                    f"which recipe {quoted(stack.recipe)} does not have"
+                )
+    ends = [s.experts for s in root.stacks if _stops(recipes[s.recipe])]
+    return tuple(_in_range(r, max(ends, default=0)) for r in recipes.values())
+
+
+def _stops(recipe: Recipe) -> bool:
+    return recipe.ids is not None and not recipe.ids.first
+
+
+def _in_range(recipe: Recipe, end: int) -> Recipe:
+    """A recipe with its range of expert ids; end: of those who take the first ones."""
+    if recipe.ids is None or not end:
+        return recipe
+    return recipe.taking(0, end) if _stops(recipe) else recipe.taking(end, None)
+
+
+def _bad_recipes(cause: str) -> BadManifest:
+    return BadManifest(
+        f"`{ROOT_NAME}` carries a recipe that does not fit it",
+        at=f"`{ROOT_NAME}`, `recipes`",
+        cause=cause,
+        fix="convert the checkpoint again; a manifest is never edited by hand",
+    )

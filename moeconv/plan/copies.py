@@ -1,0 +1,172 @@
+"""Tiles: for each run of output bytes, the runs of source bytes that fill it.
+
+A tile never crosses an expert. Where both sides hold a matrix as one run in canonical order it is
+a copy; everything else (turned, interleaved, shared) is a weave of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moeconv.checkpoint.dtypes import BITS
+from moeconv.detect.stack import Member
+from moeconv.errors import SubByteAxis, quoted
+from moeconv.layout.axes import EXPERT, Geometry
+from moeconv.plan.model import CopyTile, Piece, Span, Tile, WeaveTile
+from moeconv.plan.tensors import Draft, Woven
+
+
+def tiles_of(draft: Draft, *, tensor: int, offset: int) -> Iterator[Tile]:
+    """The tiles of one output tensor that starts at byte `offset` of its file."""
+    if draft.woven is None:
+        source = draft.source
+        if source is not None and source.nbytes:
+            yield CopyTile(offset, source.nbytes, tensor, 0, source.file, source.offset)
+        return
+    if draft.nbytes == 0:
+        return
+    yield from _Weaver(draft, draft.woven, tensor, offset).tiles()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One matrix in a stored tensor, in items of `itemsize` bytes."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Weaver:
+    """Makes the tiles of one output tensor of a stack."""
+
+    def __init__(self, draft: Draft, woven: Woven, tensor: int, offset: int) -> None:
+        self.woven = woven
+        self.tensor = tensor
+        self.offset = offset
+        self.bits = BITS[draft.dtype]
+        self.name = draft.name
+        self.keys = woven.keys
+        self.runs = len(self.keys) if EXPERT in woven.axes.letters else 1
+        self.run_bytes = draft.nbytes // self.runs
+        self.members = woven.members
+
+    def tiles(self) -> Iterator[Tile]:
+        if self._plain():
+            yield from self._copies()
+            return
+        if self.runs == len(self.keys):
+            for number, key in enumerate(self.keys):
+                yield self._weave(number, (key,))
+        else:
+            yield self._weave(0, self.keys)
+
+    def _plain(self) -> bool:
+        target = self.woven.geometry
+        return (
+            self.runs == len(self.keys)
+            and (target.pair_stride != 0 or len(self.members) == 1)
+            and target.contiguous
+            and all(m.geometry.contiguous for m in self.members)
+            and all(
+                stride * self.bits % 8 == 0
+                for g in (target, *(m.geometry for m in self.members))
+                for stride in (g.expert_stride, g.pair_stride)
+            )
+        )
+
+    def _copies(self) -> Iterator[Tile]:
+        target = self.woven.geometry
+        nbytes = self.run_bytes // len(self.members)
+        pairs = [
+            (
+                member.place,
+                g * target.pair_stride * self.bits // 8,
+                member.geometry.expert_stride * self.bits // 8,
+                member.geometry.pair_stride * projection_place(member, name) * self.bits // 8,
+            )
+            for g, (member, name) in enumerate(
+                zip(self.members, self.woven.expert.projections, strict=True)
+            )
+        ]
+        base, unit = self.offset, 0
+        for key in self.keys:
+            for place, start, step, inner in pairs:
+                source, position = place(key)
+                at = source.offset + step * position + inner
+                yield CopyTile(base + start, nbytes, self.tensor, unit, source.file, at)
+                unit += 1
+            base += self.run_bytes
+
+    def _weave(self, number: int, keys: tuple[int, ...]) -> WeaveTile:
+        spans: list[Span] = []
+        pieces: list[Piece] = []
+        taken: set[int] = set()
+        for position, key in enumerate(keys):
+            for g, (member, projection) in enumerate(
+                zip(self.members, self.woven.expert.projections, strict=True)
+            ):
+                span = self._span(member, key)
+                if span not in spans:
+                    spans.append(span)
+                inner = member.geometry.pair_stride * projection_place(member, projection)
+                source = self._in_items(member.geometry, inner)
+                target = self._in_items(self.woven.geometry, self.woven.geometry.pair_stride * g)
+                pieces.append(
+                    Piece(
+                        unit=(number + position) * len(self.members) + g,
+                        span=spans.index(span),
+                        src_offset=source.offset,
+                        src_strides=source.strides,
+                        dst_offset=target.offset,
+                        dst_strides=target.strides,
+                        shape=source.shape,
+                        repeat=target.offset in taken,
+                    )
+                )
+                taken.add(target.offset)
+        return WeaveTile(
+            self.offset + number * self.run_bytes,
+            self.run_bytes,
+            self.tensor,
+            max(self.bits // 8, 1),
+            tuple(spans),
+            tuple(pieces),
+        )
+
+    def _span(self, member: Member, key: int) -> Span:
+        """The run of the source that holds this expert; E is outermost, so it is one."""
+        tensor, position = member.place(key)
+        if EXPERT not in member.axes.letters:
+            return Span(tensor.file, tensor.offset, tensor.nbytes)
+        run = member.geometry.expert_stride * self.bits // 8
+        return Span(tensor.file, tensor.offset + position * run, run)
+
+    def _in_items(self, geometry: Geometry, offset: int) -> _Place:
+        shape = geometry.canonical_shape
+        strides = tuple(stride for _, stride in geometry.matrix)
+        if self.bits >= 8:
+            return _Place(offset, shape, strides)
+        return self._sub_byte(geometry, offset)
+
+    def _sub_byte(self, geometry: Geometry, offset: int) -> _Place:
+        """Count bytes instead of elements: possible where the fastest axis fills whole bytes."""
+        *outer, (last, step) = geometry.matrix or ((1, 1),)
+        counts = (offset * self.bits, last * self.bits, *(s * self.bits for _, s in outer))
+        if step != 1 or any(n % 8 for n in counts):
+            raise SubByteAxis(
+                f"{quoted(self.name)} cannot be rearranged: its values do not fill whole bytes",
+                at=quoted(self.name),
+                cause=f"a value has {self.bits} bits, and the fastest axis has {last} of them "
+                f"in steps of {step}",
+                fix="choose a layout that keeps the K axis last",
+            )
+        shape = (*(n for n, _ in outer), last * self.bits // 8)
+        strides = (*(s * self.bits // 8 for _, s in outer), 1)
+        return _Place(offset * self.bits // 8, shape, strides)
+
+
+def projection_place(member: Member, projection: str) -> int:
+    """The position of a projection along G in the tensors of a member."""
+    return member.line.projections.index(projection)

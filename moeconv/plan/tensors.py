@@ -1,0 +1,260 @@
+"""What the output will hold, before anything has a place: one draft for each output tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+
+from moeconv.checkpoint.dtypes import BITS
+from moeconv.checkpoint.header import StoredTensor
+from moeconv.detect.stack import Member, Stack
+from moeconv.errors import ExpertDtype, StraddlingBlock, quoted
+from moeconv.layout.axes import EXPERT, PAIR, Axes, Geometry, geometry
+from moeconv.layout.recipe import Component, Layout, Line
+from moeconv.manifest.model import ExpertEntry
+from moeconv.plan.model import Fate
+
+
+@dataclass(frozen=True, slots=True)
+class Woven:
+    """Where a draft's bytes come from: matrices of a stack, in the order of a target line.
+
+    members: the holders of the line's projections; keys: for each position along the draft's E,
+    the expert that the members are asked for.
+    """
+
+    members: tuple[Member, ...]
+    keys: tuple[int, ...]
+    axes: Axes
+    geometry: Geometry
+    expert: ExpertEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One output tensor; `woven` is None for a plain copy of `source`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    source: StoredTensor | None
+    woven: Woven | None
+
+
+def copied(tensor: StoredTensor) -> Draft:
+    """A tensor that is no expert's: as it is."""
+    return Draft(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, tensor, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """All tensors that a layout has for one line and component of a stack."""
+
+    stack: Stack
+    number: int  # of the stack, in the manifest
+    line: Line
+    component: Component
+    members: tuple[Member, ...]
+    axes: Axes
+
+    def name(self, number: int | None) -> str:
+        """The name of a tensor; number: of the expert or slot, where each has its own."""
+        return self.line.name(self.stack.name, self.component, number)
+
+    def geometry(self, experts: int) -> Geometry:
+        """The geometry of a tensor that holds so many experts."""
+        sizes = self.stack.sizes.of(self.line, self.component.name, experts)
+        return geometry(self.axes, sizes)
+
+    def draft(
+        self,
+        name: str,
+        geometry: Geometry,
+        experts: tuple[int, ...],
+        *,
+        slots: tuple[int, int] | None = None,
+        local: str | None = None,
+    ) -> Draft:
+        """One output tensor with these experts; slots and local are as in the manifest."""
+        dtype = self.members[0].dtype
+        expert = ExpertEntry(
+            stack=self.number,
+            experts=experts,
+            projections=self.line.projections,
+            component=self.component.name,
+            axes=str(self.axes),
+            matrix=geometry.canonical_shape,
+            slots=slots,
+            local=local,
+        )
+        nbytes = geometry.numel * BITS[dtype] // 8
+        woven = Woven(self.members, experts, self.axes, geometry, expert)
+        return Draft(name, dtype, geometry.shape, nbytes, None, woven)
+
+    def for_all(self, *, local: str | None = None) -> list[Draft]:
+        """The tensors with every expert in logical order.
+
+        local: which names they have on a rank, said where each expert has a tensor.
+        """
+        count = self.stack.sizes.experts
+        if not self.line.per_expert:
+            return [self.draft(self.name(None), self.geometry(count), tuple(range(count)))]
+        geometry = self.geometry(1)
+        return [self.draft(self.name(e), geometry, (e,), local=local) for e in range(count)]
+
+
+def laid_out(
+    stack: Stack, number: int, layout: Layout, *, like: Stack | None = None
+) -> list[Draft]:
+    """All output tensors of a stack in a layout. Raises StraddlingBlock, ExpertDtype.
+
+    number: the stack's index in the manifest. like: another form of it, stored in this layout,
+    whose axes count where the recipe allows several.
+    """
+    kinds = kinds_of(stack, number, layout, like=like)
+    return list(chain.from_iterable(k.for_all() for k in kinds))
+
+
+def kinds_of(
+    stack: Stack, number: int, layout: Layout, *, like: Stack | None = None
+) -> Iterator[Kind]:
+    """What a stack stores in a layout: each line with each component.
+
+    Raises StraddlingBlock, ExpertDtype.
+    """
+    for line in layout.lines:
+        for name in (c.name for c in stack.recipe.components if line.holds(c)):
+            member = stack.member(line.projections[0], name)
+            if member is None:
+                continue
+            component = member.component
+            axes = (like or stack).axes_in(line, component)
+            members = (stack.member(p, name) for p in line.projections)
+            held = tuple(m for m in members if m is not None)
+            for one in held:
+                refuse_straddling(stack, one.line, one.component, one.axes)
+            refuse_straddling(stack, line, component, axes)
+            refuse_two_dtypes(stack, held)
+            yield Kind(stack, number, line, component, held, axes)
+
+
+def refuse_two_dtypes(stack: Stack, joined: tuple[Member, ...]) -> None:
+    """One tensor has one dtype: the bytes of another would be read as something else."""
+    dtypes = dict.fromkeys(m.dtype for m in joined)
+    if len(dtypes) > 1:
+        first = joined[0]
+        raise ExpertDtype(
+            f"{' and '.join(p for m in joined for p in m.line.projections)} of "
+            f"{quoted(stack.name)} differ in the dtype of {quoted(first.component.name)}: "
+            f"{' and '.join(dtypes)}",
+            at=", ".join(quoted(m.tensors[0].name) for m in joined),
+            cause="one tensor cannot hold both",
+            fix="keep them apart (`--layout per-expert`), or convert from a checkpoint whose "
+            "projections are alike",
+        )
+
+
+def refuse_straddling(stack: Stack, line: Line, component: Component, axes: Axes) -> None:
+    """A granule must not lie across two matrices: then its bytes belong to neither."""
+    sizes = stack.sizes.of(line, component.name)
+    for dim in axes.dims:
+        for place, axis in enumerate(dim):
+            granule = axis.granule if isinstance(axis.granule, int) else 1
+            if granule == 1 or not {a.letter for a in dim} & {EXPERT, PAIR}:
+                continue
+            size = sizes[axis.letter]
+            if size % granule or place != len(dim) - 1:
+                name = line.name(stack.name, component, 0 if line.per_expert else None)
+                raise StraddlingBlock(
+                    f"blocks of {granule} do not fit {quoted(name)}",
+                    at=quoted(stack.name),
+                    cause=f"each matrix has {size} rows; {size} is not a multiple of {granule}, "
+                    f"so in `{axes}` one block would lie across two of them",
+                    fix="keep this stack per-expert, or dequantise it first"
+                    if line not in {m.line for m in stack.members}
+                    # nothing comes of it but what it is: no layout takes such blocks apart
+                    else "convert the checkpoint that this one was joined from, or dequantise it",
+                )
+
+
+def fates(
+    stack: Stack,
+    layout: Layout,
+    *,
+    numbers: list[list[int]] | None = None,
+    replicated: frozenset[str] = frozenset(),
+    before: int = 0,
+) -> list[Fate]:
+    """What becomes of each of a stack's tensors in `layout`.
+
+    numbers: for each expert its slots, as all ranks that hold it count them, where names are by
+    slot; replicated: components that are written once for each of these; before: as in
+    `Line.first_slot`.
+    """
+    out = []
+    own = [[e] for e in range(stack.sizes.experts)]
+    for member in stack.members:
+        component = member.component
+        many = numbers if numbers is not None and component.name in replicated else own
+        lines = [
+            ln
+            for ln in layout.lines
+            if set(member.line.projections) & set(ln.projections) and ln.holds(component)
+        ]
+        by_slot = None if many is own else before
+        named = [
+            (ln.namer(stack.name, component, slots_before=by_slot), ln.per_expert) for ln in lines
+        ]
+        held = experts_read(member, stack.sizes.experts)
+        usual = _verb(stack.layout, layout)
+        if usual == "copied" and not member.line.per_expert:
+            usual = "merged" if member.places else "sliced" if many is not own else usual
+        if any(_shares(stack, line, component) for line in lines):
+            usual = "shared"
+        nbytes = matrix_bytes(member) * len(member.line.projections)
+        beyond = [(len(its) - 1) * nbytes for its in many]
+        joined = tuple(dict.fromkeys(name(None) for name, per_expert in named if not per_expert))
+        apart = [name for name, per_expert in named if per_expert]
+        for tensor, experts in zip(member.tensors, held, strict=True):
+            # one with no expert of its own says the same as another that is read
+            verb = usual if experts else "replica"
+            into = joined
+            if apart:
+                names = (name(n) for name in apart for e in experts for n in many[e])
+                into = tuple(dict.fromkeys((*joined, *names)))
+            added = sum([beyond[e] for e in experts])
+            out.append(Fate(tensor.name, verb, into, tensor.nbytes, added))
+    return out
+
+
+def matrix_bytes(member: Member) -> int:
+    """Bytes of one logical matrix of a member."""
+    return prod(member.geometry.canonical_shape) * BITS[member.dtype] // 8
+
+
+def experts_read(member: Member, experts: int) -> list[list[int]]:
+    """The experts that are read from each of a member's tensors."""
+    if member.places is None:
+        return [[e] for e in range(experts)] if member.line.per_expert else [list(range(experts))]
+    out: list[list[int]] = [[] for _ in member.tensors]
+    for expert, (number, _) in enumerate(member.places):
+        out[number].append(expert)
+    return out
+
+
+def _shares(stack: Stack, line: Line, component: Component) -> bool:
+    """Whether a line's tensor stores one value for several matrices."""
+    letters = stack.axes_in(line, component).letters
+    experts = not line.per_expert and stack.sizes.experts > 1 and EXPERT not in letters
+    return experts or (len(line.projections) > 1 and PAIR not in letters)
+
+
+def _verb(source: Layout, target: Layout) -> str:
+    if source.name == target.name:
+        return "copied"
+    if source.per_expert:
+        return "renamed" if target.per_expert else "fused"
+    return "split" if target.per_expert else "rearranged"

@@ -1,0 +1,1 @@
+"""Module names in quantization configs: found, renamed and written back."""

@@ -1,0 +1,224 @@
+"""Opening a set: the root, this rank's part and the common one, and what their tensors are.
+
+No other rank's documents are read, and nothing here grows with the number of the source's tensors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TypeAlias
+
+from moeconv.checkpoint.dtypes import BITS
+from moeconv.checkpoint.output_files import read_entry, read_root
+from moeconv.core.names import slot_namer
+from moeconv.errors import DuplicateTensor, NotASet, Unfinished, quoted
+from moeconv.manifest.model import (
+    MAX_PART_BYTES,
+    PARTS_DIR,
+    ROOT_NAME,
+    ExpertEntry,
+    FileEntry,
+    Part,
+    Root,
+    Run,
+    TensorEntry,
+    part_names,
+)
+from moeconv.manifest.reader import parse_parts
+from moeconv.runtime.byte_runs import Held, LocalTensor, in_slot, joined
+from moeconv.runtime.files import DataFile, own_file, source_file
+from moeconv.runtime.validate import Rows, bad, is_stacked
+
+Key: TypeAlias = tuple[int, tuple[str, ...], str]  # stack number, projections, component
+Files: TypeAlias = dict[int, DataFile]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a part, and its bytes by the shard's file numbers."""
+
+    entry: TensorEntry
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """A set on disk as one rank sees it.
+
+    source: the directory of a virtual set's files; copied: whether the caller named it.
+    """
+
+    path: Path
+    root: Root
+    source: Path | None
+    rank: int
+    copied: bool = False
+
+    @property
+    def ep_size(self) -> int:
+        """How many ranks share it; 1 for a whole set."""
+        return self.root.ep_size or 1
+
+    @property
+    def rows(self) -> Rows:
+        """The placement it was written in."""
+        stacks = enumerate(self.root.stacks)
+        return {n: s.physical_to_logical for n, s in stacks if s.physical_to_logical is not None}
+
+    def read_part(self, entry: FileEntry, files: Files) -> tuple[Stored, ...]:
+        """A part's tensors, after its files were found and checked; these are added to `files`.
+
+        Raises MissingShard, Damaged, SourceChanged, BadManifest, UnsafePath.
+        """
+        raw = read_entry(self.path, entry, limit=MAX_PART_BYTES)
+        out: list[Stored] = []
+        for part in parse_parts(raw, self.root, where=entry.name):
+            known = (n for n, f in files.items() if f.name == part.file)
+            number = next(known, max(files, default=-1) + 1)
+            if part.file and number not in files:
+                files[number] = own_file(self.path, part)
+            elif not part.file and self.root.source is not None and self.source is not None:
+                used = {r.file for t in part.tensors for r in t.runs} - files.keys()
+                listed = self.root.source.files
+                for n in sorted(used):
+                    files[n] = source_file(self.source, listed[n], copied=self.copied)
+            out += [_stored(tensor, part, number) for tensor in part.tensors]
+        return tuple(out)
+
+
+def find(path: Path, *, source: Path | None) -> tuple[Path, Root, Path | None]:
+    """The root of a set. Raises NotASet, Unfinished, Damaged, BadManifest, UnsupportedVersion."""
+    if not (path / ROOT_NAME).exists():
+        if (path / PARTS_DIR).is_dir():
+            raise Unfinished(
+                f"{quoted(path.name)} is an unfinished output of moeconv",
+                at=quoted(str(path)),
+                cause=f"it has `{PARTS_DIR}/` but no `{ROOT_NAME}`, which is written last",
+                fix="wait until it is written, or convert again",
+            )
+        raise NotASet(
+            f"{quoted(path.name)} is no set of moeconv",
+            at=quoted(str(path)),
+            cause=f"it has no `{ROOT_NAME}`",
+            fix="convert the checkpoint with `moeconv shard` or `moeconv fuse`",
+        )
+    root = read_root(path)
+    if root.source is None:
+        return path, root, None
+    return path, root, source if source is not None else path / root.source.directory
+
+
+def wanted_parts(root: Root, rank: int) -> tuple[FileEntry, ...]:
+    """The parts that a rank needs: the common one and its own, or all of a whole set."""
+    if root.ep_size is None:
+        return root.parts
+    whose = part_names(root.ep_size)
+    return tuple(p for p in root.parts if whose[p.name] in (None, rank))
+
+
+def _stored(entry: TensorEntry, part: Part, number: int) -> Stored:
+    """Raises BadManifest where the bytes are not those of such a tensor."""
+    bits = prod(entry.shape) * BITS.get(entry.dtype, 0)
+    if entry.dtype not in BITS or bits != (entry.stop - entry.start) * 8:
+        raise bad(entry.name, f"{entry.dtype} {list(entry.shape)} does not take its bytes")
+    if not part.file:
+        return Stored(entry, joined(entry.runs))
+    return Stored(entry, joined([Run(number, entry.start, entry.stop - entry.start)]))
+
+
+# --- what a rank has ---------------------------------------------------------------------------
+def key_of(expert: ExpertEntry) -> Key:
+    """Which of a stack's tensors it is, whatever its slots."""
+    return expert.stack, expert.projections, expert.component
+
+
+def is_global(stored: Stored, rows: Rows) -> bool:
+    """Whether a common tensor is a small one of experts that ranks share."""
+    expert = stored.entry.expert
+    return expert is not None and expert.slots is None and expert.stack in rows
+
+
+def plain(stored: Stored) -> LocalTensor:
+    """A tensor that every rank has as it is stored."""
+    entry = stored.entry
+    digest = entry.digests[0] if entry.expert is None and entry.digests else None
+    return LocalTensor(
+        entry.name, entry.dtype, entry.shape, stored.runs, digest, meaning=_meaning(entry)
+    )
+
+
+def _meaning(entry: TensorEntry) -> tuple[object, ...]:
+    return () if entry.expert is None else (*key_of(entry.expert), entry.expert.axes)
+
+
+def rank_tensors(
+    home: Home, common: Iterable[Stored], own: Iterable[Stored], rows: Rows
+) -> dict[str, LocalTensor]:
+    """All tensors of a rank by name. Raises BadManifest, DuplicateTensor."""
+    out: list[LocalTensor] = []
+    globals_: dict[Key, list[Stored]] = defaultdict(list)
+    for stored in common:
+        expert = stored.entry.expert
+        if expert is not None and is_global(stored, rows):
+            globals_[key_of(expert)].append(stored)
+        else:
+            out.append(plain(stored))
+    for stored in own:
+        expert = stored.entry.expert
+        if expert is None or expert.slots is None:
+            raise bad(stored.entry.name, "a rank's tensor must have slots")
+        out.append(_slot_tensor(home, stored, expert, rows))
+    for several in globals_.values():
+        out += gathered(home, several, rows)
+    tensors = {tensor.name: tensor for tensor in out}
+    if len(tensors) != len(out):
+        name = Counter(t.name for t in out).most_common(1)[0][0]
+        raise DuplicateTensor(
+            f"{quoted(name)} is in this rank's files twice",
+            at=quoted(name),
+            cause="two parts of the set name it",
+            fix="convert the checkpoint again",
+        )
+    return tensors
+
+
+def _slot_tensor(home: Home, stored: Stored, expert: ExpertEntry, rows: Rows) -> LocalTensor:
+    row = rows[expert.stack]
+    start, stop = expert.slots or (0, 0)
+    first, stacked = home.rank * (len(row) // home.ep_size), is_stacked(expert)
+    held = Held(expert.stack, start, stop, len(row), first, stacked)
+    return replace(plain(stored), held=held)
+
+
+def gathered(home: Home, several: list[Stored], rows: Rows) -> list[LocalTensor]:
+    """The rank's share of small tensors that are kept for all experts, in slot order."""
+    first = several[0].entry
+    expert = first.expert
+    if expert is None:
+        return []
+    row, number = rows[expert.stack], expert.stack
+    share = len(row) // home.ep_size
+    start = home.rank * share
+    mine = row[start : start + share]
+    if is_stacked(expert):
+        runs = [run for e in mine for run in in_slot(several[0].runs, e, len(expert.experts))]
+        held = Held(number, start, start + share, len(row), start, stacked=True)
+        whole = plain(several[0])
+        shape = (first.shape[0] // len(expert.experts) * share, *first.shape[1:])
+        return [replace(whole, shape=shape, runs=joined(runs), held=held)]
+    if expert.local is None:
+        return [plain(stored) for stored in several]  # one value for several experts
+    by_expert = {s.entry.expert.experts[0]: s for s in several if s.entry.expert is not None}
+    out = []
+    for slot, e in enumerate(mine):
+        entry = by_expert[e].entry
+        name = slot_namer((entry.expert.local if entry.expert else None) or "")
+        if name is None:
+            raise bad(entry.name, "it lacks `local`, its name on a rank")
+        held = Held(number, start + slot, start + slot + 1, len(row), start, stacked=False)
+        out.append(replace(plain(by_expert[e]), name=name(slot), held=held))
+    return out

@@ -1,0 +1,1 @@
+"""Where bytes are: list, stat, read; names are checked here, once."""
