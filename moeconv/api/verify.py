@@ -27,9 +27,9 @@ from moeconv.layout.recipe import Recipe
 from moeconv.layout.shipped import load_recipe, shipped_recipe
 from moeconv.manifest.model import ROOT_NAME, Manifest
 from moeconv.store.documents import unreadable
-from moeconv.verify.against_source import compare_source, different_sets
-from moeconv.verify.diff import Difference, differences
-from moeconv.verify.digests import (
+from moeconv.verification.against_source import compare_source, different_sets
+from moeconv.verification.diff import Difference, differences
+from moeconv.verification.digests import (
     Contents,
     believed,
     compare_digests,
@@ -39,14 +39,14 @@ from moeconv.verify.digests import (
     rehash,
     stack_entries,
 )
-from moeconv.verify.foreign import added_files
-from moeconv.verify.recipes import (
+from moeconv.verification.foreign import added_files
+from moeconv.verification.recipes import (
     Trusted,
     entry_problems,
     origin_layout_problems,
     recipe_problems,
 )
-from moeconv.verify.report import (
+from moeconv.verification.report import (
     DIGEST,
     LEVELS,
     MAX_REPORTED,
@@ -55,9 +55,9 @@ from moeconv.verify.report import (
     Report,
     bounded,
 )
-from moeconv.verify.sidecars import origin_problems, sidecar_problems
-from moeconv.verify.structure import check_structure
-from moeconv.verify.virtual import digests_missing, virtual_problems
+from moeconv.verification.sidecars import origin_problems, sidecar_problems
+from moeconv.verification.structure import check_structure
+from moeconv.verification.virtual import digests_missing, virtual_problems
 
 _MAX_NAMED: Final = 8
 

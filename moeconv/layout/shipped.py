@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @cache
 def _folder() -> Traversable:
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     # an editable install runs from the repository, where recipes/ stands beside the package
     for place in (package / "recipes", package.resolve().parent / "recipes"):
         if place.is_dir():

@@ -12,7 +12,7 @@ from moeconv.core.digest import digest, fingerprint_line
 from moeconv.core.json_value import Json
 from moeconv.core.strict_json import dumps, write_items
 
-FORMAT: Final = "moeconv.manifest.model"
+FORMAT: Final = "moeconv.manifest"
 MAJOR: Final = 1
 MINOR: Final = 1
 ROOT_NAME: Final = "moeconv.json"

@@ -18,7 +18,7 @@ import moeconv
 from moeconv import runtime
 from moeconv.engine.copy import target, worker
 from moeconv.errors import MoeconvError
-from moeconv.verify.report import Report
+from moeconv.verification.report import Report
 from tests.badinput.builders import config, qwen, two_files, write
 from tests.badinput.checks import tree
 from tests.faults.short import READS, ShortCalls

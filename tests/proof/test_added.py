@@ -110,6 +110,6 @@ def test_a_folder_that_may_not_be_listed(out: Path, monkeypatch: pytest.MonkeyPa
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", str(out / "closed"))
 
-    monkeypatch.setattr("moeconv.verify.foreign.foreign_files", refuse)
+    monkeypatch.setattr("moeconv.verification.foreign.foreign_files", refuse)
     (problem,) = moeconv.verify(out, level="structure").problems
     assert "cannot read `closed`" in str(problem)

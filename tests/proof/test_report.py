@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moeconv.errors import Damaged
-from moeconv.verify.report import MAX_REPORTED, bounded
+from moeconv.verification.report import MAX_REPORTED, bounded
 
 
 @pytest.mark.parametrize("more", [0, 1, 2, 100_000])

@@ -15,8 +15,8 @@ from moeconv.errors import BadPlacement, Damaged, NoExperts, NotVirtual, UsagePr
 from moeconv.manifest.model import Run
 from moeconv.plan.model import CopyTile, OutputFile, OutputTensor
 from moeconv.plan.shard import refuse_woven
-from moeconv.verify.structure import check_structure
-from moeconv.verify.virtual import virtual_problems
+from moeconv.verification.structure import check_structure
+from moeconv.verification.virtual import virtual_problems
 from tests.badinput.builders import config, fused, qwen, write
 from tests.badinput.checks import refused, untouched
 from tests.helpers import tree_sha256

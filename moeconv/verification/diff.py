@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moeconv.core.names import natural_key
-from moeconv.verify.digests import Contents, Matrix
+from moeconv.verification.digests import Contents, Matrix
 
 SAME, ONLY_A, ONLY_B, DIFFERS = "=", "-", "+", "*"
 

@@ -22,8 +22,8 @@ from moeconv.plan.model import OutputFile, OutputTensor
 from moeconv.plan.onto_existing import plan_onto, plan_onto_set
 from moeconv.store.documents import unreadable
 from moeconv.store.file_io import read_bytes
-from moeconv.verify.digests import entries_of, placed_headers
-from moeconv.verify.report import MAX_REPORTED
+from moeconv.verification.digests import entries_of, placed_headers
+from moeconv.verification.report import MAX_REPORTED
 
 
 def compare_source(

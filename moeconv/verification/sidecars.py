@@ -12,7 +12,7 @@ from moeconv.errors import Damaged, MoeconvError, quoted
 from moeconv.manifest.model import ORIGIN_NAME, StackEntry
 from moeconv.quantconfig.rewrite import is_rewritten, read_sidecar, rewritten
 from moeconv.store.documents import file_digest
-from moeconv.verify.foreign import loaded_as
+from moeconv.verification.foreign import loaded_as
 
 
 def sidecar_problems(
