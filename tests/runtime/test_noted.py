@@ -14,7 +14,7 @@ from torch import nn
 import moeconv
 from moeconv import runtime
 from moeconv.errors import DoesNotFit, GeometryMismatch, IoFailed, MissingShard, MoeconvError
-from moeconv.runtime import noted
+from moeconv.runtime import slot_records as noted
 from moeconv.runtime.files import Reader
 from tests.helpers import write_checkpoint
 from tests.runtime.conftest import Opened
