@@ -141,7 +141,7 @@ def open_source(
     *,
     recipe: str | Path | None = None,
     from_layout: str | None = None,
-    without: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
 ) -> Opened:
     """Read headers and detect the expert stacks; problems stay in `detection.problems`.
 
@@ -149,7 +149,7 @@ def open_source(
     Raises UnknownFamily, BadRecipe, and what `open_checkpoint` raises.
     """
     path = locate(src)
-    checkpoint = open_checkpoint(path, without=without)
+    checkpoint = open_checkpoint(path, exclude=exclude)
     manifest = checkpoint.manifest
     names = tuple(f.name for f in checkpoint.files)
     if manifest is not None and manifest.root.ep_size is not None:
@@ -184,7 +184,7 @@ def fuse(
     layout: str | None = None,
     from_layout: str | None = None,
     recipe: str | Path | None = None,
-    without: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     align: str = PAGE_ALIGNED,
     digests: str = NOW,
@@ -199,7 +199,7 @@ def fuse(
 
     Sizes are bytes; `progress(done, total)` is called with bytes of tensors, from workers.
     """
-    source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
+    source = open_source(src, recipe=recipe, from_layout=from_layout, exclude=exclude)
     plan = planned(source, FUSE, layout, packing_of(max_shard_size, align))
     run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
     return carry_out(source, Path(out), plan, run)
@@ -213,7 +213,7 @@ def unfuse(
     layout: str | None = None,
     from_layout: str | None = None,
     recipe: str | Path | None = None,
-    without: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     align: str = PAGE_ALIGNED,
     digests: str = NOW,
@@ -230,7 +230,7 @@ def unfuse(
     Those are held against the recorded digests (Damaged), unless `unchecked`.
     With `layout`, an output of moeconv is converted like any other checkpoint.
     """
-    source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
+    source = open_source(src, recipe=recipe, from_layout=from_layout, exclude=exclude)
     if source.checkpoint.origin is not None and layout is None:
         plan = restored(source)
     else:

@@ -53,7 +53,7 @@ def shard(
     layout: str | None = None,
     from_layout: str | None = None,
     recipe: str | Path | None = None,
-    without: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     align: str = PAGE_ALIGNED,
     digests: str = NOW,
@@ -74,7 +74,7 @@ def shard(
     hold an expert twice. virtual: write no tensor bytes, only where they are in SRC.
     Raises BadPlacement, NotVirtual and what `fuse` raises.
     """
-    source = open_source(src, recipe=recipe, from_layout=from_layout, without=without)
+    source = open_source(src, recipe=recipe, from_layout=from_layout, exclude=exclude)
     wish = Wish(ep_size, TRIVIAL, None, redundant, allow_duplicates)
     wish, told = _wish(source, wish, placement, map_layers)
     detection = source.detection.whole()
@@ -142,7 +142,7 @@ def merge(
     out: str | Path,
     *,
     layout: str | None = None,
-    without: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     align: str = PAGE_ALIGNED,
     digests: str = NOW,
@@ -159,7 +159,7 @@ def merge(
     Its bytes are held against the recorded digests (Damaged), unless `unchecked`.
     With `layout`, as a whole checkpoint in that layout instead. Raises NotASet.
     """
-    source = open_source(src, without=without)
+    source = open_source(src, exclude=exclude)
     refuse_foreign(source)
     if layout is None:
         plan = restored(source)

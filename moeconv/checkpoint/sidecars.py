@@ -40,40 +40,40 @@ def existing(root: Path, name: str, *, named_by: str) -> Path:
     return path
 
 
-def sidecars(root: Path, *, skip: frozenset[str], without: tuple[str, ...]) -> tuple[Sidecar, ...]:
-    """All regular files below `root` in natural order, less the tensors' own and `without`.
+def sidecars(root: Path, *, skip: frozenset[str], exclude: tuple[str, ...]) -> tuple[Sidecar, ...]:
+    """All regular files below `root` in natural order, less the tensors' own and `exclude`.
 
-    skip: top-level names that are not sidecars; without: globs on relative paths. A folder of
+    skip: top-level names that are not sidecars; exclude: globs on relative paths. A folder of
     which a glob leaves out everything is not entered.
     Raises UnsafePath, SourceMissing.
     """
-    names, unread = files_below(root, without=without)
+    names, unread = files_below(root, exclude=exclude)
     if unread:
         name, cause = next(iter(unread.items()))
         raise SourceMissing(
             f"cannot list {quoted(name)}",
             at=quoted(str(root / name)),
             cause=cause,
-            fix=f"give yourself the right to read it, or leave it out with `--without '{name}/*'`",
+            fix=f"give yourself the right to read it, or leave it out with `--exclude '{name}/*'`",
         )
-    wanted = [n for n in names if n not in skip and not matches(n, without)]
+    wanted = [n for n in names if n not in skip and not matches(n, exclude)]
     return tuple(sidecar(root, name) for name in sorted(wanted, key=natural_key))
 
 
 def matches(name: str, globs: tuple[str, ...]) -> bool:
-    """Whether a relative path is one of those that `--without` leaves out."""
+    """Whether a relative path is one of those that `--exclude` leaves out."""
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
 def files_below(
-    root: Path, *, without: tuple[str, ...] = ()
+    root: Path, *, exclude: tuple[str, ...] = ()
 ) -> tuple[list[str], dict[str, str | None]]:
     """Relative paths of everything below a folder that is not a folder, in no order.
 
-    without: globs; where one leaves out all that a folder may hold, it is not entered.
+    exclude: globs; where one leaves out all that a folder may hold, it is not entered.
     Second, folders that cannot be listed, with what the system says. Raises OSError for `root`.
     """
-    whole = tuple(glob for glob in without if glob.endswith("*"))
+    whole = tuple(glob for glob in exclude if glob.endswith("*"))
     found: list[str] = []
     unread: dict[str, str | None] = {}
     waiting = [""]
@@ -106,7 +106,7 @@ def refuse_unsafe_name(name: str, root: Path) -> None:
             f"{quoted(name)} {problem}",
             at=quoted(str(root)),
             cause="a file of this name cannot be copied safely to every system",
-            fix="rename it, or leave it out with `--without` if it is no tensor file",
+            fix="rename it, or leave it out with `--exclude` if it is no tensor file",
         )
 
 
@@ -121,13 +121,13 @@ def sidecar(root: Path, name: str) -> Sidecar:
             f"cannot read {quoted(name)}",
             at=quoted(str(root / name)),
             cause=failure.strerror,
-            fix="restore the file, or leave it out with `--without`",
+            fix="restore the file, or leave it out with `--exclude`",
         ) from None
     if not stat.S_ISREG(facts.st_mode):
         raise UnsafePath(
             f"{quoted(name)} is not a regular file",
             at=quoted(str(root / name)),
             cause="links to directories, sockets and devices are not copied",
-            fix="remove it, or leave it out with `--without`",
+            fix="remove it, or leave it out with `--exclude`",
         )
     return Sidecar(name, path, facts.st_size, facts.st_mtime_ns)

@@ -119,15 +119,15 @@ def locate(src: str | Path) -> Path:
     return path
 
 
-def open_checkpoint(path: Path, *, without: tuple[str, ...] = ()) -> Checkpoint:
+def open_checkpoint(path: Path, *, exclude: tuple[str, ...] = ()) -> Checkpoint:
     """Read all headers, the index, config.json; list the sidecars. Opens no data.
 
-    without: globs of sidecars to leave out. Raises the classes of `errors.files`.
+    exclude: globs of sidecars to leave out. Raises the classes of `errors.files`.
     """
     if path.is_file():
         return _open_file(path)
     if (path / ROOT_NAME).exists():
-        return _open_own(path, without)
+        return _open_own(path, exclude)
     if _unfinished(path / PARTS_DIR):
         raise Unfinished(
             f"{quoted(path.name)} is an unfinished output of moeconv",
@@ -135,7 +135,7 @@ def open_checkpoint(path: Path, *, without: tuple[str, ...] = ()) -> Checkpoint:
             cause=f"it has `{PARTS_DIR}/` but no `{ROOT_NAME}`, which is written last",
             fix="convert again with `--overwrite`",
         )
-    return _open_directory(path, without)
+    return _open_directory(path, exclude)
 
 
 def _unfinished(parts: Path) -> bool:
@@ -172,23 +172,23 @@ def _open_file(path: Path) -> Checkpoint:
     return Checkpoint(path.parent, files, None, read_config(config), beside, said)
 
 
-def _open_own(root: Path, without: tuple[str, ...]) -> Checkpoint:
+def _open_own(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
     own = open_set(root)
     if own.manifest.root.source is not None:
-        return _open_virtual(root, own, own.manifest.root.source, without)
+        return _open_virtual(root, own, own.manifest.root.source, exclude)
     places = [(p.file, inside(root, p.file)) for p in own.manifest.parts]
     for name, path in places:
         if not path.exists():
             raise missing(name)
     files = _data_files(places)
     own.check_headers(tuple((f.name, f.size, f.header) for f in files))
-    kept = tuple(s for s in own.sidecars if not matches(s.name, without))
+    kept = tuple(s for s in own.sidecars if not matches(s.name, exclude))
     config = read_config(inside(root, CONFIG_NAME))
     return Checkpoint(root, files, None, config, kept, _strangers(root, own), own)
 
 
 def _open_virtual(
-    root: Path, own: SetFiles, source: SourceEntry, without: tuple[str, ...]
+    root: Path, own: SetFiles, source: SourceEntry, exclude: tuple[str, ...]
 ) -> Checkpoint:
     """What a virtual set points into; only the pinned files there matter.
 
@@ -216,7 +216,7 @@ def _open_virtual(
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         raise _changed(source, f"{quoted(changed[0])}{more}: written to, replaced or removed")
-    kept = tuple(s for s in own.sidecars if not matches(s.name, without))
+    kept = tuple(s for s in own.sidecars if not matches(s.name, exclude))
     config = read_config(inside(root, CONFIG_NAME))
     return Checkpoint(place, files, None, config, kept, (), inner, own)
 
@@ -258,7 +258,7 @@ def _refuse_fragment(path: Path) -> None:
         )
 
 
-def _open_directory(root: Path, without: tuple[str, ...]) -> Checkpoint:
+def _open_directory(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
     try:
         names = sorted(os.listdir(root), key=natural_key)  # noqa: PTH208 - names, not paths
     except OSError as problem:
@@ -274,11 +274,11 @@ def _open_directory(root: Path, without: tuple[str, ...]) -> Checkpoint:
         _check_disjoint(files, fix="download the index and the shards again")
         _check_index(index, files)
     elif shards:
-        wanted = [n for n in shards if not matches(n, without)]
+        wanted = [n for n in shards if not matches(n, exclude)]
         for name in wanted:
             refuse_unsafe_name(name, root)
         files = _data_files([(n, inside(root, n)) for n in wanted])
-        _check_disjoint(files, fix="give the index, or leave one of them out with `--without`")
+        _check_disjoint(files, fix="give the index, or leave one of them out with `--exclude`")
     else:
         raise NoCheckpoint(
             f"{quoted(str(root))} holds no safetensors checkpoint",
@@ -286,7 +286,7 @@ def _open_directory(root: Path, without: tuple[str, ...]) -> Checkpoint:
             fix="give the directory that has `model*.safetensors`",
         )
     skip = frozenset({f.name for f in files} | ({index.name} if index else set()))
-    beside = sidecars(root, skip=skip, without=without)
+    beside = sidecars(root, skip=skip, exclude=exclude)
     config = read_config(inside(root, CONFIG_NAME))
     found = Checkpoint(root, files, index, config, beside, ())
     said = oddities(

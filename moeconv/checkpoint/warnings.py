@@ -35,7 +35,7 @@ def oddities(
         if sidecar.name.endswith(".safetensors"):
             yield (
                 f"{quoted(sidecar.name)} ({human_size(sidecar.size)}) is not in the index; copied "
-                "as it is (`--without` leaves it out)"
+                "as it is (`--exclude` leaves it out)"
             )
     for sidecar in beside:
         if sidecar.size <= _POINTER_BYTES and _is_pointer(sidecar):

@@ -26,7 +26,7 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
         layout: options.Layout = None,
         from_layout: options.FromLayout = None,
         recipe: options.RecipeFile = None,
-        without: options.Without = None,
+        exclude: options.Exclude = None,
         max_shard_size: options.ShardSize = "5GB",
         align: options.Align = "page",
         digests: options.Digests = "now",
@@ -55,7 +55,7 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
                     layout=layout,
                     from_layout=from_layout,
                     recipe=recipe,
-                    without=tuple(without or ()),
+                    exclude=tuple(exclude or ()),
                     max_shard_size=shard_size,
                     align=align,
                     digests=digests,
@@ -68,8 +68,8 @@ def _command(verb: str, help_text: str) -> Callable[..., None]:
                 )
             if result.source.checkpoint.origin and (recipe or from_layout):
                 ui.warn("SRC carries its own recipes; --recipe and --from-layout were not used")
-            if result.plan.restores and without:
-                ui.warn("what --without left out is missing from the restored origin")
+            if result.plan.restores and exclude:
+                ui.warn("what --exclude left out is missing from the restored origin")
             show_result(ui, verb, result)
 
     command.__name__ = verb

@@ -11,7 +11,7 @@ def merge(
     src: options.Source,
     output: options.Output,
     layout: options.Layout = None,
-    without: options.Without = None,
+    exclude: options.Exclude = None,
     max_shard_size: options.ShardSize = "5GB",
     align: options.Align = "page",
     digests: options.Digests = "now",
@@ -38,7 +38,7 @@ def merge(
                 src,
                 output,
                 layout=layout,
-                without=tuple(without or ()),
+                exclude=tuple(exclude or ()),
                 max_shard_size=shard_size,
                 align=align,
                 digests=digests,
@@ -50,6 +50,6 @@ def merge(
                 dry_run=dry_run,
                 progress=progress,
             )
-        if result.plan.restores and without:
-            ui.warn("what --without left out is missing from the restored origin")
+        if result.plan.restores and exclude:
+            ui.warn("what --exclude left out is missing from the restored origin")
         show_result(ui, "merge", result)

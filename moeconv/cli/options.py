@@ -43,10 +43,10 @@ MapLayers: TypeAlias = Annotated[
         help="What row n of a map without a key is: the n-th MoE layer, or layer n of all.",
     ),
 ]
-Without: TypeAlias = Annotated[
+Exclude: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
-        "--without", metavar="GLOB", help="Leave out sidecar files that match; may be repeated."
+        "--exclude", metavar="GLOB", help="Leave out sidecar files that match; may be repeated."
     ),
 ]
 ShardSize: TypeAlias = Annotated[

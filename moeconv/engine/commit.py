@@ -63,7 +63,7 @@ def refuse_collisions(plan: Plan, checkpoint: Checkpoint) -> None:
                 f"{quoted(sidecar.name)} of the source has the name of an output file",
                 at=quoted(sidecar.name),
                 cause="the index does not name it, so it would be copied as it is",
-                fix=f"leave it out with `--without '{sidecar.name}'`",
+                fix=f"leave it out with `--exclude '{sidecar.name}'`",
             )
 
 

@@ -40,7 +40,7 @@ class Recorded:
                 f"{quoted(sidecar.name)} is not what the source's manifest says",
                 at=quoted(str(sidecar.path)),
                 cause="its digest is another one: it was damaged, or edited",
-                fix=f"fetch it again, or leave it out with `--without '{sidecar.name}'`",
+                fix=f"fetch it again, or leave it out with `--exclude '{sidecar.name}'`",
             )
 
     def check_file(self, part: Part, digests: Digests, stacks: tuple[StackEntry, ...]) -> None:

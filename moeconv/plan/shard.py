@@ -211,7 +211,7 @@ def refuse_tensor_sidecars(names: tuple[str, ...]) -> None:
             f"{quoted(found[0])}{more} would be copied into a set without tensors of its own",
             at=quoted(found[0]),
             cause="the index does not name it, so it counts as a file beside the checkpoint",
-            fix=f"leave it out with `--without '{found[0]}'`",
+            fix=f"leave it out with `--exclude '{found[0]}'`",
         )
 
 

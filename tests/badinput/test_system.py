@@ -69,8 +69,8 @@ def test_a_folder_that_may_not_be_read(good: Path, out: Path, closed: Callable[[
     done = plain_user("fuse", good, "-o", out)
     assert done.code == 3
     assert "error[not-found]: cannot list `runs`" in done.err
-    assert "--without 'runs/*'" in done.err
-    assert plain_user("fuse", good, "-o", out, "--without", "runs/*").code == 0
+    assert "--exclude 'runs/*'" in done.err
+    assert plain_user("fuse", good, "-o", out, "--exclude", "runs/*").code == 0
 
 
 def test_a_folder_of_the_file_system_is_never_a_sidecar(
@@ -127,7 +127,7 @@ def test_folders_of_which_nothing_is_wanted_are_not_entered(
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    found, unread = files_below(good, without=(glob,))
+    found, unread = files_below(good, exclude=(glob,))
     assert ("runs" in listed) == entered == ("runs/log" in found)
     assert not unread
 
@@ -154,7 +154,7 @@ def test_folders_that_are_thousands_deep(good: Path, out: Path, levels: int, cod
             return
         with pytest.raises(SourceMissing, match="too long") as caught:
             moeconv.fuse(good, out)
-        assert "--without" in str(caught.value)
+        assert "--exclude" in str(caught.value)
     finally:
         subprocess.run(["rm", "-rf", good / "d"], check=True)
 
@@ -322,4 +322,4 @@ def test_an_error_without_a_name_has_a_fix_all_the_same():
 def test_links_in_a_circle(good: Path, out: Path):
     (good / "a").symlink_to("b")
     (good / "b").symlink_to("a")
-    refused(SourceMissing, "symbolic links", "--without", src=good, out=out)
+    refused(SourceMissing, "symbolic links", "--exclude", src=good, out=out)

@@ -98,7 +98,7 @@ def test_a_tensor_in_two_files_without_an_index(src: Path, out: Path):
     twice: Tensors = {NAME: qwen()[NAME]}
     files = {FIRST: {**FILES[FIRST], **twice}, SECOND: FILES[SECOND]}
     write(src, files, index=False)
-    refused(DuplicateTensor, f"`{NAME}`", FIRST, SECOND, "--without", src=src, out=out)
+    refused(DuplicateTensor, f"`{NAME}`", FIRST, SECOND, "--exclude", src=src, out=out)
 
 
 def test_several_files_without_an_index_are_fine(src: Path, out: Path):

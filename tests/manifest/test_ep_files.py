@@ -161,12 +161,12 @@ def test_a_file_beside_the_source_s_is_none_of_it(virtual: Path, name: str):
 
 def test_a_virtual_set_of_one_file_among_others(virtual: Path, tmp_path: Path):
     shutil.copy(_source(virtual) / SOURCE_FILE, _source(virtual) / "other.safetensors")
-    for number, (src, without) in enumerate(
+    for number, (src, exclude) in enumerate(
         [(_source(virtual) / SOURCE_FILE, ()), (_source(virtual), ("other*",))]
     ):
         out = tmp_path / f"set{number}"
         moeconv.shard(
-            src, out, ep_size=1, layout="per-expert", virtual=True, without=without,
+            src, out, ep_size=1, layout="per-expert", virtual=True, exclude=exclude,
             recipe=tmp_path / "tiny.toml", jobs=1,
         )  # fmt: skip
         assert moeconv.verify(out, level="structure", jobs=1).ok

@@ -225,12 +225,12 @@ def test_tensor_files_beside_the_index_are_not_copied_into_a_virtual_set(tmp_pat
     refused(
         NotVirtual,
         "consolidated.safetensors",
-        "--without",
+        "--exclude",
         src=src,
         out=out,
         verb=moeconv.shard,
         ep_size=2,
         virtual=True,
     )
-    moeconv.shard(src, out, ep_size=2, virtual=True, without=("consolidated.safetensors",))
+    moeconv.shard(src, out, ep_size=2, virtual=True, exclude=("consolidated.safetensors",))
     assert not list(out.glob("*.safetensors"))
