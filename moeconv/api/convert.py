@@ -21,8 +21,8 @@ from moeconv.core.system_errors import callers_own, system_errors
 from moeconv.core.text import counted
 from moeconv.detect.detect import Detection, detect
 from moeconv.detect.family import family
-from moeconv.detect.from_manifest import set_detection
-from moeconv.detect.recorded_ranks import told_by
+from moeconv.detect.from_manifest import detection_from_manifest
+from moeconv.detect.recorded_ranks import recorded_ranks
 from moeconv.engine.commit import commit, refuse_collisions
 from moeconv.engine.copy.methods import Methods
 from moeconv.engine.copy.pool import Limits
@@ -154,7 +154,7 @@ def open_source(
     names = tuple(f.name for f in checkpoint.files)
     if manifest is not None and manifest.root.ep_size is not None:
         recipes = manifest_recipes(manifest.root)
-        detection = set_detection(manifest, checkpoint.stored, recipes)
+        detection = detection_from_manifest(manifest, checkpoint.stored, recipes)
         return Opened(path, checkpoint, recipes, detection)
     said = manifest or (checkpoint.virtual.manifest if checkpoint.virtual else None)
     if said is not None:
@@ -169,7 +169,7 @@ def open_source(
             recipes,
             files=names,
             known=known,
-            told=told_by(said),
+            ranks=recorded_ranks(said),
         )
         return Opened(path, checkpoint, recipes, detection)
     recipes, detection = family(checkpoint, recipe=recipe, from_layout=from_layout)
@@ -248,7 +248,7 @@ def packing_of(max_shard_size: int, align: str) -> Packing:
 def planned(source: Opened, verb: str, layout: str | None, packing: Packing) -> Plan:
     """The plan of a whole output in `layout`, or in what the verb means for each family."""
     return plan_conversion(
-        source.detection.whole(),
+        source.detection.checked(),
         verb=verb,
         layout=layout,
         packing=packing,
@@ -282,11 +282,11 @@ def restored(source: Opened) -> Plan:
     known = {s.name: replace(s, layout=s.origin_layout) for s in own.manifest.root.stacks}
     names = tuple(f.name for f in own.origin.files)
     recipes = manifest_recipes(own.manifest.root)
-    told = told_by(own.manifest)
+    ranks = recorded_ranks(own.manifest)
     original = detect(
-        tensors, source.checkpoint.config, recipes, files=names, known=known, told=told
+        tensors, source.checkpoint.config, recipes, files=names, known=known, ranks=ranks
     )
-    return plan_restore(source.detection.whole(), original.whole(), own.origin)
+    return plan_restore(source.detection.checked(), original.checked(), own.origin)
 
 
 def _announced(plan: Plan, source: Opened, run: Run) -> Plan:

@@ -77,7 +77,7 @@ def shard(
     source = open_source(src, recipe=recipe, from_layout=from_layout, exclude=exclude)
     wish = Wish(ep_size, TRIVIAL, None, redundant, allow_duplicates)
     wish, told = _wish(source, wish, placement, map_layers)
-    detection = source.detection.whole()
+    detection = source.detection.checked()
     refuse_no_experts(detection)
     if virtual:
         refuse_tensor_sidecars(tuple(s.name for s in source.checkpoint.sidecars))
@@ -109,7 +109,7 @@ def _wish(
         )
     if isinstance(placement, str) and placement in RULES:
         return replace(wish, rule=placement), ()
-    stacks = source.detection.whole().stacks
+    stacks = source.detection.checked().stacks
     if isinstance(placement, str) and _no_map(placement):
         raise UsageProblem(
             f"{quoted(placement)} is neither a rule nor a map",

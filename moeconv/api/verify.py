@@ -175,7 +175,7 @@ def _against(
 ) -> tuple[list[MoeconvError], list[str]]:
     """What differs between OUT and what it was made from; OUT is not believed in anything."""
     _refuse_same_files(out.checkpoint, source.checkpoint)
-    pairs = [(side.checkpoint, side.detection.whole()) for side in (out, source)]
+    pairs = [(side.checkpoint, side.detection.checked()) for side in (out, source)]
     problems = different_sets(out.detection, source.detection)
     if problems:
         return problems, []
@@ -221,7 +221,7 @@ def _trusted(
 def _fresh_problems(place: Path, limits: Limits, meter: Meter) -> list[MoeconvError]:
     """What re-reading all tensors of a set shows."""
     opened = open_source(place)
-    checkpoint, detection = opened.checkpoint, opened.detection.whole()
+    checkpoint, detection = opened.checkpoint, opened.detection.checked()
     if checkpoint.origin is None:
         return []
     manifest = checkpoint.origin.manifest
@@ -238,7 +238,9 @@ def _filled(
 ) -> Manifest:
     """The set with the digests of its source's bytes."""
     meter.total += side.checkpoint.tensor_bytes
-    found = contents(side.checkpoint, side.detection.whole(), limits=limits, progress=meter.advance)
+    found = contents(
+        side.checkpoint, side.detection.checked(), limits=limits, progress=meter.advance
+    )
     return fill_digests(place, manifest, {a: m.digest for a, m in found.matrices.items()})
 
 
@@ -252,7 +254,7 @@ def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvEr
         problems += added
         if manifest.root.source is not None and not problems:
             try:
-                problems = virtual_problems(open_source(place).detection.whole(), manifest)
+                problems = virtual_problems(open_source(place).detection.checked(), manifest)
             except MoeconvError as problem:
                 problems = [problem]
         return manifest, problems, warnings
@@ -378,7 +380,7 @@ def _contents(
             _refuse_other_recipes(side, recipe, {s.name: s.recipe for s in foreign})
     meter = Meter(sum(checkpoint.tensor_bytes for checkpoint in unread), progress)
     return [
-        contents(side.checkpoint, side.detection.whole(), limits=limits, progress=meter.advance)
+        contents(side.checkpoint, side.detection.checked(), limits=limits, progress=meter.advance)
         if held is None
         else Contents(held)
         for side, held in zip(sides, known, strict=True)
@@ -396,7 +398,7 @@ def _refuse_other_recipes(
     own = side.checkpoint.origin
     if own is None:
         return
-    detection = side.detection.whole()
+    detection = side.detection.checked()
     trusted = _trusted(side, recipe, beside)
     found = recipe_problems(str(side.path), own.manifest, detection, detection, trusted)
     if found:

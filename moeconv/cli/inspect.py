@@ -48,7 +48,7 @@ def inspect(
                 ui.data(line)
             if opened.detection.stacks:
                 ui.table(*show.stack_table(opened.detection.stacks))
-            elif not problems and not opened.detection.passed:
+            elif not problems and not opened.detection.passthrough:
                 ui.data("no routed experts")
             for line in show.other_lines(opened):
                 ui.data(line)

@@ -141,7 +141,7 @@ def _layers(source: str) -> tuple[Layers, Path]:
     from moeconv.detect.moe_layers import layers_of
 
     opened = open_source(source)
-    layers, _ = layers_of(opened.detection.whole().stacks, opened.checkpoint.config)
+    layers, _ = layers_of(opened.detection.checked().stacks, opened.checkpoint.config)
     return layers, opened.path
 
 

@@ -60,7 +60,7 @@ def completeness(
 def bare_dtype(found: Found) -> str | None:
     """The dtype of weights that mean nothing alone, if no part beside them could scale them."""
     scaled = ("scale" in component and not of_inputs(component) for _, component in found.tensors)
-    if found.passed or any(scaled):
+    if found.passthrough or any(scaled):
         return None
     weights = (t for (_, c), t in found.tensors.items() if c in found.recipe.weights)
     dtypes = {tensor.dtype for tensors in weights for tensor in tensors.values()}

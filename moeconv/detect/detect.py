@@ -34,9 +34,9 @@ from moeconv.detect.diagnose import (
 from moeconv.detect.id_ranges import in_ranges, no_range
 from moeconv.detect.interpretations import Reading, bound, readings, turned_about
 from moeconv.detect.match import Found, collect
-from moeconv.detect.recorded_ranks import Told, told_first
+from moeconv.detect.recorded_ranks import RecordedRanks, recorded_first
 from moeconv.detect.solve import Fit, fit
-from moeconv.detect.stack import Member, Sizes, Stack
+from moeconv.detect.stack import Sizes, Stack, StoredComponent
 from moeconv.errors import (
     LayoutContradiction,
     MoeconvError,
@@ -52,23 +52,24 @@ MAX_PROBLEMS: Final = 100  # of one checkpoint that are kept
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """What detection found: whole stacks, tensors of none, and everything that is wrong.
+    """The expert stacks of a checkpoint, its other tensors, and the problems found on the way.
 
-    problems: the first of them, where there are very many.
-    passed: names of stacks whose tensors, `untouched`, stay as they are, among the others.
-    damaged: names of stacks that could not be understood.
+    others: tensors of no stack in `stacks`, `passthrough_tensors` included.
+    problems: at most the first `MAX_PROBLEMS`.
+    rejected: names of stacks that have problems and so are not in `stacks`.
+    passthrough: names of stacks in a format that cannot be rearranged: copied as they are.
     """
 
     stacks: tuple[Stack, ...]
     others: tuple[StoredTensor, ...]
     problems: tuple[MoeconvError, ...]
-    damaged: tuple[str, ...] = ()
-    passed: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
+    passthrough: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    untouched: tuple[StoredTensor, ...] = ()
+    passthrough_tensors: tuple[StoredTensor, ...] = ()
 
-    def whole(self) -> Detection:
-        """This detection, if nothing is wrong. Raises its problems, the first with the rest."""
+    def checked(self) -> Detection:
+        """Return this detection. Raises the first of its problems, with the others attached."""
         if self.problems:
             raise self.problems[0].with_also(self.problems[1:])
         return self
@@ -82,7 +83,7 @@ def detect(
     files: tuple[str, ...],
     from_layout: str | None = None,
     known: dict[str, StackEntry] | None = None,
-    told: Told | None = None,
+    ranks: RecordedRanks | None = None,
 ) -> Detection:
     """Find the expert stacks among `tensors` (headers' facts, no data).
 
@@ -100,7 +101,7 @@ def detect(
     )
     if len(collected) > MAX_STACKS:
         return Detection((), tensors, (too_many_stacks(collected),), tuple(collected))
-    passed = {name: found for name, found in collected.items() if found.passed}
+    passed = {name: found for name, found in collected.items() if found.passthrough}
     as_they_are = tuple(t for found in passed.values() for t in found.all())
     others += as_they_are
     problems = _Kept()
@@ -120,7 +121,7 @@ def detect(
             config,
             known=(known or {}).get(name),
             from_layout=from_layout,
-            told=told or {},
+            ranks=ranks or {},
         )
         if isinstance(judged, Stack):
             stacks.append(judged)
@@ -171,7 +172,7 @@ class _Kept:
 def _said_of_passed(passed: dict[str, Found]) -> Iterator[str]:
     reasons: dict[str, int] = {}
     for found in passed.values():
-        reasons[str(found.passed)] = reasons.get(str(found.passed), 0) + 1
+        reasons[str(found.passthrough)] = reasons.get(str(found.passthrough), 0) + 1
     for component, count in reasons.items():
         yield (
             f"{counted(count, 'stack')} with {quoted(component)}: copied through as they are, "
@@ -229,7 +230,7 @@ def _judge(
     *,
     known: StackEntry | None,
     from_layout: str | None,
-    told: Told,
+    ranks: RecordedRanks,
 ) -> Stack | list[MoeconvError]:
     candidates = _candidates(name, found)
     if isinstance(candidates, MoeconvError):
@@ -252,7 +253,7 @@ def _judge(
         (c, granules, *_first_fit(options, found, c, count, said))
         for c in candidates
         for granules in choices
-        for options in (told_first(readings(found, c, granules), c, name, told),)
+        for options in (recorded_first(readings(found, c, granules), c, name, ranks),)
     ]
     survivors = [(la, g, reading, f.sizes) for la, g, reading, f in fits if f.sizes is not None]
     layouts = list({layout.name: layout for layout, *_ in survivors}.values())
@@ -350,7 +351,7 @@ def _stack(  # noqa: PLR0917
             tensors = found.tensors[key]
             component, axes = reading[key]
             members.append(
-                Member(
+                StoredComponent(
                     line=line,
                     component=component,
                     dtype=next(iter(tensors.values())).dtype,

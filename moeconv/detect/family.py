@@ -80,7 +80,7 @@ def _bare(name: str) -> str:
 
 def _misnamed(detection: Detection) -> bool:
     """Whether the tensors do not have the names of the family that config.json says."""
-    if detection.stacks or detection.passed:
+    if detection.stacks or detection.passthrough:
         return False
     kinds = {type(problem) for problem in detection.problems}
     return kinds == {UnknownExpertTensor} or (

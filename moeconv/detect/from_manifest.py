@@ -12,7 +12,7 @@ from typing import Final
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.names import natural_key
 from moeconv.detect.detect import Detection
-from moeconv.detect.stack import Member, Sizes, Stack
+from moeconv.detect.stack import Sizes, Stack, StoredComponent
 from moeconv.errors import BadManifest, MissingExpert, MoeconvError, abridged, printable, quoted
 from moeconv.layout.axes import EXPERT, IN, OUT, Axes, AxesSyntax, geometry, parse_axes
 from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe, slots_before
@@ -39,7 +39,7 @@ class _Ranks:
     before: int
 
 
-def set_detection(
+def detection_from_manifest(
     manifest: Manifest, stored: dict[tuple[str, str], StoredTensor], recipes: tuple[Recipe, ...]
 ) -> Detection:
     """What an expert-parallel set holds; of each expert's replicas the one in the first slot.
@@ -166,7 +166,7 @@ def _member(
     ranks: _Ranks,
     home: _Home,
     group: list[Held],
-) -> Member:
+) -> StoredComponent:
     line, component, axes = home
     row = entry.physical_to_logical
     share = len(row) // ranks.size if row else 0
@@ -190,7 +190,7 @@ def _member(
             f"{' and '.join(line.projections)}, for {len(first)} of {entry.experts} experts",
             fix="convert the checkpoint again",
         )
-    return Member(
+    return StoredComponent(
         line=line,
         component=component,
         dtype=group[0].entry.dtype,

@@ -31,8 +31,8 @@ class Found:
         return out
 
     @property
-    def passed(self) -> str | None:
-        """The component for which this stack is copied as it is."""
+    def passthrough(self) -> str | None:
+        """The component because of which this stack is copied as it is, if it has one."""
         return next((c for _, c in self.tensors if c in self.recipe.passed), None)
 
     def templates(self) -> set[str]:

@@ -9,10 +9,11 @@ from moeconv.layout.axes import EXPERT, PAIR
 from moeconv.layout.recipe import Layout
 from moeconv.manifest.model import Manifest
 
-Told: TypeAlias = dict[tuple[str, str, str], int]  # (stack, projection, component) -> dimensions
+# number of dimensions of a canonical matrix, by (stack, projection, component)
+RecordedRanks: TypeAlias = dict[tuple[str, str, str], int]
 
 
-def told_by(manifest: Manifest) -> Told:
+def recorded_ranks(manifest: Manifest) -> RecordedRanks:
     """How many dimensions the canonical matrices of each kind have."""
     stacks = manifest.root.stacks
     return {
@@ -24,7 +25,9 @@ def told_by(manifest: Manifest) -> Told:
     }
 
 
-def told_first(options: list[Reading], layout: Layout, stack: str, told: Told) -> list[Reading]:
+def recorded_first(
+    options: list[Reading], layout: Layout, stack: str, told: RecordedRanks
+) -> list[Reading]:
     """The readings with those first that make of each component what is told.
 
     A grid of one block and one number look alike; nothing else says which of them it is.

@@ -37,7 +37,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class StoredComponent:
     """The tensors of one line and component: one for each expert, a single one, or one a rank.
 
     places: for each expert the tensor that holds it and its position along E there, where that
@@ -70,8 +70,8 @@ class Stack:
     recipe: Recipe
     layout: Layout
     sizes: Sizes
-    granules: tuple[tuple[str, int], ...]
-    members: tuple[Member, ...]
+    block_sizes: tuple[tuple[str, int], ...]
+    members: tuple[StoredComponent, ...]
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
@@ -84,7 +84,7 @@ class Stack:
         held = {m.component.name for m in self.members}
         return tuple(c.name for c in self.recipe.components if c.name in held)
 
-    def member(self, projection: str, component: str) -> Member | None:
+    def member(self, projection: str, component: str) -> StoredComponent | None:
         """The tensors that hold a projection's component."""
         for m in self.members:
             if m.component.name == component and projection in m.line.projections:
@@ -97,4 +97,4 @@ class Stack:
             here = m.component.name == component.name and m.line.template == line.template
             if here and m.line.axes == line.axes:
                 return m.axes  # as it is stored, which the recipe may leave open
-        return line.component_axes(component).bound(dict(self.granules))
+        return line.component_axes(component).bound(dict(self.block_sizes))

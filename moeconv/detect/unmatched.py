@@ -46,7 +46,7 @@ def with_leftovers(
     for recipe in _candidates(said, shipped()) if _leftovers(detection) else ():
         if not _leftovers(detection):
             break
-        untouched = set(detection.untouched)
+        untouched = set(detection.passthrough_tensors)
         rest = tuple(t for t in detection.others if t not in untouched)
         found = detect(rest, headers.config, (recipe,), files=headers.files)
         if found.problems:
@@ -56,7 +56,7 @@ def with_leftovers(
             detection = _joined(detection, found, recipe, said)
             recipes += (recipe,) if found.stacks else ()
     left = _leftovers(detection)
-    if not left and not (detection.stacks or detection.passed or detection.problems):
+    if not left and not (detection.stacks or detection.passthrough or detection.problems):
         left = _stacked(detection)
     if left:
         problems = unfit or (_unknown(left, headers, said),)
@@ -77,14 +77,14 @@ def _candidates(said: tuple[Recipe, ...], shipped: Iterable[Recipe]) -> Iterator
 
 def _leftovers(detection: Detection) -> list[StoredTensor]:
     likely = [t for t in detection.others if _ONE_EXPERT.search(t.name)]
-    untouched = set(detection.untouched) if likely else set()
+    untouched = set(detection.passthrough_tensors) if likely else set()
     return [t for t in likely if t not in untouched]
 
 
 def _of_stacks(detection: Detection) -> Iterator[str]:
     """A word on what looks like experts stored together, which stays as it is and whole."""
     left = _stacked(detection)
-    if left and (detection.stacks or detection.passed):
+    if left and (detection.stacks or detection.passthrough):
         more = f" and {counted(len(left) - 1, 'tensor')} more" if left[1:] else ""
         yield (
             f"{quoted(left[0].name)} {list(left[0].shape)}{more}: named like experts stored "
@@ -94,7 +94,7 @@ def _of_stacks(detection: Detection) -> Iterator[str]:
 
 def _stacked(detection: Detection) -> list[StoredTensor]:
     likely = [t for t in detection.others if _looks_stacked(t)]
-    untouched = set(detection.untouched) if likely else set()
+    untouched = set(detection.passthrough_tensors) if likely else set()
     return [t for t in likely if t not in untouched]
 
 
@@ -110,7 +110,7 @@ def _looks_stacked(tensor: StoredTensor) -> bool:
 def _joined(
     one: Detection, other: Detection, recipe: Recipe, said: tuple[Recipe, ...]
 ) -> Detection:
-    names = [s.name for s in other.stacks] + list(other.passed)
+    names = [s.name for s in other.stacks] + list(other.passthrough)
     if not names:
         return one
     note = (
@@ -120,12 +120,12 @@ def _joined(
     )
     return Detection(
         tuple(sorted((*one.stacks, *other.stacks), key=lambda s: natural_key(s.name))),
-        (*one.untouched, *other.others),
+        (*one.passthrough_tensors, *other.others),
         one.problems,
-        one.damaged,
-        tuple(sorted((*one.passed, *other.passed), key=natural_key)),
+        one.rejected,
+        tuple(sorted((*one.passthrough, *other.passthrough), key=natural_key)),
         (note, *one.notes, *other.notes),
-        (*one.untouched, *other.untouched),
+        (*one.passthrough_tensors, *other.passthrough_tensors),
     )
 
 

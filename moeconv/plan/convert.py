@@ -71,7 +71,7 @@ def plan_conversion(
 
 def refuse_no_experts(detection: Detection) -> None:
     """Raise NoExperts where there is nothing to convert."""
-    if detection.stacks or detection.passed:
+    if detection.stacks or detection.passthrough:
         return
     likely = next((t.name for t in detection.others if ".experts." in t.name), None)
     hint = f"; {quoted(likely)} may be one under a name no recipe has" if likely else ""

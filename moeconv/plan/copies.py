@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moeconv.checkpoint.dtypes import BITS
-from moeconv.detect.stack import Member
+from moeconv.detect.stack import StoredComponent
 from moeconv.errors import SubByteAxis, quoted
 from moeconv.layout.axes import EXPERT, Geometry
 from moeconv.plan.model import CopyTile, Piece, Span, Tile, WeaveTile
@@ -135,7 +135,7 @@ class _Weaver:
             tuple(pieces),
         )
 
-    def _span(self, member: Member, key: int) -> Span:
+    def _span(self, member: StoredComponent, key: int) -> Span:
         """The run of the source that holds this expert; E is outermost, so it is one."""
         tensor, position = member.place(key)
         if EXPERT not in member.axes.letters:
@@ -167,6 +167,6 @@ class _Weaver:
         return _Place(offset * self.bits // 8, shape, strides)
 
 
-def projection_place(member: Member, projection: str) -> int:
+def projection_place(member: StoredComponent, projection: str) -> int:
     """The position of a projection along G in the tensors of a member."""
     return member.line.projections.index(projection)

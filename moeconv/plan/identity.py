@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.detect.stack import Member
+from moeconv.detect.stack import StoredComponent
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Axis, geometry, parse_axes
 from moeconv.layout.recipe import Component, Line
 from moeconv.manifest.model import ExpertEntry
@@ -23,7 +23,7 @@ def from_itself(stored: StoredTensor, expert: ExpertEntry | None) -> Draft:
     inner += sorted(c for c in bare.letters if c.islower())
     sizes = dict(zip(inner, expert.matrix, strict=True))
     sizes |= {EXPERT: len(expert.experts), PAIR: len(expert.projections)}
-    member = Member(
+    member = StoredComponent(
         line=Line(expert.projections, "{stack}", bare),
         component=Component(expert.component, bare, "", (bare,)),
         dtype=stored.dtype,

@@ -118,11 +118,11 @@ def shards_in(
 
 
 def _not_shared(detection: Detection) -> list[str]:
-    if not detection.passed:
+    if not detection.passthrough:
         return []
     return [
-        f"{counted(len(detection.passed), 'stack')} copied through "
-        f"({human_size(sum(t.nbytes for t in detection.untouched))}): "
+        f"{counted(len(detection.passthrough), 'stack')} copied through "
+        f"({human_size(sum(t.nbytes for t in detection.passthrough_tensors))}): "
         "not shared among ranks: every rank reads all of it"
     ]
 

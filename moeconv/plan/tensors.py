@@ -9,7 +9,7 @@ from math import prod
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.detect.stack import Member, Stack
+from moeconv.detect.stack import Stack, StoredComponent
 from moeconv.errors import ExpertDtype, StraddlingBlock, quoted
 from moeconv.layout.axes import EXPERT, PAIR, Axes, Geometry, geometry
 from moeconv.layout.recipe import Component, Layout, Line
@@ -25,7 +25,7 @@ class Woven:
     the expert that the members are asked for.
     """
 
-    members: tuple[Member, ...]
+    members: tuple[StoredComponent, ...]
     keys: tuple[int, ...]
     axes: Axes
     geometry: Geometry
@@ -57,7 +57,7 @@ class Kind:
     number: int  # of the stack, in the manifest
     line: Line
     component: Component
-    members: tuple[Member, ...]
+    members: tuple[StoredComponent, ...]
     axes: Axes
 
     def name(self, number: int | None) -> str:
@@ -141,7 +141,7 @@ def kinds_of(
             yield Kind(stack, number, line, component, held, axes)
 
 
-def refuse_two_dtypes(stack: Stack, joined: tuple[Member, ...]) -> None:
+def refuse_two_dtypes(stack: Stack, joined: tuple[StoredComponent, ...]) -> None:
     """One tensor has one dtype: the bytes of another would be read as something else."""
     dtypes = dict.fromkeys(m.dtype for m in joined)
     if len(dtypes) > 1:
@@ -230,12 +230,12 @@ def fates(
     return out
 
 
-def matrix_bytes(member: Member) -> int:
+def matrix_bytes(member: StoredComponent) -> int:
     """Bytes of one logical matrix of a member."""
     return prod(member.geometry.canonical_shape) * BITS[member.dtype] // 8
 
 
-def experts_read(member: Member, experts: int) -> list[list[int]]:
+def experts_read(member: StoredComponent, experts: int) -> list[list[int]]:
     """The experts that are read from each of a member's tensors."""
     if member.places is None:
         return [[e] for e in range(experts)] if member.line.per_expert else [list(range(experts))]

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.text import counted
 from moeconv.detect.detect import Detection
-from moeconv.detect.stack import Member, Stack
+from moeconv.detect.stack import Stack, StoredComponent
 from moeconv.errors import Damaged, MoeconvError, printable, quoted
 from moeconv.layout.axes import Axes, Axis, geometry
 from moeconv.layout.recipe import Component, Layout, Line, Recipe
@@ -125,7 +125,7 @@ def _component_difference(
 
 
 def _stored_otherwise(
-    member: Member, component: Component, layout: Layout, source: Stack
+    member: StoredComponent, component: Component, layout: Layout, source: Stack
 ) -> str | None:
     """How a member is stored as the trusted recipe does not allow it, or SRC has it not."""
     line = next((ln for ln in layout.lines if _key(ln) == _key(member.line)), member.line)
@@ -144,7 +144,7 @@ def _stored_otherwise(
 
 
 def _not_as_written(
-    member: Member, component: Component, layout: Layout, stack: Stack
+    member: StoredComponent, component: Component, layout: Layout, stack: Stack
 ) -> str | None:
     """How a member is stored in axes that are only read, where those that are written fit too.
 
@@ -228,7 +228,9 @@ def entry_problems(manifest: Manifest, detection: Detection) -> Iterator[Moeconv
                 )
 
 
-def _is_of(said: ExpertEntry, stack: int | None, member: Member, experts: tuple[int, int]) -> bool:
+def _is_of(
+    said: ExpertEntry, stack: int | None, member: StoredComponent, experts: tuple[int, int]
+) -> bool:
     """Whether an entry is that of a member's tensor; experts: the first in it, and how many."""
     return (
         said.stack == stack

@@ -23,7 +23,7 @@ from moeconv.checkpoint.output_files import (
 from moeconv.core.digest import digest
 from moeconv.core.strict_json import dumps
 from moeconv.detect.detect import Detection
-from moeconv.detect.from_manifest import set_detection
+from moeconv.detect.from_manifest import detection_from_manifest
 from moeconv.errors import (
     Damaged,
     IoFailed,
@@ -230,7 +230,7 @@ def _all_slots(manifest: Manifest, recipes: tuple[Recipe, ...]) -> list[MoeconvE
         return [damaged(ROOT_NAME, "a part names a tensor twice")]
     problems = [*_sizes(manifest), *_both(manifest)]
     try:
-        found = set_detection(manifest, stored, recipes)
+        found = detection_from_manifest(manifest, stored, recipes)
     except MoeconvError as problem:
         return [*problems, problem]
     return [*problems, *found.problems, *_weightless(found)]

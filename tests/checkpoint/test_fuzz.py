@@ -146,7 +146,7 @@ def test_recipes(raw: bytes, use: bool):
     if use:
         # a recipe that is accepted can be used, for better or worse
         with contextlib.suppress(MoeconvError):
-            detect(STORED, Config(), (recipe,), files=("x",)).whole()
+            detect(STORED, Config(), (recipe,), files=("x",)).checked()
 
 
 @st.composite
@@ -177,4 +177,4 @@ def test_recipes_in_their_own_words(text: str):
         _said(problem)
         return
     with contextlib.suppress(MoeconvError):
-        detect(STORED, Config(), (recipe,), files=("x",)).whole()
+        detect(STORED, Config(), (recipe,), files=("x",)).checked()

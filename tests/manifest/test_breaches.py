@@ -53,7 +53,7 @@ def test_a_breach_is_refused(tmp_path: Path, breach: Breach):
         _refused(_read, made, breach)
         _refused(open_source, made, breach)
     if breach.by in (READER, OPENING):
-        _refused(lambda place: open_source(place).detection.whole(), made, breach)
+        _refused(lambda place: open_source(place).detection.checked(), made, breach)
         out = made.with_name("out")
         with within(10), untouched(made, out):
             _refused(lambda place: moeconv.merge(place, out, jobs=1), made, breach)

@@ -21,7 +21,7 @@ def found(
 ) -> tuple[Layers, tuple[str, ...]]:
     said = builders.config(**config)  # type: ignore[arg-type]
     opened = open_source(builders.write(root / "src", tensors, config=said))
-    return layers_of(opened.detection.whole().stacks, opened.checkpoint.config)
+    return layers_of(opened.detection.checked().stacks, opened.checkpoint.config)
 
 
 def stack(layer: int, prefix: str = "model") -> str:

@@ -77,7 +77,7 @@ def test_runs_that_would_turn_values_are_found(tmp_path: Path):
     assert manifest is not None
     stacks = tuple(replace(s, layout="fused") for s in manifest.root.stacks)
     turned = replace(manifest, root=replace(manifest.root, stacks=stacks))
-    detection = moeconv.open_source(source).detection.whole()
+    detection = moeconv.open_source(source).detection.checked()
     assert virtual_problems(detection, manifest) == []
     (problem,) = virtual_problems(detection, turned)
     assert isinstance(problem, Damaged)
