@@ -26,7 +26,7 @@ from moeconv.detect.recorded_ranks import recorded_ranks
 from moeconv.engine.commit import commit, refuse_collisions
 from moeconv.engine.copy.methods import Methods
 from moeconv.engine.copy.pool import Limits
-from moeconv.engine.output.disk_space import Room, refuse_short, room_needed
+from moeconv.engine.output.disk_space import DiskSpace, refuse_short, space_needed
 from moeconv.engine.output.preflight import refuse_existing, refuse_overlap
 from moeconv.engine.output.resume import is_restored, refuse_other_set
 from moeconv.engine.output.transaction import end_run
@@ -66,7 +66,7 @@ class Result:
     source: Opened
     out: Path
     plan: Plan
-    room: Room
+    room: DiskSpace
     manifest: Manifest | None
     dry_run: bool
     methods: Methods | None = None
@@ -325,7 +325,7 @@ def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
     place = out if out.is_symlink() and not out.exists() else Path(os.path.realpath(out))
     limits = limits_of(run.jobs, run.max_memory)
     if run.resume and plan.restores and is_restored(place, plan, checkpoint, limits):
-        room = room_needed(plan, checkpoint, place)
+        room = space_needed(plan, checkpoint, place)
         if not run.dry_run:
             notes = end_run(place, limits, restored=True)
             plan = replace(plan, notes=(*plan.notes, *notes))
@@ -334,7 +334,7 @@ def carry_out(source: Opened, out: Path, plan: Plan, run: Run) -> Result:
         place, limits=limits, overwrite=run.overwrite, resume=run.resume, restores=plan.restores
     )
     refuse_collisions(plan, checkpoint)
-    room = room_needed(plan, checkpoint, place)
+    room = space_needed(plan, checkpoint, place)
     if run.dry_run:
         return Result(source, out, plan, room, None, dry_run=True)
     if not run.resume:

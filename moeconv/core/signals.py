@@ -1,4 +1,4 @@
-"""Steps that an interruption must not part: what was made, and the note that it was."""
+"""Defer SIGINT and SIGTERM across steps that must happen together."""
 
 from __future__ import annotations
 
@@ -10,40 +10,41 @@ from types import FrameType
 
 
 def _nothing() -> None:
-    """What to do where nothing is to be done."""
+    """Do nothing: the default for `then`."""
 
 
 @contextmanager
-def undisturbed(then: Callable[[], None] = _nothing) -> Iterator[None]:
-    """What SIGINT and SIGTERM raise, in Ctrl-C or otherwise, is raised at the end of the block.
+def defer_signals(then: Callable[[], None] = _nothing) -> Iterator[None]:
+    """Raise what the handlers of SIGINT and SIGTERM raise only at the end of the block.
 
-    Their handlers run at once. then: called when one of them raised, to end the block soon.
+    The handlers themselves run at once. then: called when one of them raised, so that the block
+    can end early. Outside the main thread, which alone is interrupted, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is ever interrupted
+        yield
         return
-    put_off: list[BaseException] = []
+    deferred: list[BaseException] = []
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     handlers = {n: handler for n, handler in before.items() if callable(handler)}
 
-    def later(number: int, frame: FrameType | None) -> None:
+    def run_handler(number: int, frame: FrameType | None) -> None:
         try:
             handlers[signal.Signals(number)](number, frame)
-        except BaseException as problem:  # noqa: BLE001 - put off, whatever it is
-            put_off.append(problem)
+        except BaseException as problem:  # noqa: BLE001 - deferred, whatever it is
+            deferred.append(problem)
             then()
 
     try:
         for one in handlers:
-            signal.signal(one, later)
+            signal.signal(one, run_handler)
         yield
     finally:
-        # either handler may raise as soon as it is back: the other one must come back all the same
+        # a restored handler may raise at once: the other one must be restored all the same
         try:
             if signal.SIGTERM in handlers:
                 signal.signal(signal.SIGTERM, handlers[signal.SIGTERM])
         finally:
             if signal.SIGINT in handlers:
                 signal.signal(signal.SIGINT, handlers[signal.SIGINT])
-        if put_off:
-            raise put_off[0]
+        if deferred:
+            raise deferred[0]

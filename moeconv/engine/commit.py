@@ -10,29 +10,29 @@ from pathlib import Path
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.digest import digest, hasher
-from moeconv.core.signals import undisturbed
+from moeconv.core.signals import defer_signals
 from moeconv.engine.copy.methods import REFLINK, Methods
 from moeconv.engine.copy.pool import Limits, Progress, run_tiles
-from moeconv.engine.copy.target import DiskTarget
+from moeconv.engine.copy.target import DiskSink
 from moeconv.engine.copy.worker import Digests, Promised
 from moeconv.engine.copy.write_buffer import BUFFER_BYTES
 from moeconv.engine.manifest_writer import (
     document,
+    document_names,
     entry_of,
     grouped,
     origin_of,
-    paper_names,
     part_of,
     read_back,
     source_entry,
     virtual_parts,
 )
 from moeconv.engine.output.atomic_file import new_file, partial_path, write_new, writing
-from moeconv.engine.output.disk_space import Room, refuse_short
-from moeconv.engine.output.journal import barely_begun, plan_digest, resumable
+from moeconv.engine.output.disk_space import DiskSpace, refuse_short
+from moeconv.engine.output.journal import clear_aborted_start, plan_digest, resumable
 from moeconv.engine.output.ownership import Inventory
 from moeconv.engine.output.resume import finished_before, identity
-from moeconv.engine.output.transaction import Workplace, fsync_directory
+from moeconv.engine.output.transaction import OutputTransaction, fsync_directory
 from moeconv.engine.recorded_digests import recorded
 from moeconv.errors import MoeconvError, NameCollision, SourceChanged, quoted
 from moeconv.manifest.model import (
@@ -74,7 +74,7 @@ def commit(
     *,
     limits: Limits,
     methods: Methods,
-    room: Room,
+    room: DiskSpace,
     overwrite: bool,
     resume: bool,
     later: bool,
@@ -94,12 +94,12 @@ def commit(
     Returns the manifest that was written, or None for a restored origin, which has none; and notes.
     Raises IoFailed, DiskFull, SourceChanged, Damaged (a set of ours whose bytes are not its own).
     """
-    work = Workplace(out, limits, replaced, keeps=resume)
+    work = OutputTransaction(out, limits, replaced, keeps=resume)
     mark = plan_digest(plan, identity(checkpoint))
     kept: dict[str, Digests] = {}
     journal = None
     try:
-        if resume and out.exists() and not barely_begun(out) and any(out.iterdir()):
+        if resume and out.exists() and not clear_aborted_start(out) and any(out.iterdir()):
             work.lock()
             journal = resumable(out, mark)
             work.refuse_appeared(journal)
@@ -124,7 +124,7 @@ def commit(
             ).run()
             work.done(restored=plan.restores)
         except BaseException as problem:
-            _take_back(work, problem)
+            _roll_back(work, problem)
             raise
     finally:
         work.close()
@@ -134,14 +134,14 @@ def commit(
 def _names(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Every file that the run will make, for the journal."""
     data = [] if plan.virtual else [f.name for f in plan.files]
-    papers = paper_names(plan)
+    papers = document_names(plan)
     index = [plan.index_name] if plan.index_name else []
     return (*data, *papers, *index, *(s.name for s in checkpoint.sidecars))
 
 
-def _take_back(work: Workplace, problem: BaseException) -> None:
-    with undisturbed():  # Ctrl-C once more does not make it wish for less
-        left = work.take_back()
+def _roll_back(work: OutputTransaction, problem: BaseException) -> None:
+    with defer_signals():  # Ctrl-C once more does not make it wish for less
+        left = work.roll_back()
         if left and isinstance(problem, MoeconvError):
             problem.cause = f"{problem.cause}; {left}" if problem.cause else left
         elif left or isinstance(problem, KeyboardInterrupt):
@@ -153,11 +153,11 @@ class _Commit:
         self,
         plan: Plan,
         checkpoint: Checkpoint,
-        work: Workplace,
+        work: OutputTransaction,
         *,
         limits: Limits,
         methods: Methods,
-        room: Room,
+        room: DiskSpace,
         progress: Progress,
         later: bool,
         unchecked: bool,
@@ -202,13 +202,13 @@ class _Commit:
             run_tiles(
                 tuple(f for f in self.plan.files if f.name not in self.kept),
                 self.checkpoint.files,
-                lambda file: DiskTarget(file, self.out, self.methods, self._finished),
+                lambda file: DiskSink(file, self.out, self.methods, self._finished),
                 limits=self.limits,
                 progress=self.progress,
                 promised=self._promised,
             )
         sidecars = tuple(self._sidecar(s) for s in self.checkpoint.sidecars)
-        manifest = None if self.plan.restores else self._papers(sidecars)
+        manifest = None if self.plan.restores else self._documents(sidecars)
         for partial, final in self.waiting:
             self.work.rename(partial, final)
         self._settle()
@@ -267,7 +267,7 @@ class _Commit:
             self.recorded.check_file(part, digests, self.plan.stacks)
         return part
 
-    def _papers(self, sidecars: tuple[FileEntry, ...]) -> Manifest:
+    def _documents(self, sidecars: tuple[FileEntry, ...]) -> Manifest:
         """Parts and origin; the manifest is returned, to be written last."""
         groups = grouped(self.plan, self.parts, self.virtual)
         entries = tuple(

@@ -37,7 +37,7 @@ Grouped: TypeAlias = dict[str, tuple[Part, ...]]  # by the name of the document
 _READ_AT_ONCE: Final = 4096  # tensors: as values of JSON they take kilobytes each
 
 
-def paper_names(plan: Plan) -> list[str]:
+def document_names(plan: Plan) -> list[str]:
     """The documents that a set has beside root and index."""
     if plan.restores:
         return []

@@ -55,7 +55,7 @@ def compare_source(
     run_tiles(
         files,
         read.files,
-        lambda file: _Comparing(file, by_name[file.name], report, record, stacks),
+        lambda file: CompareSink(file, by_name[file.name], report, record, stacks),
         limits=limits,
         progress=progress,
     )
@@ -106,7 +106,7 @@ def _facts(detection: Detection) -> dict[str, str]:
     return facts
 
 
-class _Comparing(Reader):
+class CompareSink(Reader):
     """A target that holds what would be written against what is there."""
 
     def __init__(

@@ -28,7 +28,7 @@ import numpy as np
 
 import moeconv
 from moeconv.engine.copy.buffers import Memory, Take, mapped
-from moeconv.engine.copy.permute import memory_of, view, weave
+from moeconv.engine.copy.permute import memory_of, permute, view
 from moeconv.plan.model import Span, WeaveTile
 
 EXPERTS: Final = 2
@@ -123,7 +123,7 @@ def ways(tile: WeaveTile, pool: memoryview, memory: Memory) -> Ways:
 
     def engine() -> None:
         with memory.hold(memory_of(tile)) as take:
-            weave(tile, read, take)
+            permute(tile, read, take)
 
     items = np.frombuffer(pool, dtype=f"u{tile.itemsize}")
     out = np.frombuffer(mapped(tile.nbytes), dtype=items.dtype)
@@ -138,7 +138,7 @@ def ways(tile: WeaveTile, pool: memoryview, memory: Memory) -> Ways:
         out[...] = items[: len(out)]
 
     def whole(take: Take) -> bytes:
-        return bytes(weave(tile, read, take)[0])
+        return bytes(permute(tile, read, take)[0])
 
     plain()
     with memory.hold(memory_of(tile)) as take:

@@ -144,13 +144,13 @@ def test_a_file_that_cannot_be_made_is_tried_once(
     """Whoever waited for its opening would find a half-made one, and say that instead."""
     opened: list[int] = []
 
-    def fail(_: target.DiskTarget) -> None:
+    def fail(_: target.DiskSink) -> None:
         opened.append(1)
         time.sleep(0.2)
         raise IoFailed("no space")
 
     monkeypatch.setattr(pool, "BATCH_BYTES", 1)
-    monkeypatch.setattr(target.DiskTarget, "open", fail)
+    monkeypatch.setattr(target.DiskSink, "open", fail)
     big(tmp_path / "src")
     with pytest.raises(IoFailed, match="no space"):
         moeconv.fuse(tmp_path / "src", tmp_path / "out", jobs=4)

@@ -199,7 +199,7 @@ def test_btrfs_gets_a_file_in_order_and_begins_on_it_meanwhile(
         offsets[file].append(at)
 
     monkeypatch.setattr(pool, "BATCH_BYTES", 1 << 20)
-    monkeypatch.setattr(target, "SETTLED_BYTES", 0)
+    monkeypatch.setattr(target, "MIN_WRITEBACK_BYTES", 0)
     monkeypatch.setattr(os, "pwrite", watched(os.pwrite, wrote))
     for room in (target, writeback):
         look = watched(room.start_writeback, lambda *_: begun.add(threading.get_ident()))

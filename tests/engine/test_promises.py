@@ -66,12 +66,12 @@ def test_where_nothing_can_be_cloned_after_all_every_digest_is_held_against_its_
     moeconv.fuse(src, cloning / "fused")
     monkeypatch.setattr(target, "clone_range", lambda *_: False)
     rows: list[int] = []
-    real = worker._in_a_row
+    real = worker._adjacent_copies
 
     def seen(found: list[CopyTile]) -> None:
         rows.append(len(found))
 
-    monkeypatch.setattr(worker, "_in_a_row", around(real, after=seen))
+    monkeypatch.setattr(worker, "_adjacent_copies", around(real, after=seen))
     result = moeconv.shard(cloning / "fused", cloning / "out", ep_size=4)
     assert share(result) == 0
     # each tile is looked at once, however long the row that cannot be cloned

@@ -35,7 +35,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(target, "is_btrfs", lambda _: True)
     monkeypatch.setattr(target, "open_direct", lambda _: None)
-    monkeypatch.setattr(target, "SETTLED_BYTES", 0)
+    monkeypatch.setattr(target, "MIN_WRITEBACK_BYTES", 0)
     monkeypatch.setattr(pool, "BATCH_BYTES", 1)
     monkeypatch.setattr(writeback, "start_writeback", slow)
     write(tmp_path / "src", qwen(4, 256, 1024), config=config(width=256, hidden=1024))
@@ -104,7 +104,7 @@ def test_what_the_disk_has_had_for_a_while_leaves_the_page_cache(
     calls: list[int | str] = []
     monkeypatch.setattr(writeback, "BEHIND_BYTES", 100)
     monkeypatch.setattr(writeback, "start_writeback", lambda _, at, __: calls.append(at))
-    monkeypatch.setattr(writeback, "let_go", lambda _, nbytes: calls.append(f"-{nbytes}"))
+    monkeypatch.setattr(writeback, "drop_cached", lambda _, nbytes: calls.append(f"-{nbytes}"))
     with (tmp_path / "file").open("wb") as stream:
         begun = writeback.Writeback(stream.fileno(), 10)
         for at in order:
@@ -120,10 +120,10 @@ def test_only_what_is_on_the_disk_is_let_go(tmp_path: Path) -> None:
     with path.open("wb") as stream:
         stream.write(b"x" * 100_000)
         stream.flush()
-        syscalls.let_go(stream.fileno(), 1 << 20)
+        syscalls.drop_cached(stream.fileno(), 1 << 20)
     assert path.read_bytes() == b"x" * 100_000
     reader, writer = os.pipe()
-    syscalls.let_go(writer, 4096)  # what has no pages is no failure
+    syscalls.drop_cached(writer, 4096)  # what has no pages is no failure
     os.close(reader)
     os.close(writer)
 

@@ -38,7 +38,7 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(src: Path) -> tuple[dict[str, str], float]:
-    """What an undisturbed run leaves, and how many seconds it takes."""
+    """What an defer_signals run leaves, and how many seconds it takes."""
     out = src.parent / "whole"
     began = time.monotonic()
     assert moeconv("shard", src, "-o", out, *OPTIONS).code == 0

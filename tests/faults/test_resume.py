@@ -33,7 +33,7 @@ def src(tmp_path: Path) -> Path:
 
 
 def killed(src: Path, out: Path, times: int, seed: int = 7) -> list[Path]:
-    """What so many runs left that were killed at some moment; `whole` beside is undisturbed."""
+    """What so many runs left that were killed at some moment; `whole` beside is defer_signals."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.killed", src, out, str(seed), str(times)],
         cwd=ROOT,
@@ -231,17 +231,17 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, files: int) -> None:
     """The disk fills up when so many data files are finished."""
     from moeconv.engine.copy import target
 
-    real: Callable[..., None] = target.DiskTarget.open
+    real: Callable[..., None] = target.DiskSink.open
     opened = 0
 
-    def open_(self: target.DiskTarget) -> None:
+    def open_(self: target.DiskSink) -> None:
         nonlocal opened
         opened += 1
         if opened > files:
             raise IoFailed("cannot write", cause="No space left on device", fix="make room")
         real(self)
 
-    monkeypatch.setattr(target.DiskTarget, "open", open_)
+    monkeypatch.setattr(target.DiskSink, "open", open_)
 
 
 def test_a_journal_of_tensors_without_digests_is_read(tmp_path: Path):

@@ -31,21 +31,23 @@ _TURNED_SHAPE = (_BLOCK, _BLOCK + _GAP)
 
 
 def memory_of(tile: WeaveTile) -> int:
-    """Bytes that `weave` takes: spans, the tile, one canonical matrix, the blocks to turn by."""
+    """Bytes that `permute` takes: spans, the tile, one canonical matrix, the blocks to turn by."""
     blocks = [span.nbytes for span in tile.spans]
     blocks += [] if tile.straight else [tile.nbytes]
-    return sum(map(paged, [*blocks, _largest(tile), _turning(tile)]))
+    return sum(map(paged, [*blocks, _largest_matrix(tile), _block_bytes(tile)]))
 
 
-def _turning(tile: WeaveTile) -> int:
+def _block_bytes(tile: WeaveTile) -> int:
     return (prod(_READ_SHAPE) + prod(_TURNED_SHAPE)) * tile.itemsize
 
 
-def _largest(tile: WeaveTile) -> int:
+def _largest_matrix(tile: WeaveTile) -> int:
     return max((prod(p.shape) * tile.itemsize for p in tile.pieces), default=0)
 
 
-def weave(tile: WeaveTile, read: ReadSpan, take: Take) -> tuple[memoryview, list[tuple[int, str]]]:
+def permute(
+    tile: WeaveTile, read: ReadSpan, take: Take
+) -> tuple[memoryview, list[tuple[int, str]]]:
     """The tile's bytes, and the digest of each of its units.
 
     take: memory, of which it takes `memory_of(tile)`.
@@ -53,7 +55,7 @@ def weave(tile: WeaveTile, read: ReadSpan, take: Take) -> tuple[memoryview, list
     """
     dtype = f"u{tile.itemsize}"
     spans = [np.frombuffer(read(span, take(span.nbytes)), dtype=dtype) for span in tile.spans]
-    desk = _Desk(take, tile)
+    desk = _Scratch(take, tile)
     units: list[tuple[int, str]] = []
     if tile.straight:
         units = [
@@ -79,7 +81,7 @@ def weave(tile: WeaveTile, read: ReadSpan, take: Take) -> tuple[memoryview, list
     return out.view(np.uint8).data, units
 
 
-class _Desk:
+class _Scratch:
     """Memory to work in, taken when the first matrix needs it and kept for the next."""
 
     def __init__(self, take: Take, tile: WeaveTile) -> None:
@@ -90,14 +92,14 @@ class _Desk:
 
     def like(self, matrix: Items) -> Items:
         """Memory in canonical order for such a matrix."""
-        self._canonical = self._canonical or self._take(_largest(self._tile))
+        self._canonical = self._canonical or self._take(_largest_matrix(self._tile))
         data = np.frombuffer(self._canonical[: matrix.nbytes], dtype=matrix.dtype)
         return data.reshape(matrix.shape)
 
     def blocks(self) -> tuple[Items, Items]:
         """A block as it is read, `_READ_SHAPE`, and one turned, `_TURNED_SHAPE`."""
         if self._blocks is None:
-            items = np.frombuffer(self._take(_turning(self._tile)), f"u{self._tile.itemsize}")
+            items = np.frombuffer(self._take(_block_bytes(self._tile)), f"u{self._tile.itemsize}")
             read, turned = np.split(items, [prod(_READ_SHAPE)])
             self._blocks = read.reshape(_READ_SHAPE), turned.reshape(_TURNED_SHAPE)
         return self._blocks
@@ -109,7 +111,7 @@ def view(items: Items, piece: Piece, offset: int, strides: tuple[int, ...]) -> I
     return as_strided(items[offset:], shape=piece.shape, strides=steps)
 
 
-def _digest(matrix: Items, desk: _Desk) -> str:
+def _digest(matrix: Items, desk: _Scratch) -> str:
     if not matrix.flags.c_contiguous:
         canonical = desk.like(matrix)
         _move(canonical, matrix, desk)
@@ -117,7 +119,7 @@ def _digest(matrix: Items, desk: _Desk) -> str:
     return digest(matrix.data.cast("B"))
 
 
-def _move(target: Items, source: Items, desk: _Desk) -> None:
+def _move(target: Items, source: Items, desk: _Scratch) -> None:
     """target[...] = source, in blocks where the two run along different axes."""
     if target.ndim != 2 or _fastest(target) == _fastest(source):
         target[...] = source

@@ -10,7 +10,7 @@ from typing import Final, Protocol, TypeAlias
 
 from moeconv.checkpoint.source import DataFile
 from moeconv.core.digest import EMPTY_DIGEST
-from moeconv.core.signals import undisturbed
+from moeconv.core.signals import defer_signals
 from moeconv.engine.copy.buffers import Memory
 from moeconv.engine.copy.sources import SourceFile, Sources, opened
 from moeconv.engine.copy.worker import Bytes, Digests, Promised, Stopped, TileRunner
@@ -137,7 +137,7 @@ def run_tiles(
     batches = sum(job.pending for job in queue)
     jobs, most = _shares(len(sources), min(limits.jobs, batches, MAX_JOBS))
     with opened(sources, most=most) as source:
-        _Crew(queue, source, limits.max_memory, progress).work(jobs)
+        _WorkerPool(queue, source, limits.max_memory, progress).work(jobs)
         source.unchanged()
 
 
@@ -152,7 +152,7 @@ def _shares(files: int, jobs: int) -> tuple[int, int]:
     return jobs, max(left - _DESCRIPTORS_A_TARGET * jobs, jobs)
 
 
-class _Crew:
+class _WorkerPool:
     def __init__(
         self,
         queue: list[_Job],
@@ -177,7 +177,7 @@ class _Crew:
         ]
         try:
             # whoever presses Ctrl-C wants an end, but not of files that are being written to
-            with undisturbed(then=self._stop.set):
+            with defer_signals(then=self._stop.set):
                 crew = _started(crew)
                 for _, done in crew:
                     # not `join`: before 3.13 it takes a thread for dead when a signal comes
@@ -189,7 +189,7 @@ class _Crew:
                 _wait_out(thread, done)
             raise
         finally:
-            with undisturbed():
+            with defer_signals():
                 self._close()
         if self._failure is not None:
             raise self._failure
@@ -306,7 +306,7 @@ def _job(file: OutputFile, target: Target, promised: Promised) -> _Job:
     # a file without data still has one batch, so that it is made at all
     batches.append(tuple(batch))
     digests = [[EMPTY_DIGEST] * tensor.units for tensor in file.tensors]
-    alone = target.serial and _mostly_copied(file, target)
+    alone = target.serial and _is_mostly_copied(file, target)
     return _Job(file, target, promised, digests, batches[::-1], len(batches), alone)
 
 
@@ -319,7 +319,7 @@ def _cost(tile: Tile, target: Target, promised: Promised) -> int:
     return tile.nbytes
 
 
-def _mostly_copied(file: OutputFile, target: Target) -> bool:
+def _is_mostly_copied(file: OutputFile, target: Target) -> bool:
     """Whether there is hardly more to do than to copy bytes: nothing to permute, or to clone."""
     copied = 0
     for tile in file.tiles:

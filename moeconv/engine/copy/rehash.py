@@ -8,7 +8,7 @@ from moeconv.engine.copy.worker import Digests, Origin
 from moeconv.plan.model import OutputFile
 
 
-class _Hashing(Reader):
+class HashSink(Reader):
     """A target that keeps nothing but the digests."""
 
     def __init__(self, file: OutputFile, found: dict[str, Digests]) -> None:
@@ -38,5 +38,5 @@ def digests_of(
 ) -> dict[str, Digests]:
     """The digests of every unit of planned files, by file, freshly read from the sources."""
     found: dict[str, Digests] = {}
-    run_tiles(files, sources, lambda file: _Hashing(file, found), limits=limits, progress=progress)
+    run_tiles(files, sources, lambda file: HashSink(file, found), limits=limits, progress=progress)
     return found

@@ -58,7 +58,7 @@ def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
         call(descriptor, _offset(offset), _offset(nbytes), ctypes.c_uint(_WRITE_NOW))
 
 
-def let_go(descriptor: int, nbytes: int) -> None:
+def drop_cached(descriptor: int, nbytes: int) -> None:
     """Take a file's first bytes out of the page cache, as far as they are on the disk.
 
     A hint, and it waits for nothing: a wait would be told of a failed write in fsync's place.

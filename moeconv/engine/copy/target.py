@@ -34,12 +34,12 @@ DIRECT_BYTES: Final = 256 * 1024
 KERNEL_BYTES: Final = 64 * 1024
 
 # fewer bytes in the page cache than that can wait for the end
-SETTLED_BYTES: Final = 4 * 1024 * 1024
+MIN_WRITEBACK_BYTES: Final = 4 * 1024 * 1024
 
 Finished: TypeAlias = Callable[[OutputFile, Path, Digests], None]
 
 
-class DiskTarget:
+class DiskSink:
     """One output file; `finished` gets it once all of it is on the disk, to name it."""
 
     def __init__(self, file: OutputFile, out: Path, methods: Methods, finished: Finished) -> None:
@@ -53,7 +53,7 @@ class DiskTarget:
         self._serial = is_btrfs(out)
         self._writeback: Writeback | None = None
         self._refused = False  # writes past the page cache, by the device
-        self._unsettled = 0  # bytes that wait in the page cache; a hint, so the lock is not asked
+        self._cached_bytes = 0  # in the page cache; a hint, so read without the lock
         self._writing = threading.Lock()
 
     @property
@@ -103,7 +103,7 @@ class DiskTarget:
         # here they sleep, or rather read and hash what comes next
         with self._writing, writing(self._path):
             write_at(self._descriptor, view, offset)
-            self._unsettled += len(view)
+            self._cached_bytes += len(view)
         self._methods.tally.add(written=len(view))
 
     def _write_direct(self, view: memoryview, offset: int) -> tuple[int, int]:
@@ -140,7 +140,7 @@ class DiskTarget:
             return 0
         with self._writing, writing(self._path):
             done = copy_in_kernel(source.descriptor, offset, self._descriptor, at, nbytes)
-            self._unsettled += done
+            self._cached_bytes += done
         self._methods.tally.add(copied=done)
         return done
 
@@ -166,9 +166,9 @@ class DiskTarget:
 
         Not for the edges of clones: each would be a write of its own, with somebody waiting.
         """
-        if self.clones and self._unsettled < SETTLED_BYTES:
+        if self.clones and self._cached_bytes < MIN_WRITEBACK_BYTES:
             return
-        self._unsettled = 0
+        self._cached_bytes = 0
         if self._writeback is not None:
             self._writeback.begin(offset, nbytes)
         else:

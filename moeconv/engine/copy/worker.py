@@ -9,7 +9,7 @@ from typing import Final, Protocol, TypeAlias
 from moeconv.core.digest import digest, hasher
 from moeconv.engine.copy.buffers import Memory
 from moeconv.engine.copy.sources import SourceFile, Sources
-from moeconv.engine.copy.write_buffer import Gather, pieces
+from moeconv.engine.copy.write_buffer import WriteCombiner, pieces
 from moeconv.errors import MoeconvError, quoted
 from moeconv.plan.model import CopyTile, OutputFile, Span, Tile, WeaveTile
 
@@ -20,7 +20,7 @@ LARGE_TILE_BYTES: Final = 256 * 1024
 CLONED_TILE_BYTES: Final = 16 * 1024
 
 # in the kernel, unread: large enough to cost few calls, small enough to be stopped between two
-UNSEEN_BYTES: Final = 64 * 1024 * 1024
+KERNEL_COPY_BYTES: Final = 64 * 1024 * 1024
 
 Origin: TypeAlias = tuple[SourceFile, int]
 Digests: TypeAlias = "list[list[str]]"
@@ -68,7 +68,7 @@ class TileRunner:
         self._memory = memory
         self._stop = stop
         self._advance = advance
-        self._gather = Gather()
+        self._combiner = WriteCombiner()
 
     def close(self) -> None:
         """Let go of the source's file that was read last."""
@@ -98,17 +98,17 @@ class TileRunner:
             elif isinstance(tile, CopyTile):
                 several: list[CopyTile] = []
                 if target.clones and number > alone:
-                    several = _in_a_row(tiles, number - 1, promised)
-                if len(several) > 1 and self._at_once(several, digests, target, promised):
+                    several = _adjacent_copies(tiles, number - 1, promised)
+                if len(several) > 1 and self._clone_several(several, digests, target, promised):
                     number += len(several) - 1
                 else:
                     alone = max(alone, number + len(several) - 1)  # asked once for all of them
                     self._large(tile, digests, target, promised)
             elif not (tile.straight and self._straight(tile, digests, target, promised)):
                 self._weave(file, tile, digests, target)
-        self._gather.flush(target)
+        self._combiner.flush(target)
 
-    def _at_once(
+    def _clone_several(
         self, tiles: list[CopyTile], digests: Digests, target: Bytes, promised: Promised
     ) -> bool:
         """Clone tiles that follow one another on both sides, their digests all promised."""
@@ -124,8 +124,8 @@ class TileRunner:
         return True
 
     def _small(self, tile: CopyTile, digests: Digests, target: Bytes, promised: Promised) -> None:
-        """Gather: many scales and norms make one write."""
-        view = self._gather.place(target, tile.start, tile.nbytes)
+        """WriteCombiner: many scales and norms make one write."""
+        view = self._combiner.place(target, tile.start, tile.nbytes)
         self._source.read_into(tile.file, view, tile.offset)
         # what is small depends on the file system, and whose digest comes later must not
         later = promised(tile.tensor, tile.unit) == ""
@@ -143,7 +143,7 @@ class TileRunner:
             self._beside((first, last), tile.file, tile.offset, tile.start, tile.nbytes, target)
             return
         state = hasher()
-        buffer = self._gather.whole(target)
+        buffer = self._combiner.whole(target)
         for done, size, place in pieces(tile.start, tile.nbytes):
             self._refuse_stopped()
             view = buffer[place : place + size]
@@ -158,7 +158,7 @@ class TileRunner:
     def _straight(
         self, tile: WeaveTile, digests: Digests, target: Bytes, promised: Promised
     ) -> bool:
-        """A weave that changes no byte: cloned or copied as it is, if its digests are promised."""
+        """Clone or copy a tile that permutes nothing, if its digests are known."""
         values = [promised(tile.tensor, p.unit) for p in tile.pieces]
         known = [v for v in values if v is not None]
         span = tile.spans[0]
@@ -182,7 +182,7 @@ class TileRunner:
         for start, stop in ((0, first), (last, nbytes)):
             if stop - start < LARGE_TILE_BYTES:  # a clone's edges meet those of its neighbours
                 if start < stop:
-                    view = self._gather.place(target, at + start, stop - start)
+                    view = self._combiner.place(target, at + start, stop - start)
                     self._source.read_into(file, view, offset + start)
                 done += stop - start
             else:
@@ -191,11 +191,11 @@ class TileRunner:
 
     def _move(self, file: int, offset: int, at: int, nbytes: int, target: Bytes) -> None:
         """Copy bytes that nobody needs to see."""
-        done, buffer = 0, self._gather.whole(target)
+        done, buffer = 0, self._combiner.whole(target)
         source = self._source.file(file)
         while done < nbytes:
             self._refuse_stopped()
-            size = min(UNSEEN_BYTES, nbytes - done)
+            size = min(KERNEL_COPY_BYTES, nbytes - done)
             count = target.copy(source, offset + done, at + done, size)
             if not count:
                 _, count, place = next(pieces(at + done, nbytes - done))
@@ -210,7 +210,10 @@ class TileRunner:
             raise Stopped
 
     def _weave(self, file: OutputFile, tile: WeaveTile, digests: Digests, target: Bytes) -> None:
-        from moeconv.engine.copy.permute import memory_of, weave  # NumPy takes longer than to plan
+        from moeconv.engine.copy.permute import (  # NumPy takes longer than to plan
+            memory_of,
+            permute,
+        )
 
         first = last = 0
         if tile.straight:  # read for its digests only, where its bytes can be had without a copy
@@ -219,7 +222,7 @@ class TileRunner:
             first, last = target.clone(source, span.offset, tile.start, tile.nbytes)
         with self._memory.hold(memory_of(tile)) as take:
             try:
-                data, units = weave(tile, self._read_span, take)
+                data, units = permute(tile, self._read_span, take)
             except MoeconvError as problem:
                 problem.at = problem.at or quoted(file.tensors[tile.tensor].name)
                 raise
@@ -250,7 +253,7 @@ def _outside(start: int, stop: int, first: int, last: int) -> list[tuple[int, in
     return [(a, b) for a, b in parts if start <= a < b <= stop]
 
 
-def _in_a_row(tiles: tuple[Tile, ...], number: int, promised: Promised) -> list[CopyTile]:
+def _adjacent_copies(tiles: tuple[Tile, ...], number: int, promised: Promised) -> list[CopyTile]:
     """The copies from `number` on that are one run of bytes in source and target."""
     found: list[CopyTile] = []
     for tile in tiles[number:]:

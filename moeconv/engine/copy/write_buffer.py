@@ -18,7 +18,7 @@ class Writes(Protocol):
         """Take bytes that belong at `offset`."""
 
 
-class Gather:
+class WriteCombiner:
     """Small pieces wait here until one comes that does not follow, or finds no room.
 
     Bytes stand in their page of memory as they will in the target's, as writing past the page

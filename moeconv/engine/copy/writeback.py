@@ -6,7 +6,7 @@ import queue
 import threading
 from typing import Final
 
-from moeconv.engine.copy.syscalls import let_go, start_writeback
+from moeconv.engine.copy.syscalls import drop_cached, start_writeback
 
 # what the disk is still busy with stays in memory in any case; to ask for it costs a walk
 BEHIND_BYTES: Final = 192 * 1024 * 1024
@@ -55,6 +55,6 @@ class Writeback:
                 while (stop := self._begun.pop(self._whole, None)) is not None:
                     self._whole = stop
                 if (behind := self._whole - BEHIND_BYTES) > 0:
-                    let_go(self._descriptor, behind)
+                    drop_cached(self._descriptor, behind)
         finally:
             self._ended.set()

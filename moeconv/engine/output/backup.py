@@ -26,7 +26,7 @@ def beside(out: Path) -> Path:
     return out.with_name(hidden_name(out.name, ".replaced"))
 
 
-def noted_aside(out: Path, journal: Journal | None) -> Path | None:
+def recorded_backup(out: Path, journal: Journal | None) -> Path | None:
     """The old output that a journal's run put aside, if it is still there."""
     if journal is None or journal.aside is None:
         return None

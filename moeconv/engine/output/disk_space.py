@@ -16,11 +16,11 @@ from moeconv.errors import DiskFull, quoted
 from moeconv.plan.model import CopyTile, Plan
 
 # parts, origin and index hold names and digests: a few hundred bytes a unit, plus their headers
-PAPER_BYTES_A_UNIT: Final = 512
+DOCUMENT_BYTES_PER_UNIT: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class DiskSpace:
     """Free space against what a plan needs, in bytes.
 
     shared: what of that takes no room where the file system clones, as it seems to.
@@ -36,7 +36,7 @@ class Room:
         return self.needed - self.shared <= self.free
 
 
-def room_needed(plan: Plan, checkpoint: Checkpoint, out: Path) -> Room:
+def space_needed(plan: Plan, checkpoint: Checkpoint, out: Path) -> DiskSpace:
     """What the output will take, and what is free where OUT will be."""
     needed = len(plan.index) + sum(s.size for s in checkpoint.sidecars)
     if not plan.virtual:
@@ -47,16 +47,16 @@ def room_needed(plan: Plan, checkpoint: Checkpoint, out: Path) -> Room:
         recipes = sum(len(r.toml) for r in plan.recipes)
         names = len(plan.stacks) + len(plan.files) + len(checkpoint.sidecars)
         needed += headers + len(checkpoint.index.raw if checkpoint.index else b"")
-        needed += (units + names) * PAPER_BYTES_A_UNIT + 2 * recipes
+        needed += (units + names) * DOCUMENT_BYTES_PER_UNIT + 2 * recipes
     place = Path(os.path.realpath(out))
     while not place.exists():
         place = place.parent
     facts = os.statvfs(place)
     shared = sum(_clonable(plan, checkpoint, place)) if may_clone(place) else 0
-    return Room(needed, facts.f_bavail * facts.f_frsize, shared)
+    return DiskSpace(needed, facts.f_bavail * facts.f_frsize, shared)
 
 
-def refuse_short(out: Path, room: Room) -> None:
+def refuse_short(out: Path, room: DiskSpace) -> None:
     """Raise DiskFull where the plan does not fit."""
     if room.enough:
         return

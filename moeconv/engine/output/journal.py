@@ -202,7 +202,7 @@ def is_bare(out: Path) -> bool:
     return its <= {Path(JOURNAL_NAME).name}
 
 
-def barely_begun(out: Path) -> bool:
+def clear_aborted_start(out: Path) -> bool:
     """Clear away what a run left that was killed before it could say what it would make.
 
     That is an empty `moeconv/`, or a journal in it without a whole first line; nothing else.

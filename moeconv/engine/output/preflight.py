@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moeconv.engine.copy.pool import Limits
-from moeconv.engine.output.backup import OldOutput, beside, noted_aside
+from moeconv.engine.output.backup import OldOutput, beside, recorded_backup
 from moeconv.engine.output.journal import JOURNAL_NAME, is_bare, read_journal
 from moeconv.engine.output.ownership import NOT_MADE, Inventory, take_inventory
 from moeconv.errors import IoFailed, UnsafeOutput, UsageProblem, WouldOverwrite, printable, quoted
@@ -50,7 +50,7 @@ def refuse_existing(
     if not os.path.lexists(out):
         _refuse_below_file(out)
         if not overwrite and not resume:
-            _refuse_put_aside(out, limits)
+            _refuse_waiting_backup(out, limits)
         return None
     if not out.is_dir():
         raise WouldOverwrite(
@@ -62,7 +62,7 @@ def refuse_existing(
     names = sorted(os.listdir(out))  # noqa: PTH208 - names, not paths
     if not names:
         if not overwrite and not resume:
-            _refuse_put_aside(out, limits)
+            _refuse_waiting_backup(out, limits)
         return None
     if overwrite and Path.cwd().is_relative_to(out):
         raise UsageProblem(
@@ -82,9 +82,9 @@ def refuse_existing(
     return inventory
 
 
-def _refuse_put_aside(out: Path, limits: Limits) -> None:
+def _refuse_waiting_backup(out: Path, limits: Limits) -> None:
     """Raise WouldOverwrite where an old output waits for the end of a run that was killed."""
-    old = left_aside(out, limits)
+    old = find_backup(out, limits)
     if old is not None:
         raise WouldOverwrite(
             f"{quoted(str(out))} was put aside",
@@ -112,10 +112,10 @@ def _in_use(
     elif unfinished:
         cause += f", and neither `{ROOT_NAME}` nor `{JOURNAL_NAME}` says what the rest is"
         fix = fix if restores else "give another directory"
-    old = noted_aside(out, journal)
+    old = recorded_backup(out, journal)
     if old is not None:
         cause += f"; the old output is at {quoted(str(old))}"
-    elif not unfinished and left_aside(out, limits, finished=restores) is not None:
+    elif not unfinished and find_backup(out, limits, finished=restores) is not None:
         cause += f"; the rest of an old output is at {quoted(str(beside(out)))}"
         fix += "; the same command with `--resume` removes the rest"
     return WouldOverwrite(
@@ -140,7 +140,7 @@ def _not_ours(out: Path, foreign: dict[str, str]) -> WouldOverwrite:
     )
 
 
-def left_aside(out: Path, limits: Limits, *, finished: bool = False) -> OldOutput | None:
+def find_backup(out: Path, limits: Limits, *, finished: bool = False) -> OldOutput | None:
     """The old output of an overwriting run that was killed; None unless it is wholly ours.
 
     The journal of that run notes it. There is none where the run had come to its end all but this,
@@ -149,7 +149,7 @@ def left_aside(out: Path, limits: Limits, *, finished: bool = False) -> OldOutpu
     """
     journal, aside = read_journal(out), beside(out)
     if journal is not None:
-        found = noted_aside(out, journal)
+        found = recorded_backup(out, journal)
     else:
         begun = out.exists() and not is_bare(out)
         found = aside if finished or not begun or (out / ROOT_NAME).exists() else None

@@ -9,13 +9,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moeconv.core.signals import undisturbed
+from moeconv.core.signals import defer_signals
 from moeconv.engine.copy.pool import Limits
 from moeconv.engine.output.atomic_file import PARTIAL_SUFFIX, writing
 from moeconv.engine.output.backup import OldOutput, beside, remove_output
-from moeconv.engine.output.journal import JOURNAL_NAME, Journal, JournalFile, barely_begun, busy
+from moeconv.engine.output.journal import (
+    JOURNAL_NAME,
+    Journal,
+    JournalFile,
+    busy,
+    clear_aborted_start,
+)
 from moeconv.engine.output.ownership import Inventory, made_problem
-from moeconv.engine.output.preflight import left_aside
+from moeconv.engine.output.preflight import find_backup
 from moeconv.errors import IoFailed, WouldOverwrite, quoted
 from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
 
@@ -40,11 +46,11 @@ def end_run(out: Path, limits: Limits, *, restored: bool = False) -> tuple[str, 
     restored: OUT is the origin, of which nothing of `moeconv/` stays. Returns notes.
     Raises WouldOverwrite where that run lives, IoFailed.
     """
-    work = Workplace(out, limits)
+    work = OutputTransaction(out, limits)
     try:
         work.lock()
         with writing(out):
-            work.aside = left_aside(out, limits, finished=restored)
+            work.aside = find_backup(out, limits, finished=restored)
             if work.journal is not None:
                 (out / JOURNAL_NAME).unlink()
                 fsync_directory(out / PARTS_DIR)
@@ -60,7 +66,7 @@ def end_run(out: Path, limits: Limits, *, restored: bool = False) -> tuple[str, 
 
 
 @dataclass(slots=True)
-class Workplace:
+class OutputTransaction:
     """Remembers what this run made, by inode, to take back that and nothing else."""
 
     out: Path
@@ -82,8 +88,8 @@ class Workplace:
         if overwrite:
             with writing(self.out):
                 self._refuse_busy()
-        with undisturbed(), writing(self.out):
-            old = self._put_aside() if overwrite or self.keeps else None
+        with defer_signals(), writing(self.out):
+            old = self._move_to_backup() if overwrite or self.keeps else None
             self.folder(self.out)
             try:
                 (self.out / PARTS_DIR).mkdir()
@@ -110,7 +116,7 @@ class Workplace:
         """
         self.keeps = True
         with writing(self.out):
-            self.aside = left_aside(self.out, self.limits)
+            self.aside = find_backup(self.out, self.limits)
         if self.journal is not None:
             self.journal.reopen()
         staying = {*kept, JOURNAL_NAME}
@@ -149,12 +155,12 @@ class Workplace:
             finally:
                 os.close(descriptor)
 
-    def _put_aside(self) -> int | None:
+    def _move_to_backup(self) -> int | None:
         """Free the place of OUT; the inode of the old output, if there is one.
 
         Where a run was killed that had put one aside, that is still the old output.
         """
-        aside, left = beside(self.out), left_aside(self.out, self.limits)
+        aside, left = beside(self.out), find_backup(self.out, self.limits)
         there = self.out.is_dir() and any(self.out.iterdir())
         if left is not None and (self.out / ROOT_NAME).exists():
             remove_output(left)  # left by a run that came to its end all but this
@@ -180,7 +186,7 @@ class Workplace:
     def _clear(self) -> None:
         """Remove the unfinished output that the run before left in OUT."""
         if self.replaced is None:  # nothing but an empty `moeconv/`, if that
-            barely_begun(self.out)
+            clear_aborted_start(self.out)
             self.out.rmdir()
         elif not remove_output(OldOutput(self.out, self.replaced)):
             raise WouldOverwrite(
@@ -198,7 +204,7 @@ class Workplace:
             path = path.parent
         for folder in reversed(missing):
             # two runs may make the same parent
-            with suppress(FileExistsError), undisturbed():
+            with suppress(FileExistsError), defer_signals():
                 folder.mkdir()
                 self.made_folders.append(folder)
 
@@ -265,7 +271,7 @@ class Workplace:
         if self.journal is not None:
             self.journal.close()
 
-    def take_back(self) -> str | None:
+    def roll_back(self) -> str | None:
         """Remove what this run made and put the old output back; says where it is if it cannot."""
         ours = self.journal is not None and self.journal.held
         if ours:  # else they are those of a run that lives

@@ -7,17 +7,17 @@ from types import FrameType
 
 import pytest
 
-from moeconv.core.signals import undisturbed
+from moeconv.core.signals import defer_signals
 
 
 def test_the_block_ends_and_then_the_interruption_comes():
     steps = []
 
     def block() -> None:
-        with undisturbed():
+        with defer_signals():
             os.kill(os.getpid(), signal.SIGINT)
             steps.append("made")
-            with undisturbed():
+            with defer_signals():
                 steps.append("noted")
             steps.append("end")
 
@@ -29,7 +29,7 @@ def test_the_block_ends_and_then_the_interruption_comes():
 
 def test_what_the_block_raises_is_known_to_the_interruption():
     def block() -> None:
-        with undisturbed():
+        with defer_signals():
             os.kill(os.getpid(), signal.SIGINT)
             raise ValueError
 
@@ -46,7 +46,7 @@ def test_handlers_run_at_once_and_only_what_they_raise_waits(monkeypatch: pytest
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        with undisturbed(then=lambda: seen.append("raised")):
+        with defer_signals(then=lambda: seen.append("raised")):
             os.kill(os.getpid(), signal.SIGINT)
             assert len(seen) == 1
             assert isinstance(seen[0], FrameType)
@@ -79,7 +79,7 @@ def test_whenever_they_come_both_handlers_are_back(
         return result
 
     def block() -> None:
-        with undisturbed():
+        with defer_signals():
             pass
 
     try:
@@ -95,7 +95,7 @@ def test_whenever_they_come_both_handlers_are_back(
 
 
 def test_nothing_came():
-    with undisturbed():
+    with defer_signals():
         pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -104,7 +104,7 @@ def test_other_threads_are_never_interrupted_anyway():
     found = []
 
     def work() -> None:
-        with undisturbed():
+        with defer_signals():
             found.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moeconv.core.digest import digest
 from moeconv.engine.copy.buffers import PAGE_BYTES, paged
-from moeconv.engine.copy.permute import memory_of, weave
+from moeconv.engine.copy.permute import memory_of, permute
 from moeconv.errors import UnequalShared
 from moeconv.plan.model import Piece, Span, WeaveTile
 
@@ -47,7 +47,7 @@ def _woven(tile: WeaveTile, data: np.ndarray) -> tuple[np.ndarray, list[tuple[in
         into[:] = data.view(np.uint8)[span.offset : span.offset + span.nbytes].data
         return into
 
-    out, units = weave(tile, read, take)
+    out, units = permute(tile, read, take)
     assert taken <= memory_of(tile)
     return np.frombuffer(out, dtype=data.dtype), units
 
