@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from moeconv.version import __version__
 
 if TYPE_CHECKING:
-    from moeconv.api.convert import fuse, open_source, unfuse
+    from moeconv.api.convert import fuse, unfuse
+    from moeconv.api.open import open_source
     from moeconv.api.shard import merge, shard
     from moeconv.api.verify import diff, fingerprint, verify
     from moeconv.errors import MoeconvError
@@ -19,7 +20,7 @@ _HOMES = {
     "fingerprint": "moeconv.api.verify",
     "fuse": "moeconv.api.convert",
     "merge": "moeconv.api.shard",
-    "open_source": "moeconv.api.convert",
+    "open_source": "moeconv.api.open",
     "shard": "moeconv.api.shard",
     "unfuse": "moeconv.api.convert",
     "verify": "moeconv.api.verify",

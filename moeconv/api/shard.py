@@ -5,32 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, Unpack
 
-from moeconv.api.convert import (
-    DEFAULT_MEMORY_BYTES,
-    DEFAULT_SHARD_BYTES,
-    NOW,
-    Opened,
-    Progress,
-    Result,
-    Run,
-    carry_out,
-    open_source,
-    origin_layouts,
-    packing_of,
-    planned,
-    refuse_foreign,
-    restored,
-    uncollected,
-)
+from moeconv.api.convert import open_for_writing, origin_layouts, planned, refuse_foreign, restored
+from moeconv.api.open import Opened, uncollected
+from moeconv.api.options import ConvertKeywords, WriteKeywords, WriteOptions
+from moeconv.api.run import Result, carry_out
 from moeconv.core.system_errors import system_errors
 from moeconv.detect.moe_layers import layers_of
 from moeconv.errors import UsageProblem, quoted
 from moeconv.placement.files import read_map
 from moeconv.placement.formats import ep_size_of, resolve
 from moeconv.placement.model import Placement, by_stack, check
-from moeconv.plan.align import PAGE_ALIGNED
 from moeconv.plan.assign import RULES, TRIVIAL, Wish, placed
 from moeconv.plan.convert import FUSE, refuse_no_experts
 from moeconv.plan.shard import plan_shards, refuse_tensor_sidecars
@@ -50,19 +36,7 @@ def shard(
     redundant: int | None = None,
     allow_duplicates: bool = False,
     virtual: bool = False,
-    layout: str | None = None,
-    from_layout: str | None = None,
-    recipe: str | Path | None = None,
-    exclude: tuple[str, ...] = (),
-    max_shard_size: int = DEFAULT_SHARD_BYTES,
-    align: str = PAGE_ALIGNED,
-    digests: str = NOW,
-    max_memory: int = DEFAULT_MEMORY_BYTES,
-    jobs: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
+    **keywords: Unpack[ConvertKeywords],
 ) -> Result:
     """Write one file set for each expert-parallel rank, and one with everything else.
 
@@ -74,7 +48,8 @@ def shard(
     hold an expert twice. virtual: write no tensor bytes, only where they are in SRC.
     Raises BadPlacement, NotVirtual and what `fuse` raises.
     """
-    source = open_source(src, recipe=recipe, from_layout=from_layout, exclude=exclude)
+    options = WriteOptions(**keywords)
+    source = open_for_writing(src, options)
     wish = Wish(ep_size, TRIVIAL, None, redundant, allow_duplicates)
     wish, told = _wish(source, wish, placement, map_layers)
     detection = source.detection.checked()
@@ -86,14 +61,13 @@ def shard(
         plan = plan_shards(
             detection,
             sharding,
-            layout=layout,
-            packing=packing_of(max_shard_size, align),
+            layout=options.layout,
+            packing=options.packing(),
             origin_layouts=origin_layouts(source.checkpoint),
             virtual=virtual,
             notes=(*told, *words),
         )
-    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress)
-    return carry_out(source, Path(out), plan, run)
+    return carry_out(source, Path(out), plan, options)
 
 
 def _wish(
@@ -141,29 +115,16 @@ def merge(
     src: str | Path,
     out: str | Path,
     *,
-    layout: str | None = None,
-    exclude: tuple[str, ...] = (),
-    max_shard_size: int = DEFAULT_SHARD_BYTES,
-    align: str = PAGE_ALIGNED,
-    digests: str = NOW,
-    max_memory: int = DEFAULT_MEMORY_BYTES,
-    jobs: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
     unchecked: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
+    **keywords: Unpack[WriteKeywords],
 ) -> Result:
     """Write a set of moeconv back as the plain checkpoint it was made from, bit for bit.
 
     Its bytes are held against the recorded digests (Damaged), unless `unchecked`.
     With `layout`, as a whole checkpoint in that layout instead. Raises NotASet.
     """
-    source = open_source(src, exclude=exclude)
+    options = WriteOptions(unchecked=unchecked, **keywords)
+    source = open_for_writing(src, options)
     refuse_foreign(source)
-    if layout is None:
-        plan = restored(source)
-    else:
-        plan = planned(source, FUSE, layout, packing_of(max_shard_size, align))
-    run = Run(jobs, max_memory, overwrite, resume, digests, dry_run, progress, unchecked)
-    return carry_out(source, Path(out), plan, run)
+    plan = restored(source) if options.layout is None else planned(source, FUSE, options)
+    return carry_out(source, Path(out), plan, options)

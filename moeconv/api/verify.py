@@ -8,14 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from moeconv.api.convert import (
-    DEFAULT_MEMORY_BYTES,
-    Meter,
-    Opened,
-    Progress,
-    limits_of,
-    open_source,
-)
+from moeconv.api.open import Opened, open_source
+from moeconv.api.run import DEFAULT_MEMORY_BYTES, Meter, Progress, limits_of
 from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.core.system_errors import system_errors
 from moeconv.core.text import counted

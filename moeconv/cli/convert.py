@@ -11,7 +11,7 @@ from moeconv.cli import options
 from moeconv.cli.ui import Ui, checked_color, handled
 
 if TYPE_CHECKING:
-    from moeconv.api.convert import Result
+    from moeconv.api.run import Result
 
 # to the end of the process: taking half a million tensors apart one by one helps nobody
 _HELD: Final[list[Result]] = []

@@ -12,7 +12,7 @@ from moeconv.cli import options
 from moeconv.cli.ui import Ui, checked_color, handled
 
 if TYPE_CHECKING:
-    from moeconv.api.convert import Result
+    from moeconv.api.run import Result
 
 _RANKS: Final = 8
 
@@ -29,7 +29,7 @@ def demo(
     """Make a small checkpoint; fuse, verify, unfuse, shard, merge and load it: see it work."""
     with handled(Ui(color=color)) as ui:
         checked_color(color)
-        from moeconv.api.convert import DEFAULT_MEMORY_BYTES
+        from moeconv.api.run import DEFAULT_MEMORY_BYTES
         from moeconv.engine.copy.pool import Limits
         from moeconv.engine.output.preflight import refuse_existing
 

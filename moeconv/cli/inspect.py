@@ -27,7 +27,7 @@ def inspect(
     """Show stacks, layouts, dtypes, sizes, gaps and oddities; reads headers only."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
         checked_color(color)
-        from moeconv.api.convert import open_source
+        from moeconv.api.open import open_source
         from moeconv.cli import show
 
         opened = open_source(src, recipe=recipe, from_layout=from_layout)

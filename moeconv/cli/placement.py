@@ -137,7 +137,7 @@ def convert(
 
 def _layers(source: str) -> tuple[Layers, Path]:
     """The checkpoint's layers, and where it is."""
-    from moeconv.api.convert import open_source
+    from moeconv.api.open import open_source
     from moeconv.detect.moe_layers import layers_of
 
     opened = open_source(source)

@@ -6,7 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from moeconv.api.convert import Opened, Result
+from moeconv.api.open import Opened
+from moeconv.api.run import Result
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.json_value import Json, error_json
 from moeconv.core.names import natural_key

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 import moeconv
-from moeconv.api.convert import default_jobs
+from moeconv.api.run import default_jobs
 from moeconv.engine.copy import methods
 from moeconv.engine.copy.syscalls import open_direct
 from moeconv.errors import DiskFull

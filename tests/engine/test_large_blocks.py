@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api.convert import Result
+from moeconv.api.run import Result
 from tests.engine.cloning import big, mounted_if_can_be, share, used
 from tests.filesystems import MAKE
 from tests.helpers import tree_sha256

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api.convert import Result
+from moeconv.api.run import Result
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.engine import commit
 from moeconv.engine.copy import target

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api.convert import Result
+from moeconv.api.run import Result
 from moeconv.engine.copy.worker import CLONED_TILE_BYTES
 from tests.engine.cloning import phased, source
 

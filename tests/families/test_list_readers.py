@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api.convert import Result
+from moeconv.api.run import Result
 from tests.phantoms import phantom, rows
 
 STACK = "model.layers.{}.mlp.experts"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api.convert import open_source
+from moeconv.api.open import open_source
 from moeconv.errors import MoeconvError
 from moeconv.manifest.reader import parse_parts, parse_root
 from tests.badinput.checks import holds, untouched, within

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.api.convert import open_source
+from moeconv.api.open import open_source
 from moeconv.core.digest import digest
 from moeconv.errors import (
     BadManifest,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moeconv.api.convert import open_source
+from moeconv.api.open import open_source
 from moeconv.detect.moe_layers import layers_of
 from moeconv.errors import ConfigMismatch, NoExperts
 from moeconv.placement.model import Layers

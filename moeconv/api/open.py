@@ -1,0 +1,82 @@
+"""Open a checkpoint: read its headers and find its expert stacks."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
+from moeconv.core.system_errors import system_errors
+from moeconv.detect.detect import Detection, detect
+from moeconv.detect.family import family
+from moeconv.detect.from_manifest import detection_from_manifest
+from moeconv.detect.recorded_ranks import recorded_ranks
+from moeconv.layout.recipe import Recipe
+from moeconv.layout.shipped import manifest_recipes
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint with what its experts are; `path` is the local SRC."""
+
+    path: Path
+    checkpoint: Checkpoint
+    recipes: tuple[Recipe, ...]
+    detection: Detection
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Switch the garbage collector off: plans of half a million tensors have no cycles to find."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@system_errors()
+@uncollected()
+def open_source(
+    src: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    from_layout: str | None = None,
+    exclude: tuple[str, ...] = (),
+) -> Opened:
+    """Read headers and detect the expert stacks; problems stay in `detection.problems`.
+
+    An output of moeconv carries its recipes and layouts: `recipe` and `from_layout` are for others.
+    Raises UnknownFamily, BadRecipe, and what `open_checkpoint` raises.
+    """
+    path = locate(src)
+    checkpoint = open_checkpoint(path, exclude=exclude)
+    manifest = checkpoint.manifest
+    names = tuple(f.name for f in checkpoint.files)
+    if manifest is not None and manifest.root.ep_size is not None:
+        recipes = manifest_recipes(manifest.root)
+        detection = detection_from_manifest(manifest, checkpoint.stored, recipes)
+        return Opened(path, checkpoint, recipes, detection)
+    said = manifest or (checkpoint.virtual.manifest if checkpoint.virtual else None)
+    if said is not None:
+        recipes = manifest_recipes(said.root)
+        # of a virtual set the layouts are the ranks'; its source has those of the origin
+        known = {
+            s.name: s if manifest else replace(s, layout=s.origin_layout) for s in said.root.stacks
+        }
+        detection = detect(
+            checkpoint.tensors,
+            checkpoint.config,
+            recipes,
+            files=names,
+            known=known,
+            ranks=recorded_ranks(said),
+        )
+        return Opened(path, checkpoint, recipes, detection)
+    recipes, detection = family(checkpoint, recipe=recipe, from_layout=from_layout)
+    return Opened(path, checkpoint, recipes, detection)

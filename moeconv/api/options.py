@@ -1,0 +1,57 @@
+"""The options of the writing verbs (fuse, unfuse, shard, merge), each written once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypedDict
+
+from moeconv.api.run import Progress, RunOptions, one_of
+from moeconv.plan.align import ALIGNS, PAGE_ALIGNED
+from moeconv.plan.pack import Packing
+
+DEFAULT_SHARD_BYTES: Final = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteOptions(RunOptions):
+    """All options of a writing verb; sizes are bytes.
+
+    layout: the target, instead of the family's own. recipe, from_layout: what SRC is, where it
+    does not say so itself. exclude: globs of sidecars to leave out. align: `page`, or `source` to
+    make most of SRC clonable. progress: called with (bytes done, bytes in all), from workers.
+    """
+
+    layout: str | None = None
+    recipe: str | Path | None = None
+    from_layout: str | None = None
+    exclude: tuple[str, ...] = ()
+    max_shard_size: int = DEFAULT_SHARD_BYTES
+    align: str = PAGE_ALIGNED
+
+    def packing(self) -> Packing:
+        """How tensors are packed into files. Raises UsageProblem."""
+        return Packing(self.max_shard_size, one_of("--align", self.align, ALIGNS))
+
+
+class WriteKeywords(TypedDict, total=False):
+    """`WriteOptions` as keywords, less those that not every verb takes."""
+
+    layout: str | None
+    exclude: tuple[str, ...]
+    max_shard_size: int
+    align: str
+    digests: str
+    max_memory: int
+    jobs: int | None
+    overwrite: bool
+    resume: bool
+    dry_run: bool
+    progress: Progress | None
+
+
+class ConvertKeywords(WriteKeywords, total=False):
+    """The keywords of a verb that reads checkpoints of others."""
+
+    recipe: str | Path | None
+    from_layout: str | None
