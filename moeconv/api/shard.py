@@ -15,8 +15,8 @@ from moeconv.core.system_errors import system_errors
 from moeconv.detect.moe_layers import layers_of
 from moeconv.errors import UsageProblem, quoted
 from moeconv.placement.files import read_map
-from moeconv.placement.formats import ep_size_of, resolve
 from moeconv.placement.model import Placement, by_stack, check
+from moeconv.placement.resolve import ep_size_of, resolve
 from moeconv.plan.assign import RULES, TRIVIAL, Wish, placed
 from moeconv.plan.convert import FUSE, refuse_no_experts
 from moeconv.plan.shard import plan_shards, refuse_tensor_sidecars

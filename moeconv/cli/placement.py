@@ -12,8 +12,8 @@ from moeconv.cli.ui import Ui, checked_color, handled
 
 if TYPE_CHECKING:
     from moeconv.core.json_value import Json
+    from moeconv.placement.foreign_map import RawMap
     from moeconv.placement.model import Layers, Placement
-    from moeconv.placement.parse import RawMap
 
 _SOURCE_HELP = "The checkpoint that the map is for: a directory, or all else that SRC may be."
 Map: TypeAlias = Annotated[
@@ -54,8 +54,8 @@ def show(
         checked_color(color)
         from moeconv.errors import BadPlacement, UsageProblem
         from moeconv.placement.files import read_map
-        from moeconv.placement.formats import ep_size_of, resolve
         from moeconv.placement.model import check
+        from moeconv.placement.resolve import ep_size_of, resolve
 
         if map_layers is not None and source is None:
             raise UsageProblem(
@@ -119,8 +119,9 @@ def convert(
         from moeconv.engine.output.preflight import refuse_overlap
         from moeconv.engine.output.single_file import refuse_file, write_single
         from moeconv.placement.files import read_map
-        from moeconv.placement.formats import ep_size_of, resolve, written
+        from moeconv.placement.formats import write_map
         from moeconv.placement.model import check
+        from moeconv.placement.resolve import ep_size_of, resolve
 
         refuse_file(output)
         raw = read_map(map_)
@@ -129,7 +130,7 @@ def convert(
         refuse_overlap(place, output)
         found, assumed = resolve(raw, layers, map_layers=map_layers)
         check(found, layers, ep_size=ep_size, allow_duplicates=allow_duplicates)
-        write_single(output, written(to, found, layers, ep_size=ep_size))
+        write_single(output, write_map(to, found, layers, ep_size=ep_size))
         ui.say(f"{raw.format}, {assumed}")
         doc = _document(to, found, ep_size, assumed)
         ui.result(str(output), lambda: {**doc, "source_format": raw.format, "output": str(output)})

@@ -1,4 +1,4 @@
-"""Placement maps from files: JSON (a file, or the text itself), YAML, torch and NumPy."""
+"""Read placement maps: JSON (a file, or the text itself), YAML, torch and NumPy files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,11 @@ from typing import Final
 from moeconv.core.json_value import Json
 from moeconv.core.strict_json import loads
 from moeconv.errors import BadPlacementFile, MoeconvError, TorchNeeded, UsageProblem, quoted
-from moeconv.placement.parse import (
-    EPLB,
-    EPLB_KEY,
-    MAX_ROWS,
-    MAX_SLOTS,
-    SGLANG_KEY,
-    VLLM,
-    RawMap,
-    parse_map,
-)
+from moeconv.placement.eplb import EPLB
+from moeconv.placement.foreign_map import RawMap
+from moeconv.placement.formats import FORMATS, parse_map
+from moeconv.placement.parse import MAX_ROWS, MAX_SLOTS
+from moeconv.placement.vllm import VLLM
 from moeconv.placement.yaml_value import yaml_value
 from moeconv.store.documents import read_document
 
@@ -34,7 +29,7 @@ INLINE: Final = "inline JSON"
 
 
 def read_map(which: str | Path) -> RawMap:
-    """The map in a file, or in `which` itself where that begins as JSON does.
+    """Read the map in a file, or in `which` itself if that begins like JSON.
 
     Raises BadPlacementFile, BadJson, DuplicateKey, UsageProblem, TorchNeeded, IoFailed.
     """
@@ -46,9 +41,9 @@ def read_map(which: str | Path) -> RawMap:
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise UsageProblem(
-            f"{quoted(text)} has no ending of a placement map",
-            cause=f"the endings are {', '.join(_READERS)}",
-            fix="name such a file, or give the JSON itself",
+            f"{quoted(text)} does not have the ending of a placement map",
+            cause=f"the file endings are {', '.join(_READERS)}",
+            fix="give such a file, or the JSON text itself",
         )
     doc, bare = reader(read_document(path, MAX_MAP_BYTES, name=path.name), path.name)
     return parse_map(doc, where=path.name, bare=bare)
@@ -70,7 +65,7 @@ def _torch(raw: bytes, name: str) -> tuple[Json, str]:
         import torch
     except ImportError:
         raise TorchNeeded(
-            f"only torch can read {quoted(name)}",
+            f"reading {quoted(name)} needs torch",
             cause="torch is not installed",
             fix="`pip install 'moeconv[torch]'`, or give the map as JSON",
         ) from None
@@ -91,12 +86,13 @@ def _torch(raw: bytes, name: str) -> tuple[Json, str]:
         doc: object = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         if not isinstance(doc, dict):
             return plain(doc), EPLB
-        maps = (SGLANG_KEY, EPLB_KEY)  # the rest of a record is large, and only its names matter
+        # the rest of a record is large, and only its names matter
+        maps = {f.key for f in FORMATS.values() if f.in_torch_files}
         return {str(k): plain(v) if k in maps else None for k, v in doc.items()}, EPLB
 
 
 def _refuse_bomb(raw: bytes) -> None:
-    """Refuse what takes gigabytes: a zip archive, or a `bytearray` of any size in a pickle."""
+    """Refuse files that unpack to gigabytes: a large zip archive, or a `bytearray` in a pickle."""
     pickles = [raw]
     if zipfile.is_zipfile(io.BytesIO(raw)):
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -105,7 +101,7 @@ def _refuse_bomb(raw: bytes) -> None:
                 raise ValueError(f"it unpacks to {size:,} bytes")
             pickles = [archive.read(e) for e in archive.infolist() if e.filename.endswith(".pkl")]
     if any(b"bytearray" in text for text in pickles):
-        raise ValueError("a bytearray has no place in a map")
+        raise ValueError("a bytearray is not allowed in a map")
 
 
 def _numpy(raw: bytes, name: str) -> tuple[Json, str]:
@@ -152,26 +148,26 @@ _READERS: Final[dict[str, Callable[[bytes, str], tuple[Json, str]]]] = {
 
 @contextmanager
 def _foreign(name: str, reader: str) -> Iterator[None]:
-    """Whatever another library says about a file is our own error."""
+    """Report whatever another library raises for a file as BadPlacementFile."""
     try:
-        # a library must not talk about the file on our streams
+        # a library must not write to our streams
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except MoeconvError:
         raise
     except Exception as problem:  # noqa: BLE001 - these readers fail with any class at all
-        told = str(problem).strip().partition("\n")[0] or type(problem).__name__
+        text = str(problem).strip().partition("\n")[0] or type(problem).__name__
         raise BadPlacementFile(
             f"{quoted(name)} cannot be read as {reader}",
             at=quoted(name),
-            cause=quoted(told[:300]),
+            cause=quoted(text[:300]),
             fix="make the file again, or give the map as JSON",
         ) from None
 
 
 class _Plain:
-    """Turns decoded values into those of JSON, at most `budget` of them.
+    """Converts decoded values to JSON values, at most `budget` of them.
 
     A document without aliases has fewer values than bytes; with them it can have any number.
     """
@@ -180,10 +176,10 @@ class _Plain:
         self._left = budget
 
     def of(self, value: object, depth: int = 0) -> Json:
-        """The value, with integer keys as texts. Raises ValueError."""
+        """The value, with integer keys as strings. Raises ValueError."""
         self._left -= 1
         if self._left < 0:
-            raise ValueError("it repeats itself by aliases")
+            raise ValueError("its aliases repeat too many values")
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if depth > _MAX_DEPTH:
@@ -191,10 +187,10 @@ class _Plain:
         if isinstance(value, list | tuple):
             return [self.of(item, depth + 1) for item in value]
         if not isinstance(value, dict):
-            raise ValueError(f"a {type(value).__name__} has no place in a map")
+            raise ValueError(f"a {type(value).__name__} is not allowed in a map")
         out: dict[str, Json] = {}
         for key, item in value.items():
             if type(key) not in (int, str) or str(key) in out:
-                raise ValueError(f"the key {quoted(str(key))} stands twice or is no id")
+                raise ValueError(f"the key {quoted(str(key))} is there twice or is not an id")
             out[str(key)] = self.of(item, depth + 1)
         return out

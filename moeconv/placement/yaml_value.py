@@ -1,4 +1,4 @@
-"""YAML as plain values, one event after the other: no graph of nodes, no key twice, no sixty."""
+"""Parse YAML into plain values event by event, without a node graph, duplicate keys or octals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TAG: Final = "tag:yaml.org,2002:"
 
 
 def yaml_value(text: str) -> object:
-    """The value of one YAML document: dicts, lists, texts, integers, booleans, None.
+    """The value of one YAML document: dicts, lists, strings, integers, booleans, None.
 
     Values that aliases name are shared, not copied. Raises ValueError, yaml.YAMLError.
     """
@@ -60,7 +60,7 @@ class _Reader:
             raise ValueError("it has no value where one should be")
         value = self._new(event, depth)
         if event.anchor is not None:
-            # only now: what holds itself has no end
+            # registered last: a value that contains itself has no end
             self._anchors[event.anchor] = value
         return value
 
@@ -69,7 +69,7 @@ class _Reader:
             return self._scalar(event)
         kind = "seq" if isinstance(event, self._yaml.SequenceStartEvent) else "map"
         if event.tag not in {None, "!", _TAG + kind}:
-            raise ValueError(f"{quoted(str(event.tag))} has no place in a map")
+            raise ValueError(f"{quoted(str(event.tag))} is not allowed in a map")
         return self._items(depth) if kind == "seq" else self._members(depth)
 
     def _items(self, depth: int) -> list[object]:
@@ -83,9 +83,9 @@ class _Reader:
         while not isinstance(event := next(self._events), self._yaml.MappingEndEvent):
             key = self._value(event, depth + 1)
             if not isinstance(key, int | str) or isinstance(key, bool):
-                raise ValueError("a key is neither a text nor an id")
+                raise ValueError("a key is neither a string nor an id")
             if key in out:
-                raise ValueError(f"the key {quoted(str(key))} stands twice")
+                raise ValueError(f"the key {quoted(str(key))} is there twice")
             out[key] = self._value(next(self._events), depth + 1)
         return out
 
@@ -98,11 +98,11 @@ class _Reader:
         if tag == f"{_TAG}int":
             # YAML 1.1 reads 1:0 as sixty and 010 as eight; nobody who writes a map means that
             if not _DECIMAL.fullmatch(text):
-                raise ValueError(f"{quoted(text)} is no plain decimal number")
+                raise ValueError(f"{quoted(text)} is not a plain decimal number")
             return int(text)
         if tag == f"{_TAG}null":
             return None
         if tag == f"{_TAG}bool" and text.lower() in _WORDS:
             return _WORDS[text.lower()]
         kind = {"float": "a float", "timestamp": "a date"}.get(tag.removeprefix(_TAG), quoted(tag))
-        raise ValueError(f"{kind} has no place in a map: {quoted(text[:40])}")
+        raise ValueError(f"{kind} is not allowed in a map: {quoted(text[:40])}")

@@ -24,10 +24,11 @@ from moeconv.errors import MoeconvError
 from moeconv.layout.recipe_toml import parse_recipe
 from moeconv.layout.shipped import shipped_recipes
 from moeconv.manifest.reader import parse_part, parse_parts, parse_root
+from moeconv.placement.eplb import KEY as EPLB_KEY
 from moeconv.placement.files import read_map
-from moeconv.placement.formats import resolve, written
+from moeconv.placement.formats import FORMATS, write_map
 from moeconv.placement.model import Layers, Placement, trivial
-from moeconv.placement.parse import EPLB_KEY, FORMATS
+from moeconv.placement.resolve import resolve
 from moeconv.quantconfig.automaton import Budget, Mode, Unsupported
 from moeconv.quantconfig.document import changed_lists
 from moeconv.quantconfig.patterns import glob, regular
@@ -128,7 +129,7 @@ def _inline(raw: bytes) -> None:
 
 def _maps() -> dict[str, bytes]:
     placement = Placement(4, LAYERS.moe, (trivial(4, 4), (3, 2, 1, 0)))
-    return {name: written(name, placement, LAYERS, ep_size=2) for name in FORMATS}
+    return {name: write_map(name, placement, LAYERS, ep_size=2) for name in FORMATS}
 
 
 def _array() -> bytes:

@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from moeconv.api import shard
 from moeconv.core.json_value import Json
 from moeconv.errors import BadPlacement, UsageProblem
+from moeconv.placement.ascend import ASCEND
 from moeconv.placement.files import read_map
-from moeconv.placement.formats import resolve
+from moeconv.placement.foreign_map import RawMap
+from moeconv.placement.formats import parse_map
 from moeconv.placement.model import Layers
-from moeconv.placement.parse import ASCEND, TRTLLM, RawMap, parse_map
+from moeconv.placement.resolve import resolve
+from moeconv.placement.trtllm import TRTLLM
 from tests.badinput.builders import write
 from tests.badinput.checks import holds
 from tests.cli.run import moeconv
