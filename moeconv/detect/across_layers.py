@@ -14,7 +14,6 @@ from moeconv.detect.config_sizes import mtp_layers_said
 from moeconv.detect.moe_layers import layers_stated, main_kind
 from moeconv.detect.stack import Stack
 from moeconv.errors import ConfigMismatch, MissingExpert, MissingScale, MoeconvError, quoted
-from moeconv.layout.recipe import of_inputs
 from moeconv.placement.model import kind_and_layer
 
 MAX_LAYERS: Final = 10_000
@@ -140,7 +139,7 @@ def bare_stacks(stacks: Iterable[Stack]) -> Iterator[MoeconvError]:
         for projection in stack.layout.projections if match else ():
             held = {m.component: m.dtype for m in stack.members if projection in m.line.projections}
             weight, dtype = next((c.name, d) for c, d in held.items() if c.weight)
-            rest = frozenset(c.name for c in held if not c.weight and not of_inputs(c.name))
+            rest = frozenset(c.name for c in held if not (c.weight or c.inputs))
             kind = (match[1] or "", match[3] or "") if match else ("", "")
             groups[*kind, projection, weight, dtype].append((stack, rest))
     reported: set[str] = set()

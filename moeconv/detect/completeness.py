@@ -21,7 +21,7 @@ from moeconv.errors import (
     ScaleWithoutWeight,
     quoted,
 )
-from moeconv.layout.recipe import DOWN, WEIGHT, Layout, Line, of_inputs
+from moeconv.layout.recipe import DOWN, WEIGHT, Layout, Line
 
 _FETCH = "download the shard again, then `moeconv inspect SRC`"
 _MAX_IDS = 8
@@ -58,9 +58,9 @@ def completeness(
 
 
 def bare_dtype(found: Found) -> str | None:
-    """The dtype of weights that mean nothing alone, if no part beside them could scale them."""
-    scaled = ("scale" in component and not of_inputs(component) for _, component in found.tensors)
-    if found.passthrough or any(scaled):
+    """The dtype of quantised weights where no component beside them scales them."""
+    there = {component for _, component in found.tensors}
+    if found.passthrough or any(c.scales for c in found.recipe.components if c.name in there):
         return None
     weights = (t for (_, c), t in found.tensors.items() if c in found.recipe.weights)
     dtypes = {tensor.dtype for tensors in weights for tensor in tensors.values()}
@@ -84,8 +84,9 @@ def _bare(stack: str, found: Found, *, quantised: bool) -> list[MoeconvError]:
         MissingScale(
             f"{quoted(stack)} has {quoted(kind)} in {dtype} but no scales",
             at=found.place(tensor),
-            cause="quantised weights are no numbers without them; no expert has any",
-            fix=_FETCH,
+            cause="quantised weights cannot be used without scales; no expert has them",
+            fix=f"{_FETCH}; or, if the recipe calls them something else, give their component "
+            "`scales = true` there",
         )
     ]
 
@@ -281,7 +282,8 @@ def _pairs(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
         joined = DOWN not in (*a, *b)
         alike = weights[a].dtype == weights[b].dtype and weights[a].dtype in _QUANTISED
         for component in sorted(held[a].keys() ^ held[b].keys()):
-            if not (joined or alike or component == "bias"):
+            kind = found.recipe.component(component)
+            if not (joined or alike or (kind and kind.everywhere)):
                 continue
             has, lacks = (a, b) if component in held[a] else (b, a)
             what = "one of gate and up" if joined else "some projections"

@@ -59,6 +59,16 @@ class Axes:
         return frozenset(axis.letter for axis in self.flat)
 
     @property
+    def packing(self) -> tuple[str, ...]:
+        """The packing letters, sorted."""
+        return tuple(sorted(c for c in self.letters if c.islower()))
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether some axis counts more than single elements."""
+        return any(axis.granule != 1 for axis in self.flat)
+
+    @property
     def granules(self) -> frozenset[str]:
         """The named granules that still need a number."""
         return frozenset(a.granule for a in self.flat if isinstance(a.granule, str))

@@ -18,6 +18,10 @@ WEIGHT: Final = "weight"
 WEIGHTS: Final = "weights"
 COMPANIONS: Final = "companions"
 HALF_APART: Final = "half-apart"
+ANYTHING: Final = "anything"
+MATRICES: Final = "matrices"  # weights with axes O and K only
+PLAIN: Final = "plain"  # nothing packed, nothing counted in blocks
+TAKES: Final = (ANYTHING, MATRICES, PLAIN)
 SUFFIX: Final = "{suffix}"
 PARAMETER: Final = "{parameter}"
 _COMPONENT_HOLES: Final = ("{component}", PARAMETER, SUFFIX)
@@ -26,10 +30,14 @@ _ID = r"(?:0|[1-9][0-9]{0,9})"  # ids of more digits are no ids
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One part of a projection: its own axes, and its suffix where names join projections.
+    """One component of a projection, such as `weight` or `weight_scale`, for one expert.
 
+    axes: of one matrix, without E and G. suffix: what follows a name that joins projections.
     readings: all axes that it may have, where a name alone does not tell; `axes` is one of them.
-    weight: whether it is the matrix itself, not a companion of one. of: the formats that have it.
+    weight: it is the matrix itself, not a companion of one.
+    scales: quantised weights cannot be used without it. inputs: it describes an expert's inputs,
+    so calibration may have skipped some layers. everywhere: all projections have it, or none.
+    of: the formats that have it, for people.
     parameter: its name where names are those of an engine's parameters, if that is another one.
     note: what to say where it is fused; unequal: where gate's and up's differ in value.
     """
@@ -39,6 +47,9 @@ class Component:
     suffix: str
     readings: tuple[Axes, ...]
     weight: bool = False
+    scales: bool = False
+    inputs: bool = False
+    everywhere: bool = False
     of: str = ""
     note: str | None = None
     unequal: str | None = None
@@ -52,11 +63,6 @@ class Component:
     def is_global(self) -> bool:
         """Whether it says one thing of a whole matrix: runtimes reduce it over all experts."""
         return not self.axes.letters & {OUT, IN}
-
-
-def of_inputs(component: str) -> bool:
-    """Whether it says something of an expert's inputs: only some layers may be calibrated so."""
-    return component.startswith(("input_", "activation_"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,15 +194,17 @@ def matrix_axes(axes: Axes) -> set[object]:
 class Layout:
     """One way to store a stack: a line for every stored tensor.
 
-    square: for mixed-up files only; the layout is thought of only where that line's tensor is
-    square, because only there has a program written it. ask: why names like these are not enough
-    to take a foreign file for it.
+    takes: which experts may be written so, one of `TAKES`.
+    square: for mixed-up files only; the layout is considered only where that line's tensor is
+    square, because only there has a program written it.
+    ask: why names like these are not enough to take a foreign file for it.
     """
 
     name: str
     lines: tuple[Line, ...]
     square: str | None = None
     ask: str | None = None
+    takes: str = ANYTHING
 
     @property
     def per_expert(self) -> bool:
@@ -330,6 +338,10 @@ class Recipe:
     def layout(self, name: str) -> Layout | None:
         """The layout of that name."""
         return next((layout for layout in self.layouts if layout.name == name), None)
+
+    def component(self, name: str) -> Component | None:
+        """The component of that name."""
+        return next((c for c in self.components if c.name == name), None)
 
     @property
     def weights(self) -> tuple[str, ...]:

@@ -11,10 +11,12 @@ from moeconv.core.schema import MAX_KEPT, Problems, Table
 from moeconv.errors import BadRecipe, quoted
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, AxesSyntax, parse_axes
 from moeconv.layout.recipe import (
+    ANYTHING,
     DOWN,
     GATE,
     HALF_APART,
     SECTIONS,
+    TAKES,
     UP,
     WEIGHT,
     Component,
@@ -188,13 +190,17 @@ def _components(table: Table) -> tuple[Component, ...]:
                 axes=readings[0],
                 suffix=entry.text("suffix"),
                 readings=readings,
-                weight=name == WEIGHT or entry.flag("weight"),
+                weight=entry.flag("weight") or name == WEIGHT,
+                scales=entry.flag("scales"),
+                inputs=entry.flag("inputs"),
+                everywhere=entry.flag("everywhere"),
                 of=entry.text("of", default=""),
                 note=entry.optional_text("note"),
                 unequal=entry.optional_text("unequal"),
                 parameter=entry.text("parameter", default=""),
             )
         )
+        _check_roles(entry, out[-1])
         entry.finish()
     if WEIGHT not in (c.name for c in out):
         table.problem(WEIGHT, "is missing: every projection has one")
@@ -207,19 +213,30 @@ def _components(table: Table) -> tuple[Component, ...]:
     return tuple(out)
 
 
+def _check_roles(entry: Table, component: Component) -> None:
+    for key, role in (("scales", component.scales), ("inputs", component.inputs)):
+        if role and component.weight:
+            entry.problem(key, "is for companions of a weight, and this is a weight itself")
+    if component.scales and component.inputs:
+        entry.problem("inputs", "cannot be true beside `scales`: that says it scales weights")
+
+
 def _layouts(table: Table, components: tuple[Component, ...]) -> tuple[Layout, ...]:
     out = []
     for name in _few(table, _MAX_LAYOUTS):
         entry = table.table(name)
         special = entry.table("axes") if entry.has("axes") else None
         square, ask = entry.optional_text("square"), entry.optional_text("ask")
+        takes = ANYTHING
+        if entry.has("takes"):
+            takes = entry.formed("takes", f"one of {', '.join(TAKES)}", TAKES.__contains__)
         lines = [_line(entry, key, special, components) for key in entry.names() if key in _LINES]
         if special:
             special.finish()
         entry.expects(_LINES)
         entry.finish()
         _check_layout(entry, lines, square)
-        out.append(Layout(name, tuple(lines), square, ask))
+        out.append(Layout(name, tuple(lines), square, ask, takes))
     if not out:
         table.problems.add("layouts", "there is none")
     return tuple(out)

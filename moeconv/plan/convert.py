@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Final
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.index import INDEX_NAME
@@ -18,7 +17,7 @@ from moeconv.errors import (
     quoted,
 )
 from moeconv.layout.axes import OUT
-from moeconv.layout.recipe import Layout
+from moeconv.layout.recipe import MATRICES, PLAIN, Layout
 from moeconv.manifest.model import RecipeText, StackEntry
 from moeconv.plan.model import Fate, Plan
 from moeconv.plan.pack import Packing, index_bytes, pack
@@ -26,9 +25,6 @@ from moeconv.plan.tensors import copied, fates, laid_out, matrix_bytes
 
 FUSE = "fuse"
 UNFUSE = "unfuse"
-VERBS = (FUSE, UNFUSE)
-_TURNED: Final = frozenset({"kn", "megablocks"})
-_SGLANG: Final = "sglang"
 
 
 def plan_conversion(
@@ -125,18 +121,15 @@ def _unwritable(stack: Stack, target: Layout) -> str | None:
     """Why a layout, one that all families have, cannot hold what a stack has."""
     if target.name == stack.layout.name:
         return None
-    for component, flat in ((m.component, m.axes.flat) for m in stack.members):
-        odd = any(axis.granule != 1 for axis in flat) or (
-            component.weight and component.axes.flat[0].letter != OUT
-        )
-        if target.name in _TURNED and odd:
-            what = "packed" if component.weight else "one for a block or group"
-            return (
-                f"its {quoted(component.name)} is {what}: a kernel that wants turned weights "
-                "cannot take it, turned or not"
-            )
-        if target.name == _SGLANG and component.weight and any(a.letter.islower() for a in flat):
-            return f"its {quoted(component.name)} has no parameter of that kind in sglang"
+    for member in stack.members:
+        component, axes = member.component, member.axes
+        name = quoted(component.name)
+        packed = component.weight and component.axes.flat[0].letter != OUT
+        if target.takes == PLAIN and (packed or axes.in_blocks):
+            what = "is packed" if component.weight else "has one value for a block or group"
+            return f"its {name} {what}; kernels for transposed weights do not support that"
+        if target.takes == MATRICES and component.weight and axes.packing:
+            return f"its {name} has packing axes, which this layout has no parameter for"
     return None
 
 
