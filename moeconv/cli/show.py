@@ -15,13 +15,10 @@ from moeconv.core.text import counted, human_size
 from moeconv.detect.stack import Stack
 from moeconv.engine.copy.methods import REFLINK
 from moeconv.errors import printable
+from moeconv.layout.shipped import vocabulary
 from moeconv.manifest.model import Root
 
 _LAYER = re.compile(r"(.*?)([0-9]+)((?:\.[^.0-9][^.]*)*)")
-_COUPLED = re.compile(
-    r"[._](?:gate|router|moe_statics|tid2eid|shared_mlp|e_score_correction_bias|router_bias)(?:[._]|$)"
-    r"|expert"
-)
 Rows = list[list[str]]
 
 
@@ -217,11 +214,18 @@ def coupled_names(opened: Opened) -> list[str]:
     """What belongs to a layer's experts without being one, each name once for all layers."""
     layers = {_split_layer(s.name)[:2] for s in opened.detection.stacks}
     found: dict[str, None] = {}
+    beside = _beside_experts()
     for tensor in opened.detection.others:
         head, layer, tail = _split_layer(tensor.name)
-        if (head, layer) in layers and _COUPLED.search(tail):
+        if (head, layer) in layers and beside.search(tail):
             found[printable(tail.removeprefix("."))] = None
     return sorted(found, key=natural_key)
+
+
+def _beside_experts() -> re.Pattern[str]:
+    names = vocabulary().beside
+    words = "|".join(sorted(map(re.escape, names.words)))
+    return re.compile("|".join([rf"[._](?:{words})(?:[._]|$)", *map(re.escape, names.parts)]))
 
 
 def stack_table(stacks: tuple[Stack, ...]) -> tuple[list[str], Rows]:

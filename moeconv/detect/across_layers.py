@@ -14,6 +14,7 @@ from moeconv.detect.config_sizes import mtp_layers_said
 from moeconv.detect.moe_layers import layers_stated, main_kind
 from moeconv.detect.stack import Stack
 from moeconv.errors import ConfigMismatch, MissingExpert, MissingScale, MoeconvError, quoted
+from moeconv.layout.shipped import vocabulary
 from moeconv.placement.model import kind_and_layer
 
 MAX_LAYERS: Final = 10_000
@@ -169,8 +170,9 @@ def _routes(
     if not layers.keys() <= tensors.keys():
         return False
     words = rest.split(".")
-    if "gate" in words or any("router" in w or "correction" in w for w in words):
-        return not any("attn" in w or "attention" in w for w in words)  # gates of their own
+    routers = vocabulary().routers
+    if routers.mentioned(words):
+        return not routers.excluded(words)
     return rest.startswith(tail.partition(".")[0] + ".") and all(
         tensors[n].shape[:1] == (stack.sizes.experts,) for n, stack in layers.items()
     )

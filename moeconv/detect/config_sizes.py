@@ -11,10 +11,8 @@ from moeconv.checkpoint.config import Config
 from moeconv.core.json_value import Json
 from moeconv.errors import ConfigMismatch, MoeconvError, abridged, printable, quoted
 from moeconv.layout.recipe import SECTIONS, ConfigKeys, Recipe
+from moeconv.layout.shipped import vocabulary
 
-# keys of what was not quantised, of several quantisers
-_LEFT_ALONE: Final = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
-_SCALED: Final = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark", "gptq", "awq")
 LAYER_COUNTS: Final = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
 
@@ -40,10 +38,11 @@ def says_scaled(config: Config, recipe: Recipe, stack: str) -> bool:
 
     Not where a list of what was not converted may be of this stack: casts to fp8 have no scales.
     """
-    paths = tuple(f"quantization_config.{key}" for key in ("quant_method", *_LEFT_ALONE))
+    known = vocabulary()
+    paths = tuple(f"quantization_config.{key}" for key in ("quant_method", *known.left_alone))
     methods, *lists = (said_of_quantisation(config, recipe, stack, (path,)) for path in paths)
     left = [t for values in lists for v in values if isinstance(v, list) for t in v]
-    return any(method in _SCALED for method in methods) and not any(
+    return any(method in known.scaled for method in methods) and not any(
         isinstance(text, str) and ("experts" in text or stack.startswith(text)) for text in left
     )
 

@@ -14,11 +14,11 @@ from moeconv.core.text import counted
 from moeconv.detect.detect import Detection, detect
 from moeconv.errors import MoeconvError, UnknownExpertTensor, quoted
 from moeconv.layout.recipe import Recipe
+from moeconv.layout.shipped import vocabulary
 
 # `shared_experts.0.` and attention's `experts.input_linear` are no experts of a router's choice
 _ONE_EXPERT = re.compile(r"(?:^|\.)experts\.(?:expert_)?[0-9]+\.", re.ASCII)
 STACK_DIMENSIONS: Final = 3
-_BLOCKS: Final = frozenset({"experts", "moe", "block_sparse_moe", "switch_mlp"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +99,11 @@ def _stacked(detection: Detection) -> list[StoredTensor]:
 
 
 def _looks_stacked(tensor: StoredTensor) -> bool:
-    words = tensor.name.split(".")
+    words, experts = tensor.name.split("."), vocabulary().experts
     return (
         len(tensor.shape) >= STACK_DIMENSIONS
-        and not _BLOCKS.isdisjoint(words)
-        and not any("attention" in w or "attn" in w or "shared" in w for w in words)
+        and experts.mentioned(words)
+        and not experts.excluded(words)
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +55,64 @@ def _shipped(file: str) -> Recipe:
         plain=_shared("plain"),
         components=_shared("components"),
         where=file,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names of tensors: one of `words` between dots, or a word that contains one of `parts`.
+
+    except_parts: a word that contains one of these says that it is something else.
+    """
+
+    words: frozenset[str]
+    parts: tuple[str, ...]
+    except_parts: tuple[str, ...]
+
+    def mentioned(self, words: Collection[str]) -> bool:
+        """Whether a name, split at its dots, has one of the words or parts."""
+        found = (p in w for w in words for p in self.parts)
+        return not self.words.isdisjoint(words) or any(found)
+
+    def excluded(self, words: Collection[str]) -> bool:
+        """Whether a name, split at its dots, says that it is something else."""
+        return any(p in w for w in words for p in self.except_parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Names that mean the same whatever the recipe is: `recipes/shared/vocabulary.toml`.
+
+    scaled: quantisers whose weights have scales. left_alone: their keys for what they did not
+    convert. routers, experts, beside: tensors of routers, of experts stored together, and of what
+    is left alone beside experts.
+    """
+
+    scaled: frozenset[str]
+    left_alone: tuple[str, ...]
+    routers: Names
+    experts: Names
+    beside: Names
+
+
+@cache
+def vocabulary() -> Vocabulary:
+    """The vocabulary that ships with moeconv."""
+    doc = tomllib.loads(_shared("vocabulary"))
+    routers, experts, beside = (
+        Names(
+            frozenset(table["words"]),
+            tuple(table.get("parts", ())),
+            tuple(table.get("except", ())),
+        )
+        for table in (doc["routers"], doc["experts"], doc["beside"])
+    )
+    return Vocabulary(
+        scaled=frozenset(doc["quantisers"]["scaled"]),
+        left_alone=tuple(doc["quantisers"]["left_alone"]),
+        routers=routers,
+        experts=experts,
+        beside=beside,
     )
 
 
