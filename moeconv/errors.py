@@ -36,10 +36,12 @@ class MoeconvError(Exception):
     message: what is wrong, one sentence without a full stop; at: file and tensor;
     cause: the facts, with numbers; fix: what the user can do.
     also: further problems found in the same pass over the same document.
+    A class may have a `fix` of its own, for where none is given.
     """
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 4
+    fix: str | None = None
 
     def __init__(
         self,
@@ -54,7 +56,8 @@ class MoeconvError(Exception):
         self.message = message
         self.at = at
         self.cause = cause
-        self.fix = fix
+        if fix is not None:
+            self.fix = fix
         self.also = also
 
     def __str__(self) -> str:
@@ -106,6 +109,7 @@ class WouldOverwrite(MoeconvError):
 
     code = "would-overwrite"
     exit_code = 6
+    fix = "move it away, then run again"
 
 
 class InternalError(MoeconvError):
@@ -155,42 +159,49 @@ class SourceChanged(IoFailed):
     """A source file changed while it was read."""
 
     code = "source-changed"
+    fix = "wait until nothing writes to the source, then run again"
 
 
 class BadHeader(Malformed):
     """A safetensors header that breaks a rule not named below."""
 
     code = "bad-header"
+    fix = "download the file again; if it is the same, report it to whoever wrote it"
 
 
 class TruncatedFile(BadHeader):
     """A shard that is shorter than its header says."""
 
     code = "truncated-shard"
+    fix = "download the file again"
 
 
 class TrailingBytes(BadHeader):
     """A shard that is longer than its header says."""
 
     code = "trailing-bytes"
+    fix = "download the file again"
 
 
 class OverlappingTensors(BadHeader):
     """Two tensors that share bytes."""
 
     code = "overlap"
+    fix = "download the file again"
 
 
 class HoleBetweenTensors(BadHeader):
     """Bytes of a data section that no tensor claims."""
 
     code = "hole"
+    fix = "download the file again"
 
 
 class HeaderTooLong(BadHeader):
     """A header length beyond the file, or beyond 100 MB."""
 
     code = "header-length"
+    fix = "download the file again; if it is the same, it is not a safetensors file"
 
 
 class DuplicateKey(Malformed):
@@ -203,6 +214,7 @@ class BadJson(Malformed):
     """Not JSON, or JSON outside the limits."""
 
     code = "bad-json"
+    fix = "download the file again"
 
 
 class LfsPointer(Malformed):
@@ -221,18 +233,21 @@ class BadIndex(Malformed):
     """An index of the wrong form."""
 
     code = "bad-index"
+    fix = "download the index again"
 
 
 class TensorNotInFile(BadIndex):
     """The index names a tensor that its file does not hold."""
 
     code = "tensor-not-in-file"
+    fix = "download the index and the shard again; they are of different revisions"
 
 
 class TensorNotInIndex(BadIndex):
     """A file holds a tensor that the index does not name."""
 
     code = "tensor-not-in-index"
+    fix = "download the index and the shard again; they are of different revisions"
 
 
 class MissingShard(BadIndex):
@@ -270,6 +285,7 @@ class BadRecipe(MoeconvError):
 
     code = "bad-recipe"
     exit_code = 2
+    fix = "`moeconv recipes show qwen3_moe` prints one that works"
 
 
 class AmbiguousLayout(UsageProblem):
@@ -282,12 +298,14 @@ class MissingExpert(Malformed):
     """One projection of one expert is missing."""
 
     code = "missing-expert"
+    fix = "download the shard again, then run `moeconv inspect SRC`"
 
 
 class ExpertGap(Malformed):
     """An expert id without any tensor, below the last one."""
 
     code = "expert-gap"
+    fix = "download the shard again, then run `moeconv inspect SRC`"
 
 
 class ExpertOutOfRange(Malformed):
@@ -300,24 +318,28 @@ class ExpertShape(Malformed):
     """One expert's tensor has another shape than its fellows."""
 
     code = "expert-shape"
+    fix = "convert from a checkpoint whose experts are alike"
 
 
 class ExpertDtype(Malformed):
     """One expert's tensor has another dtype than its fellows."""
 
     code = "expert-dtype"
+    fix = "convert from a checkpoint whose experts are alike"
 
 
 class ScaleWithoutWeight(Malformed):
     """A companion of a weight that is not there."""
 
     code = "scale-without-weight"
+    fix = "download the shard again, then run `moeconv inspect SRC`"
 
 
 class MissingScale(Malformed):
     """Some experts of a stack have a companion, others lack it."""
 
     code = "missing-scale"
+    fix = "download the shard again, then run `moeconv inspect SRC`"
 
 
 class MixedLayouts(Malformed):
@@ -330,6 +352,7 @@ class ConfigMismatch(Malformed):
     """config.json and the tensors disagree."""
 
     code = "config-mismatch"
+    fix = "use the config.json that belongs to these tensors"
 
 
 class LayoutContradiction(Malformed):
@@ -342,6 +365,7 @@ class UnknownExpertTensor(Malformed):
     """A tensor inside an expert stack that the recipe does not know."""
 
     code = "unknown-expert-tensor"
+    fix = "write a recipe that has them and give it with `--recipe FILE`"
 
 
 class UnequalShared(Malformed):
@@ -397,6 +421,7 @@ class BadPlacement(MoeconvError):
 
     code = "bad-placement"
     exit_code = 2
+    fix = "make the map for this checkpoint"
 
 
 class TorchNeeded(UsageProblem):
@@ -421,6 +446,7 @@ class BadManifest(Malformed):
     """A manifest that breaks a rule of FORMAT.md."""
 
     code = "bad-manifest"
+    fix = "convert the checkpoint again; a manifest is never edited by hand"
 
 
 class Unfinished(Malformed):
@@ -433,6 +459,7 @@ class Damaged(Malformed):
     """A file of a moeconv set that is not the one that was written."""
 
     code = "damaged"
+    fix = "fetch the output again, or convert again"
 
 
 class DigestsMissing(Malformed):
@@ -481,3 +508,4 @@ class CannotResume(WouldOverwrite):
     """A half-done OUT that is of another plan or another source."""
 
     code = "cannot-resume"
+    fix = "give another directory, or `--overwrite`"

@@ -90,7 +90,6 @@ def header_length(start: bytes, *, file_size: int, where: str) -> int:
             f"{quoted(where)} is too short to be a safetensors file",
             at=quoted(where),
             cause=f"it has {file_size} bytes; the header's length alone takes {LENGTH_BYTES}",
-            fix="download the file again",
         )
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     limit = min(MAX_HEADER_BYTES, file_size - LENGTH_BYTES)
@@ -99,7 +98,6 @@ def header_length(start: bytes, *, file_size: int, where: str) -> int:
             f"the header of {quoted(where)} claims {length:,} bytes",
             at=quoted(where),
             cause=f"the file has {file_size:,} bytes, and headers end at {MAX_HEADER_BYTES:,}",
-            fix="download the file again; if it is the same, it is no safetensors file",
         )
     return length
 
@@ -158,7 +156,6 @@ def _bad(where: str, cause: str, *, tensor: str | None = None) -> BadHeader:
         f"the header of {quoted(where)} breaks the safetensors format",
         at=_place(where, tensor),
         cause=cause,
-        fix="download the file again; if it is the same, report it to whoever wrote it",
     )
 
 
@@ -235,14 +232,12 @@ def _check_cover(
             f"{quoted(where)} is shorter than its header says",
             at=_place(where, culprit.name),
             cause=f"the file ends at {file_size:,}, its header needs {end:,} bytes",
-            fix="download the shard again",
         )
     if end < file_size:
         raise TrailingBytes(
             f"{quoted(where)} is longer than its header says",
             at=quoted(where),
             cause=f"{file_size - end:,} bytes after the last tensor belong to nothing",
-            fix="download the shard again",
         )
 
 
@@ -253,5 +248,4 @@ def _refuse_gap(where: str, tensor: StoredTensor, expected: int) -> None:
         f"{quoted(tensor.name)} {what}",
         at=_place(where, tensor.name),
         cause=f"it starts at byte {tensor.offset:,} of the file, not at {expected:,}",
-        fix="download the shard again",
     )

@@ -69,7 +69,6 @@ def _bad(name: str, cause: str) -> BadIndex:
         f"{quoted(name)} is not an index of safetensors files",
         at=quoted(name),
         cause=cause,
-        fix="download the index again",
     )
 
 

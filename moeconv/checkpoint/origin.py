@@ -84,7 +84,6 @@ def parse_origin(raw: bytes) -> Origin:
             f"`{ORIGIN_NAME}` breaks the rules of its format",
             at=f"`{ORIGIN_NAME}`",
             cause="; ".join(problems.shown()),
-            fix="convert the checkpoint again",
         )
     files, at = [], start
     for number, (name, size, length) in enumerate(named):

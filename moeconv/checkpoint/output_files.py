@@ -91,7 +91,7 @@ def damaged(name: str, cause: str) -> Damaged:
         f"{quoted(name)} is damaged",
         at=quoted(name),
         cause=cause,
-        fix="fetch that file of the set again, or convert again",
+        fix="fetch that file again, or convert again",
     )
 
 
@@ -101,7 +101,7 @@ def missing(name: str) -> MissingShard:
         f"{quoted(name)} is not there",
         at=quoted(ROOT_NAME),
         cause="the set's manifest names it",
-        fix="fetch that file of the set again, or convert again",
+        fix="fetch that file again, or convert again",
     )
 
 

@@ -341,7 +341,6 @@ def _not_in_file(index: Index, tensor: str, file: str, where: str | None) -> Moe
         f"{quoted(tensor)} is not in {quoted(file)}",
         at=f"{quoted(index.name)}, `weight_map`",
         cause=f"it is in {quoted(where)}" if where else "no file of the checkpoint holds it",
-        fix="download the index and the shard again; they are not of one revision",
     )
 
 
@@ -350,7 +349,6 @@ def _not_in_index(index: Index, tensor: str, file: str) -> MoeconvError:
         f"{quoted(tensor)} is in no index",
         at=f"{quoted(file)}, tensor {quoted(tensor)}",
         cause=f"{quoted(index.name)} does not name it, so loaders would never read it",
-        fix="download the index and the shard again; they are not of one revision",
     )
 
 

@@ -164,7 +164,7 @@ def _refuse_hollow(data: bytes, where: str) -> None:
             "the JSON has too many lists and objects for its length",
             at=where,
             cause=f"{containers:,} of them begin in {len(data):,} bytes",
-            fix="check that it is the file it should be",
+            fix="check that this is the right file",
         )
 
 
@@ -186,12 +186,10 @@ def _refusals(where: str) -> Iterator[None]:
             fix="download the file again, or write it anew without the second entry",
         ) from None
     except RecursionError:
-        raise BadJson("the JSON is nested too deeply", at=where, fix="download it again") from None
+        raise BadJson("the JSON is nested too deeply", at=where) from None
     except ValueError as problem:
         # UnicodeDecodeError and JSONDecodeError are both ValueErrors
-        raise BadJson(
-            "not a JSON document", at=where, cause=str(problem), fix="download the file again"
-        ) from None
+        raise BadJson("not a JSON document", at=where, cause=str(problem)) from None
 
 
 def may_escape(data: bytes) -> bool:

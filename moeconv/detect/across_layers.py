@@ -160,7 +160,6 @@ def bare_stacks(stacks: Iterable[Stack]) -> Iterator[MoeconvError]:
                 at=quoted(stack.name),
                 cause=f"{sets[fuller]} of {len(alike)} stacks with {quoted(weight)} in {dtype} "
                 f"have {'it' if len(fuller - rest) == 1 else 'them'}",
-                fix="download the shard that holds them, then `moeconv inspect SRC`",
             )
 
 
@@ -183,5 +182,4 @@ def _lost(name: str, router: StoredTensor, count: int) -> MoeconvError:
         f"{quoted(name)} has no experts at all",
         at=quoted(router.name),
         cause=f"this tensor is there, as beside the experts of {count} other layers",
-        fix="download the shard that holds them, then `moeconv inspect SRC`",
     )

@@ -23,7 +23,6 @@ from moeconv.errors import (
 )
 from moeconv.layout.recipe import DOWN, WEIGHT, Layout, Line
 
-_FETCH = "download the shard again, then `moeconv inspect SRC`"
 _MAX_IDS = 8
 # floating point of less than 16 bits and integers mean nothing without their scales
 _QUANTISED = frozenset(d for d in BITS if d.startswith(("F4", "F6", "F8", "I", "U")))
@@ -120,7 +119,6 @@ def _no_line(stack: str, found: Found, line: Line) -> MoeconvError:
         f"{quoted(stack)} lacks {quoted(line.template.removeprefix('{stack}.'))}",
         at=found.place(held),
         cause=f"it has this one, but no tensor for {' and '.join(line.projections)}",
-        fix=_FETCH,
     )
 
 
@@ -149,7 +147,6 @@ def _gaps(stack: str, found: Found, ids: list[int], experts: int | None) -> list
             at=f"the last expert is in {found.place(last)}",
             cause=f"ids go up to {ids[-1]}, these are missing: "
             f"{', '.join(map(str, missing))}{more}{_says(experts)}",
-            fix=_FETCH,
         )
     ]
 
@@ -180,7 +177,6 @@ def _missing_weights(
                 cause=("" if weights else "no expert has it: ")
                 + f"{len(weights)} of {len(ids)} experts have it; "
                 f"missing: {_ranges(lacking)}{_says(experts)}",
-                fix=_FETCH,
             )
         )
     return problems
@@ -209,7 +205,6 @@ def _companions(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
                     at=found.place(tensor),
                     cause=f"in this stack {counted(len(alone), 'tensor')} of component "
                     f"{quoted(component)} without a weight",
-                    fix=_FETCH,
                 )
             )
         # one of another dtype may need none, and that it is of another was said
@@ -223,7 +218,6 @@ def _companions(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
                     at=found.place(tensor),
                     cause=f"{len(weights) - len(bare)} of {len(weights)} experts have one; "
                     f"these lack it: {_ranges(sorted(bare))}",
-                    fix=_FETCH,
                 )
             )
     return problems
@@ -247,7 +241,6 @@ def _odd_ones(stack: str, found: Found, tensors: dict[int, StoredTensor]) -> lis
                     at=found.place(tensor),
                     cause=f"in {quoted(stack)} {count} of {len(tensors)} experts have {usual}; "
                     f"odd: {_ranges(odd)}",
-                    fix="convert from a checkpoint whose experts are alike",
                 )
             )
     return problems
@@ -291,7 +284,6 @@ def _pairs(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
                 f"{quoted(stack)} has {quoted(component)} for {what} only",
                 at=found.place(weights[lacks]),
                 cause=f"this {weights[lacks].dtype} lacks it, {quoted(weights[has].name)} has it",
-                fix=_FETCH,
             )
             lost.setdefault((component, lacks), problem)
     return [*problems, *lost.values()]
@@ -320,6 +312,5 @@ def _two_kinds(
                 f"experts of {quoted(stack)} are stored in two ways: {' and '.join(side)}",
                 at=found.place(*tensors),
                 cause="one tensor cannot hold both",
-                fix="convert from a checkpoint whose experts are alike",
             )
     return None

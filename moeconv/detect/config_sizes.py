@@ -99,7 +99,6 @@ def against_config(
                     at=f"config.json, key {quoted(key)}",
                     cause=f"config.json says {printable(abridged(str(said), 200))}, "
                     f"the tensors have {held[what]} {words[what]}",
-                    fix="use the config.json that belongs to these tensors",
                 )
             )
     return problems

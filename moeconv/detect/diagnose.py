@@ -138,7 +138,6 @@ def not_as_in_manifest(name: str, known: StackEntry, sizes: Sizes) -> MoeconvErr
         at=quoted(name),
         cause=f"E, I, H are {sizes.experts}, {sizes.width}, {sizes.hidden}; "
         f"the manifest has {', '.join(map(str, known.sizes))}",
-        fix="fetch the set again, or convert again",
     )
 
 
@@ -151,7 +150,6 @@ def unknown_inside(name: str, found: Found) -> MoeconvError:
         cause=f"recipe {quoted(found.recipe.name)} knows the components "
         f"{', '.join(quoted(c.name) for c in found.recipe.components)}; in this stack "
         f"{counted(len(found.unknown), 'tensor')} beside them",
-        fix="write a recipe that has them and give it with `--recipe FILE`",
     )
 
 

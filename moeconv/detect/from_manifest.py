@@ -233,5 +233,4 @@ def _unfit(name: str, cause: str) -> BadManifest:
         f"{quoted(name)} is not what the set's manifest says",
         at=quoted(name),
         cause=printable(abridged(cause, _MAX_CAUSE)),
-        fix="convert the checkpoint again; a manifest is never edited by hand",
     )

@@ -41,5 +41,4 @@ def no_range(stack: str, found: Found) -> MoeconvError:
         "but config.json does not say where one ends",
         at=f"config.json, key {quoted(keys[0])}" if keys else "config.json",
         cause="text and vision experts stand in one row of ids",
-        fix="use the config.json that belongs to these tensors",
     )

@@ -56,7 +56,6 @@ def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[Layers, tuple[
             "config.json and the tensors disagree on the number of layers",
             at="config.json",
             cause=f"it says {hidden}, but the layers with experts are {spans(tuple(main))}",
-            fix="use the config.json that belongs to these tensors",
         )
     beyond = tuple(n for n in main if n >= hidden)
     layers = Layers(experts.pop(), moe, beyond, hidden, stated=stated is not None)

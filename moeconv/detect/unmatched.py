@@ -136,5 +136,4 @@ def _unknown(left: list[StoredTensor], headers: Headers, said: tuple[Recipe, ...
         at=f"{quoted(headers.files[first.file])}, tensor {quoted(first.name)}",
         cause=f"{counted(len(left), 'tensor')} of such names beside those that "
         f"{' and '.join(quoted(r.name) for r in said)} knows",
-        fix="write a recipe that has them and give it with `--recipe FILE`",
     )

@@ -360,7 +360,6 @@ def _changed(sidecar: Sidecar, now: str) -> SourceChanged:
         f"{quoted(sidecar.name)} changed while SRC was being converted",
         at=quoted(str(sidecar.path)),
         cause=f"it had {sidecar.size:,} bytes when the plan was made, {now}",
-        fix="wait until nothing writes to the source, then run again",
     )
 
 

@@ -111,7 +111,6 @@ def _refuse(where: str, problems: Problems) -> BadRecipe:
         f"{quoted(where)} is not a recipe: {problems.count:,} problem(s)",
         at=quoted(where),
         cause="\n         ".join(problems.shown(MAX_KEPT)),
-        fix="`moeconv recipes show qwen3_moe` prints one that works",
     )
 
 

@@ -175,7 +175,6 @@ def load_recipe(which: str | Path) -> Recipe:
             f"{quoted(str(which))} is no recipe",
             at=quoted(str(which)),
             cause=f"it is larger than a recipe may be ({MAX_RECIPE_BYTES // 1024} KiB)",
-            fix="`moeconv recipes show qwen3_moe` prints one that works",
         )
     return parse_recipe(text, where=path.name)
 
@@ -214,5 +213,4 @@ def _bad_recipes(cause: str) -> BadManifest:
         f"`{ROOT_NAME}` carries a recipe that does not fit it",
         at=f"`{ROOT_NAME}`, `recipes`",
         cause=cause,
-        fix="convert the checkpoint again; a manifest is never edited by hand",
     )

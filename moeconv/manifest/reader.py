@@ -56,7 +56,6 @@ def _refuse(problems: Problems, where: str) -> None:
             f"{quoted(where)} breaks the rules of its format in {problems.count:,} place(s)",
             at=quoted(where),
             cause="; ".join(problems.shown()),
-            fix="convert the checkpoint again; a manifest is never edited by hand",
         )
 
 
@@ -68,7 +67,6 @@ def split_root(raw: bytes, *, where: str) -> bytes:
             f"{quoted(where)} is damaged: the digest in its last line is not that of its text",
             at=quoted(where),
             cause="a bit changed, the file is cut short, or somebody edited it",
-            fix="fetch the set again, or convert again",
         )
     return body
 

@@ -130,7 +130,6 @@ def _by_row(raw: RawMap, layers: Layers, map_layers: str | None) -> tuple[dict[i
         raise BadPlacement(
             f"the map has {counted(len(raw.rows), 'row')}, which fits none of the counts",
             cause=f"it would be {assumed}; MoE layers: {spans(layers.all_moe)}",
-            fix="make the map for this checkpoint",
         )
     ids = _row_indices(fitting[0], layers)
     assumed = f"{counted(len(raw.rows), 'row')}: one for each {fitting[0]}{_dense_rows(ids, raw)}"
@@ -181,7 +180,6 @@ def _by_id(raw: RawMap, layers: Layers) -> tuple[dict[int, int], str]:
     raise BadPlacement(
         f"the map's {counted(len(given), 'layer id')} are not those of the checkpoint",
         cause=f"{'; '.join(found)}; MoE layers: {spans(layers.all_moe)}",
-        fix="make the map for this checkpoint",
     )
 
 

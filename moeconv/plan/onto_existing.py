@@ -93,7 +93,6 @@ def _foreign(name: str) -> BadManifest:
         "the set's origin and its tensors are not of the same model",
         at=quoted(name),
         cause="one of them has it, the other does not, or of another size",
-        fix="convert the checkpoint again",
     )
 
 

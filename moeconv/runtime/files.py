@@ -88,7 +88,7 @@ def _existing(home: Path, name: str, named_in: str) -> Path:
             f"{quoted(name)} is not there",
             at=quoted(named_in),
             cause="this rank needs it",
-            fix="fetch that file of the set",
+            fix="fetch that file again, or convert again",
         )
     return path
 

@@ -27,7 +27,6 @@ def bad(name: str, cause: str) -> BadManifest:
         f"the manifest is wrong about {quoted(name)}",
         at=quoted(name),
         cause=cause,
-        fix="convert the checkpoint again; a manifest is never edited by hand",
     )
 
 

@@ -70,7 +70,7 @@ def read_document(path: Path, limit: int, *, name: str) -> bytes:
                 f"{quoted(name)} is too large",
                 at=quoted(str(path)),
                 cause=f"it has {facts.st_size:,} bytes, the limit is {limit:,}",
-                fix="check that it is the file it should be",
+                fix="check that this is the right file",
             )
         try:
             raw = read_start(descriptor, facts, limit)

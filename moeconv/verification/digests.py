@@ -161,7 +161,6 @@ def compare_digests(
                     f"{quoted(address)} is damaged",
                     at=place,
                     cause=f"its digest is {value}, the manifest has {promised.get(address)}",
-                    fix="fetch that file of the set again, or convert again",
                 )
 
 
@@ -194,6 +193,6 @@ def compare_file(root: Path, entry: FileEntry) -> list[MoeconvError]:
             f"{quoted(entry.name)} is damaged",
             at=quoted(entry.name),
             cause=f"its digest is {value}, the manifest has {entry.digest}",
-            fix="fetch that file of the set again",
+            fix="fetch that file again, or convert again",
         )
     ]

@@ -29,7 +29,6 @@ def bounded(problems: Iterable[MoeconvError]) -> tuple[MoeconvError, ...]:
         Damaged(
             f"{counted(more, 'more problem')}, not listed",
             cause=f"the first {MAX_REPORTED:,} are listed",
-            fix="fetch the set again, or convert again",
         ),
     )
 

@@ -109,7 +109,7 @@ def _data_file(root: Path, part: Part, *, newer: bool) -> list[MoeconvError]:
                 f"{quoted(name)} has not the size it was written with",
                 at=quoted(name),
                 cause=f"it has {size:,} bytes, its part says {part.size:,}",
-                fix="fetch that file of the set again, or convert again",
+                fix="fetch that file again, or convert again",
             )
         )
     if digest(raw) != part.header_digest:

@@ -61,7 +61,6 @@ class Sources:
             at=quoted(str(file.path)),
             cause=f"it had {file.size:,} bytes when the plan was made, "
             f"and has {facts.st_size:,} now, or it was written to or replaced",
-            fix="wait until nothing writes to the source, then run again",
         )
 
     def ended(self, number: int, problem: FileEnded) -> IoFailed:

@@ -130,14 +130,12 @@ def refuse_other_set(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limi
             f"{quoted(str(out))} is a finished set of another plan",
             at=quoted(ROOT_NAME),
             cause="its stacks, layouts or files are not those that this command makes",
-            fix="give another directory, or `--overwrite`",
         )
     if not plan.virtual and not _of_this_source(out, plan, checkpoint, limits):
         raise CannotResume(
             f"{quoted(str(out))} is a finished set of another source",
             at=quoted(ROOT_NAME),
             cause="it records other digests than SRC's bytes have now, or none",
-            fix="give another directory, or `--overwrite`",
         )
 
 

@@ -140,7 +140,6 @@ class OutputTransaction:
                     f"{quoted(name)} is in the way",
                     at=quoted(str(self.out / name)),
                     cause=reason,
-                    fix="move it away, then run again",
                 )
 
     def _refuse_busy(self) -> None:
@@ -177,7 +176,6 @@ class OutputTransaction:
                 at=quoted(str(aside)),
                 cause="an old output would wait there, and it holds something else, or files of an "
                 "old output that were changed",
-                fix="move it away, then run again",
             )
         self.out.rename(aside)
         self.aside = OldOutput(aside, self.replaced or Inventory())
