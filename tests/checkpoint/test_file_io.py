@@ -29,12 +29,12 @@ RAW: Final = frozenset(
 WHOLE_FILES: Final = frozenset({"read_bytes", "write_bytes", "write_text"})
 # the demo makes its own source, with a stock writer: nothing of it may rest on this code
 ALLOWED: Final = {
-    ("checkpoint/file_io.py", "pread"),
-    ("checkpoint/file_io.py", "preadv"),
-    ("checkpoint/file_io.py", "pwrite"),
-    ("checkpoint/file_io.py", "write"),
-    ("engine/syscalls.py", "copy_file_range"),
-    ("demo.py", "write_text"),
+    ("store/file_io.py", "pread"),
+    ("store/file_io.py", "preadv"),
+    ("store/file_io.py", "pwrite"),
+    ("store/file_io.py", "write"),
+    ("engine/copy/syscalls.py", "copy_file_range"),
+    ("cli/demo_checkpoint.py", "write_text"),
     ("cli/demo.py", "read_bytes"),
 }
 

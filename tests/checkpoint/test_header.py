@@ -352,4 +352,4 @@ def test_a_git_lfs_pointer(src: Path, out: Path):
 
 def test_a_file_that_is_something_else_altogether(src: Path, out: Path):
     _src(src, b"PK\x03\x04" + bytes(1000))
-    refused(HeaderTooLong, SHARD, "no safetensors file", src=src, out=out)
+    refused(HeaderTooLong, SHARD, "not a safetensors file", src=src, out=out)
