@@ -84,8 +84,8 @@ def _bare(stack: str, found: Found, *, quantised: bool) -> list[MoeconvError]:
             f"{quoted(stack)} has {quoted(kind)} in {dtype} but no scales",
             at=found.place(tensor),
             cause="quantised weights cannot be used without scales; no expert has them",
-            fix=f"{_FETCH}; or, if the recipe calls them something else, give their component "
-            "`scales = true` there",
+            fix=f"{MissingScale.fix}; or, if the recipe calls them something else, give their "
+            "component `scales = true` there",
         )
     ]
 
