@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from moeconv.checkpoint.config import QUANTIZATION
+from moeconv.core.json_value import Json
 
 _SPACE: Final = " \t\r\n"
 _VALUE = json.JSONDecoder()
@@ -116,7 +117,7 @@ def _walk(text: str, start: int, place: str, *, inside: bool) -> tuple[list[_Lis
             alone = _Item(value, text[start:stop])
             return [_List(place, start, stop, (alone,), alone=True)], stop
         texts = inside and isinstance(value, list) and all(isinstance(v, str) for v in value)
-        found = [_List(place, start, stop, tuple(_texts(text, start)))] if texts and value else []
+        found = [_List(place, start, stop, tuple(_items(text, start)))] if texts and value else []
         return found, stop
     entries: list[_Item] = []
     inner: list[_List] = []
@@ -139,7 +140,7 @@ def _walk(text: str, start: int, place: str, *, inside: bool) -> tuple[list[_Lis
     return inner, at + 1
 
 
-def _texts(text: str, start: int) -> Iterator[_Item]:
+def _items(text: str, start: int) -> Iterator[_Item]:
     at = _skip(text, start + 1)
     while text[at] != "]":
         value, stop = _VALUE.raw_decode(text, at)
@@ -161,3 +162,50 @@ def _like(old: str, items: list[str]) -> str:
     tail = old[len(old[:-1].rstrip(_SPACE)) : -1]
     gap = lead if "\n" in lead else " "
     return f"{old[0]}{lead}{f',{gap}'.join(items)}{tail}{old[-1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text and its place; alone: whether it is a value by itself, in no list, and no key."""
+
+    place: str
+    text: str
+    alone: bool = False
+
+
+def quant_texts(document: Json, *, inside: bool) -> Iterator[Text]:
+    """Everything that may name modules: texts, and keys that are no words.
+
+    inside: whether all of the document is about quantisation.
+    """
+    yield from _texts(document, "", inside=inside)
+
+
+def quant_methods(document: Json, *, inside: bool) -> dict[str, str]:
+    """Who quantised, by the place of the section that says it."""
+    return dict(_methods(document, "", inside=inside))
+
+
+def _methods(value: Json, place: str, *, inside: bool) -> Iterator[tuple[str, str]]:
+    if not isinstance(value, dict):
+        return
+    method = value.get("quant_method")
+    if inside and isinstance(method, str):
+        yield place, method.lower()
+    for key, item in value.items():
+        below = f"{place}.{key}" if place else key
+        yield from _methods(item, below, inside=inside or key in QUANTIZATION)
+
+
+def _texts(value: Json, place: str, *, inside: bool, alone: bool = True) -> Iterator[Text]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if inside and not key.replace("_", "").isalnum():
+                yield Text(place, key)
+            below = f"{place}.{key}" if place else key
+            yield from _texts(item, below, inside=inside or key in QUANTIZATION)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item, place, inside=inside, alone=False)
+    elif inside and isinstance(value, str):
+        yield Text(place, value, alone)

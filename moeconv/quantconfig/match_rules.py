@@ -1,18 +1,30 @@
-"""How the reader of a list takes its texts: names, patterns, beginnings, ends or parts of names.
+"""Which module names a text of a quantization config matches, by the rules of its reader.
 
-That depends on where a list stands, and on who quantised. compressed-tensors and Quark write
-`re:`, modelopt and Quark globs, GPTQModel `+:` and `-:` in front of regular expressions.
-transformers (`should_convert_module`) takes all that it must not convert for regular expressions
-of modules, with what is in them, and for ends of names; AWQ for parts of names.
+These depend on the key and on the quantizer. compressed-tensors and Quark write `re:`, modelopt and
+Quark globs, GPTQModel `+:` and `-:` in front of regular expressions. transformers
+(`should_convert_module`) takes what it must not convert for regular expressions of modules,
+with all that is in them, and for ends of names; AWQ for parts of names.
+
+All of them use `re` and `fnmatch`, and so does moeconv. Two bounds keep a hostile pattern from
+taking hours: the ways to match that a pattern may have, and the names that all patterns of a
+document are tried on.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from typing import Final, Protocol
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
 
-from moeconv.quantconfig.automaton import Budget, Rests
-from moeconv.quantconfig.patterns import glob, regular
+MAX_PATTERN_CHARS: Final = 1000
+_MAX_NAMES: Final = 10_000_000  # a name takes about a microsecond
+_BYTES_A_NAME: Final = 1024  # a search in so many bytes takes as long as a pattern and a name
+_MAX_WAYS: Final = 1 << 24
+_WAYS: Final = {"repeat": 64, "digits": 4, "option": 2}  # of a name with 64 characters
 
 _NAMES: Final = frozenset({"targets", "quantized_layers", "ignored_layers"})
 _GLOBS: Final = frozenset({"ignore", "exclude", "exclude_modules", "layer_quant_config"})
@@ -20,26 +32,77 @@ _ENDS: Final = frozenset({"modules_to_not_convert", "llm_int8_skip_modules"})
 _DYNAMIC: Final = "dynamic"
 _SIGN = re.compile(r"[+-]:")
 _MORE_THAN_A_NAME = re.compile(r"[*+?\[\](){}|^$\\]")
-_NONE: Final = frozenset[str]()
+
+_ATOM = re.compile(r"(\\d|\[0-9\])|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+_GROUP = re.compile(r"\((?:\?(?:[:=!>]|<[=!]|P<\w+>))?([^()]*)\)([*+{]?)")
+_OTHER_GROUP = re.compile(r"\(\?(?![:=!>]|<[=!]|P<\w+>)")
+_CHOICE = re.compile(r"(?P<digits>0[*+{])|(?P<repeat>[*+{])|(?P<option>\?)")
+_LITERAL = re.compile(r"\^?((?:[\w-]|\\[^\w\n])*)(?![*+?{])")
 
 
-class Reading(Protocol):
-    """Which names a text means."""
-
-    def among(self, head: str, rests: Rests) -> frozenset[str]:
-        """The rests that it means after `head`."""
-        ...
+class UnsupportedPattern(ValueError):
+    """A pattern is invalid, may take too long, or comes after the budget is used up."""
 
 
-class Place:
-    """One place of a document, by its reader's rules.
+@dataclass(slots=True)
+class Budget:
+    """How many more names the patterns of a document may be tried on."""
 
-    exact: whether a name means the module of this name alone; known: whether there are rules;
-    parts: whether texts are parts of names, and no patterns.
+    left: int = _MAX_NAMES
+
+    def take(self, names: int) -> None:
+        """Raises UnsupportedPattern where the budget is used up."""
+        self.left -= names
+        if self.left < 0:
+            raise UnsupportedPattern("the budget is used up")
+
+
+class Names:
+    """The names of a stack's modules: its own with each suffix appended."""
+
+    def __init__(self, stack: str, suffixes: frozenset[str]) -> None:
+        self.stack = stack
+        self.suffixes = suffixes
+
+    @cached_property
+    def lines(self) -> str:
+        """All of them, a line each: one search refutes a literal for all."""
+        return "\n".join(("", *(self.stack + suffix for suffix in self.suffixes), ""))
+
+
+class Matcher:
+    """What one text matches.
+
+    literals: every match has one of these in its line.
+    """
+
+    def __init__(
+        self, matches: Callable[[str], object], literals: tuple[str, ...], budget: Budget
+    ) -> None:
+        self._matches = matches
+        self._literals = literals
+        self._budget = budget
+
+    def suffixes(self, names: Names) -> frozenset[str]:
+        """The suffixes of the names that match. Raises UnsupportedPattern."""
+        lines = names.lines
+        self._budget.take(1 + len(lines) // _BYTES_A_NAME)
+        if not any(literal in lines for literal in self._literals):
+            return frozenset()
+        self._budget.take(len(names.suffixes))
+        stack, matches = names.stack, self._matches
+        return frozenset(suffix for suffix in names.suffixes if matches(stack + suffix))
+
+
+class MatchRules:
+    """The rules for one key of a document.
+
+    exact: a name matches the module of this name alone; known: moeconv knows the rules of this key;
+    parts: texts are parts of names, and no patterns.
     """
 
     def __init__(self, place: str, method: str) -> None:
-        """method: who quantised, as config.json says it."""
+        """method: the `quant_method` of the config."""
         key = place.rpartition(".")[2]
         self._dynamic = key == _DYNAMIC
         self.parts = key in _ENDS and method == "awq"
@@ -48,34 +111,24 @@ class Place:
         self.exact = not (self._dynamic or self.parts or self._ends)
         self.known = not self.exact or key in _NAMES | _GLOBS
 
-    def reading(self, text: str, budget: Budget) -> Reading | None:
-        """What a text means; None where it is a name alone. Raises Unsupported."""
+    def matcher(self, text: str, budget: Budget) -> Matcher | None:
+        """What a text matches; None where it names one module. Raises UnsupportedPattern."""
         if text.startswith("re:"):
-            return regular(text[3:], "prefix", budget)
+            return _regex(text[3:], budget)
         if self._dynamic:
-            return regular(_SIGN.sub("", text, count=1), "prefix", budget)
+            return _regex(_SIGN.sub("", text, count=1), budget)
         if self.parts:
-            return _Part(text, budget, anywhere=True)
+            return Matcher(lambda name: text in name, (text,), budget)
         if self._ends:
-            # a dot stands for any character there, which in names of modules is a dot
-            plain = self.plain(text)
-            module = _Module(text, budget) if plain else regular(text, "modules", budget)
-            return _Either(module, _Part(text, budget, anywhere=False))
+            return _module_or_end(text, budget, plain=self.is_plain(text))
         if self._globs and is_pattern(text):
-            return glob(text, budget)
+            return _glob(text, budget)
         return None
 
-    def plain(self, text: str) -> bool:
-        """Whether a text means a module with what is in it, or ends of names, and no pattern."""
+    def is_plain(self, text: str) -> bool:
+        """Whether a text matches a module with all that is in it, or ends of names; no pattern."""
         patterned = text.startswith("re:") or is_pattern(text) or text.endswith(".")
         return self._ends and not patterned
-
-    def beside(self, pattern: str, name: str) -> str:
-        """A name as it must be written beside a pattern."""
-        if not self._dynamic:
-            return name
-        sign = _SIGN.match(pattern)
-        return (sign[0] if sign else "") + re.escape(name)
 
 
 def is_pattern(text: str) -> bool:
@@ -83,88 +136,78 @@ def is_pattern(text: str) -> bool:
     return _MORE_THAN_A_NAME.search(text) is not None
 
 
-def guesses(text: str, budget: Budget) -> tuple[Reading, ...]:
-    """What a pattern may mean whose reader is not known. Raises Unsupported."""
-    return (regular(f".*(?:{text})", "prefix", budget), glob(text, budget))
+def guesses(text: str, budget: Budget) -> tuple[Matcher, ...]:
+    """What a pattern may match under a key of unknown rules. Raises UnsupportedPattern."""
+    return (Matcher(_compiled(f".*(?:{text})"), ("",), budget), _glob(text, budget))
 
 
-def ending(text: str, budget: Budget) -> Reading:
-    """All names that end so."""
-    return _Part(text, budget, anywhere=False)
+def ending(text: str, budget: Budget) -> Matcher:
+    """All names that end with a text."""
+    return Matcher(lambda name: name.endswith(text), (f"{text}\n",), budget)
 
 
-class _Module:
-    """A module, with all that is in it."""
-
-    def __init__(self, text: str, budget: Budget) -> None:
-        self._text = text
-        self._budget = budget
-
-    def among(self, head: str, rests: Rests) -> frozenset[str]:
-        text = self._text
-        self._budget.take(1)
-        if head == text or head.startswith(text + "."):
-            return rests.all
-        if not text.startswith(head):
-            return _NONE
-        rest = text[len(head) :]
-        self._budget.take(len(rests.all))
-        return frozenset(r for r in rests.all if r == rest or r.startswith(rest + "."))
+def _regex(text: str, budget: Budget) -> Matcher:
+    return Matcher(_compiled(text), (f"\n{_literal_start(text)}",), budget)
 
 
-class _Part:
-    """All names with a text in them, or at their end."""
+def _glob(text: str, budget: Budget) -> Matcher:
+    _refuse_long(text)
+    literal = re.split(r"[*?\[]", text, maxsplit=1)[0]
+    return Matcher(re.compile(fnmatch.translate(text)).match, (f"\n{literal}",), budget)
 
-    def __init__(self, text: str, budget: Budget, *, anywhere: bool) -> None:
-        self._text = text
-        self._budget = budget
-        self._anywhere = anywhere
-        self._known: dict[Rests, tuple[frozenset[str], dict[str, frozenset[str]]]] = {}
 
-    def among(self, head: str, rests: Rests) -> frozenset[str]:
-        self._budget.take(1)
-        if self._anywhere and self._text in head:
-            return rests.all
-        if rests not in self._known:
-            self._known[rests] = self._looked_at(rests)
-        found, across = self._known[rests]
-        for lead, more in across.items():
-            if head.endswith(lead):
-                found |= more
-        return found
-
-    def _looked_at(self, rests: Rests) -> tuple[frozenset[str], dict[str, frozenset[str]]]:
-        """The rests that it means after any head, and those after heads that end so."""
-        if not self._anywhere and not self._may_end(rests):
-            return _NONE, {}
-        self._budget.take(len(rests.all))
-        text = self._text
-        inside = frozenset(
-            r for r in rests.all if r.endswith(text) or (self._anywhere and text in r)
+def _module_or_end(text: str, budget: Budget, *, plain: bool) -> Matcher:
+    """By transformers' `should_convert_module`; plain: a dot is meant as a dot."""
+    if plain:
+        return Matcher(
+            lambda name: name.endswith(text) or f"{name}.".startswith(f"{text}."),
+            (f"{text}\n", f"\n{text}"),
+            budget,
         )
-        across: dict[str, frozenset[str]] = {}
-        first = {r[:1] for r in rests.all}
-        for at in (n for n in range(1, len(text) + 1) if text[n : n + 1] in first):
-            tail = text[at:]
-            self._budget.take(len(rests.all) if self._anywhere else 1)
-            if self._anywhere:
-                hits = frozenset(r for r in rests.all if r.startswith(tail))
-            else:
-                hits = rests.all & {tail}
-            if hits:
-                across[text[:at]] = hits
-        return inside, across
-
-    def _may_end(self, rests: Rests) -> bool:
-        """Whether any name may: a list can have thousands that can't."""
-        dot, word = "." in self._text, self._text.rpartition(".")[2]
-        return "" in rests.all or any(e == word if dot else e.endswith(word) for e in rests.ends)
+    match = _compiled(rf"(?:{text})(?:(?<=\.)|(?=\.|$))")
+    literals = (f"\n{_literal_start(text)}", f"{text}\n")
+    return Matcher(lambda name: match(name) or name.endswith(text), literals, budget)
 
 
-class _Either:
-    def __init__(self, one: Reading, other: Reading) -> None:
-        self._both = (one, other)
+def _compiled(text: str) -> Callable[[str], object]:
+    _refuse_long(text)
+    if _ways(text) > _MAX_WAYS:
+        raise UnsupportedPattern("may take too long")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its reader sees them
+            return re.compile(text).match
+    except (re.error, OverflowError, RecursionError):
+        raise UnsupportedPattern("invalid") from None
 
-    def among(self, head: str, rests: Rests) -> frozenset[str]:
-        one, other = (reading.among(head, rests) for reading in self._both)
-        return one | other
+
+def _refuse_long(text: str) -> None:
+    if len(text) > MAX_PATTERN_CHARS:
+        raise UnsupportedPattern("too long")
+
+
+def _ways(text: str) -> float:
+    """How many ways `re` may try to match a name, at most; infinite where that is exponential.
+
+    That is a repeated group that holds repeats or alternatives (`(x+)+y`). Other repeats, options
+    and alternatives multiply.
+    """
+    if _OTHER_GROUP.search(text):
+        return float("inf")  # comments and flags could hide a group
+    text = _ATOM.sub(lambda found: "0" if found[1] else "a", text).removesuffix(".*")
+    ways = 1.0
+    while found := _GROUP.search(text):
+        inner = found[1]
+        if found[2] and re.search(r"[*+?{|\0]", inner):
+            return float("inf")
+        ways *= 1 + inner.count("|")
+        text = text[: found.start()] + inner.replace("|", "\0") + text[found.end(1) + 1 :]
+    for choice in _CHOICE.finditer(text):
+        ways *= _WAYS[choice.lastgroup or ""]
+    return ways * (1 + text.count("|"))
+
+
+def _literal_start(text: str) -> str:
+    """What every match begins with, as far as it is easy to see."""
+    found = None if "|" in text else _LITERAL.match(text)
+    return found[1].replace("\\", "") if found else ""

@@ -12,7 +12,7 @@ from moeconv.core.names import natural_key
 from moeconv.detect.stack import Stack
 from moeconv.layout.recipe import Layout, Line
 from moeconv.manifest.model import StackEntry
-from moeconv.quantconfig.automaton import Rests
+from moeconv.quantconfig.match_rules import Names
 
 Matrices = frozenset[tuple[int, str]]  # expert and projection
 _SHORTER: Final = 3  # words that a reader may leave out before a name: `model.language_model.`
@@ -31,18 +31,18 @@ class Renamed:
 
 
 class Modules:
-    """The modules of stacks that are alike, by what follows a stack's name.
+    """The modules of stacks that are alike, by what follows a stack's name (a suffix).
 
     Where experts are joined, the one around them is a module as well: that of the experts, which
-    engines ask by its name. It is none where it is not called so: a router may be in it.
+    engines ask for by its name. It is none where it is not called so: a router may be in it.
     """
 
     def __init__(self, stack: Stack, old: Layout, new: Layout) -> None:
         self._old, old_around = _named(stack, old)
         self._new, self._around = _named(stack, new)
         self.leaves = self._old.keys() - {old_around}
-        self.old_rests = Rests(frozenset(self._old))
-        self.new_rests = Rests(frozenset(self._new))
+        self.old, self.new = frozenset(self._old), frozenset(self._new)
+        self.last_words = {s.rpartition(".")[2] for s in self.old | self.new}
         self._within = [_within(names) for names in (self._old, self._new)]
         self._known: dict[frozenset[str], Renamed] = {}
 
@@ -61,19 +61,17 @@ class Modules:
             return Renamed(None, allowed)
         return Renamed(tuple(sorted(allowed, key=natural_key)), allowed)
 
-    def is_held(self, rest: str, held: frozenset[str]) -> bool:
+    def is_held(self, suffix: str, held: frozenset[str]) -> bool:
         """Whether a new module is among these, or all that is in it."""
-        if rest in held:
-            return True
-        return rest == self._around and self._new.keys() - {rest} <= held
+        return suffix in held or (suffix == self._around and self._new.keys() - {suffix} <= held)
 
     def changed(self, old: frozenset[str], new: frozenset[str]) -> bool:
         """Whether these old modules hold other matrices than these new ones."""
         return _held(self._old, old) != _held(self._new, new)
 
-    def lost(self, rest: str) -> bool:
+    def lost(self, suffix: str) -> bool:
         """Whether old modules are in this one, but no new ones."""
-        return rest in self._within[0] and rest not in self._within[1]
+        return suffix in self._within[0] and suffix not in self._within[1]
 
 
 class Renamings:
@@ -84,7 +82,7 @@ class Renamings:
         by_name = {s.name: s for s in stacks}
         self._kinds: dict[str, tuple[Stack, Layout, Layout]] = {}
         self._known: dict[object, Modules] = {}
-        self._of: dict[str, Modules] = {}
+        self._names: dict[tuple[str, str], tuple[Names, Names]] = {}
         changed = []
         for entry in entries:
             stack = by_name[entry.name]
@@ -99,21 +97,27 @@ class Renamings:
 
     def modules(self, stack: str) -> Modules:
         """The modules of one of them."""
-        if stack not in self._of:
-            of, old, new = self._kinds[stack]
-            key = (of.recipe.name, old, new, of.sizes.experts, "experts" in stack.split("."))
-            if key not in self._known:
-                self._known[key] = Modules(of, old, new)
-            self._of[stack] = self._known[key]
-        return self._of[stack]
+        of, old, new = self._kinds[stack]
+        key = (of.recipe.name, old.name, new.name, of.sizes.experts, "experts" in stack.split("."))
+        if key not in self._known:
+            self._known[key] = Modules(of, old, new)
+        return self._known[key]
+
+    def names(self, stack: str, called: str = "") -> tuple[Names, Names]:
+        """The old and the new names of a stack's modules; called: where a reader calls it so."""
+        key = (stack, called or stack)
+        if key not in self._names:
+            modules = self.modules(stack)
+            self._names[key] = (Names(key[1], modules.old), Names(key[1], modules.new))
+        return self._names[key]
 
     def found(self, name: str) -> tuple[str, str] | None:
-        """The stack that has a module of this name, old or new, and what follows its own."""
+        """The stack that has a module of this name, old or new, and its suffix."""
         for head in _heads(name):
             if head in self._kinds:
-                rest, modules = name[len(head) :], self.modules(head)
-                if rest in modules.old_rests.all or rest in modules.new_rests.all:
-                    return head, rest
+                suffix, modules = name[len(head) :], self.modules(head)
+                if suffix in modules.old or suffix in modules.new:
+                    return head, suffix
         return None
 
     def near(self, text: str) -> bool:
@@ -137,14 +141,13 @@ class Renamings:
     @cached_property
     def _lasts(self) -> frozenset[str]:
         """The last words of the names of stacks and of their modules."""
-        kinds = {id(m): m for m in map(self.modules, self._kinds)}.values()
-        ends = (end for m in kinds for rests in (m.old_rests, m.new_rests) for end in rests.ends)
-        return frozenset(head.rpartition(".")[2] for head in self._stems).union(ends)
+        ends = (self.modules(stack).last_words for stack in self._kinds)
+        return frozenset(head.rpartition(".")[2] for head in self._stems).union(*ends)
 
     def lost(self, name: str) -> bool:
         """Whether old modules of a stack are in this one, but no new ones."""
         inside = [(h, name[len(h) :]) for h in _heads(name) if h in self._kinds]
-        return any(self.modules(head).lost(rest) for head, rest in inside)
+        return any(self.modules(head).lost(suffix) for head, suffix in inside)
 
 
 def _heads(name: str) -> Iterator[str]:

@@ -37,7 +37,7 @@ def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...])
         return plan
     # a fifth of the start of a command, and most checkpoints need none of it
     from moeconv.quantconfig.modules import Renamings
-    from moeconv.quantconfig.rewording import reworded
+    from moeconv.quantconfig.rename import renamed_document
 
     renamings = Renamings(stacks, plan.stacks)
     rewrites, notes = [], []
@@ -46,7 +46,7 @@ def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...])
         now = _read(checkpoint, name) if concerned else None
         if now is None:
             continue
-        after, said = reworded(name, origin.get(name, now), renamings, inside=inside)
+        after, said = renamed_document(name, origin.get(name, now), renamings, inside=inside)
         notes += said
         if after != now:
             rewrites.append(Rewrite(name, now, after))
@@ -67,10 +67,10 @@ def rewritten(
     """
     # a fifth of the start of a command, and most checkpoints need none of it
     from moeconv.quantconfig.modules import Renamings
-    from moeconv.quantconfig.rewording import reworded
+    from moeconv.quantconfig.rename import renamed_document
 
     inside = dict(_DOCUMENTS)[name]
-    return reworded(name, first, Renamings(stacks, entries), inside=inside)[0]
+    return renamed_document(name, first, Renamings(stacks, entries), inside=inside)[0]
 
 
 def _names_some(config: bytes | None) -> bool:

@@ -29,9 +29,8 @@ from moeconv.placement.files import read_map
 from moeconv.placement.formats import FORMATS, write_map
 from moeconv.placement.model import Layers, Placement, trivial
 from moeconv.placement.resolve import resolve
-from moeconv.quantconfig.automaton import Budget, Mode, Unsupported
 from moeconv.quantconfig.document import changed_lists
-from moeconv.quantconfig.patterns import glob, regular
+from moeconv.quantconfig.match_rules import Budget, MatchRules, Names, UnsupportedPattern
 from tests.badinput.builders import entries, framed, index_doc, nbytes, qwen, two_files
 from tests.badinput.test_recipes import GOOD
 from tests.checkpoint.test_fuzz import ORIGIN
@@ -41,7 +40,7 @@ TENSORS = qwen(1, 4, 8)
 DATA_BYTES = sum(map(nbytes, TENSORS.values()))
 HEAD = framed(dump({"__metadata__": {"format": "pt"}, **entries(TENSORS)}))
 LAYERS = Layers(experts=4, moe=(1, 2), beyond=(3,), hidden=3)
-MODES: Final[dict[bytes, Mode]] = {b"p": "prefix", b"w": "whole", b"m": "modules"}
+RULES: Final = {b"g": ("exclude", "modelopt"), b"p": ("dynamic", "gptq")}
 PATTERNS: Final = (b"re:.*mlp\\.experts\\.\\d+\\.(gate|up)_proj$", b"model.layers.*.experts.*")
 LISTS: Final = dump(
     {
@@ -93,15 +92,12 @@ def _recipe(raw: bytes) -> None:
 
 
 def _pattern(raw: bytes) -> None:
-    """Of the three ways to read one, or a glob; the budget is a fraction of a run's."""
+    """By each reader's rules; the budget is a fraction of a run's."""
     budget, text = Budget(100_000), raw[1:].decode("utf-8", "replace")
-    with contextlib.suppress(Unsupported):
-        pattern = (
-            glob(text, budget)
-            if raw[:1] == b"g"
-            else regular(text, MODES.get(raw[:1], "whole"), budget)
-        )
-        pattern.matches("model.layers.0.mlp.experts.11.gate_proj")
+    rules = MatchRules(*RULES.get(raw[:1], ("modules_to_not_convert", "")))
+    with contextlib.suppress(UnsupportedPattern):
+        if matcher := rules.matcher(text, budget):
+            matcher.suffixes(Names("model.layers.0.mlp.experts", frozenset({".11.gate_proj"})))
 
 
 def _lists(raw: bytes) -> None:
@@ -157,7 +153,7 @@ TARGETS: Final = {
     "recipe": Target(
         _recipe, (GOOD.encode(), *(r.toml.encode() for r in shipped_recipes()[:3])), 160
     ),
-    "pattern": Target(_pattern, tuple(mode + text for mode in (*MODES, b"g") for text in PATTERNS)),
+    "pattern": Target(_pattern, tuple(mode + text for mode in (*RULES, b"m") for text in PATTERNS)),
     "quantization-lists": Target(_lists, (LISTS,)),
     "map-json": Target(_map(".json"), _JSON_MAPS),
     "map-yaml": Target(_map(".yaml"), tuple(_MAPS.values())),
