@@ -60,7 +60,7 @@ _MAX_NAMED: Final = 8
 def verify(
     out: str | Path,
     *,
-    level: str = DIGEST,
+    level: str | None = None,
     source: str | Path | None = None,
     recipe: str | Path | None = None,
     from_layout: str | None = None,
@@ -75,6 +75,7 @@ def verify(
     all is well, add to a virtual set the digests that it lacks.
     Damage is in the report, not raised.
     """
+    level = level or (DIGEST if source is None else SOURCE)
     if level not in LEVELS or (level == SOURCE) != (source is not None):
         raise UsageProblem(
             f"level {quoted(level)} and source {quoted(str(source))} do not go together",

@@ -8,18 +8,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from moeconv.cli.convert import fuse, unfuse
+from moeconv.cli.compare import diff, fingerprint, verify
+from moeconv.cli.convert import fuse, merge, shard, unfuse
 from moeconv.cli.demo import demo
-from moeconv.cli.diff import diff
-from moeconv.cli.fingerprint import fingerprint
 from moeconv.cli.inspect import inspect
-from moeconv.cli.merge import merge
 from moeconv.cli.placement import placement
 from moeconv.cli.recipes import recipes
-from moeconv.cli.shard import shard
 from moeconv.cli.signals import ENDED, end_when_told, hear_no_more
 from moeconv.cli.streams import open_streams
-from moeconv.cli.verify import verify
 from moeconv.core.system_errors import system_failure
 from moeconv.errors import IoFailed
 from moeconv.version import __version__

@@ -26,9 +26,6 @@ Ranks: TypeAlias = Annotated[
     int | None,
     typer.Option("--ep", min=1, metavar="N", help="Expert-parallel ranks, to check the map for."),
 ]
-Duplicates: TypeAlias = Annotated[
-    bool, typer.Option("--allow-duplicates", help="Let a rank hold the same expert twice.")
-]
 
 placement = typer.Typer(
     help="Expert placement maps: look at one, translate it for another system.",
@@ -45,7 +42,7 @@ def show(
     ] = None,
     map_layers: options.MapLayers = None,
     ep: Ranks = None,
-    allow_duplicates: Duplicates = False,
+    allow_duplicates: options.AllowDuplicates = False,
     as_json: options.AsJson = False,
     color: options.Color = "auto",
 ) -> None:
@@ -108,7 +105,7 @@ def convert(
     ],
     map_layers: options.MapLayers = None,
     ep: Ranks = None,
-    allow_duplicates: Duplicates = False,
+    allow_duplicates: options.AllowDuplicates = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     color: options.Color = "auto",

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol, TextIO
@@ -229,6 +229,20 @@ def handled(ui: Ui) -> Iterator[Ui]:
         if ui.verbose:
             traceback.print_exc()
         raise typer.Exit(InternalError.exit_code) from None
+
+
+@contextmanager
+def command_ui(flags: Mapping[str, object]) -> Iterator[Ui]:
+    """The frame of a command's body, from its `TalkFlags`. Raises typer.Exit."""
+    talk = Ui(
+        json=bool(flags.get("as_json")),
+        quiet=bool(flags.get("quiet")),
+        verbose=bool(flags.get("verbose")),
+        color=str(flags.get("color", "auto")),
+    )
+    with handled(talk) as ui:
+        checked_color(talk.color)
+        yield ui
 
 
 def _bug(problem: Exception) -> MoeconvError:

@@ -108,7 +108,7 @@ def test_demo_can_be_kept(tmp_path: Path) -> None:
     [
         ("typer.main", "get_command"),  # before the command line is read
         ("typer.core", "TyperGroup.parse_args"),
-        ("moeconv.cli.verify", "Ui"),  # before the verb has begun
+        ("moeconv.cli.ui", "Ui"),  # before the verb has begun
         ("moeconv.api.verify", "verify"),
         ("moeconv.cli.ui", "Ui.data"),
     ],

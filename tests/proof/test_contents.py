@@ -80,7 +80,7 @@ def test_recorded_digests_are_believed_where_asked(out: Path, src: Path):
         done = command(*verb, "--recorded", "--json")
         assert done.code == 0
         assert json.loads(done.out)["recorded"] is True
-        assert "were believed" in done.err
+        assert "were trusted" in done.err
         assert json.loads(command(verb[0], src, *verb[2:], "--json").out)["recorded"] is False
 
 
