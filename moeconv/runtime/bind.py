@@ -25,16 +25,16 @@ from moeconv.runtime.dtensor import (
 )
 from moeconv.runtime.model_tensors import (
     Target,
-    in_order,
     is_dtensor,
-    kind_of,
+    is_row_major,
     local_tensor,
+    memory_kind,
     modules_of,
     moved,
-    no_memory,
     overlapping,
     targets_of,
     unsharded,
+    unwritable_reason,
 )
 from moeconv.runtime.transfer import Step
 
@@ -43,7 +43,7 @@ _SHOWN: Final = 8  # problems of one kind that a message lists
 
 
 @dataclass(frozen=True, slots=True)
-class Filled:
+class BoundTensor:
     """A target, the tensor of the set that goes there, and how. kind: what it must still be."""
 
     target: Target
@@ -51,13 +51,13 @@ class Filled:
     kind: tuple[object, ...]
     steps: tuple[Step, ...]
 
-    def only(self, slots: Collection[int], source: LocalTensor) -> Filled:
+    def only(self, slots: Collection[int], source: LocalTensor) -> BoundTensor:
         """The same for these local slots alone; source: the tensor that goes there."""
-        held, shape = source.held, source.torch_shape
-        if held is None or not held.stacked or len(slots) == len(held.local):
+        slot_range, shape = source.slot_range, source.torch_shape
+        if slot_range is None or not slot_range.stacked or len(slots) == len(slot_range.local):
             return self
-        size = shape[0] // len(held.local)
-        taken = [(n - held.local.start) * size for n in sorted(slots)]
+        size = shape[0] // len(slot_range.local)
+        taken = [(n - slot_range.local.start) * size for n in sorted(slots)]
         ranges = [(a, a + size) for a in taken]
         steps = (replace(s, rows=r) for s in self.steps for r in _where(s.wanted[0], ranges))
         return replace(self, steps=tuple(steps))
@@ -66,29 +66,33 @@ class Filled:
         """This rank's memory of it. Raises DoesNotFit where the model has changed since."""
         tensor = self.target.now()
         local = local_tensor(tensor)
-        straight = in_order(local) or not any(s.direct for s in self.steps)
-        if no_memory(tensor) is not None or kind_of(tensor) != self.kind or not straight:
+        straight = is_row_major(local) or not any(s.direct for s in self.steps)
+        if (
+            unwritable_reason(tensor) is not None
+            or memory_kind(tensor) != self.kind
+            or not straight
+        ):
             raise moved(self.target.names[0])
         return local.detach()
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class Binding:
     """All that is to be filled. twins: what is filled, and another name of the set for it."""
 
     model: torch.nn.Module
-    filled: tuple[Filled, ...]
+    bound: tuple[BoundTensor, ...]
     ignored: tuple[str, ...]
     tied: tuple[str, ...]
-    twins: tuple[tuple[Filled, str], ...]
+    aliases: tuple[tuple[BoundTensor, str], ...]
     cast: tuple[str, ...]
 
     def check(self) -> None:
         """Whether the model still has all of it. Raises DoesNotFit."""
         modules = set(self.model.modules())
-        for item in self.filled:
+        for item in self.bound:
             item.local()
-            if not modules.issuperset(module for module, _ in item.target.places):
+            if not modules.issuperset(module for module, _ in item.target.attributes):
                 raise moved(item.target.names[0])
 
 
@@ -145,7 +149,7 @@ def _targets(model: torch.nn.Module, problems: _Problems) -> list[Target]:
             problems.kinds["buffers on meta"] += [quoted(before + name) for name in meta]
     targets = targets_of(model)
     problems.kinds["no plain memory"] += [
-        f"{quoted(target.names[0])} {target.trouble}" for target in targets if target.trouble
+        f"{quoted(target.names[0])} {target.unwritable}" for target in targets if target.unwritable
     ]
     problems.kinds["different views of one memory"] += [
         f"{quoted(a)} and {quoted(b)}" for a, b in overlapping(targets)
@@ -160,7 +164,7 @@ def patterns_of(texts: Iterable[str], option: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def fit(
+def bind(
     model: torch.nn.Module,
     tensors: Mapping[str, LocalTensor],
     *,
@@ -168,7 +172,7 @@ def fit(
     ignore: Iterable[str] = (),
     cast: bool = False,
     needed: Collection[str] | None = None,
-) -> Fit:
+) -> Binding:
     """Match a set's tensors to a model. Raises DoesNotFit with all problems.
 
     needed: only these must have a place, none of them on meta, and none may be ignored; the others
@@ -190,9 +194,9 @@ def fit(
             both = f"{quoted(by_target[wanted])} and {quoted(name)} as {quoted(wanted)}"
             problems.kinds["two names become one"].append(both)
         by_target[wanted] = name
-    filled: list[Filled] = []
+    bound: list[BoundTensor] = []
     tied: list[str] = []
-    twins: list[tuple[Filled, str]] = []
+    aliases: list[tuple[BoundTensor, str]] = []
     hint = "; call `model.tie_weights()` first if it is tied" if _may_tie(model) else ""
     for target in _targets(model, problems):
         used = [n for n in dict.fromkeys(target.names) if n in by_target]
@@ -206,22 +210,22 @@ def fit(
             if any(n in needed for n in given):
                 problems.kinds["on meta"].append(quoted(target.names[0]))
             continue
-        if target.trouble:
+        if target.unwritable:
             continue  # noted already
         several = [_steps(tensor, tensors[n], problems, cast=cast) for n in given]
-        filled.append(Filled(target, given[0], kind_of(tensor), several[0]))
-        twins += [(filled[-1], other) for other in given[1:]]
+        bound.append(BoundTensor(target, given[0], memory_kind(tensor), several[0]))
+        aliases += [(bound[-1], other) for other in given[1:]]
         tied += [name for name in target.names if name not in used]
     left = [quoted(name) for name in by_target.values() if name in must]
     if left:
         problems.kinds["without a place in the model"] += left
     problems.refuse()
     converted = tuple(
-        f.source for f in filled if tensors[f.source].torch_dtype != f.target.now().dtype
+        f.source for f in bound if tensors[f.source].torch_dtype != f.target.now().dtype
     )
     order = {name: number for number, name in enumerate(tensors)}
-    filled.sort(key=lambda f: order[f.source])  # as they lie in the files
-    return Fit(model, tuple(filled), tuple(ignored), tuple(tied), tuple(twins), converted)
+    bound.sort(key=lambda f: order[f.source])  # as they lie in the files
+    return Binding(model, tuple(bound), tuple(ignored), tuple(tied), tuple(aliases), converted)
 
 
 def _may_tie(model: torch.nn.Module) -> bool:
@@ -255,7 +259,7 @@ def _steps(
         problems.kinds["another local shape"].append(both)
         return ()
     read = covering(shape, dtype.itemsize, wanted)
-    direct = read == wanted and dtype == tensor.dtype and in_order(local)
+    direct = read == wanted and dtype == tensor.dtype and is_row_major(local)
     if not direct and local.is_inference() and not local.is_meta:
         both = f"{quoted(source.name)}: nothing can be copied into a tensor of inference mode"
         problems.kinds["no plain memory"].append(both)
@@ -284,11 +288,16 @@ def _wanted(tensor: torch.Tensor, source: LocalTensor, shape: tuple[int, ...]) -
         if target == shape:
             return whole(shape)
         return f"{quoted(source.name)} is {list(shape)}, the model has {list(target)}"
-    held = source.held
+    slot_range = source.slot_range
     # all slots of all ranks along dimension 0, the mesh having EP as one of its dimensions
-    of_all = held is not None and held.stacked and target[1:] == shape[1:] and target != shape
-    scale = shape[0] // len(held.local) if held is not None and of_all else 0
-    if target != shape and not (held and scale and target[0] == scale * held.total):
+    of_all = (
+        slot_range is not None
+        and slot_range.stacked
+        and target[1:] == shape[1:]
+        and target != shape
+    )
+    scale = shape[0] // len(slot_range.local) if slot_range is not None and of_all else 0
+    if target != shape and not (slot_range and scale and target[0] == scale * slot_range.total):
         return f"{quoted(source.name)} is {list(shape)}, the model has {list(target)}"
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     if coordinate is None:
@@ -296,13 +305,13 @@ def _wanted(tensor: torch.Tensor, source: LocalTensor, shape: tuple[int, ...]) -
     found = local_selection(target, tuple(mesh.shape), coordinate, tensor.placements)
     if isinstance(found, str):
         return f"{quoted(source.name)}: {found}"
-    if not of_all or held is None:
+    if not of_all or slot_range is None:
         return found
-    first, last = held.start * scale, held.stop * scale
+    first, last = slot_range.start * scale, slot_range.stop * scale
     if any(a < first or b > last for a, b in found[0]):
         a, b = found[0][0][0] // scale, -(-found[0][-1][1] // scale)
         return (
             f"{quoted(source.name)}: its DTensor has slots {a} to {b - 1} on this rank, "
-            f"the set has slots {held.start} to {held.stop - 1}"
+            f"the set has slots {slot_range.start} to {slot_range.stop - 1}"
         )
     return (tuple((a - first, b - first) for a, b in found[0]), *found[1:])

@@ -25,7 +25,7 @@ _TORCH: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class SlotRange:
     """Which slots a tensor holds: physical ones from `start` to before `stop`, of `total` (P).
 
     rank_start: the rank's first slot. stacked: whether they lie along dimension 0; else the tensor
@@ -58,7 +58,7 @@ class LocalTensor:
     shape: tuple[int, ...]
     runs: tuple[Run, ...]
     digest: str | None = None
-    held: Held | None = None
+    slot_range: SlotRange | None = None
     meaning: tuple[object, ...] = ()
 
     @property
@@ -93,7 +93,7 @@ class LocalTensor:
         return self.name, self.dtype, self.shape, self.meaning
 
 
-def joined(runs: Iterable[Run]) -> tuple[Run, ...]:
+def join_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
     """The same bytes in as few runs as can be."""
     out: list[Run] = []
     for run in runs:
@@ -105,7 +105,7 @@ def joined(runs: Iterable[Run]) -> tuple[Run, ...]:
     return tuple(out)
 
 
-def cut(runs: tuple[Run, ...], pieces: Iterable[tuple[int, int]]) -> tuple[Run, ...]:
+def slice_runs(runs: tuple[Run, ...], pieces: Iterable[tuple[int, int]]) -> tuple[Run, ...]:
     """The runs of some of the bytes of `runs`: pieces are (start, stop), in the order wanted."""
     starts = list(accumulate((r.nbytes for r in runs), initial=0))
     out = []
@@ -117,17 +117,17 @@ def cut(runs: tuple[Run, ...], pieces: Iterable[tuple[int, int]]) -> tuple[Run, 
             out.append(Run(run.file, run.offset + skipped, size))
             start += size
             at += 1
-    return joined(out)
+    return join_runs(out)
 
 
-def portions(runs: tuple[Run, ...], limit: int) -> Iterator[tuple[int, tuple[Run, ...]]]:
+def run_chunks(runs: tuple[Run, ...], limit: int) -> Iterator[tuple[int, tuple[Run, ...]]]:
     """(bytes before, runs) of portions of at most `limit` bytes."""
     total = sum(r.nbytes for r in runs)
     for start in range(0, total, limit):
-        yield start, cut(runs, [(start, min(start + limit, total))])
+        yield start, slice_runs(runs, [(start, min(start + limit, total))])
 
 
-def in_slot(runs: tuple[Run, ...], number: int, count: int) -> tuple[Run, ...]:
+def equal_part(runs: tuple[Run, ...], number: int, count: int) -> tuple[Run, ...]:
     """The runs of one of `count` equal parts."""
     size = sum(r.nbytes for r in runs) // count
-    return cut(runs, [(number * size, (number + 1) * size)])
+    return slice_runs(runs, [(number * size, (number + 1) * size)])

@@ -20,7 +20,7 @@ FEW_PIECES: Final = 16
 BLOCK_BYTES: Final = 16 * 1024 * 1024
 
 
-class Placed(Protocol):
+class ShardPlacement(Protocol):
     """What the placements of all versions of torch that shard have."""
 
     dim: int
@@ -84,7 +84,7 @@ def local_selection(
             continue
         if kind not in ("Shard", "_StridedShard"):
             return f"a DTensor placed as {placement!r} cannot be filled from files"
-        dim = cast("Placed", placement).dim
+        dim = cast("ShardPlacement", placement).dim
         factor = getattr(placement, "split_factor", 1)
         out[dim] = strided_chunk(out[dim], factor, parts, number)
     return tuple(out)
@@ -168,7 +168,7 @@ def blocks(
             yield Block((start, stop), columns, tuple(pieces(sizes, item, taken)), counts(taken))
 
 
-def moves(wanted: Selection, read: Selection) -> Iterator[tuple[Spans, Spans]]:
+def copies(wanted: Selection, read: Selection) -> Iterator[tuple[Spans, Spans]]:
     """What to copy out of a block into its place: spans of both along dimensions 1 and on."""
     options = []
     for want, got in zip(wanted[1:], read[1:], strict=True):

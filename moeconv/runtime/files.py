@@ -20,7 +20,7 @@ from moeconv.checkpoint.output_files import damaged, differing_tensor, inside
 from moeconv.core.digest import digest
 from moeconv.errors import IoFailed, MissingShard, SourceChanged, printable, quoted
 from moeconv.manifest.model import ROOT_NAME, Part, Run, SourceFile
-from moeconv.runtime.byte_runs import LocalTensor, portions
+from moeconv.runtime.byte_runs import LocalTensor, run_chunks
 from moeconv.store.descriptors import DescriptorPool, Lease, descriptors_left
 from moeconv.store.documents import open_regular, opened, read_start, unreadable
 from moeconv.store.file_io import FileEnded, read_into
@@ -42,12 +42,12 @@ class DataFile:
     identity: tuple[int, int, int, int]  # device, inode, size, mtime_ns
 
 
-def own_file(home: Path, part: Part) -> DataFile:
+def check_data_file(output: Path, part: Part) -> DataFile:
     """A data file of the set, its header held against its part.
 
     Raises MissingShard, Damaged, BadHeader, UnsafePath, IoFailed.
     """
-    path = _existing(home, part.file, ROOT_NAME)
+    path = _existing(output, part.file, ROOT_NAME)
     with opened(path, name=part.file) as (descriptor, facts):
         if facts.st_size != part.size:
             cause = f"it has {facts.st_size:,} bytes, its part says {part.size:,}"
@@ -61,12 +61,12 @@ def own_file(home: Path, part: Part) -> DataFile:
     return DataFile(part.file, path, facts.st_size, _identity(facts))
 
 
-def source_file(home: Path, entry: SourceFile, *, copied: bool) -> DataFile:
+def check_source_file(output: Path, entry: SourceFile, *, copied: bool) -> DataFile:
     """A file that a virtual set points into. Raises MissingShard, SourceChanged, UnsafePath.
 
     copied: the caller says that it is here, so that its time may be another.
     """
-    path = _existing(home, entry.name, str(home))
+    path = _existing(output, entry.name, str(output))
     with opened(path, name=entry.name) as (descriptor, facts):
         found = digest(_header(descriptor, facts, path, entry.name, entry.header_size))
         if (facts.st_size, found) != (entry.size, entry.header_digest):
@@ -74,15 +74,15 @@ def source_file(home: Path, entry: SourceFile, *, copied: bool) -> DataFile:
         if facts.st_mtime_ns != entry.mtime_ns and not copied:
             raise SourceChanged(
                 f"{quoted(entry.name)} has another time than when the virtual set was made",
-                at=quoted(str(home)),
+                at=quoted(str(output)),
                 cause="it was written to, or copied; its size and header are the same",
                 fix="make the virtual set again; if it is a copy, name its directory as `source=`",
             )
     return DataFile(entry.name, path, facts.st_size, _identity(facts))
 
 
-def _existing(home: Path, name: str, named_in: str) -> Path:
-    path = inside(home, name)
+def _existing(output: Path, name: str, named_in: str) -> Path:
+    path = inside(output, name)
     if not path.exists():
         raise MissingShard(
             f"{quoted(name)} is not there",
@@ -201,7 +201,7 @@ class Reader(ExitStack[bool | None]):
             self._read(address, runs)
         else:
             # one thread is as fast as one core copies; the page cache and most disks are faster
-            shares = portions(runs, share)
+            shares = run_chunks(runs, share)
             parts = [self._threads.submit(self._read, address + at, part) for at, part in shares]
             try:
                 wait(parts)

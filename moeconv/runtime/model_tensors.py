@@ -14,7 +14,7 @@ from moeconv.errors import DoesNotFit, quoted
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-Place: TypeAlias = tuple[torch.nn.Module, str]
+Attribute: TypeAlias = tuple[torch.nn.Module, str]
 # what wrappers of activation checkpointing and torch.compile put into names
 _WRAPPERS: Final = frozenset(("_checkpoint_wrapped_module", "_orig_mod"))
 
@@ -27,13 +27,13 @@ class Target:
     """
 
     names: tuple[str, ...]
-    places: tuple[Place, ...]
+    attributes: tuple[Attribute, ...]
     buffer: bool
-    trouble: str | None
+    unwritable: str | None
 
     def now(self) -> torch.Tensor:
         """The tensor as the model has it at present."""
-        module, attribute = self.places[0]
+        module, attribute = self.attributes[0]
         tensor = (module._buffers if self.buffer else module._parameters)[attribute]
         if tensor is None:
             raise moved(self.names[0])
@@ -60,18 +60,18 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def in_order(local: torch.Tensor) -> bool:
+def is_row_major(local: torch.Tensor) -> bool:
     """Whether its bytes are its values in row-major order."""
     return local.is_contiguous() and not local.is_conj() and not local.is_neg()
 
 
-def kind_of(tensor: torch.Tensor) -> tuple[object, ...]:
+def memory_kind(tensor: torch.Tensor) -> tuple[object, ...]:
     """Shape and dtype of this rank's memory, and of what it is a slice."""
     spec = (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
     return tuple(local_tensor(tensor).shape), tensor.dtype, spec
 
 
-def no_memory(tensor: torch.Tensor) -> str | None:
+def unwritable_reason(tensor: torch.Tensor) -> str | None:
     """Why a tensor's memory cannot be filled, if so. Being on meta is no reason."""
     if is_lazy(tensor):
         return "is not initialised yet"
@@ -89,7 +89,7 @@ def no_memory(tensor: torch.Tensor) -> str | None:
         return None if own else f"on meta is of class {type(tensor).__name__}, which would be lost"
     if not local.data_ptr() and local.numel():
         return "has no memory"
-    if local.is_inference() and not (in_order(local) and local.device.type == "cpu"):
+    if local.is_inference() and not (is_row_major(local) and local.device.type == "cpu"):
         return "was made in inference mode; only `torch.inference_mode()` may copy into it"
     return "overlaps itself" if _overlaps(local) else None
 
@@ -134,11 +134,11 @@ def targets_of(model: torch.nn.Module) -> list[Target]:
         ]:
             if tensor is None:
                 continue
-            trouble = no_memory(tensor)
-            key = (id(tensor),) if trouble else _view(tensor)
-            known = found.get(key, Target((), (), buffer, trouble))
-            names, places = (*known.names, before + name), (*known.places, (module, name))
-            found[key] = replace(known, names=names, places=places)
+            unwritable = unwritable_reason(tensor)
+            key = (id(tensor),) if unwritable else _view(tensor)
+            known = found.get(key, Target((), (), buffer, unwritable))
+            names, attributes = (*known.names, before + name), (*known.attributes, (module, name))
+            found[key] = replace(known, names=names, attributes=attributes)
     return list(found.values())
 
 
@@ -155,7 +155,7 @@ def overlapping(targets: Iterable[Target]) -> Iterator[tuple[str, str]]:
     spans = []
     for target in targets:
         local = local_tensor(target.now())
-        if target.trouble is None and not local.is_meta and local.numel():
+        if target.unwritable is None and not local.is_meta and local.numel():
             pairs = zip(local.stride(), local.shape, strict=True)
             last = sum(stride * (size - 1) for stride, size in pairs)
             start = local.data_ptr()

@@ -29,16 +29,16 @@ from moeconv.manifest.model import (
     part_names,
 )
 from moeconv.manifest.reader import parse_parts
-from moeconv.runtime.byte_runs import Held, LocalTensor, in_slot, joined
-from moeconv.runtime.files import DataFile, own_file, source_file
-from moeconv.runtime.validate import Rows, bad, is_stacked
+from moeconv.runtime.byte_runs import LocalTensor, SlotRange, equal_part, join_runs
+from moeconv.runtime.files import DataFile, check_data_file, check_source_file
+from moeconv.runtime.validate import Rows, is_stacked, manifest_error
 
-Key: TypeAlias = tuple[int, tuple[str, ...], str]  # stack number, projections, component
+ComponentKey: TypeAlias = tuple[int, tuple[str, ...], str]  # stack number, projections, component
 Files: TypeAlias = dict[int, DataFile]
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class LocatedTensor:
     """A tensor of a part, and its bytes by the shard's file numbers."""
 
     entry: TensorEntry
@@ -46,7 +46,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class OpenOutput:
     """A set on disk as one rank sees it.
 
     source: the directory of a virtual set's files; copied: whether the caller named it.
@@ -69,23 +69,23 @@ class Home:
         stacks = enumerate(self.root.stacks)
         return {n: s.physical_to_logical for n, s in stacks if s.physical_to_logical is not None}
 
-    def read_part(self, entry: FileEntry, files: Files) -> tuple[Stored, ...]:
+    def read_part(self, entry: FileEntry, files: Files) -> tuple[LocatedTensor, ...]:
         """A part's tensors, after its files were found and checked; these are added to `files`.
 
         Raises MissingShard, Damaged, SourceChanged, BadManifest, UnsafePath.
         """
         raw = read_entry(self.path, entry, limit=MAX_PART_BYTES)
-        out: list[Stored] = []
+        out: list[LocatedTensor] = []
         for part in parse_parts(raw, self.root, where=entry.name):
             known = (n for n, f in files.items() if f.name == part.file)
             number = next(known, max(files, default=-1) + 1)
             if part.file and number not in files:
-                files[number] = own_file(self.path, part)
+                files[number] = check_data_file(self.path, part)
             elif not part.file and self.root.source is not None and self.source is not None:
                 used = {r.file for t in part.tensors for r in t.runs} - files.keys()
                 listed = self.root.source.files
                 for n in sorted(used):
-                    files[n] = source_file(self.source, listed[n], copied=self.copied)
+                    files[n] = check_source_file(self.source, listed[n], copied=self.copied)
             out += [_stored(tensor, part, number) for tensor in part.tensors]
         return tuple(out)
 
@@ -112,7 +112,7 @@ def find(path: Path, *, source: Path | None) -> tuple[Path, Root, Path | None]:
     return path, root, source if source is not None else path / root.source.directory
 
 
-def wanted_parts(root: Root, rank: int) -> tuple[FileEntry, ...]:
+def parts_of_rank(root: Root, rank: int) -> tuple[FileEntry, ...]:
     """The parts that a rank needs: the common one and its own, or all of a whole set."""
     if root.ep_size is None:
         return root.parts
@@ -120,29 +120,31 @@ def wanted_parts(root: Root, rank: int) -> tuple[FileEntry, ...]:
     return tuple(p for p in root.parts if whose[p.name] in (None, rank))
 
 
-def _stored(entry: TensorEntry, part: Part, number: int) -> Stored:
+def _stored(entry: TensorEntry, part: Part, number: int) -> LocatedTensor:
     """Raises BadManifest where the bytes are not those of such a tensor."""
     bits = prod(entry.shape) * BITS.get(entry.dtype, 0)
     if entry.dtype not in BITS or bits != (entry.stop - entry.start) * 8:
-        raise bad(entry.name, f"{entry.dtype} {list(entry.shape)} does not take its bytes")
+        raise manifest_error(
+            entry.name, f"{entry.dtype} {list(entry.shape)} does not take its bytes"
+        )
     if not part.file:
-        return Stored(entry, joined(entry.runs))
-    return Stored(entry, joined([Run(number, entry.start, entry.stop - entry.start)]))
+        return LocatedTensor(entry, join_runs(entry.runs))
+    return LocatedTensor(entry, join_runs([Run(number, entry.start, entry.stop - entry.start)]))
 
 
 # --- what a rank has ---------------------------------------------------------------------------
-def key_of(expert: ExpertEntry) -> Key:
+def component_key(expert: ExpertEntry) -> ComponentKey:
     """Which of a stack's tensors it is, whatever its slots."""
     return expert.stack, expert.projections, expert.component
 
 
-def is_global(stored: Stored, rows: Rows) -> bool:
+def is_global(stored: LocatedTensor, rows: Rows) -> bool:
     """Whether a common tensor is a small one of experts that ranks share."""
     expert = stored.entry.expert
     return expert is not None and expert.slots is None and expert.stack in rows
 
 
-def plain(stored: Stored) -> LocalTensor:
+def plain(stored: LocatedTensor) -> LocalTensor:
     """A tensor that every rank has as it is stored."""
     entry = stored.entry
     digest = entry.digests[0] if entry.expert is None and entry.digests else None
@@ -152,28 +154,28 @@ def plain(stored: Stored) -> LocalTensor:
 
 
 def _meaning(entry: TensorEntry) -> tuple[object, ...]:
-    return () if entry.expert is None else (*key_of(entry.expert), entry.expert.axes)
+    return () if entry.expert is None else (*component_key(entry.expert), entry.expert.axes)
 
 
 def rank_tensors(
-    home: Home, common: Iterable[Stored], own: Iterable[Stored], rows: Rows
+    output: OpenOutput, common: Iterable[LocatedTensor], own: Iterable[LocatedTensor], rows: Rows
 ) -> dict[str, LocalTensor]:
     """All tensors of a rank by name. Raises BadManifest, DuplicateTensor."""
     out: list[LocalTensor] = []
-    globals_: dict[Key, list[Stored]] = defaultdict(list)
+    globals_: dict[ComponentKey, list[LocatedTensor]] = defaultdict(list)
     for stored in common:
         expert = stored.entry.expert
         if expert is not None and is_global(stored, rows):
-            globals_[key_of(expert)].append(stored)
+            globals_[component_key(expert)].append(stored)
         else:
             out.append(plain(stored))
     for stored in own:
         expert = stored.entry.expert
         if expert is None or expert.slots is None:
-            raise bad(stored.entry.name, "a rank's tensor must have slots")
-        out.append(_slot_tensor(home, stored, expert, rows))
+            raise manifest_error(stored.entry.name, "a rank's tensor must have slots")
+        out.append(_slot_tensor(output, stored, expert, rows))
     for several in globals_.values():
-        out += gathered(home, several, rows)
+        out += rank_share(output, several, rows)
     tensors = {tensor.name: tensor for tensor in out}
     if len(tensors) != len(out):
         name = Counter(t.name for t in out).most_common(1)[0][0]
@@ -186,30 +188,32 @@ def rank_tensors(
     return tensors
 
 
-def _slot_tensor(home: Home, stored: Stored, expert: ExpertEntry, rows: Rows) -> LocalTensor:
+def _slot_tensor(
+    output: OpenOutput, stored: LocatedTensor, expert: ExpertEntry, rows: Rows
+) -> LocalTensor:
     row = rows[expert.stack]
     start, stop = expert.slots or (0, 0)
-    first, stacked = home.rank * (len(row) // home.ep_size), is_stacked(expert)
-    held = Held(expert.stack, start, stop, len(row), first, stacked)
-    return replace(plain(stored), held=held)
+    first, stacked = output.rank * (len(row) // output.ep_size), is_stacked(expert)
+    slot_range = SlotRange(expert.stack, start, stop, len(row), first, stacked)
+    return replace(plain(stored), slot_range=slot_range)
 
 
-def gathered(home: Home, several: list[Stored], rows: Rows) -> list[LocalTensor]:
+def rank_share(output: OpenOutput, several: list[LocatedTensor], rows: Rows) -> list[LocalTensor]:
     """The rank's share of small tensors that are kept for all experts, in slot order."""
     first = several[0].entry
     expert = first.expert
     if expert is None:
         return []
     row, number = rows[expert.stack], expert.stack
-    share = len(row) // home.ep_size
-    start = home.rank * share
+    share = len(row) // output.ep_size
+    start = output.rank * share
     mine = row[start : start + share]
     if is_stacked(expert):
-        runs = [run for e in mine for run in in_slot(several[0].runs, e, len(expert.experts))]
-        held = Held(number, start, start + share, len(row), start, stacked=True)
+        runs = [run for e in mine for run in equal_part(several[0].runs, e, len(expert.experts))]
+        slot_range = SlotRange(number, start, start + share, len(row), start, stacked=True)
         whole = plain(several[0])
         shape = (first.shape[0] // len(expert.experts) * share, *first.shape[1:])
-        return [replace(whole, shape=shape, runs=joined(runs), held=held)]
+        return [replace(whole, shape=shape, runs=join_runs(runs), slot_range=slot_range)]
     if expert.local is None:
         return [plain(stored) for stored in several]  # one value for several experts
     by_expert = {s.entry.expert.experts[0]: s for s in several if s.entry.expert is not None}
@@ -218,7 +222,9 @@ def gathered(home: Home, several: list[Stored], rows: Rows) -> list[LocalTensor]
         entry = by_expert[e].entry
         name = slot_namer((entry.expert.local if entry.expert else None) or "")
         if name is None:
-            raise bad(entry.name, "it lacks `local`, its name on a rank")
-        held = Held(number, start + slot, start + slot + 1, len(row), start, stacked=False)
-        out.append(replace(plain(by_expert[e]), name=name(slot), held=held))
+            raise manifest_error(entry.name, "it lacks `local`, its name on a rank")
+        slot_range = SlotRange(
+            number, start + slot, start + slot + 1, len(row), start, stacked=False
+        )
+        out.append(replace(plain(by_expert[e]), name=name(slot), slot_range=slot_range))
     return out

@@ -1,7 +1,7 @@
 """Which experts the slots of a model's tensors hold: noted at every load, compared at the next.
 
 Notes stand with the modules that have the tensors, so that they stay when memory is replaced, and
-are copied with the model; what a note says of the memory counts for that memory only.
+are copied with the model; what a record says of the memory counts for that memory only.
 """
 
 from __future__ import annotations
@@ -9,29 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeconv.errors import DoesNotFit, GeometryMismatch, quoted
-from moeconv.runtime.byte_runs import Held
+from moeconv.runtime.byte_runs import SlotRange
 from moeconv.runtime.model_tensors import Target, local_tensor
-
-if TYPE_CHECKING:
-    from moeconv.runtime.shard import Shard
+from moeconv.runtime.rank_view import RankView
 
 Memory: TypeAlias = tuple[StorageWeakRef, int, int]  # storage, offset, version
-_KEY: Final = "_moeconv_notes"  # of a module's __dict__
+_KEY: Final = "_moeconv_loads"  # of a module's __dict__
 _ORDER: Final = count()
 
 
-def now() -> int:
-    """A number above those of all notes so far."""
+def next_order() -> int:
+    """A number above those of all records so far."""
     return next(_ORDER)
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class LoadRecord:
     """What was last loaded into a tensor of a model that holds slots.
 
     row: [P], the experts of the stack's slots; empty where a load ended early that changed them.
@@ -49,24 +47,24 @@ class Note:
     order: int
 
 
-class _Notes(dict[str, Note]):
-    """The notes of a module, by the name of its parameter or buffer."""
+class _Records(dict[str, LoadRecord]):
+    """The records of a module, by the name of its parameter or buffer."""
 
-    def __deepcopy__(self, _: dict[int, object]) -> _Notes:
-        return _Notes({name: replace(note, memory=None) for name, note in self.items()})
+    def __deepcopy__(self, _: dict[int, object]) -> _Records:
+        return _Records({name: replace(record, memory=None) for name, record in self.items()})
 
     def __reduce__(self) -> tuple[object, ...]:  # so that a saved model does not need moeconv
         return dict, ()
 
 
-def noted(target: Target) -> Note | None:
-    """The note on a tensor of a model, if it was ever loaded."""
-    module, name = target.places[0]
-    notes = module.__dict__.get(_KEY)
-    return notes.get(name) if isinstance(notes, _Notes) else None
+def record_of(target: Target) -> LoadRecord | None:
+    """The record on a tensor of a model, if it was ever loaded."""
+    module, name = target.attributes[0]
+    records = module.__dict__.get(_KEY)
+    return records.get(name) if isinstance(records, _Records) else None
 
 
-def memory_of(target: Target) -> Memory:
+def memory_state(target: Target) -> Memory:
     """What tells whether a tensor is the memory that it was, and unwritten since."""
     local = local_tensor(target.now())
     version = -1 if local.is_inference() else local._version
@@ -74,83 +72,85 @@ def memory_of(target: Target) -> Memory:
     return storage, int(local.storage_offset()), version
 
 
-def begin(filled: Iterable[tuple[Target, Held | None]], shard: Shard) -> None:
+def start_records(tensors: Iterable[tuple[Target, SlotRange | None]], shard: RankView) -> None:
     """Note that tensors are being filled with what a shard has; held: which slots, if any."""
     weights = shard.weights
-    for target, held in filled:
-        old = noted(target)
-        if held is None:
+    for target, slot_range in tensors:
+        old = record_of(target)
+        if slot_range is None:
             _put(target, None)
             continue
-        row = shard.rows[held.stack]
+        row = shard.rows[slot_range.stack]
         known = row if old is None or old.row == row else ()
-        note = Note(
-            stack=shard.home.root.stacks[held.stack].name,
+        record = LoadRecord(
+            stack=shard.output.root.stacks[slot_range.stack].name,
             row=known,
-            start=held.start,
-            stop=held.stop,
+            start=slot_range.start,
+            stop=slot_range.stop,
             weights=weights,
             whole=False,
             memory=None,
-            order=now(),
+            order=next_order(),
         )
-        _put(target, note)
+        _put(target, record)
 
 
-def finish(filled: Iterable[tuple[Target, Held | None]], shard: Shard) -> None:
+def finish_records(tensors: Iterable[tuple[Target, SlotRange | None]], shard: RankView) -> None:
     """Note that they are filled."""
-    for target, held in filled:
-        note = noted(target)
-        if held is not None and note is not None:
-            row, memory = shard.rows[held.stack], memory_of(target)
-            _put(target, replace(note, row=row, whole=True, memory=memory, order=now()))
+    for target, slot_range in tensors:
+        record = record_of(target)
+        if slot_range is not None and record is not None:
+            row, memory = shard.rows[slot_range.stack], memory_state(target)
+            _put(target, replace(record, row=row, whole=True, memory=memory, order=next_order()))
 
 
-def follow(tensors: Iterable[tuple[Target, Held]], shard: Shard, named: frozenset[str]) -> None:
+def record_placement(
+    tensors: Iterable[tuple[Target, SlotRange]], shard: RankView, named: frozenset[str]
+) -> None:
     """Note the placement of a shard for what holds it already, though nothing was filled there.
 
     That is what was filled before, in slots whose experts stay: those of other ranks, or of other
     tensors of the stack, have changed.
     """
-    for target, held in tensors:
-        note, row = noted(target), shard.rows[held.stack]
-        known = note is not None and note.whole and note.stack in named
-        if note is not None and known and note.row != row:
-            _put(target, replace(note, row=row, order=now()))
+    for target, slot_range in tensors:
+        record, row = record_of(target), shard.rows[slot_range.stack]
+        known = record is not None and record.whole and record.stack in named
+        if record is not None and known and record.row != row:
+            _put(target, replace(record, row=row, order=next_order()))
 
 
-def _put(target: Target, note: Note | None) -> None:
-    for module, name in target.places:
-        notes = module.__dict__.get(_KEY)
-        if note is not None:
-            if not isinstance(notes, _Notes):
-                notes = module.__dict__[_KEY] = _Notes()
-            notes[name] = note
-        elif isinstance(notes, _Notes):
-            notes.pop(name, None)
+def _put(target: Target, record: LoadRecord | None) -> None:
+    for module, name in target.attributes:
+        records = module.__dict__.get(_KEY)
+        if record is not None:
+            if not isinstance(records, _Records):
+                records = module.__dict__[_KEY] = _Records()
+            records[name] = record
+        elif isinstance(records, _Records):
+            records.pop(name, None)
 
 
-def rows_of(targets: Iterable[Target]) -> dict[str, Note]:
-    """A note for each stack that a model holds. Raises GeometryMismatch, DoesNotFit."""
-    found: dict[str, Note] = {}
+def recorded_rows(targets: Iterable[Target]) -> dict[str, LoadRecord]:
+    """A record for each stack that a model holds. Raises GeometryMismatch, DoesNotFit."""
+    found: dict[str, LoadRecord] = {}
     for target in targets:
-        note = noted(target)
-        if note is None:
+        record = record_of(target)
+        if record is None:
             continue
-        if not note.row:
-            raise ended_early(target)
-        if found.setdefault(note.stack, note).row != note.row:
+        if not record.row:
+            raise interrupted_load(target)
+        if found.setdefault(record.stack, record).row != record.row:
             raise GeometryMismatch(
-                f"the model holds {quoted(note.stack)} in two placements",
+                f"the model holds {quoted(record.stack)} in two placements",
                 at=quoted(target.names[0]),
                 cause="only some of its tensors were loaded under the newer one",
-                fix=_WHOLE,
+                fix=_LOAD_WHOLE,
             )
     return found
 
 
-def to_fill(
-    tensors: Iterable[tuple[Target, Held]], shard: Shard, named: frozenset[str]
+def slots_to_load(
+    tensors: Iterable[tuple[Target, SlotRange]], shard: RankView, named: frozenset[str]
 ) -> dict[Target, frozenset[int]]:
     """The local slots to fill so that a model holds what `shard` says; only tensors with any.
 
@@ -159,17 +159,17 @@ def to_fill(
     Raises GeometryMismatch, DoesNotFit.
     """
     tensors = tuple(tensors)
-    differ = {target: _differ(target, held, shard, named) for target, held in tensors}
-    stacks = {held.stack for target, held in tensors if differ[target]}
+    differ = {target: _differ(target, slot_range, shard, named) for target, slot_range in tensors}
+    stacks = {slot_range.stack for target, slot_range in tensors if differ[target]}
     found = {
-        target: frozenset(held.local) if _written_since(target) else differ[target]
-        for target, held in tensors
-        if held.stack in stacks and (differ[target] or _written_since(target))
+        target: frozenset(slot_range.local) if _written_since(target) else differ[target]
+        for target, slot_range in tensors
+        if slot_range.stack in stacks and (differ[target] or _written_since(target))
     }
     weights = shard.weights
     for target in differ if found else ():
-        note = noted(target)
-        if note is not None and note.weights != weights:
+        record = record_of(target)
+        if record is not None and record.weights != weights:
             raise GeometryMismatch(
                 "the model holds the weights of another set",
                 at=quoted(target.names[0]),
@@ -179,16 +179,22 @@ def to_fill(
     return found
 
 
-def _differ(target: Target, held: Held, shard: Shard, named: frozenset[str]) -> frozenset[int]:
+def _differ(
+    target: Target, slot_range: SlotRange, shard: RankView, named: frozenset[str]
+) -> frozenset[int]:
     """The local slots of a tensor that do not hold what `shard` says, or may not."""
-    note, row = noted(target), shard.rows[held.stack]
-    stack = shard.home.root.stacks[held.stack].name
-    if note is not None and not note.whole:
-        raise ended_early(target)
-    if note is None or (note.stack, note.start, note.stop) != (stack, held.start, held.stop):
-        return frozenset(held.local if stack in named else ())
-    there = enumerate(held.local, start=held.start)
-    other = frozenset(slot for at, slot in there if note.row[at] != row[at])
+    record, row = record_of(target), shard.rows[slot_range.stack]
+    stack = shard.output.root.stacks[slot_range.stack].name
+    if record is not None and not record.whole:
+        raise interrupted_load(target)
+    if record is None or (record.stack, record.start, record.stop) != (
+        stack,
+        slot_range.start,
+        slot_range.stop,
+    ):
+        return frozenset(slot_range.local if stack in named else ())
+    there = enumerate(slot_range.local, start=slot_range.start)
+    other = frozenset(slot for at, slot in there if record.row[at] != row[at])
     if other and stack not in named:
         raise GeometryMismatch(
             f"the model holds {quoted(stack)} in another placement than this one leaves it in",
@@ -200,18 +206,18 @@ def _differ(target: Target, held: Held, shard: Shard, named: frozenset[str]) -> 
 
 
 def _written_since(target: Target) -> bool:
-    note = noted(target)
-    return note is None or note.memory != memory_of(target)
+    record = record_of(target)
+    return record is None or record.memory != memory_state(target)
 
 
-_WHOLE: Final = "load it whole, with `load_into` of a set in the placement that you route by"
+_LOAD_WHOLE: Final = "load it whole, with `load_into` of a set in the placement that you route by"
 
 
-def ended_early(target: Target) -> DoesNotFit:
+def interrupted_load(target: Target) -> DoesNotFit:
     """The error for a model that a load left half written."""
     return DoesNotFit(
         f"nobody knows which experts {quoted(target.names[0])} holds",
         at=quoted(target.names[0]),
         cause="a load ended early, after its first byte",
-        fix=_WHOLE,
+        fix=_LOAD_WHOLE,
     )

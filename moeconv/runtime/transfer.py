@@ -11,8 +11,8 @@ import torch
 
 from moeconv.errors import UsageProblem
 from moeconv.manifest.model import Run
-from moeconv.runtime.byte_runs import LocalTensor, cut, portions
-from moeconv.runtime.dtensor import BLOCK_BYTES, Block, Selection, blocks, moves
+from moeconv.runtime.byte_runs import LocalTensor, run_chunks, slice_runs
+from moeconv.runtime.dtensor import BLOCK_BYTES, Block, Selection, blocks, copies
 from moeconv.runtime.files import DataFile, Reader
 
 RING_BUFFERS: Final = 3
@@ -37,10 +37,10 @@ class Step:
         item, limit = tensor.torch_dtype.itemsize, None if self.direct else BLOCK_BYTES
         sizes = tensor.torch_shape
         found = blocks(sizes, item, self.wanted, self.read, rows=self.rows, limit=limit)
-        return ((block, cut(tensor.runs, block.pieces)) for block in found)
+        return ((block, slice_runs(tensor.runs, block.pieces)) for block in found)
 
 
-class Ring:
+class PinnedRing:
     """Pinned buffers between files and one GPU: one is read into while others are copied."""
 
     def __init__(self, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class Ring:
     def copy(self, into: torch.Tensor, runs: tuple[Run, ...], reader: Reader) -> None:
         """Fill a flat uint8 tensor of the GPU; returns before the last copies are done."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        for start, portion in portions(runs, RING_BYTES):
+        for start, portion in run_chunks(runs, RING_BYTES):
             size = sum(r.nbytes for r in portion)
             buffer, copied = self._buffers[self._turn], self._copied[self._turn]
             if copied is not None:
@@ -73,7 +73,7 @@ class Ring:
         self._stream.synchronize()
 
 
-class Filler(ExitStack[bool | None]):
+class TensorWriter(ExitStack[bool | None]):
     """Fills tensors; when it is left, every byte has arrived.
 
     It keeps its buffers, so that the next use of it allocates nothing.
@@ -81,10 +81,10 @@ class Filler(ExitStack[bool | None]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._rings: dict[torch.device, Ring] = {}
+        self._rings: dict[torch.device, PinnedRing] = {}
         self._staging = torch.empty(0, dtype=torch.uint8)
 
-    def __enter__(self) -> Filler:
+    def __enter__(self) -> TensorWriter:
         self.callback(self._finish)
         return self
 
@@ -111,14 +111,14 @@ class Filler(ExitStack[bool | None]):
         flat = into.view(-1).view(torch.uint8)[start:]
         if into.device.type == "cuda":
             if into.device not in self._rings:
-                self._rings[into.device] = Ring(into.device)
+                self._rings[into.device] = PinnedRing(into.device)
             self._rings[into.device].copy(flat, runs, reader)
         else:
             self.buffered(flat, runs, reader)
 
     def buffered(self, flat: torch.Tensor, runs: tuple[Run, ...], reader: Reader) -> None:
         """Fill flat bytes of any device through a buffer."""
-        for before, portion in portions(runs, BLOCK_BYTES):
+        for before, portion in run_chunks(runs, BLOCK_BYTES):
             data = self._staged(portion, reader)
             flat[before : before + data.numel()].copy_(data)
 
@@ -134,7 +134,7 @@ class Filler(ExitStack[bool | None]):
             place = target[slice(*block.rows)]
             if block.columns is not None:
                 place = place[:, slice(*block.columns)]
-            for to, taken in moves(step.wanted, step.read):
+            for to, taken in copies(step.wanted, step.read):
                 _within(place, to).copy_(_within(data, taken))
 
 
@@ -145,7 +145,7 @@ def _within(tensor: torch.Tensor, spans: tuple[tuple[int, int], ...]) -> torch.T
     return tensor
 
 
-def device_of(device: torch.device | str | None) -> torch.device | None:
+def checked_device(device: torch.device | str | None) -> torch.device | None:
     """What a caller named. Raises UsageProblem for meta, which holds no bytes."""
     found = None if device is None else torch.device(device)
     if found is not None and found.type == "meta":
@@ -153,7 +153,7 @@ def device_of(device: torch.device | str | None) -> torch.device | None:
     return found
 
 
-def loaded(
+def load_tensors(
     tensors: Iterable[LocalTensor],
     files: Mapping[int, DataFile],
     device: torch.device | str | None,
@@ -164,15 +164,15 @@ def loaded(
 
     Raises NoTorchDtype, UsageProblem, IoFailed, SourceChanged.
     """
-    tensors, where = tuple(tensors), device_of(device) or torch.device("cpu")
+    tensors, where = tuple(tensors), checked_device(device) or torch.device("cpu")
     out: dict[str, torch.Tensor] = {}
-    with torch.no_grad(), Reader(files) as reader, Filler() as filler:
+    with torch.no_grad(), Reader(files) as reader, TensorWriter() as writer:
         reader.open(run for t in tensors for run in t.runs)
         for tensor in tensors:
             view = reader.view(tensor) if where.type == "cpu" and not copy else None
             if view is None:
                 view = torch.empty(tensor.torch_shape, dtype=tensor.torch_dtype, device=where)
-                filler.straight(view, 0, tensor.runs, reader)
+                writer.straight(view, 0, tensor.runs, reader)
             out[tensor.name] = view
         reader.check()
     return out

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 
 from moeconv.errors import DoesNotFit, GeometryMismatch, quoted
-from moeconv.runtime.bind import Filled, Fit, fit
-from moeconv.runtime.byte_runs import LocalTensor, joined, portions
+from moeconv.runtime.bind import Binding, BoundTensor
+from moeconv.runtime.byte_runs import LocalTensor, join_runs, run_chunks
 from moeconv.runtime.dtensor import BLOCK_BYTES, counts
 from moeconv.runtime.files import Reader
 from moeconv.runtime.model_tensors import is_dtensor, local_tensor
-from moeconv.runtime.slot_records import begin, finish, now, rows_of
-from moeconv.runtime.transfer import Filler, device_of
-
-if TYPE_CHECKING:
-    from moeconv.runtime.bind import Rename
-    from moeconv.runtime.shard import Shard
+from moeconv.runtime.rank_view import RankView
+from moeconv.runtime.slot_records import finish_records, next_order, recorded_rows, start_records
+from moeconv.runtime.transfer import TensorWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +55,13 @@ class Updater:
     For one thread at a time: it keeps the buffers that it reads into.
     """
 
-    shard: Shard
-    fitted: Fit
+    shard: RankView
+    binding: Binding
     device: torch.device | None
-    _filler: Filler = field(default_factory=Filler)
-    _made: int = field(default_factory=now)
+    _writer: TensorWriter = field(default_factory=TensorWriter)
+    _created: int = field(default_factory=next_order)
 
-    def load(self, newer: Shard) -> Report:
+    def load(self, newer: RankView) -> Report:
         """Read a set of the same geometry into the model: the same memory, no names matched.
 
         Where the model was given a new placement since this updater was made
@@ -87,79 +83,63 @@ class Updater:
         _check_same(self.shard, newer)
         if self.shard.verify:
             newer = newer.verified()
-        return self.write(newer.replace(rows).shard if rows else newer, began)
+        return self.write(newer.rearranged(rows) if rows else newer, began)
 
-    def _rows(self, newer: Shard) -> dict[str, tuple[int, ...]]:
+    def _rows(self, newer: RankView) -> dict[str, tuple[int, ...]]:
         """The rows under which the model is to get a newer set, where these are not its own.
 
         Raises GeometryMismatch, DoesNotFit.
         """
         known, given, rows = self.shard.placement, newer.placement, {}
-        notes = rows_of(item.target for item in self.fitted.filled)
+        records = recorded_rows(item.target for item in self.binding.bound)
         for stack in dict.fromkeys((*known, *given)):
-            note, row = notes.get(stack), given.get(stack)
-            if note is not None and note.row == row:
+            record, row = records.get(stack), given.get(stack)
+            if record is not None and record.row == row:
                 continue
             if known.get(stack) != row:
                 raise _other_placement(stack, "it is neither the updater's nor the model's")
-            if note is not None and note.order < self._made:
+            if record is not None and record.order < self._created:
                 raise _other_placement(stack, "the model had another before the updater was made")
-            if note is not None:
-                rows[stack] = note.row
+            if record is not None:
+                rows[stack] = record.row
         return rows
 
-    def write(self, newer: Shard, began: float) -> Report:
+    def write(self, newer: RankView, began: float) -> Report:
         """Fill all that was matched from a set of the same tensors, whatever the model holds."""
-        targets, tensors = self.fitted.filled, newer.tensors
-        slots = [(f.target, tensors[f.source].held) for f in targets]
-        with torch.no_grad(), Reader(newer.files) as reader, self._filler as filler:
+        targets, tensors = self.binding.bound, newer.tensors
+        slots = [(f.target, tensors[f.source].slot_range) for f in targets]
+        with torch.no_grad(), Reader(newer.files) as reader, self._writer as writer:
             # all that can be refused is, before the first byte is written
-            names = [f.source for f in targets] + [other for _, other in self.fitted.twins]
+            names = [f.source for f in targets] + [other for _, other in self.binding.aliases]
             reader.open(run for name in names for run in tensors[name].runs)
-            check_twins(self.fitted, tensors, reader)
-            self.fitted.check()
+            refuse_unequal_aliases(self.binding, tensors, reader)
+            self.binding.check()
             made = sum([_materialise(f, self.device) for f in targets])
-            begin(slots, newer)
+            start_records(slots, newer)
             for item in targets:
                 into = item.local()
                 for step in item.steps:
-                    filler.step(into, step, tensors[item.source], reader)
+                    writer.step(into, step, tensors[item.source], reader)
                 if not into.is_inference():  # memory was written behind autograd's back
                     torch.autograd.graph.increment_version((into, item.target.now()))
             reader.check()
             files = reader.names
         with torch.no_grad():
-            finish(slots, newer)
+            finish_records(slots, newer)
         return Report(
             tensors=len(targets),
             bytes_read=reader.bytes_read,
             overread=tuple(o for f in targets if (o := _overread(f, tensors))[1]),
             seconds=time.perf_counter() - began,
-            ignored=self.fitted.ignored,
-            tied=self.fitted.tied,
+            ignored=self.binding.ignored,
+            tied=self.binding.tied,
             materialised=made,
             files=files,
-            cast=self.fitted.cast,
+            cast=self.binding.cast,
         )
 
 
-def make_updater(
-    shard: Shard,
-    model: torch.nn.Module,
-    *,
-    rename: Rename,
-    ignore: Iterable[str],
-    cast: bool,
-    device: torch.device | str | None,
-) -> Updater:
-    """Match a shard with a model; nothing is read."""
-    where = device_of(device)
-    with torch.no_grad():
-        fitted = fit(model, shard.tensors, rename=rename, ignore=ignore, cast=cast)
-    return Updater(shard, fitted, where)
-
-
-def _check_same(known: Shard, newer: Shard) -> None:
+def _check_same(known: RankView, newer: RankView) -> None:
     problems = []
     if (known.ep_rank, known.ep_size) != (newer.ep_rank, newer.ep_size):
         problems.append(f"rank {newer.ep_rank} of {newer.ep_size}")
@@ -185,11 +165,13 @@ def _other_placement(stack: str, cause: str) -> GeometryMismatch:
     )
 
 
-def check_twins(fitted: Fit, tensors: Mapping[str, LocalTensor], reader: Reader) -> None:
+def refuse_unequal_aliases(
+    binding: Binding, tensors: Mapping[str, LocalTensor], reader: Reader
+) -> None:
     """Two names of one storage must have the same bytes. Raises DoesNotFit with all that differ."""
     unequal = [
         f"{quoted(item.source)} and {quoted(other)}"
-        for item, other in fitted.twins
+        for item, other in binding.aliases
         if not _equal(item, tensors[item.source], tensors[other], reader)
     ]
     if unequal:
@@ -200,16 +182,17 @@ def check_twins(fitted: Fit, tensors: Mapping[str, LocalTensor], reader: Reader)
         )
 
 
-def _equal(item: Filled, a: LocalTensor, b: LocalTensor, reader: Reader) -> bool:
+def _equal(item: BoundTensor, a: LocalTensor, b: LocalTensor, reader: Reader) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     if a.digest is not None and b.digest is not None:
         return a.digest == b.digest
     # no more of them than this process is going to read
     mine, others = (
-        joined(r for step in item.steps for _, runs in step.blocks(t) for r in runs) for t in (a, b)
+        join_runs(r for step in item.steps for _, runs in step.blocks(t) for r in runs)
+        for t in (a, b)
     )
-    sides = zip(portions(mine, BLOCK_BYTES), portions(others, BLOCK_BYTES), strict=True)
+    sides = zip(run_chunks(mine, BLOCK_BYTES), run_chunks(others, BLOCK_BYTES), strict=True)
     for pair in sides:
         both = []
         for _, runs in pair:
@@ -220,7 +203,7 @@ def _equal(item: Filled, a: LocalTensor, b: LocalTensor, reader: Reader) -> bool
     return True
 
 
-def _overread(item: Filled, tensors: Mapping[str, LocalTensor]) -> tuple[str, int]:
+def _overread(item: BoundTensor, tensors: Mapping[str, LocalTensor]) -> tuple[str, int]:
     size = tensors[item.source].torch_dtype.itemsize
     more = 0
     for step in item.steps:
@@ -230,7 +213,7 @@ def _overread(item: Filled, tensors: Mapping[str, LocalTensor]) -> tuple[str, in
     return item.source, more
 
 
-def _materialise(item: Filled, device: torch.device | None) -> bool:
+def _materialise(item: BoundTensor, device: torch.device | None) -> bool:
     """Give a parameter on meta memory, in all modules that have it, as it was in all else."""
     old = item.target.now()
     if not old.is_meta:
@@ -250,6 +233,6 @@ def _materialise(item: Filled, device: torch.device | None) -> bool:
         new = torch.empty_like(old, device=device or "cpu")
     parameter = torch.nn.Parameter(new, requires_grad=old.requires_grad)
     parameter.__dict__.update(old.__dict__)
-    for module, name in item.target.places:
+    for module, name in item.target.attributes:
         setattr(module, name, parameter)  # some modules (nn.LSTM) note it elsewhere, too
     return True

@@ -21,7 +21,7 @@ _NEEDED: Final = frozenset(("up", "down"))  # projections of every kind of exper
 _TOKEN: Final = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 
 
-def bad(name: str, cause: str) -> BadManifest:
+def manifest_error(name: str, cause: str) -> BadManifest:
     """The error for a manifest that says something impossible of a tensor."""
     return BadManifest(
         f"the manifest is wrong about {quoted(name)}",
@@ -43,19 +43,19 @@ def is_stacked(expert: ExpertEntry) -> bool:
     """Whether experts lie along dimension 0. Raises BadManifest where along another."""
     letters = [letter for dim in letters_of(expert.axes) for letter in dim]
     if "E" in letters[1:]:
-        raise bad(f"stack {expert.stack}", f"axes {quoted(expert.axes)} have E inside")
+        raise manifest_error(f"stack {expert.stack}", f"axes {quoted(expert.axes)} have E inside")
     return letters[:1] == ["E"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _StackTensors:
     """What the common files and a rank's own hold of one stack."""
 
     common: list[TensorEntry]
     own: list[TensorEntry]
 
 
-def check_complete(
+def validate_rank(
     root: Root,
     rows: Rows,
     common: Iterable[TensorEntry],
@@ -65,32 +65,34 @@ def check_complete(
     ep_size: int,
 ) -> None:
     """Each stack has all it must have, once, in the shapes it says. Raises BadManifest."""
-    held = [_Held([], []) for _ in root.stacks]
+    by_stack = [_StackTensors([], []) for _ in root.stacks]
     for entries, ours in ((common, False), (own, True)):
         for entry in entries:
             if entry.expert is None:
                 continue
             sizes_of(entry, entry.expert)
-            which = held[entry.expert.stack]
+            which = by_stack[entry.expert.stack]
             (which.own if ours else which.common).append(entry)
     for number, stack in enumerate(root.stacks):
         row = rows.get(number)
-        everyone = _spans(held[number].common)
+        everyone = _spans(by_stack[number].common)
         _check_once(stack.name, "expert", everyone, 0, stack.experts)
         if row is None:
             _check_weights(root, stack, everyone)
             continue
         share = len(row) // ep_size
-        slots = _spans(held[number].own)
+        slots = _spans(by_stack[number].own)
         _check_once(stack.name, "slot", slots, rank * share, (rank + 1) * share)
         _check_weights(root, stack, slots)
         if twice := slots.keys() & everyone.keys():
-            raise bad(stack.name, f"{' '.join(min(twice))} is common and the ranks', too")
-        for entry in held[number].common:
+            raise manifest_error(
+                stack.name, f"{' '.join(min(twice))} is common and the ranks', too"
+            )
+        for entry in by_stack[number].common:
             _check_global(entry, stack)
         mine = row[rank * share : (rank + 1) * share]
         if len(set(mine)) != len(mine):
-            _check_replicas(stack.name, held[number].own)
+            _check_replicas(stack.name, by_stack[number].own)
 
 
 def sizes_of(entry: TensorEntry, expert: ExpertEntry) -> dict[str, int]:
@@ -103,7 +105,7 @@ def sizes_of(entry: TensorEntry, expert: ExpertEntry) -> dict[str, int]:
     fits = len(canonical) == len(expert.matrix) and set(flat) <= known.keys()
     if not fits or tuple(prod(known[x] for x in dim) for dim in dims) != entry.shape:
         cause = f"{quoted(expert.axes)} of {list(expert.matrix)} is not {list(entry.shape)}"
-        raise bad(entry.name, cause)
+        raise manifest_error(entry.name, cause)
     return {letter: known[letter] for letter in flat}
 
 
@@ -126,10 +128,10 @@ def _check_once(name: str, what: str, spans: _Spans, first: int, last: int) -> N
         for start, stop in sorted(several):
             if start != at:
                 cause = f"is there twice or not at all in {projection} {component}"
-                raise bad(name, f"{what} {min(at, start)} {cause}")
+                raise manifest_error(name, f"{what} {min(at, start)} {cause}")
             at = stop
         if at != last:
-            raise bad(name, f"{what} {at} is missing in {projection} {component}")
+            raise manifest_error(name, f"{what} {at} is missing in {projection} {component}")
 
 
 def _check_weights(root: Root, stack: StackEntry, spans: _Spans) -> None:
@@ -140,7 +142,7 @@ def _check_weights(root: Root, stack: StackEntry, spans: _Spans) -> None:
         names = _packed_weights(recipe)
         lacking -= {p for p, component in spans if component in names}
     if lacking:
-        raise bad(stack.name, f"this rank has no weight of {', '.join(sorted(lacking))}")
+        raise manifest_error(stack.name, f"this rank has no weight of {', '.join(sorted(lacking))}")
 
 
 @lru_cache(maxsize=8)
@@ -160,12 +162,12 @@ def _check_global(entry: TensorEntry, stack: StackEntry) -> None:
     if expert is None:
         return
     if not {"O", "K"}.isdisjoint(x for dim in letters_of(expert.axes) for x in dim):
-        raise bad(entry.name, "only small tensors of shared experts are common")
+        raise manifest_error(entry.name, "only small tensors of shared experts are common")
     alone = not is_stacked(expert) and len(expert.experts) == 1
     if not alone and len(expert.experts) != stack.experts:
-        raise bad(entry.name, f"it must hold all {stack.experts} experts, or one")
+        raise manifest_error(entry.name, f"it must hold all {stack.experts} experts, or one")
     if alone and expert.local is None and stack.experts > 1:
-        raise bad(entry.name, "it lacks `local`, its name on a rank")
+        raise manifest_error(entry.name, "it lacks `local`, its name on a rank")
 
 
 def _check_replicas(name: str, own: Iterable[TensorEntry]) -> None:
@@ -177,4 +179,4 @@ def _check_replicas(name: str, own: Iterable[TensorEntry]) -> None:
         units = ((e, p, expert.component) for e in expert.experts for p in expert.projections)
         for unit, digest in zip(units, entry.digests, strict=True):
             if known.setdefault(unit, digest) != digest:
-                raise bad(name, f"two slots of expert {unit[0]} differ in {entry.name}")
+                raise manifest_error(name, f"two slots of expert {unit[0]} differ in {entry.name}")

@@ -15,9 +15,9 @@ from moeconv.checkpoint.dtypes import BITS
 from moeconv.core.digest import digest, hasher
 from moeconv.errors import Damaged, DigestsMissing, quoted
 from moeconv.manifest.model import Run, StackEntry, TensorEntry, addresses
-from moeconv.runtime.byte_runs import in_slot, portions
+from moeconv.runtime.byte_runs import equal_part, run_chunks
 from moeconv.runtime.files import PIECE_BYTES, DataFile, Reader
-from moeconv.runtime.open import Stored
+from moeconv.runtime.open import LocatedTensor
 from moeconv.runtime.validate import sizes_of
 
 _THREADS: Final = 4
@@ -44,7 +44,7 @@ class _Order:
 
 
 def check_digests(
-    tensors: Iterable[Stored], stacks: tuple[StackEntry, ...], files: Mapping[int, DataFile]
+    tensors: Iterable[LocatedTensor], stacks: tuple[StackEntry, ...], files: Mapping[int, DataFile]
 ) -> None:
     """Read all bytes of some tensors and hold them against their digests (FORMAT.md, section 1).
 
@@ -87,7 +87,7 @@ def check_digests(
         )
 
 
-def in_slot_alone(stored: Stored, number: int) -> Stored:
+def single_slot(stored: LocatedTensor, number: int) -> LocatedTensor:
     """The slot at a position of a rank's tensor, with its own digests, as a tensor of its own."""
     entry, expert = stored.entry, stored.entry.expert
     if expert is None or expert.slots is None or len(expert.experts) == 1:
@@ -98,7 +98,7 @@ def in_slot_alone(stored: Stored, number: int) -> Stored:
     shape = (entry.shape[0] // count, *entry.shape[1:])
     digests = entry.digests[number * units : (number + 1) * units]
     alone = replace(entry, shape=shape, digests=digests, expert=one)
-    return Stored(alone, in_slot(stored.runs, number, count))
+    return LocatedTensor(alone, equal_part(stored.runs, number, count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +109,19 @@ class _Job:
     order: _Order | None
 
 
-def _jobs(stored: Stored) -> Iterator[_Job]:
+def _jobs(stored: LocatedTensor) -> Iterator[_Job]:
     """Small jobs wherever matrices or experts follow one another."""
     order, runs = _order(stored.entry), stored.runs
     if order is None:
         yield _Job(runs, None)
     elif order.straight:
         count = prod(order.sizes[: len(order.front)])
-        yield from (_Job(in_slot(runs, n, count), None) for n in range(count))
+        yield from (_Job(equal_part(runs, n, count), None) for n in range(count))
     elif order.front[:1] == (0,):
         # experts or, where one expert has it, projections are slowest
         one = replace(order, sizes=(1, *order.sizes[1:]))
         count = order.sizes[0]
-        yield from (_Job(in_slot(runs, n, count), one) for n in range(count))
+        yield from (_Job(equal_part(runs, n, count), one) for n in range(count))
     else:
         yield _Job(runs, order)
 
@@ -173,7 +173,7 @@ class _Read:
             self.reader.into(memory.data_ptr(), job.runs)
             return [digest(_bytes(matrix)) for matrix in _matrices(memory, job.order)]
         memory, state = torch.empty(min(total, PIECE_BYTES), dtype=torch.uint8), hasher()
-        for _, runs in portions(job.runs, PIECE_BYTES):
+        for _, runs in run_chunks(job.runs, PIECE_BYTES):
             self.reader.into(memory.data_ptr(), runs)
             state.update(_bytes(memory[: sum(r.nbytes for r in runs)]))
         return [state.hexdigest()]

@@ -28,7 +28,7 @@ def test_updater(opened: Opened, monkeypatch: pytest.MonkeyPatch):
     def never(*_: object, **__: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("moeconv.runtime.updater.fit", never)
+    monkeypatch.setattr("moeconv.runtime.shard.bind", never)
     monkeypatch.setattr("moeconv.runtime.bind._renamed", never)
     monkeypatch.setattr(torch, "empty", never)
     report = updater.load(second)

@@ -22,7 +22,7 @@ from moeconv.errors import (
     UsageProblem,
     quoted,
 )
-from moeconv.runtime.validate import check_complete
+from moeconv.runtime.validate import validate_rank
 from tests.models import FAMILIES, Disk, Model, disks, models
 from tests.quantised.packing import FORMATS
 from tests.quantised.test_formats import checkpoint, experts
@@ -112,8 +112,8 @@ def test_packed_experts_without_their_weight_are_none(name: str, tmp_path: Path)
     entries = [s.entry for s in shard.own]
     lacking = [e for e in entries if e.expert is None or e.expert.component != packed]
     with pytest.raises(BadManifest, match="no weight of down, gate, up"):
-        check_complete(
-            shard.home.root,
+        validate_rank(
+            shard.output.root,
             shard.rows,
             [s.entry for s in shard.common],
             lacking,

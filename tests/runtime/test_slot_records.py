@@ -1,4 +1,4 @@
-"""What a model holds is noted: any order of loads, updates and placements is right or refused."""
+"""Records of what a model holds: any order of loads, updates, placements is right or refused."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from torch import nn
 import moeconv
 from moeconv import runtime
 from moeconv.errors import DoesNotFit, GeometryMismatch, IoFailed, MissingShard, MoeconvError
-from moeconv.runtime import slot_records as noted
+from moeconv.runtime import slot_records
 from moeconv.runtime.files import Reader
 from tests.helpers import write_checkpoint
 from tests.runtime.conftest import Opened
@@ -305,7 +305,7 @@ def test_a_second_model_that_holds_another_placement(sets: Sets, loaded: Loaded)
 
 
 def test_a_model_that_was_filled_by_hand(sets: Sets, loaded: Loaded):
-    """Nobody noted what it holds, so that all slots of the named stacks are read."""
+    """There is no record of what it holds, so that all slots of the named stacks are read."""
     shard, _ = loaded
     model = like(shard)
     with torch.no_grad():
@@ -343,7 +343,7 @@ def test_sets_without_digests_are_told_apart_by_their_files(tmp_path: Path):
         for n, m in (("a", a), ("b", b))
     ]
     for shard in sets:
-        object.__setattr__(shard.home.root, "fingerprint", None)
+        object.__setattr__(shard.output.root, "fingerprint", None)
     model = TinyMoe(3)
     sets[0].load_into(model)
     with pytest.raises(GeometryMismatch, match="weights of another set"):
@@ -456,7 +456,9 @@ def test_a_model_of_some_layers(sets: Sets):
 
 
 def notes(model: nn.Module) -> list[object]:
-    return [note for m in model.modules() for note in m.__dict__.get(noted._KEY, {}).values()]
+    return [
+        note for m in model.modules() for note in m.__dict__.get(slot_records._KEY, {}).values()
+    ]
 
 
 def test_whole_sets_leave_no_note(sets: Sets, tmp_path: Path):
@@ -523,9 +525,9 @@ def test_tensors_of_a_model_in_two_placements(opened: Opened):
     shard.load_into(model)
     updater = shard.updater(model)
     shard.replace([(2, 0, 4, 1, 3, 0)]).load_into(model)
-    notes = model.model.layers[0].mlp.experts.__dict__["_moeconv_notes"]
+    notes = model.model.layers[0].mlp.experts.__dict__["_moeconv_loads"]
     lost = TinyMoe(3)
     shard.load_into(lost)
-    notes["down_proj"] = lost.model.layers[0].mlp.experts.__dict__["_moeconv_notes"]["down_proj"]
+    notes["down_proj"] = lost.model.layers[0].mlp.experts.__dict__["_moeconv_loads"]["down_proj"]
     with pytest.raises(GeometryMismatch, match="in two placements"):
         updater.load(shard)

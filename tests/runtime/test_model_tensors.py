@@ -165,10 +165,10 @@ def test_names_without_wrappers(opened: Opened):
 def test_casts_and_matching_are_reported(opened: Opened, monkeypatch: pytest.MonkeyPatch):
     import time
 
-    from moeconv.runtime import updater
+    from moeconv.runtime import shard
 
-    real = updater.fit
-    monkeypatch.setattr(updater, "fit", lambda *a, **k: (time.sleep(0.2), real(*a, **k))[1])
+    real = shard.bind
+    monkeypatch.setattr(shard, "bind", lambda *a, **k: (time.sleep(0.2), real(*a, **k))[1])
     made, model = checkpoint(), TinyMoe(3)
     model.model.embed.double()
     report = opened(made).load_into(model, cast=True)
