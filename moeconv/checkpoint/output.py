@@ -14,17 +14,17 @@ from moeconv.checkpoint.output_files import (
     damaged,
     differing_tensor,
     filled_name,
-    inside,
     read_entry,
     read_root,
 )
-from moeconv.checkpoint.sidecars import Sidecar, files_below
+from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.core.digest import digest
 from moeconv.core.names import natural_key
 from moeconv.errors import quoted
 from moeconv.manifest.model import MAX_PART_BYTES, PARTS_DIR, ROOT_NAME, Manifest, Part
 from moeconv.manifest.reader import parse_parts
 from moeconv.manifest.rules import contradictions
+from moeconv.store.paths import files_below, resolve_inside
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def open_set(root: Path) -> SetFiles:
         parse_index(read_entry(root, top.index), name=top.index.name)
     beside = []
     for entry in top.sidecars:
-        path = inside(root, entry.name)
+        path = resolve_inside(root, entry.name)
         if not path.is_file():
             raise damaged(entry.name, "it is not there")
         stat = path.stat()

@@ -10,7 +10,7 @@ from typing import Final
 from moeconv.checkpoint.header import Header
 from moeconv.core.digest import digest
 from moeconv.core.names import MAX_FILE_NAME_BYTES
-from moeconv.errors import Damaged, MissingShard, UnsafePath, quoted
+from moeconv.errors import Damaged, MissingShard, quoted
 from moeconv.manifest.model import (
     MAX_PAPER_BYTES,
     MAX_ROOT_BYTES,
@@ -22,6 +22,7 @@ from moeconv.manifest.model import (
 )
 from moeconv.manifest.reader import parse_root
 from moeconv.store.documents import read_document, unreadable
+from moeconv.store.paths import resolve_inside
 
 FILLED_SUFFIX: Final = ".filled"
 FILLED_ROOT: Final = f"{PARTS_DIR}/.root{FILLED_SUFFIX}"
@@ -59,30 +60,6 @@ def differing_tensor(header: Header, part: Part) -> str | None:
         ):
             return b.name
     return None
-
-
-def inside(root: Path, name: str) -> Path:
-    """The real path of `name` under `root`, links followed.
-
-    A link may lead anywhere inside `root`, or, where `root` is a snapshot of the Hub's cache
-    (`models--x/snapshots/COMMIT`), to that repository's own `blobs`. Raises UnsafePath.
-    """
-    link = root / name
-    real = Path(os.path.realpath(link))
-    home = Path(os.path.realpath(root))
-    if real.is_relative_to(home) or ((blobs := _hub_blobs(home)) and real.is_relative_to(blobs)):
-        return real
-    raise UnsafePath(
-        f"{quoted(name)} is a link out of the checkpoint",
-        at=quoted(str(link)),
-        cause=f"it leads to {quoted(str(real))}",
-        fix="replace the link by the file it should stand for",
-    )
-
-
-def _hub_blobs(root: Path) -> Path | None:
-    snapshot = root if root.parent.name == "snapshots" else None
-    return None if snapshot is None else snapshot.parent.parent / "blobs"
 
 
 def damaged(name: str, cause: str) -> Damaged:
@@ -143,7 +120,7 @@ def _waiting(root: Path, entry: FileEntry, *, limit: int) -> bytes | None:
 
 
 def _read_named(root: Path, entry: FileEntry, *, limit: int) -> bytes:
-    path = inside(root, entry.name)
+    path = resolve_inside(root, entry.name)
     if path.exists() and path.is_file() and path.stat().st_size != entry.size:
         raise damaged(entry.name, f"its size is not the {entry.size:,} bytes in the manifest")
     raw = read_bounded(path, limit, name=entry.name)
@@ -154,4 +131,4 @@ def _read_named(root: Path, entry: FileEntry, *, limit: int) -> bytes:
 
 def read_root(root: Path) -> Root:
     """The root of the set in a directory. Raises Damaged, BadManifest, MissingShard, IoFailed."""
-    return parse_root(read_bounded(inside(root, ROOT_NAME), MAX_ROOT_BYTES, name=ROOT_NAME))
+    return parse_root(read_bounded(resolve_inside(root, ROOT_NAME), MAX_ROOT_BYTES, name=ROOT_NAME))

@@ -11,15 +11,8 @@ from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
 from moeconv.checkpoint.header import Header, StoredTensor, read_header
 from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
 from moeconv.checkpoint.output import SetFiles, foreign_files, open_set
-from moeconv.checkpoint.output_files import inside, missing, read_root
-from moeconv.checkpoint.sidecars import (
-    Sidecar,
-    existing,
-    matches,
-    refuse_unsafe_name,
-    sidecar,
-    sidecars,
-)
+from moeconv.checkpoint.output_files import missing, read_root
+from moeconv.checkpoint.sidecars import Sidecar, sidecar, sidecars
 from moeconv.checkpoint.warnings import oddities, short_rows
 from moeconv.core.digest import digest
 from moeconv.core.names import natural_key
@@ -40,6 +33,7 @@ from moeconv.errors import (
 from moeconv.manifest.model import ORIGIN_NAME, PARTS_DIR, ROOT_NAME, Manifest, SourceEntry
 from moeconv.store import hub
 from moeconv.store.documents import read_document
+from moeconv.store.paths import existing_file, matches, refuse_unsafe_name, resolve_inside
 
 SUFFIX: Final = ".safetensors"
 _OTHERS: Final = frozenset({".json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".md", ".txt"})
@@ -176,14 +170,14 @@ def _open_own(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
     own = open_set(root)
     if own.manifest.root.source is not None:
         return _open_virtual(root, own, own.manifest.root.source, exclude)
-    places = [(p.file, inside(root, p.file)) for p in own.manifest.parts]
+    places = [(p.file, resolve_inside(root, p.file)) for p in own.manifest.parts]
     for name, path in places:
         if not path.exists():
             raise missing(name)
     files = _data_files(places)
     own.check_headers(tuple((f.name, f.size, f.header) for f in files))
     kept = tuple(s for s in own.sidecars if not matches(s.name, exclude))
-    config = read_config(inside(root, CONFIG_NAME))
+    config = read_config(resolve_inside(root, CONFIG_NAME))
     return Checkpoint(root, files, None, config, kept, _strangers(root, own), own)
 
 
@@ -217,12 +211,12 @@ def _open_virtual(
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         raise _changed(source, f"{quoted(changed[0])}{more}: written to, replaced or removed")
     kept = tuple(s for s in own.sidecars if not matches(s.name, exclude))
-    config = read_config(inside(root, CONFIG_NAME))
+    config = read_config(resolve_inside(root, CONFIG_NAME))
     return Checkpoint(place, files, None, config, kept, (), inner, own)
 
 
 def _pinned(place: Path, name: str, source: SourceEntry) -> Path:
-    path = inside(place, name)
+    path = resolve_inside(place, name)
     if not path.is_file():
         raise _changed(source, f"{quoted(name)} is not there")
     return path
@@ -270,14 +264,14 @@ def _open_directory(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
     shards = [n for n in names if n.endswith(SUFFIX)]
     index = _read_index(root, names)
     if index is not None:
-        files = _data_files([(n, existing(root, n, named_by=index.name)) for n in index.files])
+        files = _data_files([(n, existing_file(root, n, named_by=index.name)) for n in index.files])
         _check_disjoint(files, fix="download the index and the shards again")
         _check_index(index, files)
     elif shards:
         wanted = [n for n in shards if not matches(n, exclude)]
         for name in wanted:
             refuse_unsafe_name(name, root)
-        files = _data_files([(n, inside(root, n)) for n in wanted])
+        files = _data_files([(n, resolve_inside(root, n)) for n in wanted])
         _check_disjoint(files, fix="give the index, or leave one of them out with `--exclude`")
     else:
         raise NoCheckpoint(
@@ -287,7 +281,7 @@ def _open_directory(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
         )
     skip = frozenset({f.name for f in files} | ({index.name} if index else set()))
     beside = sidecars(root, skip=skip, exclude=exclude)
-    config = read_config(inside(root, CONFIG_NAME))
+    config = read_config(resolve_inside(root, CONFIG_NAME))
     found = Checkpoint(root, files, index, config, beside, ())
     said = oddities(
         index, tuple(f.name for f in files), found.tensor_bytes, beside, has_config=config.present
@@ -314,7 +308,7 @@ def _read_index(root: Path, names: list[str]) -> Index | None:
             fix="leave one of them in the directory",
         )
     refuse_unsafe_name(name, root)
-    raw = read_document(inside(root, name), MAX_INDEX_BYTES, name=name)
+    raw = read_document(resolve_inside(root, name), MAX_INDEX_BYTES, name=name)
     return parse_index(raw, name=name)
 
 

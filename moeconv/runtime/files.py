@@ -16,7 +16,7 @@ from typing import Final, cast
 import torch
 
 from moeconv.checkpoint.header import parse_header
-from moeconv.checkpoint.output_files import damaged, differing_tensor, inside
+from moeconv.checkpoint.output_files import damaged, differing_tensor
 from moeconv.core.digest import digest
 from moeconv.errors import IoFailed, MissingShard, SourceChanged, printable, quoted
 from moeconv.manifest.model import ROOT_NAME, Part, Run, SourceFile
@@ -24,6 +24,7 @@ from moeconv.runtime.byte_runs import LocalTensor, run_chunks
 from moeconv.store.descriptors import DescriptorPool, Lease, descriptors_left
 from moeconv.store.documents import open_regular, opened, read_start, unreadable
 from moeconv.store.file_io import FileEnded, read_into
+from moeconv.store.paths import resolve_inside
 
 _MAX_HEADER: Final = 8 + 100_000_000
 _THREADS: Final = 4
@@ -82,7 +83,7 @@ def check_source_file(output: Path, entry: SourceFile, *, copied: bool) -> DataF
 
 
 def _existing(output: Path, name: str, named_in: str) -> Path:
-    path = inside(output, name)
+    path = resolve_inside(output, name)
     if not path.exists():
         raise MissingShard(
             f"{quoted(name)} is not there",

@@ -15,7 +15,6 @@ from moeconv.checkpoint.origin import parse_origin
 from moeconv.checkpoint.output_files import (
     damaged,
     differing_tensor,
-    inside,
     missing,
     read_entry,
     read_root,
@@ -53,6 +52,7 @@ from moeconv.manifest.reader import parse_parts
 from moeconv.manifest.rules import contradictions
 from moeconv.plan.pack import METADATA, index_text
 from moeconv.store.documents import opened, read_start, unreadable
+from moeconv.store.paths import resolve_inside
 
 _MAX_MISSING: Final = 20
 
@@ -91,7 +91,7 @@ def _parts(root: Path, top: Root, problems: list[MoeconvError]) -> Iterator[tupl
 def _data_file(root: Path, part: Part, *, newer: bool) -> list[MoeconvError]:
     name = part.file
     try:
-        path = inside(root, name)
+        path = resolve_inside(root, name)
         if not path.exists():
             return [missing(name)]
         with opened(path, name=name) as (descriptor, facts):
@@ -168,7 +168,7 @@ def _papers(root: Path, top: Root) -> list[MoeconvError]:
 
 def _sidecar_size(root: Path, entry: FileEntry) -> list[MoeconvError]:
     try:
-        size = inside(root, entry.name).stat().st_size
+        size = resolve_inside(root, entry.name).stat().st_size
     except OSError:
         return [damaged(entry.name, "it is not there")]
     except Malformed as problem:
