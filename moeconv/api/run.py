@@ -14,7 +14,7 @@ from moeconv.checkpoint.output_files import read_root
 from moeconv.core.system_errors import callers_own
 from moeconv.core.text import counted
 from moeconv.engine.commit import commit, refuse_collisions
-from moeconv.engine.copy.methods import Methods
+from moeconv.engine.copy.methods import CopyMethods
 from moeconv.engine.copy.pool import Limits
 from moeconv.engine.output.disk_space import DiskSpace, refuse_short, space_needed
 from moeconv.engine.output.preflight import refuse_existing, refuse_overlap
@@ -72,7 +72,7 @@ class Result:
     room: DiskSpace
     manifest: Manifest | None
     dry_run: bool
-    methods: Methods | None = None
+    methods: CopyMethods | None = None
 
     @property
     def aligned_to_page(self) -> bool:
@@ -114,7 +114,7 @@ def carry_out(source: Opened, out: Path, plan: Plan, options: RunOptions) -> Res
         plan = replace(plan, notes=(*plan.notes, *end_run(place, limits)))
         return Result(source, out, plan, room, Manifest(read_root(place), ()), dry_run=False)
     meter = Meter(0 if plan.virtual else plan.tensor_bytes, options.progress)
-    methods = Methods(place)
+    methods = CopyMethods(place)
     # a virtual set is all documents; one that copies may take hours, and others need the collector
     with uncollected() if plan.virtual else nullcontext():
         manifest, notes = commit(

@@ -13,7 +13,6 @@ from moeconv.core.json_value import Json, error_json
 from moeconv.core.names import natural_key
 from moeconv.core.text import counted, human_size
 from moeconv.detect.stack import Stack
-from moeconv.engine.copy.methods import REFLINK
 from moeconv.errors import printable
 from moeconv.layout.shipped import vocabulary
 from moeconv.manifest.model import Root
@@ -138,7 +137,7 @@ def _copying(result: Result) -> Json:
         return None
     tally = methods.tally
     return {
-        "methods": [*sorted(set(methods.found.values()))],
+        "methods": [*methods.names],
         "cloned": tally.cloned,
         "copied_in_kernel": tally.copied,
         "written": tally.written,
@@ -153,11 +152,11 @@ def copying_lines(result: Result) -> list[str]:
         return []
     tally, total = methods.tally, result.plan.tensor_bytes
     lines = [
-        f"{' and '.join(sorted(set(methods.found.values())))}: {human_size(tally.cloned)} cloned, "
+        f"{' and '.join(methods.names)}: {human_size(tally.cloned)} cloned, "
         f"{human_size(tally.copied)} copied in the kernel, {human_size(tally.written)} written, "
         f"{human_size(tally.direct)} written past the page cache"
     ]
-    if REFLINK in methods.found.values() and tally.cloned < total // 2 and result.aligned_to_page:
+    if methods.share_blocks and tally.cloned < total // 2 and result.aligned_to_page:
         lines.append("this file system can clone: `--align source` may copy next to nothing")
     return lines
 

@@ -11,15 +11,14 @@ from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.digest import digest, hasher
 from moeconv.core.signals import defer_signals
-from moeconv.engine.copy.methods import REFLINK, Methods
+from moeconv.engine.copy.digests import Digests
+from moeconv.engine.copy.disk_sink import DiskSink
+from moeconv.engine.copy.methods import CopyMethods
 from moeconv.engine.copy.pool import Limits, Progress, run_tiles
-from moeconv.engine.copy.target import DiskSink
-from moeconv.engine.copy.worker import Digests, Promised
 from moeconv.engine.copy.write_buffer import BUFFER_BYTES
 from moeconv.engine.manifest_writer import (
     document,
     document_names,
-    entry_of,
     grouped,
     origin_of,
     part_of,
@@ -33,7 +32,7 @@ from moeconv.engine.output.journal import clear_aborted_start, plan_digest, resu
 from moeconv.engine.output.ownership import Inventory
 from moeconv.engine.output.resume import finished_before, identity
 from moeconv.engine.output.transaction import OutputTransaction, fsync_directory
-from moeconv.engine.recorded_digests import recorded
+from moeconv.engine.recorded_digests import DigestPolicy, recorded
 from moeconv.errors import MoeconvError, NameCollision, SourceChanged, quoted
 from moeconv.manifest.model import (
     MAX_PAPER_BYTES,
@@ -44,7 +43,6 @@ from moeconv.manifest.model import (
     Manifest,
     Part,
     Root,
-    addresses,
     root_bytes,
 )
 from moeconv.manifest.reader import parse_root
@@ -73,7 +71,7 @@ def commit(
     out: Path,
     *,
     limits: Limits,
-    methods: Methods,
+    methods: CopyMethods,
     room: DiskSpace,
     overwrite: bool,
     resume: bool,
@@ -156,7 +154,7 @@ class _Commit:
         work: OutputTransaction,
         *,
         limits: Limits,
-        methods: Methods,
+        methods: CopyMethods,
         room: DiskSpace,
         progress: Progress,
         later: bool,
@@ -172,14 +170,13 @@ class _Commit:
         self.methods = methods
         self.room = room
         self.later = later
-        self.unchecked = unchecked
         self.kept = kept
         self.resumed = resumed
         self.progress = progress
         self.parts: dict[str, Part] = {}
         self.virtual: tuple[Part, ...] = ()
         self.recorded = recorded(checkpoint)
-        self.compares = not unchecked if plan.restores else not later
+        self.policy = DigestPolicy(plan, self.recorded, later=later, unchecked=unchecked)
         # without an index nothing else marks a restored set as whole: names come all at the end
         self.late = plan.restores and plan.index_name is None
         self.waiting: list[tuple[Path, Path]] = []
@@ -191,9 +188,9 @@ class _Commit:
             known = self.recorded.matrices
             self.virtual = virtual_parts(self.plan.files, self.plan.stacks, known)
         else:
-            self.methods.ask(f.path for f in self.checkpoint.files)
+            self.methods.probe(f.path for f in self.checkpoint.files)
             # a resumed run has freed room since, and what it still needs each file will ask for
-            if not self.resumed and REFLINK not in self.methods.found.values():
+            if not self.resumed and not self.methods.share_blocks:
                 refuse_short(self.out, replace(self.room, shared=0))
             for file in self.plan.files:
                 if file.name in self.kept:
@@ -205,46 +202,23 @@ class _Commit:
                 lambda file: DiskSink(file, self.out, self.methods, self._finished),
                 limits=self.limits,
                 progress=self.progress,
-                promised=self._promised,
+                policy=self.policy.of_file,
             )
         sidecars = tuple(self._sidecar(s) for s in self.checkpoint.sidecars)
         manifest = None if self.plan.restores else self._documents(sidecars)
         for partial, final in self.waiting:
             self.work.rename(partial, final)
-        self._settle()
+        self._fsync_out()
         self.work.refuse_changed()
         if self.plan.index_name is not None:
             self._write(self.plan.index_name, self.plan.index)
-            self._settle()
+            self._fsync_out()
         if manifest is not None:
             self._write(ROOT_NAME, root_bytes(manifest.root))
-            self._settle()
+            self._fsync_out()
         return manifest
 
-    def _promised(self, file: OutputFile) -> Promised:
-        """Which digests need not be taken of bytes that need not be read.
-
-        Those that the source's manifest has, or all of them if they are to come later; none that
-        a restore is held against.
-        """
-        if self.unchecked or (self.later and not self.plan.restores):
-            return lambda tensor, unit: ""
-        known: dict[int, tuple[str | None, ...]] = {}
-
-        def promise(tensor: int, unit: int) -> str | None:
-            if not self.recorded.matrices:
-                return "" if self.later else None
-            if tensor not in known:
-                held = addresses(entry_of(file.tensors[tensor]), self.plan.stacks)
-                known[tensor] = tuple(map(self.recorded.matrices.get, held))
-            value = known[tensor][unit]
-            if not self.plan.restores:
-                return value
-            return "" if self.later and value is None else None
-
-        return promise
-
-    def _settle(self) -> None:
+    def _fsync_out(self) -> None:
         with writing(self.out):
             fsync_directory(self.out)
 
@@ -255,7 +229,7 @@ class _Commit:
             self.waiting.append((partial, final))
         else:
             self.work.rename(partial, final)
-            self._settle()
+            self._fsync_out()
             if self.work.journal is not None:
                 with self.noting:
                     self.work.journal.finished(file, digests)
@@ -263,7 +237,7 @@ class _Commit:
     def _checked(self, file: OutputFile, digests: Digests) -> Part:
         """The part of a file whose bytes are those that the source's manifest records."""
         part = part_of(file, digests)
-        if self.compares:
+        if self.policy.compares:
             self.recorded.check_file(part, digests, self.plan.stacks)
         return part
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.detect.detect import Detection
-from moeconv.engine.copy.pool import Limits, Progress, Reader, run_tiles
-from moeconv.engine.copy.worker import Digests, Origin
+from moeconv.engine.copy.digests import Digests
+from moeconv.engine.copy.pool import Limits, Progress, run_tiles
+from moeconv.engine.copy.sink import Sink, SourcePosition
 from moeconv.engine.copy.write_buffer import BUFFER_BYTES
 from moeconv.engine.manifest_writer import entry_of
 from moeconv.engine.recorded_digests import Recorded, recorded
@@ -106,8 +107,8 @@ def _facts(detection: Detection) -> dict[str, str]:
     return facts
 
 
-class CompareSink(Reader):
-    """A target that holds what would be written against what is there."""
+class CompareSink(Sink):
+    """A sink that compares what would be written with what is there."""
 
     def __init__(
         self,
@@ -133,7 +134,7 @@ class CompareSink(Reader):
         except OSError as problem:
             raise unreadable(self._actual.path, problem, name=self._actual.name) from None
 
-    def write(self, view: memoryview, offset: int, origin: Origin | None = None) -> None:
+    def write(self, view: memoryview, offset: int, origin: SourcePosition | None = None) -> None:
         """Compare; the first difference of each tensor is reported."""
         for at in range(0, len(view), BUFFER_BYTES):
             ours = view[at : at + BUFFER_BYTES]

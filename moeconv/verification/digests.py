@@ -10,8 +10,7 @@ from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.digest import fingerprint, fingerprint_line
 from moeconv.core.text import counted
 from moeconv.detect.detect import Detection
-from moeconv.engine.copy.pool import Limits, Progress
-from moeconv.engine.copy.rehash import digests_of
+from moeconv.engine.copy.pool import Limits, Progress, digests_of
 from moeconv.engine.manifest_writer import entry_of
 from moeconv.engine.recorded_digests import recorded
 from moeconv.errors import Damaged, IoFailed, Malformed, MoeconvError, quoted

@@ -27,7 +27,7 @@ from typing import Final
 import numpy as np
 
 import moeconv
-from moeconv.engine.copy.buffers import Memory, Take, mapped
+from moeconv.engine.copy.buffers import Allocate, BufferPool, mapped
 from moeconv.engine.copy.permute import memory_of, permute, view
 from moeconv.plan.model import Span, WeaveTile
 
@@ -114,7 +114,7 @@ def permuting(source: Path, layout: str, out: Path) -> list[WeaveTile]:
     return list(kinds.values())
 
 
-def ways(tile: WeaveTile, pool: memoryview, memory: Memory) -> Ways:
+def ways(tile: WeaveTile, pool: memoryview, memory: BufferPool) -> Ways:
     """The contenders, on spans that all begin where the pool does."""
 
     def read(span: Span, into: memoryview) -> memoryview:
@@ -137,7 +137,7 @@ def ways(tile: WeaveTile, pool: memoryview, memory: Memory) -> Ways:
     def copy() -> None:
         out[...] = items[: len(out)]
 
-    def whole(take: Take) -> bytes:
+    def whole(take: Allocate) -> bytes:
         return bytes(permute(tile, read, take)[0])
 
     plain()
@@ -165,7 +165,7 @@ def main() -> None:
                 (f"{model.model} from per-expert", permuting(apart, model.layout, again)),
             ):
                 for tile in tiles:
-                    _measure(label, ways(tile, pool, Memory(LIMIT)), tile, rounds)
+                    _measure(label, ways(tile, pool, BufferPool(LIMIT)), tile, rounds)
             for used in (source, apart, again):
                 shutil.rmtree(used)
 

@@ -11,7 +11,7 @@ import moeconv
 from moeconv.api.run import Result
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.engine import commit
-from moeconv.engine.copy import target
+from moeconv.engine.copy import disk_sink
 from moeconv.engine.recorded_digests import Recorded
 from moeconv.errors import Damaged, UsageProblem
 from tests.badinput.builders import config, qwen, two_files, write
@@ -62,7 +62,7 @@ def test_damage_is_not_restored(verb: Verb, digests: str, layout: str, tmp_path:
 def test_what_the_kernel_copies_is_read_for_it(
     digests: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target, "open_direct", lambda _: None)
+    monkeypatch.setattr(disk_sink, "open_direct", lambda _: None)
     moeconv.fuse(big(tmp_path / "src"), tmp_path / "made")
     flip(next((tmp_path / "made").glob("*.safetensors")), -300_000)
     for verb in VERBS:

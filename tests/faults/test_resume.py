@@ -229,19 +229,19 @@ def test_a_failing_run_keeps_what_can_be_resumed(src: Path, tmp_path: Path) -> N
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, files: int) -> None:
     """The disk fills up when so many data files are finished."""
-    from moeconv.engine.copy import target
+    from moeconv.engine.copy import disk_sink
 
-    real: Callable[..., None] = target.DiskSink.open
+    real: Callable[..., None] = disk_sink.DiskSink.open
     opened = 0
 
-    def open_(self: target.DiskSink) -> None:
+    def open_(self: disk_sink.DiskSink) -> None:
         nonlocal opened
         opened += 1
         if opened > files:
             raise IoFailed("cannot write", cause="No space left on device", fix="make room")
         real(self)
 
-    monkeypatch.setattr(target.DiskSink, "open", open_)
+    monkeypatch.setattr(disk_sink.DiskSink, "open", open_)
 
 
 def test_a_journal_of_tensors_without_digests_is_read(tmp_path: Path):

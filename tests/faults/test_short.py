@@ -16,7 +16,7 @@ import torch
 
 import moeconv
 from moeconv import runtime
-from moeconv.engine.copy import target, worker
+from moeconv.engine.copy import disk_sink, worker
 from moeconv.errors import MoeconvError
 from moeconv.verification.report import Report
 from tests.badinput.builders import config, qwen, two_files, write
@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ShortCalls]:
     """Small copies go the ways of large ones, and nothing waits for the disk."""
     monkeypatch.setattr(worker, "LARGE_TILE_BYTES", 3000)
-    monkeypatch.setattr(target, "KERNEL_BYTES", 1000)
+    monkeypatch.setattr(disk_sink, "KERNEL_BYTES", 1000)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     found = ShortCalls(monkeypatch)
     yield found

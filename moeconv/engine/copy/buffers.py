@@ -1,4 +1,4 @@
-"""Memory for permuting tiles: bounded over all workers, and used again from tile to tile.
+"""BufferPool for permuting tiles: bounded over all workers, and used again from tile to tile.
 
 New pages cost more than the work done in them, and the C library keeps what each thread frees:
 so blocks are mapped once and handed from tile to tile.
@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 from moeconv.core.text import human_size
 from moeconv.errors import MemoryShort
 
-Take: TypeAlias = Callable[[int], memoryview]
+Allocate: TypeAlias = Callable[[int], memoryview]
 PAGE_BYTES: Final = 4096
 
 
@@ -43,7 +43,7 @@ def begins_page(view: memoryview) -> bool:
     return not view.readonly and ctypes.addressof(ctypes.c_char.from_buffer(view)) % PAGE_BYTES == 0
 
 
-class Memory:
+class BufferPool:
     """At most `limit` bytes of blocks at once; a tile that needs more gets it alone."""
 
     def __init__(self, limit: int) -> None:
@@ -55,7 +55,7 @@ class Memory:
         self._changed = threading.Condition()
 
     @contextmanager
-    def hold(self, nbytes: int) -> Iterator[Take]:
+    def hold(self, nbytes: int) -> Iterator[Allocate]:
         """Wait for room for blocks of so many bytes in all, first come, first served.
 
         Yields a function that gives a block, of whole pages, for so many bytes; what is in it is

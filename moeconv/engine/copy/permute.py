@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from moeconv.core.digest import digest
-from moeconv.engine.copy.buffers import Take, paged
+from moeconv.engine.copy.buffers import Allocate, paged
 from moeconv.errors import UnequalShared
 from moeconv.plan.model import Piece, Span, WeaveTile
 
@@ -46,7 +46,7 @@ def _largest_matrix(tile: WeaveTile) -> int:
 
 
 def permute(
-    tile: WeaveTile, read: ReadSpan, take: Take
+    tile: WeaveTile, read: ReadSpan, take: Allocate
 ) -> tuple[memoryview, list[tuple[int, str]]]:
     """The tile's bytes, and the digest of each of its units.
 
@@ -82,16 +82,16 @@ def permute(
 
 
 class _Scratch:
-    """Memory to work in, taken when the first matrix needs it and kept for the next."""
+    """BufferPool to work in, taken when the first matrix needs it and kept for the next."""
 
-    def __init__(self, take: Take, tile: WeaveTile) -> None:
+    def __init__(self, take: Allocate, tile: WeaveTile) -> None:
         self._take = take
         self._tile = tile
         self._canonical: memoryview | None = None
         self._blocks: tuple[Items, Items] | None = None
 
     def like(self, matrix: Items) -> Items:
-        """Memory in canonical order for such a matrix."""
+        """BufferPool in canonical order for such a matrix."""
         self._canonical = self._canonical or self._take(_largest_matrix(self._tile))
         data = np.frombuffer(self._canonical[: matrix.nbytes], dtype=matrix.dtype)
         return data.reshape(matrix.shape)

@@ -1,4 +1,4 @@
-"""Workers over the tiles of many files: files side by side, many hands on one only at the end."""
+"""Thread pool: one file per worker; idle workers join the largest unfinished file."""
 
 from __future__ import annotations
 
@@ -6,36 +6,42 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeAlias
+from typing import Final, TypeAlias
 
 from moeconv.checkpoint.source import DataFile
 from moeconv.core.digest import EMPTY_DIGEST
 from moeconv.core.signals import defer_signals
-from moeconv.engine.copy.buffers import Memory
-from moeconv.engine.copy.sources import SourceFile, Sources, opened
-from moeconv.engine.copy.worker import Bytes, Digests, Promised, Stopped, TileRunner
+from moeconv.engine.copy.buffers import BufferPool
+from moeconv.engine.copy.digests import TAKE, Digests, FilePolicy, take_all
+from moeconv.engine.copy.sink import HashSink, Sink
+from moeconv.engine.copy.sources import Sources, opened
+from moeconv.engine.copy.worker import Stopped, TileRunner
 from moeconv.errors import IoFailed, MoeconvError, UsageProblem
 from moeconv.plan.model import CopyTile, OutputFile, Tile
 from moeconv.store.descriptors import descriptors_left
 
 BATCH_BYTES: Final = 64 * 1024 * 1024
-CLONE_COST_BYTES: Final = 64 * 1024  # as long as one clone takes
-Progress: TypeAlias = Callable[[int], None]
-_Worker: TypeAlias = tuple[threading.Thread, threading.Event]  # set when it is done
 
+# A clone of any size takes as long as a copy of this size.
+CLONE_COST_BYTES: Final = 64 * 1024
 
-# more threads than this only wait for one another
+# More threads than this only wait for each other.
 MAX_JOBS: Final = 256
 
-# an output is open twice while it is written, once of the two past the page cache
-_DESCRIPTORS_A_TARGET: Final = 2
+# An output file is open twice while it is written: the second descriptor bypasses the page cache.
+_DESCRIPTORS_PER_OUTPUT: Final = 2
+
+Progress: TypeAlias = Callable[[int], None]
+MakeSink: TypeAlias = Callable[[OutputFile], Sink]
+PolicyOf: TypeAlias = Callable[[OutputFile], FilePolicy]
+_Worker: TypeAlias = tuple[threading.Thread, threading.Event]  # the event is set when it is done
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a run may use: worker threads, and bytes for permuting tiles.
+    """What a run may use: worker threads, and bytes of memory for permuting tiles.
 
-    There are never more threads than batches of work, nor than MAX_JOBS. Raises UsageProblem.
+    There are never more threads than batches of work or MAX_JOBS. Raises UsageProblem.
     """
 
     jobs: int
@@ -45,75 +51,21 @@ class Limits:
         if self.jobs < 1:
             raise UsageProblem(
                 f"{self.jobs} worker threads cannot do anything",
-                fix="give a number of 1 or more, or none for the default",
+                fix="give 1 or more, or drop `--jobs` for the default",
             )
-
-
-class Target(Bytes, Protocol):
-    """A file from its opening to its end."""
-
-    def clonable(self, file: int, offset: int, at: int, nbytes: int) -> bool:
-        """Whether some of a run of bytes of source file `file` can be had without a copy."""
-
-    @property
-    def serial(self) -> bool:
-        """Whether a file of copied bytes is best written in order, by one worker."""
-
-    def open(self) -> None:
-        """Called once before the first byte, by whichever worker comes first."""
-
-    def settle(self, offset: int, nbytes: int) -> None:
-        """Called after each batch: this range is written."""
-
-    def finish(self, digests: Digests) -> None:
-        """Called once after the last byte."""
-
-    def close(self) -> None:
-        """Called once in any case."""
-
-
-MakeTarget: TypeAlias = Callable[[OutputFile], Target]
-MakePromise: TypeAlias = Callable[[OutputFile], Promised]
-
-
-class Reader:
-    """What targets have in common that only look at bytes: nothing is cloned or taken unread."""
-
-    clones = False
-    serial = False
-
-    def clonable(self, file: int, offset: int, at: int, nbytes: int) -> bool:
-        """Everything is to be read."""
-        return False
-
-    def copy(self, source: SourceFile, offset: int, at: int, nbytes: int) -> int:
-        """Everything is to be read."""
-        return 0
-
-    def clone(self, source: SourceFile, offset: int, at: int, nbytes: int) -> tuple[int, int]:
-        """Nothing is in place yet."""
-        return 0, 0
-
-    def settle(self, offset: int, nbytes: int) -> None:
-        """Nothing to settle."""
-
-
-def nothing_promised(_: OutputFile) -> Promised:
-    """Every digest is to be taken."""
-    return lambda tensor, unit: None
 
 
 @dataclass(slots=True)
 class _Job:
-    """One file under work."""
+    """One file that is being written, or will be."""
 
     file: OutputFile
-    target: Target
-    promised: Promised
+    sink: Sink
+    policy: FilePolicy
     digests: Digests
     waiting: list[tuple[Tile, ...]]  # batches, last first
     pending: int
-    alone: bool  # nobody helps the worker who has it
+    alone: bool  # no other worker joins
     opened: bool = False
     failed: bool = False
     opening: threading.Lock = field(default_factory=threading.Lock)
@@ -122,18 +74,18 @@ class _Job:
 def run_tiles(
     files: tuple[OutputFile, ...],
     sources: tuple[DataFile, ...],
-    make_target: MakeTarget,
+    make_sink: MakeSink,
     *,
     limits: Limits,
     progress: Progress,
-    promised: MakePromise = nothing_promised,
+    policy: PolicyOf = lambda _: take_all,
 ) -> None:
     """Carry out all tiles of all files.
 
-    promised: for each file, digests that need not be taken of bytes that need not be read.
-    Raises what a worker raised first; KeyboardInterrupt stops the workers before it goes on.
+    policy: for each file, how its units get their digests.
+    Raises what a worker raised first. KeyboardInterrupt stops the workers, then propagates.
     """
-    queue = [_job(f, make_target(f), promised(f)) for f in reversed(files)]
+    queue = [_job(f, make_sink(f), policy(f)) for f in reversed(files)]
     batches = sum(job.pending for job in queue)
     jobs, most = _shares(len(sources), min(limits.jobs, batches, MAX_JOBS))
     with opened(sources, most=most) as source:
@@ -141,15 +93,28 @@ def run_tiles(
         source.unchanged()
 
 
-def _shares(files: int, jobs: int) -> tuple[int, int]:
-    """How many workers the limit of open files lets work, and how many sources may be open.
+def digests_of(
+    files: tuple[OutputFile, ...],
+    sources: tuple[DataFile, ...],
+    *,
+    limits: Limits,
+    progress: Progress,
+) -> dict[str, Digests]:
+    """Read the sources and return the digests of every unit of the planned files, by file name."""
+    found: dict[str, Digests] = {}
+    run_tiles(files, sources, lambda file: HashSink(file, found), limits=limits, progress=progress)
+    return found
 
-    Each worker reads one source at a time, and writes to one target.
+
+def _shares(files: int, jobs: int) -> tuple[int, int]:
+    """Return how many workers the limit of open files allows, and how many sources may be open.
+
+    Each worker reads one source at a time and writes to one output file.
     """
-    each = _DESCRIPTORS_A_TARGET + 1
-    left = descriptors_left(files + _DESCRIPTORS_A_TARGET * jobs)
+    each = _DESCRIPTORS_PER_OUTPUT + 1
+    left = descriptors_left(files + _DESCRIPTORS_PER_OUTPUT * jobs)
     jobs = max(min(jobs, left // each), 1)
-    return jobs, max(left - _DESCRIPTORS_A_TARGET * jobs, jobs)
+    return jobs, max(left - _DESCRIPTORS_PER_OUTPUT * jobs, jobs)
 
 
 class _WorkerPool:
@@ -163,29 +128,29 @@ class _WorkerPool:
         self._queue = queue  # last first
         self._open: list[_Job] = []
         self._sources = sources
-        self._memory = Memory(max_memory)
+        self._memory = BufferPool(max_memory)
         self._progress = progress
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
 
     def work(self, jobs: int) -> None:
-        """Run the workers to their end, or stop them and wait, whatever happens meanwhile."""
-        crew = [
+        """Run the workers to their end; on any failure stop them and wait for them."""
+        workers = [
             (threading.Thread(target=self._worker, args=(done,), daemon=True), done)
             for done in (threading.Event() for _ in range(jobs))
         ]
         try:
-            # whoever presses Ctrl-C wants an end, but not of files that are being written to
+            # Ctrl-C stops the workers first: files must not be closed while they are written
             with defer_signals(then=self._stop.set):
-                crew = _started(crew)
-                for _, done in crew:
-                    # not `join`: before 3.13 it takes a thread for dead when a signal comes
+                workers = _started(workers)
+                for _, done in workers:
+                    # not `join`, which before 3.13 takes a thread for dead when a signal arrives
                     while not done.wait(0.2):
                         continue
         except BaseException:
             self._stop.set()
-            for thread, done in crew:
+            for thread, done in workers:
                 _wait_out(thread, done)
             raise
         finally:
@@ -195,10 +160,10 @@ class _WorkerPool:
             raise self._failure
 
     def _close(self) -> None:
-        """Close what was not finished; what fails there is told only if nothing failed before."""
+        """Close unfinished files; a failure there is reported only if nothing failed before."""
         for job in self._open:
             try:
-                job.target.close()
+                job.sink.close()
             except MoeconvError as problem:
                 self._failure = self._failure or problem
 
@@ -226,7 +191,7 @@ class _WorkerPool:
         return TileRunner(self._sources, self._memory, stop=self._stop, advance=self._advance)
 
     def _next(self, current: _Job | None) -> tuple[_Job, tuple[Tile, ...]] | None:
-        """A batch of the file at hand, else of a new file, else of the file with most to do."""
+        """Take a batch of the current file, else of a new file, else of the file with most left."""
         with self._lock:
             if self._stop.is_set():
                 return None
@@ -246,45 +211,45 @@ class _WorkerPool:
             if job.failed:
                 raise Stopped
             if not job.opened:
-                job.failed = True  # whoever waits must not try again
-                job.target.open()
+                job.failed = True  # workers that wait must not try again
+                job.sink.open()
                 job.opened, job.failed = True, False
         if batch:
-            runner.run(job.file, batch, job.digests, job.target, job.promised)
+            runner.run(job.file, batch, job.digests, job.sink, job.policy)
             start, last = batch[0].start, batch[-1]
-            job.target.settle(start, last.start + last.nbytes - start)
+            job.sink.batch_written(start, last.start + last.nbytes - start)
         with self._lock:
             job.pending -= 1
             complete = job.pending == 0
         if complete:
-            job.target.finish(job.digests)
+            job.sink.finish(job.digests)
             with self._lock:
                 self._open.remove(job)
-            job.target.close()
+            job.sink.close()
 
     def _advance(self, nbytes: int) -> None:
         with self._lock:
             self._progress(nbytes)
 
 
-def _started(crew: list[_Worker]) -> list[_Worker]:
-    """Start the workers, or as many as the system has threads for. Raises IoFailed for none."""
-    for number, (thread, _) in enumerate(crew):
+def _started(workers: list[_Worker]) -> list[_Worker]:
+    """Start as many workers as the system has threads for. Raises IoFailed if that is none."""
+    for number, (thread, _) in enumerate(workers):
         try:
             thread.start()
         except RuntimeError:
             if number:
-                return crew[:number]
+                return workers[:number]
             raise IoFailed(
                 "no worker thread can be started",
-                cause="the system or this process has as many threads as it may",
+                cause="the system or this process has as many threads as it may have",
                 fix="close other programs or raise `ulimit -u`, then run again",
             ) from None
-    return crew
+    return workers
 
 
 def _wait_out(thread: threading.Thread, done: threading.Event) -> None:
-    """Wait for a worker that was told to stop; more of Ctrl-C changes nothing about that."""
+    """Wait for a worker that was told to stop, whatever interrupts the wait."""
     while thread.ident is not None and not done.is_set():
         try:
             done.wait(0.2)
@@ -292,45 +257,45 @@ def _wait_out(thread: threading.Thread, done: threading.Event) -> None:
             continue
 
 
-def _job(file: OutputFile, target: Target, promised: Promised) -> _Job:
+def _job(file: OutputFile, sink: Sink, policy: FilePolicy) -> _Job:
     batches: list[tuple[Tile, ...]] = []
     batch: list[Tile] = []
     size = 0
     for tile in file.tiles:
-        cost = _cost(tile, target, promised)
+        cost = _cost(tile, sink, policy)
         if batch and size + cost > BATCH_BYTES:
             batches.append(tuple(batch))
             batch, size = [], 0
         batch.append(tile)
         size += cost
-    # a file without data still has one batch, so that it is made at all
+    # a file without data still has one batch, or it would not be created
     batches.append(tuple(batch))
     digests = [[EMPTY_DIGEST] * tensor.units for tensor in file.tensors]
-    alone = target.serial and _is_mostly_copied(file, target)
-    return _Job(file, target, promised, digests, batches[::-1], len(batches), alone)
+    alone = sink.serial and _is_mostly_copied(file, sink)
+    return _Job(file, sink, policy, digests, batches[::-1], len(batches), alone)
 
 
-def _cost(tile: Tile, target: Target, promised: Promised) -> int:
-    """Bytes to move, about: clones that nobody reads cost a call each, and wait for one another."""
-    if tile.nbytes > CLONE_COST_BYTES and _clonable(tile, target):
+def _cost(tile: Tile, sink: Sink, policy: FilePolicy) -> int:
+    """Estimate bytes to copy: clones that are not read cost one call each, one at a time."""
+    if tile.nbytes > CLONE_COST_BYTES and _can_clone(tile, sink):
         units = (tile.unit,) if isinstance(tile, CopyTile) else (p.unit for p in tile.pieces)
-        if all(promised(tile.tensor, unit) is not None for unit in units):
+        if all(policy(tile.tensor, unit) is not TAKE for unit in units):
             return CLONE_COST_BYTES
     return tile.nbytes
 
 
-def _is_mostly_copied(file: OutputFile, target: Target) -> bool:
-    """Whether there is hardly more to do than to copy bytes: nothing to permute, or to clone."""
+def _is_mostly_copied(file: OutputFile, sink: Sink) -> bool:
+    """Return whether nothing is permuted and most bytes are copied, not cloned."""
     copied = 0
     for tile in file.tiles:
         if not isinstance(tile, CopyTile) and not tile.straight:
             return False
-        copied += 0 if _clonable(tile, target) else tile.nbytes
+        copied += 0 if _can_clone(tile, sink) else tile.nbytes
     return 2 * copied > file.size
 
 
-def _clonable(tile: Tile, target: Target) -> bool:
+def _can_clone(tile: Tile, sink: Sink) -> bool:
     if isinstance(tile, CopyTile):
-        return target.clonable(tile.file, tile.offset, tile.start, tile.nbytes)
+        return sink.can_clone(tile.file, tile.offset, tile.start, tile.nbytes)
     span = tile.spans[0]
-    return tile.straight and target.clonable(span.file, span.offset, tile.start, tile.nbytes)
+    return tile.straight and sink.can_clone(span.file, span.offset, tile.start, tile.nbytes)

@@ -10,8 +10,9 @@ from typing import Final
 
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.text import human_size
+from moeconv.engine.copy.methods import whole_blocks
 from moeconv.engine.copy.syscalls import file_system, may_clone
-from moeconv.engine.copy.worker import CLONED_TILE_BYTES, whole_blocks
+from moeconv.engine.copy.worker import CLONED_TILE_BYTES
 from moeconv.errors import DiskFull, quoted
 from moeconv.plan.model import CopyTile, Plan
 

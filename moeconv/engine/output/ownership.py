@@ -20,8 +20,7 @@ from moeconv.checkpoint.output_files import (
 from moeconv.checkpoint.source import DataFile
 from moeconv.core.digest import digest
 from moeconv.core.text import counted
-from moeconv.engine.copy.pool import Limits
-from moeconv.engine.copy.rehash import digests_of
+from moeconv.engine.copy.pool import Limits, digests_of
 from moeconv.engine.manifest_writer import part_of
 from moeconv.engine.output.atomic_file import PARTIAL_SUFFIX
 from moeconv.engine.output.journal import JOURNAL_NAME, Journal, read_journal

@@ -11,9 +11,8 @@ from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.core.digest import digest
 from moeconv.core.json_value import Json
-from moeconv.engine.copy.pool import Limits
-from moeconv.engine.copy.rehash import digests_of
-from moeconv.engine.copy.worker import Digests
+from moeconv.engine.copy.digests import Digests
+from moeconv.engine.copy.pool import Limits, digests_of
 from moeconv.engine.manifest_writer import entry_of
 from moeconv.engine.output.journal import Journal
 from moeconv.engine.recorded_digests import recorded

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.engine.copy import target, worker
+from moeconv.engine.copy import disk_sink, methods, worker
 from moeconv.errors import Damaged
 from moeconv.plan.model import CopyTile
 from tests.badinput.builders import config, qwen, write
@@ -31,7 +31,7 @@ def test_digests_that_come_later_do_so_on_every_file_system(
 def test_digests_later_looks_at_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel copies; nobody looks at the bytes of a large matrix."""
     src = big(tmp_path / "src")
-    monkeypatch.setattr(target, "open_direct", lambda _: None)
+    monkeypatch.setattr(disk_sink, "open_direct", lambda _: None)
     result = moeconv.fuse(src, tmp_path / "out", digests="later")
     assert result.methods is not None
     assert result.methods.tally.copied >= MATRICES_BYTES
@@ -64,7 +64,7 @@ def test_where_nothing_can_be_cloned_after_all_every_digest_is_held_against_its_
 ) -> None:
     src = source(tmp_path / "src")
     moeconv.fuse(src, cloning / "fused")
-    monkeypatch.setattr(target, "clone_range", lambda *_: False)
+    monkeypatch.setattr(methods.Reflink, "clone", lambda *_: (0, 0))
     rows: list[int] = []
     real = worker._adjacent_copies
 

@@ -5,13 +5,13 @@ import threading
 import pytest
 
 from moeconv.engine.copy import buffers as rooms
-from moeconv.engine.copy.buffers import PAGE_BYTES, Memory, paged
+from moeconv.engine.copy.buffers import PAGE_BYTES, BufferPool, paged
 from moeconv.errors import MemoryShort
 
 LIMIT = 4 * PAGE_BYTES
 
 
-def mapped(memory: Memory) -> int:
+def mapped(memory: BufferPool) -> int:
     """Bytes of all blocks, free or taken."""
     return memory._mapped
 
@@ -22,7 +22,7 @@ def test_blocks_are_of_whole_pages(nbytes: int, size: int):
 
 
 def test_a_block_of_the_same_size_is_used_again():
-    memory = Memory(LIMIT)
+    memory = BufferPool(LIMIT)
     with memory.hold(PAGE_BYTES) as take:
         take(100)[:3] = b"abc"
     with memory.hold(PAGE_BYTES) as take:
@@ -32,7 +32,7 @@ def test_a_block_of_the_same_size_is_used_again():
 
 
 def test_free_blocks_make_room_for_others():
-    memory = Memory(LIMIT)
+    memory = BufferPool(LIMIT)
     for pages in (1, 2, 3, 4, 1):
         with memory.hold(pages * PAGE_BYTES) as take:
             take(pages * PAGE_BYTES)
@@ -40,7 +40,7 @@ def test_free_blocks_make_room_for_others():
 
 
 def test_more_than_the_limit_goes_alone_and_is_not_kept():
-    memory = Memory(LIMIT)
+    memory = BufferPool(LIMIT)
     with memory.hold(9 * PAGE_BYTES) as take:
         take(9 * PAGE_BYTES)
         assert mapped(memory) == 9 * PAGE_BYTES
@@ -48,7 +48,7 @@ def test_more_than_the_limit_goes_alone_and_is_not_kept():
 
 
 def test_a_large_one_that_waits_is_not_passed_by_small_ones():
-    memory = Memory(LIMIT)
+    memory = BufferPool(LIMIT)
     order: list[str] = []
 
     def work(name: str, pages: int) -> None:
@@ -72,7 +72,7 @@ def test_a_system_without_memory_says_so_and_what_helps(monkeypatch: pytest.Monk
     def full(*_: object, **__: object) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    memory = Memory(LIMIT)
+    memory = BufferPool(LIMIT)
     monkeypatch.setattr(rooms.mmap, "mmap", full)
     with memory.hold(PAGE_BYTES) as take, pytest.raises(MemoryShort, match="--max-memory"):
         take(1)
