@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moeconv.layout.recipe import Recipe
 
 recipes = typer.Typer(
-    help="The families and layouts it knows: `list`, or no word; one of them; a file of your own.",
+    help="Recipes of families and layouts: list them, print one, check your own.",
     invoke_without_command=True,
     rich_markup_mode=None,
 )
@@ -22,14 +22,14 @@ recipes = typer.Typer(
 
 @recipes.callback()
 def _all(context: typer.Context) -> None:
-    """The families and layouts it knows: `list`, or no word; one of them; a file of your own."""
+    """Recipes of families and layouts: list them, print one, check your own."""
     if context.invoked_subcommand is None:
         list_()
 
 
 @recipes.command("list")
 def list_(as_json: options.AsJson = False, color: options.Color = "auto") -> None:
-    """List the recipes: tensor names, layouts, model types; and the parts of quantised experts."""
+    """List all recipes, and the components of quantised experts."""
     with handled(Ui(json=as_json, color=color)) as ui:
         checked_color(color)
         from moeconv.layout.shipped import parts, shipped_recipes
@@ -59,7 +59,7 @@ def list_(as_json: options.AsJson = False, color: options.Color = "auto") -> Non
             ]
             for component, names in parts(found)
         ]
-        ui.table(["part", "of", "axes of one matrix", "fused suffix", "recipes"], rows)
+        ui.table(["component", "of", "axes of one matrix", "fused suffix", "recipes"], rows)
 
 
 def _document(recipe: Recipe) -> Json:
