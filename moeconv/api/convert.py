@@ -17,7 +17,7 @@ from moeconv.checkpoint.output import SetFiles
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.system_errors import system_errors
 from moeconv.detect.detect import detect
-from moeconv.detect.recorded_ranks import recorded_ranks
+from moeconv.detect.interpretations import recorded_ranks
 from moeconv.errors import NotASet, quoted
 from moeconv.layout.shipped import manifest_recipes
 from moeconv.manifest.model import ROOT_NAME
@@ -110,6 +110,6 @@ def restored(source: Opened) -> Plan:
     recipes = manifest_recipes(own.manifest.root)
     ranks = recorded_ranks(own.manifest)
     original = detect(
-        tensors, source.checkpoint.config, recipes, files=names, known=known, ranks=ranks
+        tensors, source.checkpoint.config, recipes, files=names, recorded=known, ranks=ranks
     )
     return plan_restore(source.detection.checked(), original.checked(), own.origin)

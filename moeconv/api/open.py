@@ -13,7 +13,7 @@ from moeconv.core.system_errors import system_errors
 from moeconv.detect.detect import Detection, detect
 from moeconv.detect.family import family
 from moeconv.detect.from_manifest import detection_from_manifest
-from moeconv.detect.recorded_ranks import recorded_ranks
+from moeconv.detect.interpretations import recorded_ranks
 from moeconv.layout.recipe import Recipe
 from moeconv.layout.shipped import manifest_recipes
 
@@ -74,7 +74,7 @@ def open_source(
             checkpoint.config,
             recipes,
             files=names,
-            known=known,
+            recorded=known,
             ranks=recorded_ranks(said),
         )
         return Opened(path, checkpoint, recipes, detection)

@@ -10,7 +10,7 @@ from typing import Final
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.text import spans
-from moeconv.detect.config_sizes import mtp_layers_said
+from moeconv.detect.config_sizes import mtp_layer_count
 from moeconv.detect.moe_layers import layers_stated, main_kind
 from moeconv.detect.stack import Stack
 from moeconv.errors import ConfigMismatch, MissingExpert, MissingScale, MoeconvError, quoted
@@ -85,7 +85,7 @@ def lost_layers(
     apart = {"encoder", "decoder"} & set(head.split("."))
     if not lost or not present or not beside or apart:
         return []
-    if lost[0] > max(present) and len(lost) <= mtp_layers_said(config):
+    if lost[0] > max(present) and len(lost) <= mtp_layer_count(config):
         return []
     return [
         ConfigMismatch(

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.detect.match import SHARED, Found
+from moeconv.detect.match import SHARED, MatchedStack
 from moeconv.errors import MixedLayouts, MoeconvError, quoted
 from moeconv.layout.recipe import COMPANIONS, WEIGHT, WEIGHTS, Layout
 
 
-def by_names(found: Found) -> list[Layout] | MoeconvError:
+def candidate_layouts(matched: MatchedStack) -> list[Layout] | MoeconvError:
     """All layouts of that kind, or why there is none."""
-    present = found.templates()
-    layouts = [layout for layout in found.recipe.layouts if _names_fit(found, layout)]
+    present = matched.templates
+    layouts = [layout for layout in matched.recipe.layouts if _names_fit(matched, layout)]
     if layouts:
         return layouts
     touched = [
         layout
-        for layout in found.recipe.layouts
+        for layout in matched.recipe.layouts
         if present & {line.template for line in layout.lines} and not layout.in_parts
     ]
     samples = {
         template: next(iter(tensors.values()))
-        for (template, _), tensors in sorted(found.tensors.items())
+        for (template, _), tensors in sorted(matched.tensors.items())
     }
-    twice = _held_twice(found)
+    twice = _duplicate(matched)
     return MixedLayouts(
         "one expert stack is stored in two layouts at once",
-        at=found.place(*list(samples.values())[:4]),
+        at=matched.where(*list(samples.values())[:4]),
         cause=f"its names belong to the layouts {', '.join(quoted(t.name) for t in touched)}"
         + (f"; {quoted(twice.name)} is there in both" if twice else "; nothing is there twice"),
         fix="keep one of the two in the directory; moeconv cannot know which one is right"
@@ -35,12 +35,12 @@ def by_names(found: Found) -> list[Layout] | MoeconvError:
     )
 
 
-def _held_twice(found: Found) -> StoredTensor | None:
+def _duplicate(matched: MatchedStack) -> StoredTensor | None:
     """A tensor whose matrices other tensors hold, too."""
-    lines = {ln.template: ln for la in found.recipe.layouts for ln in la.lines if not ln.part}
+    lines = {ln.template: ln for la in matched.recipe.layouts for ln in la.lines if not ln.part}
     held: set[tuple[str, str, int]] = set()
-    for (template, component), tensors in found.tensors.items():
-        kind = WEIGHT if component in found.recipe.weights else component
+    for (template, component), tensors in matched.tensors.items():
+        kind = WEIGHT if component in matched.recipe.weights else component
         mine = {(p, kind, e) for p in lines[template].projections for e in tensors}
         for projection, _, expert in mine:
             whole = {(projection, kind, SHARED), (projection, kind, expert)}
@@ -52,17 +52,17 @@ def _held_twice(found: Found) -> StoredTensor | None:
     return None
 
 
-def _names_fit(found: Found, layout: Layout) -> bool:
+def _names_fit(matched: MatchedStack, layout: Layout) -> bool:
     """Whether all names are of a layout; of one in parts, both parts must be there."""
-    present = set(found.tensors)
+    present = set(matched.tensors)
     if not layout.in_parts:
-        return found.templates() <= {line.template for line in layout.lines}
+        return matched.templates <= {line.template for line in layout.lines}
     parts = [
         {
             (ln.template, c.name)
             for ln in layout.lines
             if ln.part == p
-            for c in found.recipe.components
+            for c in matched.recipe.components
             if ln.holds(c)
         }
         for p in (WEIGHTS, COMPANIONS)

@@ -9,7 +9,7 @@ from itertools import combinations, islice
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.text import counted
-from moeconv.detect.match import SHARED, Found
+from moeconv.detect.match import SHARED, MatchedStack
 from moeconv.errors import (
     ExpertDtype,
     ExpertGap,
@@ -29,60 +29,60 @@ _QUANTISED = frozenset(d for d in BITS if d.startswith(("F4", "F6", "F8", "I", "
 
 
 def completeness(
-    stack: str, found: Found, layout: Layout, *, experts: int | None, quantised: bool
+    matched: MatchedStack, layout: Layout, *, experts: int | None, quantised: bool
 ) -> list[MoeconvError]:
     """What is missing or odd in a stack that is stored in `layout`.
 
     experts: E from config.json, where it says one; quantised: whether it says that there are such.
     """
     problems: list[MoeconvError] = []
-    ids = _expert_ids(found, layout)
+    ids = _expert_ids(matched, layout)
     for line in layout.weight_lines:
-        weights = found.weights(line.template)
+        weights = matched.weights(line.template)
         if not weights and not ids:
-            problems.append(_no_line(stack, found, line))
+            problems.append(_missing_projection(matched, line))
     if layout.numbered and ids:
-        gaps = _gaps(stack, found, ids, experts)
+        gaps = _missing_ids(matched, ids, experts)
         problems += gaps
         # an id out of range makes every other expert look incomplete: say the one thing
         if not gaps:
-            problems += _missing_weights(stack, found, layout, ids, experts)
-    for (_, component), tensors in found.tensors.items():
-        if component not in found.recipe.passed:  # a JSON blob is as long as its numbers
-            problems += _odd_ones(stack, found, tensors)
-    problems += _companions(stack, found, layout)
-    problems += _pairs(stack, found, layout)
-    # where one projection has them, `_pairs` said it
-    return problems or _bare(stack, found, quantised=quantised)
+            problems += _missing_weights(matched, layout, ids, experts)
+    for (_, component), tensors in matched.tensors.items():
+        if component not in matched.recipe.passed:  # a JSON blob is as long as its numbers
+            problems += _outliers(matched, tensors)
+    problems += _companions(matched, layout)
+    problems += _across_projections(matched, layout)
+    # where one projection has them, `_across_projections` said it
+    return problems or _bare(matched, quantised=quantised)
 
 
-def bare_dtype(found: Found) -> str | None:
-    """The dtype of quantised weights where no component beside them scales them."""
-    there = {component for _, component in found.tensors}
-    if found.passthrough or any(c.scales for c in found.recipe.components if c.name in there):
+def bare_dtype(matched: MatchedStack) -> str | None:
+    """Return the dtype of quantised weights where no component beside them scales them."""
+    present = matched.components
+    if matched.passthrough or any(c.scales for c in matched.recipe.components if c.name in present):
         return None
-    weights = (t for (_, c), t in found.tensors.items() if c in found.recipe.weights)
+    weights = (t for (_, c), t in matched.tensors.items() if c in matched.recipe.weights)
     dtypes = {tensor.dtype for tensors in weights for tensor in tensors.values()}
     return next(iter(sorted(dtypes & _QUANTISED)), None)
 
 
-def _bare(stack: str, found: Found, *, quantised: bool) -> list[MoeconvError]:
+def _bare(matched: MatchedStack, *, quantised: bool) -> list[MoeconvError]:
     """Quantised weights of which none has a scale: the whole stack lost them.
 
     fp8 may be meant as it is, and integers be what a recipe of one's own makes of them: config.json
     must say that they are quantised, or their name.
     """
-    dtype = bare_dtype(found)
-    names = {component for _, component in found.tensors}
-    packed = [c for c in found.recipe.weights if c != WEIGHT and c in names]
+    dtype = bare_dtype(matched)
+    names = {component for _, component in matched.tensors}
+    packed = [c for c in matched.recipe.weights if c != WEIGHT and c in names]
     if dtype is None or not (packed or quantised):
         return []
     kind = packed[0] if packed else WEIGHT
-    tensor = next(next(iter(t.values())) for (_, c), t in found.tensors.items() if c == kind)
+    tensor = next(next(iter(t.values())) for (_, c), t in matched.tensors.items() if c == kind)
     return [
         MissingScale(
-            f"{quoted(stack)} has {quoted(kind)} in {dtype} but no scales",
-            at=found.place(tensor),
+            f"{quoted(matched.name)} has {quoted(kind)} in {dtype} but no scales",
+            at=matched.where(tensor),
             cause="quantised weights cannot be used without scales; no expert has them",
             fix=f"{MissingScale.fix}; or, if the recipe calls them something else, give their "
             "component `scales = true` there",
@@ -90,12 +90,12 @@ def _bare(stack: str, found: Found, *, quantised: bool) -> list[MoeconvError]:
     ]
 
 
-def _expert_ids(found: Found, layout: Layout) -> list[int]:
+def _expert_ids(matched: MatchedStack, layout: Layout) -> list[int]:
     templates = {line.template for line in layout.lines}
     return sorted(
         {
             expert
-            for (template, _), tensors in found.tensors.items()
+            for (template, _), tensors in matched.tensors.items()
             if template in templates
             for expert in tensors
             if expert != SHARED
@@ -103,7 +103,7 @@ def _expert_ids(found: Found, layout: Layout) -> list[int]:
     )
 
 
-def _ranges(ids: Iterable[int]) -> str:
+def _listed(ids: Iterable[int]) -> str:
     listed = list(ids)
     text = ", ".join(map(str, listed[:_MAX_IDS]))
     return text + (f" and {len(listed) - _MAX_IDS} more" if len(listed) > _MAX_IDS else "")
@@ -113,24 +113,24 @@ def _says(experts: int | None) -> str:
     return "" if experts is None else f"; config.json says there are {experts}"
 
 
-def _no_line(stack: str, found: Found, line: Line) -> MoeconvError:
-    held = found.all()[0]
+def _missing_projection(matched: MatchedStack, line: Line) -> MoeconvError:
+    held = matched.sample()
     return MissingExpert(
-        f"{quoted(stack)} lacks {quoted(line.template.removeprefix('{stack}.'))}",
-        at=found.place(held),
+        f"{quoted(matched.name)} lacks {quoted(line.template.removeprefix('{stack}.'))}",
+        at=matched.where(held),
         cause=f"it has this one, but no tensor for {' and '.join(line.projections)}",
     )
 
 
-def _gaps(stack: str, found: Found, ids: list[int], experts: int | None) -> list[MoeconvError]:
-    last = _tensor_of(found, ids[-1])
+def _missing_ids(matched: MatchedStack, ids: list[int], experts: int | None) -> list[MoeconvError]:
+    last = matched.tensor_of(ids[-1])
     if experts is not None and ids[-1] >= experts:
         beyond = [i for i in ids if i >= experts]
         return [
             ExpertOutOfRange(
-                f"{quoted(stack)} has an expert {beyond[0]}, but there are only {experts}",
-                at=found.place(_tensor_of(found, beyond[0])),
-                cause=f"ids at or above {experts}, the number in config.json: {_ranges(beyond)}",
+                f"{quoted(matched.name)} has an expert {beyond[0]}, but there are only {experts}",
+                at=matched.where(matched.tensor_of(beyond[0])),
+                cause=f"ids at or above {experts}, the number in config.json: {_listed(beyond)}",
                 fix="correct config.json, or remove the experts that do not belong",
             )
         ]
@@ -143,66 +143,62 @@ def _gaps(stack: str, found: Found, ids: list[int], experts: int | None) -> list
     more = f" and {count - len(missing):,} more" if count > len(missing) else ""
     return [
         ExpertGap(
-            f"{quoted(stack)} lacks expert {missing[0]} altogether",
-            at=f"the last expert is in {found.place(last)}",
+            f"{quoted(matched.name)} lacks expert {missing[0]} altogether",
+            at=f"the last expert is in {matched.where(last)}",
             cause=f"ids go up to {ids[-1]}, these are missing: "
             f"{', '.join(map(str, missing))}{more}{_says(experts)}",
         )
     ]
 
 
-def _tensor_of(found: Found, expert: int) -> StoredTensor:
-    return next(t[expert] for t in found.tensors.values() if expert in t)
-
-
 def _missing_weights(
-    stack: str, found: Found, layout: Layout, ids: list[int], experts: int | None
+    matched: MatchedStack, layout: Layout, ids: list[int], experts: int | None
 ) -> list[MoeconvError]:
     problems: list[MoeconvError] = []
     for line in layout.weight_lines:
-        weights = found.weights(line.template)
+        weights = matched.weights(line.template)
         # where the companions are there and the weight is not, `_companions` says it better
-        lacking = [i for i in ids if i not in weights and not _companion_of(found, line, i)]
+        lacking = [i for i in ids if i not in weights and not _companion_of(matched, line, i)]
         if not lacking:
             continue
         rest = line.template.removeprefix("{stack}.").removeprefix("{expert}.")
-        kind = next((c for t, c in found.tensors if c in found.recipe.weights), WEIGHT)
+        kind = next((c for t, c in matched.tensors if c in matched.recipe.weights), WEIGHT)
         rest = rest.replace("{component}", kind).replace("{parameter}", kind)
         # its other projections say where it should be; they may lie in the next shard
-        near = _tensor_of(found, lacking[0])
+        near = matched.tensor_of(lacking[0])
         problems.append(
             MissingExpert(
-                f"{quoted(stack)} lacks expert {lacking[0]}'s {quoted(rest)}",
-                at=f"its neighbour is in {found.place(near)}",
+                f"{quoted(matched.name)} lacks expert {lacking[0]}'s {quoted(rest)}",
+                at=f"its neighbour is in {matched.where(near)}",
                 cause=("" if weights else "no expert has it: ")
                 + f"{len(weights)} of {len(ids)} experts have it; "
-                f"missing: {_ranges(lacking)}{_says(experts)}",
+                f"missing: {_listed(lacking)}{_says(experts)}",
             )
         )
     return problems
 
 
-def _companion_of(found: Found, line: Line, expert: int) -> bool:
+def _companion_of(matched: MatchedStack, line: Line, expert: int) -> bool:
     return any(
-        template == line.template and component not in found.recipe.weights and expert in tensors
-        for (template, component), tensors in found.tensors.items()
+        template == line.template and component not in matched.recipe.weights and expert in tensors
+        for (template, component), tensors in matched.tensors.items()
     )
 
 
-def _companions(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
+def _companions(matched: MatchedStack, layout: Layout) -> list[MoeconvError]:
     problems: list[MoeconvError] = []
-    for (template, component), tensors in found.tensors.items():
+    for (template, component), tensors in matched.tensors.items():
         known = template in (line.template for line in layout.weight_lines)
-        if component in found.recipe.weights or not known:
+        if component in matched.recipe.weights or not known:
             continue
-        weights = found.weights(template)
+        weights = matched.weights(template)
         alone = [i for i in tensors if i not in weights]
         if alone:
             tensor = tensors[alone[0]]
             problems.append(
                 ScaleWithoutWeight(
                     f"{quoted(tensor.name)} has no weight",
-                    at=found.place(tensor),
+                    at=matched.where(tensor),
                     cause=f"in this stack {counted(len(alone), 'tensor')} of component "
                     f"{quoted(component)} without a weight",
                 )
@@ -215,15 +211,15 @@ def _companions(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
             problems.append(
                 MissingScale(
                     f"{quoted(tensor.name)} lacks its {quoted(component)}",
-                    at=found.place(tensor),
+                    at=matched.where(tensor),
                     cause=f"{len(weights) - len(bare)} of {len(weights)} experts have one; "
-                    f"these lack it: {_ranges(sorted(bare))}",
+                    f"these lack it: {_listed(sorted(bare))}",
                 )
             )
     return problems
 
 
-def _odd_ones(stack: str, found: Found, tensors: dict[int, StoredTensor]) -> list[MoeconvError]:
+def _outliers(matched: MatchedStack, tensors: dict[int, StoredTensor]) -> list[MoeconvError]:
     problems: list[MoeconvError] = []
     if len({(t.dtype, t.shape) for t in tensors.values()}) == 1:
         return problems
@@ -238,34 +234,34 @@ def _odd_ones(stack: str, found: Found, tensors: dict[int, StoredTensor]) -> lis
             problems.append(
                 kind(
                     f"{quoted(tensor.name)} has {what} {facts[odd[0]]}, not {usual}",
-                    at=found.place(tensor),
-                    cause=f"in {quoted(stack)} {count} of {len(tensors)} experts have {usual}; "
-                    f"odd: {_ranges(odd)}",
+                    at=matched.where(tensor),
+                    cause=f"in {quoted(matched.name)} {count} of {len(tensors)} experts have "
+                    f"{usual}; odd: {_listed(odd)}",
                 )
             )
     return problems
 
 
-def _pairs(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
+def _across_projections(matched: MatchedStack, layout: Layout) -> list[MoeconvError]:
     """Projections of one dtype have the same companions; gate and up have one dtype.
 
     Every fused layout joins gate and up. Down may be of another precision, but quantised weights
     of the same dtype with scales here and none there are a file that lost some; so are biases.
     """
     problems: list[MoeconvError] = []
-    held = {line.projections: _first_of(found, line, layout) for line in layout.weight_lines}
-    kinds = {p: [c for c in found.recipe.weights if c in held[p]] for p in held}
+    held = {line.projections: _first_of(matched, line, layout) for line in layout.weight_lines}
+    kinds = {p: [c for c in matched.recipe.weights if c in held[p]] for p in held}
     weights = {p: held[p][kinds[p][0]] for p in held if kinds[p]}
-    two = _two_kinds(stack, found, kinds, held)
+    two = _mixed_formats(matched, kinds, held)
     if two:
         return [two]
     pair = [t for p, t in weights.items() if DOWN not in p]
     if len({t.dtype for t in pair}) > 1:
         problems.append(
             ExpertDtype(
-                f"gate and up of {quoted(stack)} differ in dtype: "
+                f"gate and up of {quoted(matched.name)} differ in dtype: "
                 f"{' and '.join(t.dtype for t in pair)}",
-                at=found.place(*pair),
+                at=matched.where(*pair),
                 cause="one tensor cannot hold both",
                 fix="convert from a checkpoint whose projections are alike",
             )
@@ -275,30 +271,31 @@ def _pairs(stack: str, found: Found, layout: Layout) -> list[MoeconvError]:
         joined = DOWN not in (*a, *b)
         alike = weights[a].dtype == weights[b].dtype and weights[a].dtype in _QUANTISED
         for component in sorted(held[a].keys() ^ held[b].keys()):
-            kind = found.recipe.component(component)
+            kind = matched.recipe.component(component)
             if not (joined or alike or (kind and kind.everywhere)):
                 continue
             has, lacks = (a, b) if component in held[a] else (b, a)
             what = "one of gate and up" if joined else "some projections"
             problem = MissingScale(
-                f"{quoted(stack)} has {quoted(component)} for {what} only",
-                at=found.place(weights[lacks]),
+                f"{quoted(matched.name)} has {quoted(component)} for {what} only",
+                at=matched.where(weights[lacks]),
                 cause=f"this {weights[lacks].dtype} lacks it, {quoted(weights[has].name)} has it",
             )
             lost.setdefault((component, lacks), problem)
     return [*problems, *lost.values()]
 
 
-def _first_of(found: Found, line: Line, layout: Layout) -> dict[str, StoredTensor]:
+def _first_of(matched: MatchedStack, line: Line, layout: Layout) -> dict[str, StoredTensor]:
     """A tensor of each component of a line's projections, wherever the layout stores it."""
     of = [ln for ln in layout.lines if set(line.projections) <= set(ln.projections)]
     templates = {ln.template for ln in of}
-    return {c: next(iter(t.values())) for (tpl, c), t in found.tensors.items() if tpl in templates}
+    return {
+        c: next(iter(t.values())) for (tpl, c), t in matched.tensors.items() if tpl in templates
+    }
 
 
-def _two_kinds(
-    stack: str,
-    found: Found,
+def _mixed_formats(
+    matched: MatchedStack,
     kinds: dict[tuple[str, ...], list[str]],
     held: dict[tuple[str, ...], dict[str, StoredTensor]],
 ) -> MoeconvError | None:
@@ -309,8 +306,8 @@ def _two_kinds(
         if len(side) > 1:
             tensors = [held[p][c] for c, p in side.items()]
             return ExpertDtype(
-                f"experts of {quoted(stack)} are stored in two ways: {' and '.join(side)}",
-                at=found.place(*tensors),
+                f"experts of {quoted(matched.name)} are stored in two ways: {' and '.join(side)}",
+                at=matched.where(*tensors),
                 cause="one tensor cannot hold both",
             )
     return None

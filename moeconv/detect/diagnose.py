@@ -1,13 +1,19 @@
-"""Why no layout of its family fits a stack: which tensor does not, and all that it was tried as."""
+"""The problems of a stack that no layout fits, or more than one: what was tried, and the fix."""
 
 from __future__ import annotations
 
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.text import counted
-from moeconv.detect.block_sizes import Granules
-from moeconv.detect.interpretations import Reading, held, readings, same_rank
-from moeconv.detect.match import Found
-from moeconv.detect.solve import fit
+from moeconv.detect.config_sizes import StatedBlocks
+from moeconv.detect.interpretations import (
+    Interpretation,
+    axes_of,
+    interpretations,
+    named_block_sizes,
+    present_components,
+)
+from moeconv.detect.match import MatchedStack
+from moeconv.detect.solve import SizeHints, solve
 from moeconv.detect.stack import Sizes
 from moeconv.errors import (
     AmbiguousLayout,
@@ -23,170 +29,167 @@ from moeconv.layout.recipe import Layout
 from moeconv.manifest.model import MAX_STACKS, StackEntry
 
 
-def no_fit(  # noqa: PLR0917
-    stack: str,
-    found: Found,
+def no_fit(
+    matched: MatchedStack,
     layouts: list[Layout],
-    choices: list[Granules],
-    unsaid: dict[str, str],
-    count: int | None,
-    known: dict[str, int],
+    blocks: StatedBlocks,
+    hints: SizeHints,
     reasons: list[str],
 ) -> MoeconvError:
-    """The problem of a stack that no reading of any layout fits.
+    """Return the problem of a stack that no interpretation of any layout fits.
 
-    choices, unsaid: the sizes of blocks and groups that config.json says, and does not say.
-    reasons: why the first reading of each layout does not fit.
+    If its weights alone fit, the components that do not are named, with the key of config.json
+    that would state their block size. reasons: why the first interpretation of each layout
+    does not fit.
     """
-    weights = frozenset(found.recipe.weights)
+    weights = frozenset(matched.recipe.weights)
 
     def fits(layout: Layout, only: frozenset[str]) -> bool:
         return any(
-            fit(found, layout, reading=reading, count=count, known=known).sizes is not None
-            for granules in choices
-            for reading in readings(found, layout, granules, only=only)
+            solve(matched, layout, interpretation, hints).sizes is not None
+            for block_sizes in blocks.choices
+            for interpretation in interpretations(matched, layout, block_sizes, only=only)
         )
 
     layout = next((la for la in layouts if fits(la, weights)), None)
     if layout is None:
-        return _contradiction(stack, found, _tried(found, layouts[0], weights), reasons)
-    parts = {component.name for _, component in held(found, layout)} - weights
-    odd = frozenset(name for name in parts if not fits(layout, weights | {name}))
-    tried = _tried(found, layout, odd)
-    asked = _asked(found, layout, odd, unsaid)
-    if not asked:
-        return _contradiction(stack, found, tried, reasons)
-    keys = " or ".join(quoted(key) for key in asked)
-    tensor = _sample(found, layout, odd)
-    sizes = sorted({f"`{name}` {size}" for granules in choices for name, size in granules.items()})
+        return _contradiction(matched, _tried(matched, layouts[0], weights), reasons)
+    companions = {component.name for _, component in present_components(matched, layout)} - weights
+    unfit = frozenset(name for name in companions if not fits(layout, weights | {name}))
+    tried = _tried(matched, layout, unfit)
+    names = sorted(named_block_sizes(matched, layout, only=unfit) & blocks.unstated.keys())
+    if not names:
+        return _contradiction(matched, tried, reasons)
+    keys = " or ".join(dict.fromkeys(quoted(blocks.unstated[name]) for name in names))
+    tensor = next(
+        matched.sample((line.template, component.name))
+        for line, component in present_components(matched, layout)
+        if component.name in unfit
+    )
+    sizes = sorted({f"`{name}` {n}" for choice in blocks.choices for name, n in choice.items()})
     stated = f"only {', '.join(sizes)}, which does not fit" if sizes else "none"
     return ConfigMismatch(
-        f"{_said(tensor)} needs a block size, and config.json says {stated}",
-        at=f"{found.place(tensor)}; config.json, key {keys}",
+        f"{_shown(tensor)} needs a block size, and config.json states {stated}",
+        at=f"{matched.where(tensor)}; config.json, key {keys}",
         cause="\n         ".join((*tried, "a block size is never inferred from shapes")),
-        fix="use the config.json that belongs to these tensors; if it is, no recipe knows their "
-        "format, and `--recipe FILE` takes one that does",
+        fix="use the config.json that belongs to these tensors; if you do already, no recipe knows "
+        "their format: write one that does and give it with `--recipe FILE`",
     )
 
 
-def _said(tensor: StoredTensor) -> str:
+def _shown(tensor: StoredTensor) -> str:
     return f"{quoted(tensor.name)}, {tensor.dtype} {list(tensor.shape)},"
 
 
-def _sample(found: Found, layout: Layout, components: frozenset[str]) -> StoredTensor:
-    line, component = next(pair for pair in held(found, layout) if pair[1].name in components)
-    return next(iter(found.tensors[line.template, component.name].values()))
-
-
-def _asked(
-    found: Found, layout: Layout, components: frozenset[str], unsaid: dict[str, str]
-) -> list[str]:
-    """The keys of config.json that would say what a reading of these needs."""
-    names = {
-        granule
-        for line, component in held(found, layout)
-        if component.name in components
-        for reading in component.readings
-        for form in line.forms(component.read_as(reading))
-        if same_rank(found, (line.template, component.name), form)
-        for granule in form.granules
-    }
-    return list(dict.fromkeys(unsaid[name] for name in sorted(names) if name in unsaid))
-
-
-def _tried(found: Found, layout: Layout, components: frozenset[str]) -> list[str]:
-    """What each of these tensors is, and the axes that it was held against."""
+def _tried(matched: MatchedStack, layout: Layout, components: frozenset[str]) -> list[str]:
+    """Return a line for each of these tensors: what it is, and the axes that were tried."""
     lines = []
-    for line, component in held(found, layout):
+    for line, component in present_components(matched, layout):
         if component.name in components:
-            tensor = next(iter(found.tensors[line.template, component.name].values()))
+            tensor = matched.sample((line.template, component.name))
             forms = (f for r in component.readings for f in line.forms(component.read_as(r)))
-            said = ", ".join(dict.fromkeys(f"`{f}`" if f.dims else "one number" for f in forms))
-            lines.append(f"{_said(tensor)} was tried as {said}")
+            axes = ", ".join(dict.fromkeys(f"`{f}`" if f.dims else "one number" for f in forms))
+            lines.append(f"{_shown(tensor)} was tried as {axes}")
     return lines
 
 
 def _contradiction(
-    stack: str, found: Found, tried: list[str], reasons: list[str]
+    matched: MatchedStack, tried: list[str], reasons: list[str]
 ) -> LayoutContradiction:
-    """Names of a known layout, shapes of none."""
+    """Return the problem of a stack with names of a known layout and shapes of none."""
     return LayoutContradiction(
-        f"the shapes in {quoted(stack)} fit no layout of its family",
-        at=found.place(found.all()[0]),
+        f"the shapes in {quoted(matched.name)} fit no layout of its family",
+        at=matched.where(matched.sample()),
         cause="\n         ".join((*reasons, *tried)),
         fix="check that config.json belongs to these tensors; `moeconv recipes show` lists layouts",
     )
 
 
-def too_many_stacks(collected: dict[str, Found]) -> MoeconvError:
-    """The problem of a checkpoint with more stacks than a set may have."""
-    name, found = next(iter(collected.items()))
+def too_many_stacks(matched: dict[str, MatchedStack]) -> MoeconvError:
+    """Return the problem of a checkpoint with more stacks than an output may have."""
+    first = next(iter(matched.values()))
     return TooManyStacks(
-        f"the checkpoint has {len(collected):,} expert stacks",
-        at=found.place(found.all()[0]),
-        cause=f"a set may have {MAX_STACKS:,} of them, one or two for each layer; "
-        f"the first is {quoted(name)}",
-        fix="check that SRC is one model, and that `--recipe FILE`, if given, takes whole layers "
-        "for stacks",
+        f"the checkpoint has {len(matched):,} expert stacks",
+        at=first.where(first.sample()),
+        cause=f"an output may have {MAX_STACKS:,}, and a model has one or two for each layer; "
+        f"the first is {quoted(first.name)}",
+        fix="check that SRC is one model, and that the stacks of `--recipe FILE`, if given, are "
+        "whole layers",
     )
 
 
-def not_as_in_manifest(name: str, known: StackEntry, sizes: Sizes) -> MoeconvError:
-    """The problem of a stack whose tensors do not have the sizes that the manifest says."""
+def sizes_differ_from_manifest(recorded: StackEntry, sizes: Sizes) -> MoeconvError:
+    """Return the problem of a stack whose tensors do not have the sizes in the manifest."""
     return Damaged(
-        f"{quoted(name)} is not of the sizes that the manifest says",
-        at=quoted(name),
+        f"{quoted(recorded.name)} does not have the sizes that the manifest records",
+        at=quoted(recorded.name),
         cause=f"E, I, H are {sizes.experts}, {sizes.width}, {sizes.hidden}; "
-        f"the manifest has {', '.join(map(str, known.sizes))}",
+        f"the manifest has {', '.join(map(str, recorded.sizes))}",
     )
 
 
-def unknown_inside(name: str, found: Found) -> MoeconvError:
-    """The problem of a stack with tensors in it that its recipe does not know."""
-    first = found.unknown[0]
+def unknown_tensors(matched: MatchedStack) -> MoeconvError:
+    """Return the problem of a stack with tensors that its recipe does not know."""
+    first = matched.unknown[0]
     return UnknownExpertTensor(
-        f"{quoted(first.name)} lies inside an expert stack, but its recipe does not know it",
-        at=found.place(first),
-        cause=f"recipe {quoted(found.recipe.name)} knows the components "
-        f"{', '.join(quoted(c.name) for c in found.recipe.components)}; in this stack "
-        f"{counted(len(found.unknown), 'tensor')} beside them",
+        f"{quoted(first.name)} is in an expert stack, but its recipe does not know it",
+        at=matched.where(first),
+        cause=f"recipe {quoted(matched.recipe.name)} knows the components "
+        f"{', '.join(quoted(c.name) for c in matched.recipe.components)}; this stack has "
+        f"{counted(len(matched.unknown), 'tensor')} beyond these",
     )
 
 
-def fits_several(stack: str, found: Found, layouts: list[Layout]) -> MoeconvError:
-    """The problem of a stack whose shapes fit more than one layout."""
+def ambiguous_layout(matched: MatchedStack, layouts: list[Layout]) -> MoeconvError:
+    """Return the problem of a stack whose shapes fit more than one layout."""
     names = ", ".join(quoted(layout.name) for layout in layouts)
-    shapes = "; ".join(
-        f"{quoted(t.name)} {list(t.shape)}"
-        for t in (next(iter(v.values())) for v in found.tensors.values())
-    )
+    shapes = "; ".join(f"{quoted(t.name)} {list(t.shape)}" for t in matched.samples().values())
     return AmbiguousLayout(
-        f"{quoted(stack)} fits more than one layout: {names}",
-        at=quoted(stack),
+        f"{quoted(matched.name)} fits more than one layout: {names}",
+        at=quoted(matched.name),
         cause=f"the shapes fit each of them: {shapes}",
-        fix=f"find out who wrote it, then say `--from-layout {layouts[0].name}` or another",
+        fix=f"find out who wrote it, then give `--from-layout {layouts[0].name}` or another",
     )
 
 
-def names_alone(stack: str, found: Found, layout: Layout) -> MoeconvError:
-    """The problem of a stack with a layout's names, which other programs give, too."""
+def unconfirmed_layout(matched: MatchedStack, layout: Layout) -> MoeconvError:
+    """Return the problem of a stack with names that other programs use for another layout."""
     return AmbiguousLayout(
-        f"{quoted(stack)} has the names of layout {quoted(layout.name)}, which do not tell enough",
-        at=found.place(found.all()[0]),
+        f"{quoted(matched.name)} has the names of layout {quoted(layout.name)}, which do not "
+        "prove that it is stored so",
+        at=matched.where(matched.sample()),
         cause=str(layout.ask),
-        fix=f"find out who wrote it; if it is that layout, say `--from-layout {layout.name}`",
+        fix=f"find out who wrote it; if it is that layout, give `--from-layout {layout.name}`",
     )
 
 
-def turned_or_not(stack: str, found: Found, one: Reading, other: Reading) -> MoeconvError:
-    """The problem of a stack with a matrix that fits its axes in either order."""
+def ambiguous_axis_order(
+    matched: MatchedStack, one: Interpretation, other: Interpretation
+) -> MoeconvError:
+    """Return the problem of a stack with a matrix that fits its axes in either order."""
     key = next(key for key in one if one[key][1] != other[key][1])
-    tensor = next(iter(found.tensors[key].values()))
-    recipe = found.recipe.name
+    tensor = matched.sample(key)
     return AmbiguousLayout(
-        f"{quoted(tensor.name)} may be turned or not: its shape does not tell",
-        at=found.place(tensor),
+        f"{quoted(tensor.name)} may be transposed or not: its shape does not tell",
+        at=matched.where(tensor),
         cause=f"{list(tensor.shape)} fits both `{one[key][1]}` and `{other[key][1]}`",
-        fix=f"find out who wrote it; `moeconv recipes show {recipe}` prints the recipe: leave the "
-        "one that is right under `axes` and give it with `--recipe FILE`",
+        fix=f"find out who wrote it; `moeconv recipes show {matched.recipe.name}` prints the "
+        "recipe: keep the right one under `axes` and give it with `--recipe FILE`",
+    )
+
+
+def ambiguous_block_size(
+    matched: MatchedStack, interpretations: list[Interpretation]
+) -> MoeconvError:
+    """Return the problem of a stack that fits several of the block sizes in config.json."""
+    axes = [axes_of(interpretation) for interpretation in interpretations]
+    key = next(key for key in axes[0] if axes[0][key] != axes[1][key])
+    tensor = matched.sample(key)
+    options = " or ".join(dict.fromkeys(f"`{one[key]}`" for one in axes))
+    return ConfigMismatch(
+        f"config.json states several block or group sizes, and {quoted(matched.name)} fits more "
+        "than one",
+        at=matched.where(tensor),
+        cause=f"{tensor.dtype} {list(tensor.shape)} may be {options}",
+        fix="keep only the experts' size in a copy of config.json",
     )

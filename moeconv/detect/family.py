@@ -9,7 +9,7 @@ from pathlib import Path
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.detect.detect import Detection, detect
-from moeconv.detect.unmatched import Headers, with_leftovers
+from moeconv.detect.unmatched import Headers, with_unmatched
 from moeconv.errors import UnknownExpertTensor, UnknownFamily, quoted
 from moeconv.layout.recipe import SECTIONS, Recipe
 from moeconv.layout.shipped import fitting, load_recipe, shipped_recipes
@@ -28,10 +28,10 @@ def family(
         checkpoint.tensors, checkpoint.config, recipes, files=names, from_layout=from_layout
     )
     if recipe is None and recipes:
-        if _misnamed(detection):
+        if _names_disagree(detection):
             recipes, detection = _by_names(checkpoint, recipes, detection)
         headers = Headers(checkpoint.config, names)
-        recipes, detection = with_leftovers(headers, recipes, detection, shipped_recipes)
+        recipes, detection = with_unmatched(headers, recipes, detection, shipped_recipes)
     return recipes, replace(detection, notes=(*notes, *detection.notes))
 
 
@@ -39,7 +39,7 @@ def _said(checkpoint: Checkpoint) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
     """The recipes for the model type, or for the language model in a type that none knows."""
     config = checkpoint.config
     if chosen := fitting(model_type=config.model_type, architectures=config.architectures):
-        return chosen, tuple(_two_tongues(config, chosen))
+        return chosen, tuple(_conflicting_family(config, chosen))
     for section in filter(None, SECTIONS):
         part = config.at(section)
         inner = Config(part, present=True) if isinstance(part, dict) else Config()
@@ -55,7 +55,7 @@ def _said(checkpoint: Checkpoint) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
     raise _unknown_family(checkpoint)
 
 
-def _two_tongues(config: Config, recipes: tuple[Recipe, ...]) -> Iterator[str]:
+def _conflicting_family(config: Config, recipes: tuple[Recipe, ...]) -> Iterator[str]:
     """A word where model_type and architecture are of two families (Kimi K2, pruned Qwen3.5)."""
     own = config.model_type or ""
     types = [t for r in recipes for t in r.model_types]
@@ -78,7 +78,7 @@ def _bare(name: str) -> str:
     return "".join(sorted(name.replace("_", "").casefold()))
 
 
-def _misnamed(detection: Detection) -> bool:
+def _names_disagree(detection: Detection) -> bool:
     """Whether the tensors do not have the names of the family that config.json says."""
     if detection.stacks or detection.passthrough:
         return False

@@ -12,7 +12,7 @@ from typing import Final
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.names import natural_key
 from moeconv.detect.detect import Detection
-from moeconv.detect.stack import Sizes, Stack, StoredComponent
+from moeconv.detect.stack import PackingAxis, Sizes, Stack, StoredComponent
 from moeconv.errors import BadManifest, MissingExpert, MoeconvError, abridged, printable, quoted
 from moeconv.layout.axes import EXPERT, IN, OUT, Axes, AxesSyntax, geometry, parse_axes
 from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe, slots_before
@@ -122,7 +122,7 @@ def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, held: list[Held]) -
         raise _unfit(entry.name, "no tensor of the set is of this stack")
     homes: dict[tuple[tuple[str, ...], str], tuple[_Home, list[Held]]] = {}
     granules: dict[str, int] = {}
-    packing: dict[tuple[str, bool, str], int] = {}
+    packing: dict[PackingAxis, int] = {}
     for one in held:
         line, component, axes = home = _home(layout, recipe, one)
         homes.setdefault((line.projections, component.name), (home, []))[1].append(one)
@@ -149,7 +149,7 @@ def _granules(named: Axes, said: Axes) -> dict[str, int]:
     }
 
 
-def _packing(one: Held, component: Component) -> dict[tuple[str, bool, str], int]:
+def _packing(one: Held, component: Component) -> dict[PackingAxis, int]:
     """The sizes of the packing axes, from the canonical shape of one matrix."""
     letters = component.axes.letters
     canonical = [c for c in (OUT, IN) if c in letters] + sorted(c for c in letters if c.islower())
@@ -157,7 +157,11 @@ def _packing(one: Held, component: Component) -> dict[tuple[str, bool, str], int
         raise _unfit(one.entry.name, f"a matrix `{component.axes}` has other dimensions")
     down = one.expert.projections == (DOWN,)
     sizes = zip(canonical, one.expert.matrix, strict=True)
-    return {(component.name, down, letter): size for letter, size in sizes if letter.islower()}
+    return {
+        PackingAxis(component.name, down, letter): size
+        for letter, size in sizes
+        if letter.islower()
+    }
 
 
 def _member(

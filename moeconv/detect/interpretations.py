@@ -1,7 +1,7 @@
-"""The readings of a stack's tensors: axes that a name leaves open, to be tried on the shapes.
+"""Interpretations of a stack's tensors: the axes to try where a name leaves them open.
 
-`weight_scale` is one number, one for each row, or one for each group of 16 or 32: which of these
-is decided by the axes that fit all tensors of the stack together.
+`weight_scale` is one number, one for each row, or one for each group of 16 or 32 values: the
+axes that fit all tensors of the stack together decide.
 """
 
 from __future__ import annotations
@@ -9,71 +9,94 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 from math import prod
-from typing import Final
+from typing import Final, TypeAlias
 
-from moeconv.detect.match import Found
+from moeconv.detect.match import ComponentKey, MatchedStack
 from moeconv.errors import BadRecipe, quoted
-from moeconv.layout.axes import Axes
+from moeconv.layout.axes import EXPERT, PAIR, Axes
 from moeconv.layout.recipe import DOWN, Component, Layout, Line
+from moeconv.manifest.model import Manifest
 
-_MAX_READINGS: Final = 20_000
-Key = tuple[str, str]  # template and component
-Reading = dict[Key, tuple[Component, Axes]]
+_MAX_INTERPRETATIONS: Final = 20_000
+
+BlockSizes: TypeAlias = dict[str, int]  # by the name that the recipe gives them
+Interpretation: TypeAlias = dict[ComponentKey, tuple[Component, Axes]]
+# number of dimensions of a canonical matrix, by (stack, projection, component)
+RecordedRanks: TypeAlias = dict[tuple[str, str, str], int]
 
 
-def granule_names(found: Found, layouts: list[Layout]) -> dict[str, str]:
-    """The named granules in the readings of what is there, each with a component that needs it.
+def present_components(matched: MatchedStack, layout: Layout) -> Iterator[tuple[Line, Component]]:
+    """Yield the lines and components of a layout that have tensors."""
+    for line in layout.lines:
+        for component in matched.recipe.components:
+            if matched.tensors.get((line.template, component.name)):
+                yield line, component
 
-    Readings of another number of dimensions are none: nobody need say a block size for scales
-    that are one number.
+
+def named_block_sizes(
+    matched: MatchedStack, layout: Layout, *, only: frozenset[str] | None = None
+) -> set[str]:
+    """Return the names of the block sizes in the axes that the stack's tensors may have.
+
+    Axes of another rank than the tensor are left out: scales that are one number need no block
+    size. only: the names of the components to look at.
     """
-    names: dict[str, str] = {}
-    for layout in layouts:
-        for line, component in held(found, layout):
-            for axes in component.readings:
-                for form in line.forms(component.read_as(axes)):
-                    if same_rank(found, (line.template, component.name), form):
-                        names.update(dict.fromkeys(form.granules, component.name))
-    return names
+    return {
+        name
+        for line, component in present_components(matched, layout)
+        if only is None or component.name in only
+        for axes in component.readings
+        for form in line.forms(component.read_as(axes))
+        if _same_rank(matched, (line.template, component.name), form)
+        for name in form.granules
+    }
 
 
-def readings(
-    found: Found, layout: Layout, granules: dict[str, int], *, only: frozenset[str] | None = None
-) -> list[Reading]:
-    """All readings of the tensors in `layout`, the recipe's first choices first.
+def interpretations(
+    matched: MatchedStack,
+    layout: Layout,
+    block_sizes: BlockSizes,
+    *,
+    only: frozenset[str] | None = None,
+) -> list[Interpretation]:
+    """Return all interpretations of the tensors in `layout`, the recipe's first choices first.
 
-    granules: the numbers of those that config.json says; readings that need others are left out.
-    only: of these components, as if there were no others.
+    block_sizes: those that config.json states; interpretations that need others are left out.
+    only: the names of the components to interpret, as if there were no others.
+    Raises BadRecipe if there are too many to try.
     """
     groups: dict[tuple[str, bool], list[tuple[Line, Component]]] = {}
-    for line, component in held(found, layout):
+    for line, component in present_components(matched, layout):
         if only is not None and component.name not in only:
             continue
-        # down may be of another precision than gate and up; scales of one name are of one kind
-        side = component.weight and line.projections == (DOWN,)
-        groups.setdefault((component.name, side), []).append((line, component))
-    choices = [list(_choices(found, members, granules)) for members in groups.values()]
+        # down may have another precision than gate and up; scales of one name are of one kind
+        separate_down = component.weight and line.projections == (DOWN,)
+        groups.setdefault((component.name, separate_down), []).append((line, component))
+    choices = [list(_choices(matched, members, block_sizes)) for members in groups.values()]
     count = prod(map(len, choices))
-    if count > _MAX_READINGS:
+    if count > _MAX_INTERPRETATIONS:
         raise BadRecipe(
-            f"recipe {quoted(found.recipe.name)} leaves too much open",
-            at=found.place(found.all()[0]),
-            cause=f"its components can be read in {count:,} ways together, "
-            f"more than {_MAX_READINGS:,} are not tried",
-            fix="leave under `axes` of each component what it can really be",
+            f"recipe {quoted(matched.recipe.name)} leaves too much open",
+            at=matched.where(matched.sample()),
+            cause=f"its components allow {count:,} combinations of axes; "
+            f"at most {_MAX_INTERPRETATIONS:,} are tried",
+            fix="keep under `axes` of each component only what it can really be",
         )
     return [{k: v for part in picked for k, v in part.items()} for picked in product(*choices)]
 
 
-def bound(reading: Reading) -> dict[Key, Axes]:
-    """The axes alone: two of a component's may be one, once their granules have numbers."""
-    return {key: axes for key, (_, axes) in reading.items()}
+def axes_of(interpretation: Interpretation) -> dict[ComponentKey, Axes]:
+    """Return the axes alone: two that differ in the recipe may be equal with block sizes bound."""
+    return {key: axes for key, (_, axes) in interpretation.items()}
 
 
-def turned_about(options: list[Reading], chosen: Reading) -> Iterator[Reading]:
-    """The readings that differ from the chosen one in nothing but the order of axes.
+def transposed_variants(
+    options: list[Interpretation], chosen: Interpretation
+) -> Iterator[Interpretation]:
+    """Yield the options that differ from the chosen one in nothing but the order of axes.
 
-    Where such a one fits, too, the bytes would go elsewhere, and nothing here says which is right.
+    If one of these fits as well, bytes would go elsewhere, and the shapes do not tell which of
+    the two is right.
     """
     for other in options:
         pairs = [(chosen[key], other[key]) for key in chosen]
@@ -85,25 +108,54 @@ def turned_about(options: list[Reading], chosen: Reading) -> Iterator[Reading]:
             yield other
 
 
-def held(found: Found, layout: Layout) -> Iterator[tuple[Line, Component]]:
-    """The lines and components of a layout that are there."""
-    for line in layout.lines:
-        for component in found.recipe.components:
-            if found.tensors.get((line.template, component.name)):
-                yield line, component
+def recorded_ranks(manifest: Manifest) -> RecordedRanks:
+    """Return the number of dimensions of the canonical matrices that a manifest records."""
+    stacks = manifest.root.stacks
+    return {
+        (stacks[expert.stack].name, projection, expert.component): len(expert.matrix)
+        for part in manifest.parts
+        for tensor in part.tensors
+        if (expert := tensor.expert) is not None
+        for projection in expert.projections
+    }
+
+
+def recorded_first(
+    options: list[Interpretation], layout: Layout, stack: str, recorded: RecordedRanks
+) -> list[Interpretation]:
+    """Sort interpretations so that those matching the ranks recorded in the manifest come first.
+
+    A grid of one block has the same shape as one number; only the recorded rank tells them apart.
+    """
+    projections = {line.template: line.projections[0] for line in layout.lines}
+
+    def mismatches(interpretation: Interpretation) -> int:
+        ranks = {
+            key: len(axes.letters - {EXPERT, PAIR}) for key, (_, axes) in interpretation.items()
+        }
+        return sum(
+            recorded.get((stack, projections[template], name), rank) != rank
+            for (template, name), rank in ranks.items()
+        )
+
+    return sorted(options, key=mismatches)
 
 
 def _choices(
-    found: Found, members: list[tuple[Line, Component]], granules: dict[str, int]
-) -> Iterator[Reading]:
-    """The readings of one component's tensors that have as many dimensions as these."""
-    known = [r for r in _forms(members) if _bindable(r, granules) and _packable(found, r)]
-    fitting = [r for r in known if all(same_rank(found, key, a) for key, (_, a) in r.items())]
-    for reading in fitting or known[:1]:
-        yield {key: (c, axes.bound(granules)) for key, (c, axes) in reading.items()}
+    matched: MatchedStack, members: list[tuple[Line, Component]], block_sizes: BlockSizes
+) -> Iterator[Interpretation]:
+    """Yield the interpretations of one component that have the rank of its tensors.
+
+    If there is none, the first one of any rank, so that messages have axes to show.
+    """
+    known = [i for i in _forms(members) if _bindable(i, block_sizes) and _packable(matched, i)]
+    fitting = [i for i in known if all(_same_rank(matched, key, a) for key, (_, a) in i.items())]
+    for interpretation in fitting or known[:1]:
+        yield {key: (c, axes.bound(block_sizes)) for key, (c, axes) in interpretation.items()}
 
 
-def _forms(members: list[tuple[Line, Component]]) -> Iterator[Reading]:
+def _forms(members: list[tuple[Line, Component]]) -> Iterator[Interpretation]:
+    """Yield the interpretations of one component, block sizes still by name."""
     for axes in members[0][1].readings:
         read = [(line, component.read_as(axes)) for line, component in members]
         forms = [line.forms(component) for line, component in read]
@@ -114,20 +166,21 @@ def _forms(members: list[tuple[Line, Component]]) -> Iterator[Reading]:
             }
 
 
-def _bindable(reading: Reading, granules: dict[str, int]) -> bool:
-    return all(axes.granules <= granules.keys() for _, axes in reading.values())
+def _bindable(interpretation: Interpretation, block_sizes: BlockSizes) -> bool:
+    """Whether all block sizes that the axes name have a number."""
+    return all(axes.granules <= block_sizes.keys() for _, axes in interpretation.values())
 
 
-def _packable(found: Found, reading: Reading) -> bool:
-    """Only integers hold several values: half a matrix of BF16 is no packed one."""
+def _packable(matched: MatchedStack, interpretation: Interpretation) -> bool:
+    """Whether the dtypes allow it: only integers pack several values, BF16 never does."""
     return all(
         not component.weight
         or all(axis.granule == 1 for axis in axes.flat)
-        or next(iter(found.tensors[key].values())).dtype.startswith(("I", "U"))
-        for key, (component, axes) in reading.items()
+        or matched.sample(key).dtype.startswith(("I", "U"))
+        for key, (component, axes) in interpretation.items()
     )
 
 
-def same_rank(found: Found, key: Key, axes: Axes) -> bool:
-    """Whether a tensor has as many dimensions as these axes."""
-    return len(axes.dims) == len(next(iter(found.tensors[key].values())).shape)
+def _same_rank(matched: MatchedStack, key: ComponentKey, axes: Axes) -> bool:
+    """Whether a component's tensors have as many dimensions as these axes."""
+    return len(axes.dims) == len(matched.sample(key).shape)

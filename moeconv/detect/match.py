@@ -7,45 +7,72 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.errors import quoted
+from moeconv.errors import ConfigMismatch, MoeconvError, quoted
 from moeconv.layout.recipe import WEIGHT, Line, Recipe
 
-SHARED = -1  # stands for the expert id of a tensor that holds all experts
+ComponentKey: TypeAlias = tuple[str, str]  # name template and component
+SHARED = -1  # the expert id of a tensor that holds all experts
 
 
 @dataclass(slots=True)
-class Found:
-    """What the names of one stack amount to: tensors by (template, component), then expert."""
+class MatchedStack:
+    """The tensors whose names belong to one stack, by component and expert id.
 
+    tensors: those that the recipe knows; unknown: those that only begin like one of its names.
+    """
+
+    name: str
     recipe: Recipe
     files: tuple[str, ...]
-    tensors: dict[tuple[str, str], dict[int, StoredTensor]] = field(default_factory=dict)
+    tensors: dict[ComponentKey, dict[int, StoredTensor]] = field(default_factory=dict)
     unknown: list[StoredTensor] = field(default_factory=list)
-
-    def weights(self, template: str) -> dict[int, StoredTensor]:
-        """The matrices themselves, by expert, whatever component they are."""
-        out: dict[int, StoredTensor] = {}
-        for component in self.recipe.weights:
-            out |= self.tensors.get((template, component), {})
-        return out
 
     @property
     def passthrough(self) -> str | None:
         """The component because of which this stack is copied as it is, if it has one."""
         return next((c for _, c in self.tensors if c in self.recipe.passed), None)
 
+    @property
     def templates(self) -> set[str]:
         """The name templates that occur."""
         return {template for template, _ in self.tensors}
 
-    def place(self, *tensors: StoredTensor) -> str:
-        """Where tensors stand: in a checkpoint of 160 shards a name alone does not help."""
-        return ", ".join(f"{quoted(self.files[t.file])}, tensor {quoted(t.name)}" for t in tensors)
+    @property
+    def components(self) -> set[str]:
+        """The names of the components that occur."""
+        return {component for _, component in self.tensors}
 
-    def all(self) -> list[StoredTensor]:
-        """Every tensor of the stack, unknown ones too."""
-        return [t for held in self.tensors.values() for t in held.values()] + self.unknown
+    @property
+    def all_tensors(self) -> list[StoredTensor]:
+        """Every tensor of the stack, unknown ones included."""
+        return [t for by_expert in self.tensors.values() for t in by_expert.values()] + self.unknown
+
+    def weights(self, template: str) -> dict[int, StoredTensor]:
+        """The weight tensors of a template by expert, whichever component they are."""
+        out: dict[int, StoredTensor] = {}
+        for component in self.recipe.weights:
+            out |= self.tensors.get((template, component), {})
+        return out
+
+    def sample(self, key: ComponentKey | None = None) -> StoredTensor:
+        """Return one tensor of a component, or without `key` of the stack."""
+        if key is None:
+            return next((self.sample(key) for key in self.tensors), None) or self.unknown[0]
+        return next(iter(self.tensors[key].values()))
+
+    def samples(self) -> dict[ComponentKey, StoredTensor]:
+        """Return one tensor of each component."""
+        return {key: self.sample(key) for key in self.tensors}
+
+    def tensor_of(self, expert: int) -> StoredTensor:
+        """Return one tensor of an expert that has any."""
+        return next(t[expert] for t in self.tensors.values() if expert in t)
+
+    def where(self, *tensors: StoredTensor) -> str:
+        """Return file and name of tensors: in a checkpoint of 160 shards a name is not enough."""
+        return ", ".join(f"{quoted(self.files[t.file])}, tensor {quoted(t.name)}" for t in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +139,13 @@ class _Matcher:
 _Hit: TypeAlias = tuple[_Matcher, tuple[str, _Rest]]
 
 
-def collect(
+def match_names(
     tensors: Iterable[StoredTensor],
     recipes: tuple[Recipe, ...],
     files: tuple[str, ...],
     *,
     owners: dict[str, str],
-) -> tuple[dict[str, Found], tuple[StoredTensor, ...]]:
+) -> tuple[dict[str, MatchedStack], tuple[StoredTensor, ...]]:
     """The stacks that the names spell, and the tensors that belong to none.
 
     A name belongs to the recipe that `owners` says for its stack, else to the first that knows it;
@@ -126,7 +153,7 @@ def collect(
     nothing is half understood in silence.
     """
     matchers = [_Matcher(recipe) for recipe in recipes]
-    stacks: dict[str, Found] = {}
+    stacks: dict[str, MatchedStack] = {}
     others: list[StoredTensor] = []
     for tensor in tensors:
         hits = [(m, hit) for m in matchers if (hit := m.split(tensor.name))]
@@ -134,16 +161,52 @@ def collect(
             others.append(tensor)
             continue
         matcher, (stack, rest) = hits[0] if len(hits) == 1 else _owner(hits, owners)
-        found = stacks.get(stack)
-        if found is None:
-            found = stacks[stack] = Found(matcher.recipe, files)
+        matched = stacks.get(stack)
+        if matched is None:
+            matched = stacks[stack] = MatchedStack(stack, matcher.recipe, files)
         if rest.template:
-            found.tensors.setdefault((rest.template, rest.component), {})[rest.expert] = tensor
+            matched.tensors.setdefault((rest.template, rest.component), {})[rest.expert] = tensor
         else:
-            found.unknown.append(tensor)
+            matched.unknown.append(tensor)
     return stacks, tuple(others)
 
 
 def _owner(hits: list[_Hit], owners: dict[str, str]) -> _Hit:
     owned = [(m, hit) for m, hit in hits if owners.get(hit[0]) == m.recipe.name]
     return next(((m, hit) for m, hit in (*owned, *hits) if hit[1].template), hits[0])
+
+
+def in_ranges(recipes: tuple[Recipe, ...], config: Config) -> tuple[Recipe, ...]:
+    """The recipes with their ranges of ids, where config.json says them."""
+    return tuple(_in_range(recipe, config) for recipe in recipes)
+
+
+def _in_range(recipe: Recipe, config: Config) -> Recipe:
+    if recipe.ids is None or recipe.taken:
+        return recipe
+    first = _number(recipe.ids.first, config) if recipe.ids.first else 0
+    stop = _number(recipe.ids.stop, config)
+    if first is None or (recipe.ids.stop and stop is None):
+        return recipe
+    return recipe.taking(first, stop)
+
+
+def _number(paths: tuple[str, ...], config: Config) -> int | None:
+    """The first of the keys that holds a number, at the top or in text_config."""
+    for path in (f"{section}{p}" for section in ("text_config.", "") for p in paths):
+        value = config.at(path)
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def no_range(matched: MatchedStack) -> MoeconvError:
+    """Where one kind of experts ends is never guessed."""
+    ids = matched.recipe.ids
+    keys = (*ids.first, *ids.stop) if ids else ()
+    return ConfigMismatch(
+        f"{quoted(matched.name)} shares its expert ids with another stack, "
+        "but config.json does not say where one ends",
+        at=f"config.json, key {quoted(keys[0])}" if keys else "config.json",
+        cause="text and vision experts stand in one row of ids",
+    )

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from moeconv.checkpoint.config import Config
 from moeconv.core.text import spans
-from moeconv.detect.config_sizes import layers_said
+from moeconv.detect.config_sizes import layer_count
 from moeconv.detect.stack import Stack
 from moeconv.errors import ConfigMismatch, NoExperts, Unsupported, quoted
 from moeconv.placement.model import Layers, kind_and_layer
@@ -70,6 +70,6 @@ def layers_stated(alike: tuple[Stack, ...], config: Config) -> int | None:
     """The number of layers that config.json says, in the section of these stacks of one kind."""
     stack = alike[0]
     for section in stack.recipe.config.sections_of(stack.name):
-        if said := layers_said(config, stack.recipe, section):
+        if said := layer_count(config, stack.recipe, section):
             return said
     return None

@@ -1,168 +1,162 @@
-"""Solving a stack's sizes from its shapes under one layout, or saying why they contradict it."""
+"""Solve a stack's sizes from its shapes under one layout, or say why the shapes contradict it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final, TypeAlias
 
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.detect.interpretations import Reading
-from moeconv.detect.match import Found
-from moeconv.detect.stack import Sizes
+from moeconv.detect.interpretations import Interpretation
+from moeconv.detect.match import MatchedStack
+from moeconv.detect.stack import PackingAxis, Sizes
 from moeconv.errors import quoted
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Axis
 from moeconv.layout.recipe import DOWN, Component, Layout, Line
 
-_E, _I, _H = "experts", "width", "hidden"
+EXPERTS: Final = "experts"
+WIDTH: Final = "width"
+HIDDEN: Final = "hidden"
+
+_Variable: TypeAlias = str | PackingAxis  # EXPERTS, WIDTH, HIDDEN, or a packing axis
 
 
 @dataclass(frozen=True, slots=True)
-class _Equation:
-    """One dimension of one stored tensor: its size is the product of these axes."""
+class SizeHints:
+    """What is known of a stack's sizes beside the shapes.
 
-    tensor: StoredTensor
-    axes: Axes
-    size: int
-    terms: tuple[tuple[str, int], ...]  # (variable, granule)
+    experts: E by the ids in the names, where each expert has a tensor of its own.
+    stated: sizes that config.json or the manifest states, used only where shapes leave one open.
+    """
+
+    experts: int | None
+    stated: dict[str, int]
 
 
 @dataclass(slots=True)
-class Fit:
-    """The outcome: sizes, or reasons against."""
+class Solution:
+    """The sizes that fit all shapes, or the reasons why none do."""
 
     sizes: Sizes | None = None
     reasons: list[str] = field(default_factory=list)
 
 
-def fit(
-    found: Found,
-    layout: Layout,
-    *,
-    reading: Reading,
-    count: int | None,
-    known: dict[str, int],
-) -> Fit:
-    """Solve E, I, H and the packing axes of a stack stored in `layout`, its axes as in `reading`.
+@dataclass(frozen=True, slots=True)
+class _Equation:
+    """One dimension of a stored tensor: its size is `factor` times the product of the terms.
 
-    count: the number of per-expert names; known: sizes that config.json says, used only where
-    the shapes alone leave one open.
+    terms: each a variable and its block size b, which stands for ceil(variable / b).
     """
-    out = Fit()
-    equations = list(_equations(found, layout, reading, out))
-    values: dict[str, int] = {} if count is None else {_E: count}
-    if out.reasons or not _solve(equations, values, out):
+
+    tensor: StoredTensor
+    axes: Axes
+    size: int
+    factor: int
+    terms: tuple[tuple[_Variable, int], ...]
+
+    def open_terms(self, values: dict[_Variable, int]) -> list[tuple[_Variable, int]]:
+        """The terms whose variables have no value yet."""
+        return [term for term in self.terms if term[0] not in values]
+
+    def product(self, values: dict[_Variable, int], without: _Variable | None = None) -> int:
+        """The right-hand side, of all terms or of all but one variable's."""
+        total = self.factor
+        for variable, block in self.terms:
+            if variable != without:
+                total *= -(-values[variable] // block)
+        return total
+
+
+def solve(
+    matched: MatchedStack, layout: Layout, interpretation: Interpretation, hints: SizeHints
+) -> Solution:
+    """Solve E, I, H and the packing axes of a stack stored in `layout` with these axes."""
+    out = Solution()
+    equations = list(_equations(matched, layout, interpretation, out))
+    values: dict[_Variable, int] = {} if hints.experts is None else {EXPERTS: hints.experts}
+    if out.reasons or not _propagate(equations, values, out):
         return out
-    for name in (_E, _I, _H):
-        if name not in values and name in known:
-            values[name] = known[name]
-            if not _solve(equations, values, out):
+    for name in (EXPERTS, WIDTH, HIDDEN):
+        if name not in values and name in hints.stated:
+            values[name] = hints.stated[name]
+            if not _propagate(equations, values, out):
                 return out
     for equation in equations:
-        open_ones = [v for v, _ in equation.terms if v[0] != "#" and v not in values]
-        if open_ones:
-            out.reasons.append(f"{layout.name}: nothing says how large `{open_ones[0]}` is")
-        elif (need := _product(equation, values)) != equation.size:
-            out.reasons.append(_against(layout, equation, need))
-    if not out.reasons and values[_E] < 1:
+        if unsolved := equation.open_terms(values):
+            out.reasons.append(f"{layout.name}: nothing determines the size of `{unsolved[0][0]}`")
+        elif (needed := equation.product(values)) != equation.size:
+            out.reasons.append(
+                f"{layout.name}: {quoted(equation.tensor.name)} is {list(equation.tensor.shape)}, "
+                f"but `{equation.axes}` needs {needed} instead of {equation.size}"
+            )
+    if not out.reasons and values[EXPERTS] < 1:
         out.reasons.append(f"{layout.name}: there are no experts in these tensors")
     if not out.reasons:
-        out.sizes = _sizes(values, found, layout)
+        out.sizes = _sizes(values)
     return out
 
 
-def _equations(found: Found, layout: Layout, reading: Reading, out: Fit) -> Iterator[_Equation]:
+def _equations(
+    matched: MatchedStack, layout: Layout, interpretation: Interpretation, out: Solution
+) -> Iterator[_Equation]:
+    """One equation for each dimension; tensors that cannot fit are added to `out.reasons`."""
+    square = tuple((layout.square or "").split("_"))
     for line in layout.lines:
-        for name in (c.name for c in found.recipe.components):
-            if (line.template, name) not in reading:
+        for name in (c.name for c in matched.recipe.components):
+            if (line.template, name) not in interpretation:
                 continue
-            tensor = next(iter(found.tensors[line.template, name].values()))
-            component, axes = reading[line.template, name]
+            tensor = matched.sample((line.template, name))
+            component, axes = interpretation[line.template, name]
             if len(axes.dims) != len(tensor.shape):
                 out.reasons.append(
-                    f"{layout.name}: {quoted(tensor.name)} is {list(tensor.shape)}, `{axes}` has "
-                    f"{len(axes.dims)} dimension(s)"
+                    f"{layout.name}: {quoted(tensor.name)} is {list(tensor.shape)}, but `{axes}` "
+                    f"has {len(axes.dims)} dimension(s)"
                 )
                 continue
-            if layout.square and line.projections == _square(layout) and not _is_square(tensor):
+            if layout.square and line.projections == square and len(set(tensor.shape[-2:])) != 1:
                 out.reasons.append(f"{layout.name}: {quoted(tensor.name)} is not square")
                 continue
             for dim, size in zip(axes.dims, tensor.shape, strict=True):
+                factor = len(line.projections) if any(a.letter == PAIR for a in dim) else 1
                 terms = tuple(
                     (_variable(a, line, component), a.granule if isinstance(a.granule, int) else 1)
                     for a in dim
+                    if a.letter != PAIR
                 )
-                yield _Equation(tensor, axes, size, terms)
+                yield _Equation(tensor, axes, size, factor, terms)
 
 
-def _square(layout: Layout) -> tuple[str, ...]:
-    return tuple((layout.square or "").split("_"))
-
-
-def _is_square(tensor: StoredTensor) -> bool:
-    return len(set(tensor.shape[-2:])) == 1
-
-
-def _variable(axis: Axis, line: Line, component: Component) -> str:
+def _variable(axis: Axis, line: Line, component: Component) -> _Variable:
     down = line.projections == (DOWN,)
     if axis.letter == EXPERT:
-        return _E
-    if axis.letter == PAIR:
-        return f"#{len(line.projections)}"
+        return EXPERTS
     if axis.letter in (OUT, IN):
-        return _H if (axis.letter == OUT) == down else _I
-    return f"{component.name} {int(down)} {axis.letter}"
+        return HIDDEN if (axis.letter == OUT) == down else WIDTH
+    return PackingAxis(component.name, down, axis.letter)
 
 
-def _known(variable: str, granule: int, values: dict[str, int]) -> int:
-    if variable.startswith("#"):
-        return int(variable[1:])
-    return -(-values[variable] // granule)
-
-
-def _product(equation: _Equation, values: dict[str, int]) -> int:
-    total = 1
-    for variable, granule in equation.terms:
-        total *= _known(variable, granule, values)
-    return total
-
-
-def _solve(equations: list[_Equation], values: dict[str, int], out: Fit) -> bool:
-    """Fill in what single-unknown dimensions determine; False where one has no whole solution."""
+def _propagate(equations: list[_Equation], values: dict[_Variable, int], out: Solution) -> bool:
+    """Solve equations with one unknown until there are none; False if one has no whole solution."""
     progress = True
     while progress:
         progress = False
         for equation in equations:
-            unknown = [
-                (v, g) for v, g in equation.terms if not v.startswith("#") and v not in values
-            ]
+            unknown = equation.open_terms(values)
             if len(unknown) != 1 or unknown[0][1] != 1:
                 continue
-            rest = 1
-            for variable, granule in equation.terms:
-                if variable != unknown[0][0]:
-                    rest *= _known(variable, granule, values)
+            variable = unknown[0][0]
+            rest = equation.product(values, without=variable)
             if rest == 0 or equation.size % rest:
                 out.reasons.append(
                     f"{quoted(equation.tensor.name)} is {list(equation.tensor.shape)}: "
                     f"{equation.size} is not divisible by {rest} (`{equation.axes}`)"
                 )
                 return False
-            values[unknown[0][0]] = equation.size // rest
+            values[variable] = equation.size // rest
             progress = True
     return True
 
 
-def _against(layout: Layout, equation: _Equation, need: int) -> str:
-    return (
-        f"{layout.name}: {quoted(equation.tensor.name)} is {list(equation.tensor.shape)}, "
-        f"`{equation.axes}` needs {need} where {equation.size} stands"
-    )
-
-
-def _sizes(values: dict[str, int], found: Found, layout: Layout) -> Sizes:
-    packing = []
-    for key, size in sorted(values.items()):
-        if key not in (_E, _I, _H):
-            component, down, letter = key.split(" ")
-            packing.append(((component, down == "1", letter), size))
-    return Sizes(values[_E], values[_I], values[_H], tuple(packing))
+def _sizes(values: dict[_Variable, int]) -> Sizes:
+    packing = sorted((axis, size) for axis, size in values.items() if not isinstance(axis, str))
+    return Sizes(values[EXPERTS], values[WIDTH], values[HIDDEN], tuple(packing))

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Geometry
 from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe
 
 
+class PackingAxis(NamedTuple):
+    """An axis of packed values: of one component, of down or of gate and up."""
+
+    component: str
+    is_down: bool
+    letter: str
+
+    def __str__(self) -> str:
+        return f"{self.letter} of {self.component}"
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """E experts, I width, H hidden; `packing` sizes by (component, is_down, letter)."""
+    """The sizes of a stack: E experts, I width, H hidden, and those of its packing axes."""
 
     experts: int
     width: int
     hidden: int
-    packing: tuple[tuple[tuple[str, bool, str], int], ...] = ()
+    packing: tuple[tuple[PackingAxis, int], ...] = ()
 
     def of(self, line: Line, component: str, experts: int | None = None) -> dict[str, int]:
-        """The size of every letter in a line's tensors: gate and up are [I, H], down is [H, I].
+        """Return the size of every letter in a line's tensors: gate and up are [I, H], down [H, I].
 
-        experts: how many stand in the tensor, where it is not all of them.
+        experts: how many are in the tensor, where it does not hold all of them.
         """
         down = line.projections == (DOWN,)
         letters = {
@@ -30,9 +42,9 @@ class Sizes:
             OUT: self.hidden if down else self.width,
             IN: self.width if down else self.hidden,
         }
-        for (owner, is_down, letter), size in self.packing:
-            if owner == component and is_down == down:
-                letters[letter] = size
+        for axis, size in self.packing:
+            if axis.component == component and axis.is_down == down:
+                letters[axis.letter] = size
         return letters
 
 

@@ -29,7 +29,7 @@ class Headers:
     files: tuple[str, ...]
 
 
-def with_leftovers(
+def with_unmatched(
     headers: Headers,
     said: tuple[Recipe, ...],
     detection: Detection,
@@ -43,8 +43,8 @@ def with_leftovers(
     """
     recipes = said
     unfit: tuple[MoeconvError, ...] = ()
-    for recipe in _candidates(said, shipped()) if _leftovers(detection) else ():
-        if not _leftovers(detection):
+    for recipe in _candidates(said, shipped()) if _unmatched(detection) else ():
+        if not _unmatched(detection):
             break
         untouched = set(detection.passthrough_tensors)
         rest = tuple(t for t in detection.others if t not in untouched)
@@ -55,7 +55,7 @@ def with_leftovers(
         elif all(s.layout.name == recipe.unfuse for s in found.stacks):
             detection = _joined(detection, found, recipe, said)
             recipes += (recipe,) if found.stacks else ()
-    left = _leftovers(detection)
+    left = _unmatched(detection)
     if not left and not (detection.stacks or detection.passthrough or detection.problems):
         left = _stacked(detection)
     if left:
@@ -75,7 +75,7 @@ def _candidates(said: tuple[Recipe, ...], shipped: Iterable[Recipe]) -> Iterator
             yield replace(recipe, config=keys) if same else recipe
 
 
-def _leftovers(detection: Detection) -> list[StoredTensor]:
+def _unmatched(detection: Detection) -> list[StoredTensor]:
     likely = [t for t in detection.others if _ONE_EXPERT.search(t.name)]
     untouched = set(detection.passthrough_tensors) if likely else set()
     return [t for t in likely if t not in untouched]

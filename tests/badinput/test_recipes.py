@@ -356,5 +356,5 @@ def test_parts_that_can_be_read_in_too_many_ways(src: Path, out: Path, tmp_path:
             stem = name.removesuffix("weight")
             tensors |= {f"{stem}x{n}": ("U8", shape) for n in range(20)}
     write(src, tensors)
-    facts = ("`mine`", "ways together", "under `axes`")
+    facts = ("`mine`", "combinations of axes", "under `axes`")
     refused(BadRecipe, *facts, src=src, out=out, recipe=tmp_path / "mine.toml")
