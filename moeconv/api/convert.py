@@ -13,7 +13,7 @@ from typing import Unpack
 from moeconv.api.open import Opened, open_source, uncollected
 from moeconv.api.options import ConvertKeywords, WriteOptions
 from moeconv.api.run import Result, carry_out
-from moeconv.checkpoint.output import SetFiles
+from moeconv.checkpoint.output import OutputDocuments
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.system_errors import system_errors
 from moeconv.detect.detect import detect
@@ -88,7 +88,7 @@ def origin_layouts(checkpoint: Checkpoint) -> dict[str, str]:
     return {s.name: s.origin_layout for s in own.manifest.root.stacks} if own else {}
 
 
-def refuse_foreign(source: Opened) -> SetFiles:
+def refuse_foreign(source: Opened) -> OutputDocuments:
     """What is known of the origin. Raises NotASet for what is no set of moeconv."""
     own = source.checkpoint.origin
     if own is None:

@@ -28,7 +28,7 @@ from moeconv.store.paths import files_below, resolve_inside
 
 
 @dataclass(frozen=True)
-class SetFiles:
+class OutputDocuments:
     """A set's own documents, already checked against the root's digests."""
 
     manifest: Manifest
@@ -58,7 +58,7 @@ class SetFiles:
         return tuple(sorted(self.manifest.parts, key=lambda p: natural_key(p.file)))
 
 
-def open_set(root: Path) -> SetFiles:
+def open_output(root: Path) -> OutputDocuments:
     """Read root, parts, index and origin; sidecars are only looked up, not read.
 
     Raises Damaged, BadManifest, UnsupportedVersion, MissingShard.
@@ -80,7 +80,7 @@ def open_set(root: Path) -> SetFiles:
             raise damaged(entry.name, "it is not there")
         stat = path.stat()
         beside.append(Sidecar(entry.name, path, stat.st_size, stat.st_mtime_ns))
-    return SetFiles(
+    return OutputDocuments(
         manifest=Manifest(top, tuple(parts)),
         origin_raw=origin_raw,
         sidecars=tuple(beside),

@@ -12,7 +12,7 @@ from moeconv.core.digest import digest
 from moeconv.core.names import MAX_FILE_NAME_BYTES
 from moeconv.errors import Damaged, MissingShard, quoted
 from moeconv.manifest.model import (
-    MAX_PAPER_BYTES,
+    MAX_DOCUMENT_BYTES,
     MAX_ROOT_BYTES,
     PARTS_DIR,
     ROOT_NAME,
@@ -93,7 +93,7 @@ def read_bounded(path: Path, limit: int, *, name: str) -> bytes:
     return read_document(path, limit, name=name)
 
 
-def read_entry(root: Path, entry: FileEntry, *, limit: int = MAX_PAPER_BYTES) -> bytes:
+def read_entry(root: Path, entry: FileEntry, *, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
     """The bytes of a document that the root names, held against size and digest.
 
     Where filling in digests was interrupted after the root was replaced, they are those that wait

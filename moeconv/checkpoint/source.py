@@ -10,10 +10,10 @@ from typing import Final
 from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
 from moeconv.checkpoint.header import Header, StoredTensor, read_header
 from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
-from moeconv.checkpoint.output import SetFiles, foreign_files, open_set
+from moeconv.checkpoint.output import OutputDocuments, foreign_files, open_output
 from moeconv.checkpoint.output_files import missing, read_root
 from moeconv.checkpoint.sidecars import Sidecar, sidecar, sidecars
-from moeconv.checkpoint.warnings import oddities, short_rows
+from moeconv.checkpoint.warnings import short_rows, source_warnings
 from moeconv.core.digest import digest
 from moeconv.core.names import natural_key
 from moeconv.core.system_errors import explained
@@ -65,8 +65,8 @@ class Checkpoint:
     config: Config
     sidecars: tuple[Sidecar, ...]
     warnings: tuple[str, ...]
-    own: SetFiles | None = None
-    virtual: SetFiles | None = None
+    own: OutputDocuments | None = None
+    virtual: OutputDocuments | None = None
 
     @property
     def stored(self) -> dict[tuple[str, str], StoredTensor]:
@@ -74,7 +74,7 @@ class Checkpoint:
         return {(f.name, t.name): t for f in self.files for t in f.header.tensors}
 
     @property
-    def origin(self) -> SetFiles | None:
+    def origin(self) -> OutputDocuments | None:
         """The set that knows the first foreign source: this one, or what points into it."""
         return self.virtual or self.own
 
@@ -167,7 +167,7 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _open_own(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
-    own = open_set(root)
+    own = open_output(root)
     if own.manifest.root.source is not None:
         return _open_virtual(root, own, own.manifest.root.source, exclude)
     places = [(p.file, resolve_inside(root, p.file)) for p in own.manifest.parts]
@@ -178,11 +178,11 @@ def _open_own(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
     own.check_headers(tuple((f.name, f.size, f.header) for f in files))
     kept = tuple(s for s in own.sidecars if not matches(s.name, exclude))
     config = read_config(resolve_inside(root, CONFIG_NAME))
-    return Checkpoint(root, files, None, config, kept, _strangers(root, own), own)
+    return Checkpoint(root, files, None, config, kept, _foreign_warning(root, own), own)
 
 
 def _open_virtual(
-    root: Path, own: SetFiles, source: SourceEntry, exclude: tuple[str, ...]
+    root: Path, own: OutputDocuments, source: SourceEntry, exclude: tuple[str, ...]
 ) -> Checkpoint:
     """What a virtual set points into; only the pinned files there matter.
 
@@ -231,7 +231,7 @@ def _changed(source: SourceEntry, cause: str) -> SourceChanged:
     )
 
 
-def _strangers(root: Path, own: SetFiles) -> tuple[str, ...]:
+def _foreign_warning(root: Path, own: OutputDocuments) -> tuple[str, ...]:
     """What somebody added to one of our sets: no verb copies it, so it must be said."""
     found = foreign_files(root, own.manifest)
     if not found:
@@ -283,7 +283,7 @@ def _open_directory(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
     beside = sidecars(root, skip=skip, exclude=exclude)
     config = read_config(resolve_inside(root, CONFIG_NAME))
     found = Checkpoint(root, files, index, config, beside, ())
-    said = oddities(
+    said = source_warnings(
         index, tuple(f.name for f in files), found.tensor_bytes, beside, has_config=config.present
     )
     return replace(found, warnings=tuple(said))

@@ -16,7 +16,7 @@ _NUMBERED = re.compile(r"(.+)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors", re.DOT
 _POINTER_BYTES: Final = 1024
 
 
-def oddities(
+def source_warnings(
     index: Index | None,
     shards: tuple[str, ...],
     tensor_bytes: int,

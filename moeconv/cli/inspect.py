@@ -24,7 +24,7 @@ def inspect(
     verbose: options.Verbose = False,
     color: options.Color = "auto",
 ) -> None:
-    """Show stacks, layouts, dtypes, sizes, gaps and oddities; reads headers only."""
+    """Show stacks, layouts, dtypes, sizes, gaps and warnings; reads headers only."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
         checked_color(color)
         from moeconv.api.open import open_source

@@ -35,7 +35,7 @@ from moeconv.engine.output.transaction import OutputTransaction, fsync_directory
 from moeconv.engine.recorded_digests import DigestPolicy, recorded
 from moeconv.errors import MoeconvError, NameCollision, SourceChanged, quoted
 from moeconv.manifest.model import (
-    MAX_PAPER_BYTES,
+    MAX_DOCUMENT_BYTES,
     ORIGIN_NAME,
     PARTS_DIR,
     ROOT_NAME,
@@ -299,7 +299,7 @@ class _Commit:
         return FileEntry(sidecar.name, sidecar.size, value)
 
     def _rewritten(self, sidecar: Sidecar, rewrite: Rewrite) -> FileEntry:
-        now = read_document(sidecar.path, MAX_PAPER_BYTES, name=sidecar.name)
+        now = read_document(sidecar.path, MAX_DOCUMENT_BYTES, name=sidecar.name)
         if now != rewrite.before:
             raise _changed(sidecar, f"it is {len(now):,} other bytes now")
         self.recorded.check_sidecar(sidecar, digest(now))

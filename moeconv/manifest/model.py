@@ -32,7 +32,7 @@ MAX_RECIPES: Final = 64
 MAX_ROOT_BYTES: Final = 64 * 1024 * 1024
 MAX_RECIPE_TEXT: Final = 128 * 1024
 MAX_PART_BYTES: Final = 256 * 1024 * 1024
-MAX_PAPER_BYTES: Final = 2 * 1024 * 1024 * 1024  # index and origin
+MAX_DOCUMENT_BYTES: Final = 2 * 1024 * 1024 * 1024  # index and origin
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moeconv.checkpoint.header import read_header
-from moeconv.checkpoint.output import open_set
+from moeconv.checkpoint.output import open_output
 from moeconv.checkpoint.output_files import read_root
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint, DataFile
@@ -156,7 +156,7 @@ def _of_this_source(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limit
     both = own is not None and own.manifest.complete and not root.unread
     if not both and all(f.mtime_ns <= made for f in checkpoint.files):
         return True
-    theirs = {a: value for a, _, _, value in open_set(out).manifest.matrices()}
+    theirs = {a: value for a, _, _, value in open_output(out).manifest.matrices()}
     held = {
         f.name: [
             [theirs.get(a, "") for a in addresses(entry_of(t), plan.stacks)] for t in f.tensors
