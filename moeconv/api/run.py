@@ -23,8 +23,8 @@ from moeconv.engine.output.transaction import end_run
 from moeconv.errors import UsageProblem, quoted
 from moeconv.manifest.model import ROOT_NAME, Manifest
 from moeconv.plan.align import PAGE
+from moeconv.plan.convert import unequal_notes
 from moeconv.plan.model import Plan
-from moeconv.plan.unequal import unequal_notes
 from moeconv.quantconfig.rewrite import with_rewrites
 
 DEFAULT_MEMORY_BYTES: Final = 512 * 1024 * 1024

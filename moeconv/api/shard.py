@@ -17,7 +17,7 @@ from moeconv.errors import UsageProblem, quoted
 from moeconv.placement.files import read_map
 from moeconv.placement.model import Placement, by_stack, check
 from moeconv.placement.resolve import ep_size_of, resolve
-from moeconv.plan.assign import RULES, TRIVIAL, Wish, placed
+from moeconv.plan.assign import RULES, TRIVIAL, PlacementRequest, placed
 from moeconv.plan.convert import FUSE, refuse_no_experts
 from moeconv.plan.shard import plan_shards, refuse_tensor_sidecars
 
@@ -50,13 +50,13 @@ def shard(
     """
     options = WriteOptions(**keywords)
     source = open_for_writing(src, options)
-    wish = Wish(ep_size, TRIVIAL, None, redundant, allow_duplicates)
-    wish, told = _wish(source, wish, placement, map_layers)
+    request = PlacementRequest(ep_size, TRIVIAL, None, redundant, allow_duplicates)
+    request, told = _wish(source, request, placement, map_layers)
     detection = source.detection.checked()
     refuse_no_experts(detection)
     if virtual:
         refuse_tensor_sidecars(tuple(s.name for s in source.checkpoint.sidecars))
-    sharding, words = placed(detection.stacks, wish)
+    sharding, words = placed(detection.stacks, request)
     with uncollected():
         plan = plan_shards(
             detection,
@@ -71,9 +71,9 @@ def shard(
 
 
 def _wish(
-    source: Opened, wish: Wish, placement: Placing, map_layers: str | None
-) -> tuple[Wish, tuple[str, ...]]:
-    """The wish that a placement amounts to here, and what was assumed to read it."""
+    source: Opened, request: PlacementRequest, placement: Placing, map_layers: str | None
+) -> tuple[PlacementRequest, tuple[str, ...]]:
+    """The request that a placement amounts to here, and what was assumed to read it."""
     by_rule = isinstance(placement, str) and placement in RULES
     if map_layers is not None and (by_rule or isinstance(placement, Placement | Mapping)):
         raise UsageProblem(
@@ -82,7 +82,7 @@ def _wish(
             fix="drop `--map-layers`, or give the map to `--placement`",
         )
     if isinstance(placement, str) and placement in RULES:
-        return replace(wish, rule=placement), ()
+        return replace(request, rule=placement), ()
     stacks = source.detection.checked().stacks
     if isinstance(placement, str) and _no_map(placement):
         raise UsageProblem(
@@ -92,18 +92,18 @@ def _wish(
         )
     if isinstance(placement, Mapping):
         rows = by_stack(tuple(s.name for s in stacks), placement)
-        return replace(wish, rows=rows), ()
+        return replace(request, rows=rows), ()
     layers, names = layers_of(stacks, source.checkpoint.config)
     told: tuple[str, ...] = ()
     if not isinstance(placement, Placement):
         raw = read_map(placement)
-        ep_size_of(raw, wish.ep_size)
+        ep_size_of(raw, request.ep_size)
         placement, assumed = resolve(raw, layers, map_layers=map_layers)
         told = (f"{raw.format} map, {assumed}",)
-    check(placement, layers, ep_size=wish.ep_size, allow_duplicates=wish.allow_duplicates)
+    check(placement, layers, ep_size=request.ep_size, allow_duplicates=request.allow_duplicates)
     by_layer = dict(zip(layers.all_moe, names, strict=True))
     given = zip(placement.layers, placement.physical_to_logical, strict=True)
-    return replace(wish, rows={by_layer[n]: row for n, row in given}, whole=False), told
+    return replace(request, rows={by_layer[n]: row for n, row in given}, whole=False), told
 
 
 def _no_map(text: str) -> bool:

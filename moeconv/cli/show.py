@@ -34,7 +34,7 @@ def plan_table(result: Result) -> tuple[list[str], Rows]:
 def plan_summary(result: Result) -> list[str]:
     """What happens, in a few lines; the last one is about the disk."""
     plan, source = result.plan, result.source.checkpoint
-    verbs = Counter(fate.verb for fate in plan.ledger)
+    verbs = Counter(entry.verb for entry in plan.ledger)
     fates = ", ".join(f"{count:,} {verb}" for verb, count in sorted(verbs.items()))
     lines = [
         f"source: {counted(len(source.files), 'file')}, "

@@ -31,7 +31,7 @@ from moeconv.manifest.model import (
     rank_part_bytes,
 )
 from moeconv.manifest.reader import parse_parts
-from moeconv.plan.model import CopyTile, OutputFile, OutputTensor, Plan, WeaveTile
+from moeconv.plan.model import CopyTile, OutputFile, OutputTensor, PermuteTile, Plan
 
 Grouped: TypeAlias = dict[str, tuple[Part, ...]]  # by the name of the document
 _READ_AT_ONCE: Final = 4096  # tensors: as values of JSON they take kilobytes each
@@ -89,7 +89,7 @@ def virtual_parts(
     for file in files:
         runs: list[list[Run]] = [[] for _ in file.tensors]
         for tile in file.tiles:
-            if isinstance(tile, WeaveTile) and not tile.straight:
+            if isinstance(tile, PermuteTile) and not tile.is_identity:
                 raise InternalError(f"a run of {file.tensors[tile.tensor].name} would be reordered")
             source = tile if isinstance(tile, CopyTile) else tile.spans[0]
             _append(runs[tile.tensor], Run(source.file, source.offset, tile.nbytes))

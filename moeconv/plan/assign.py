@@ -31,7 +31,7 @@ RULES: Final[dict[str, Rule]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class PlacementRequest:
     """What the user asks for.
 
     rows: of a map, [P] by stack name; rule: for the stacks without a row; redundant: R of the
@@ -47,23 +47,25 @@ class Wish:
     whole: bool = True
 
 
-def placed(stacks: tuple[Stack, ...], wish: Wish) -> tuple[Sharding, tuple[str, ...]]:
-    """The rows of every stack that ranks share, and in words what became of the stacks.
+def placed(
+    stacks: tuple[Stack, ...], request: PlacementRequest
+) -> tuple[Sharding, tuple[str, ...]]:
+    """The rows of every stack that ranks share, and in notes what became of the stacks.
 
     Stacks that a map leaves out are trivial; where their experts do not divide they stay in the
     common files. Without a map of its own the main kind of stacks must divide.
     Raises BadPlacement with all problems, UsageProblem.
     """
-    rows = dict(wish.rows or {})
-    if problem := slots_problem(1, wish.ep_size, wish.ep_size):
+    rows = dict(request.rows or {})
+    if problem := slots_problem(1, request.ep_size, request.ep_size):
         refuse_misfits([problem])
-    _refuse_other_redundancy(stacks, rows, wish)
-    main = {s.name for s in main_kind(stacks)} if wish.whole else set()
+    _refuse_other_redundancy(stacks, rows, request)
+    main = {s.name for s in main_kind(stacks)} if request.whole else set()
     left: dict[int, list[str]] = defaultdict(list)
     for stack in stacks:
         if stack.name in rows:
             continue
-        row = _by_rule(stack, wish, required=stack.name in main)
+        row = _by_rule(stack, request, required=stack.name in main)
         if row is None:
             left[stack.sizes.experts].append(stack.name)
         else:
@@ -75,24 +77,24 @@ def placed(stacks: tuple[Stack, ...], wish: Wish) -> tuple[Sharding, tuple[str, 
         for problem in row_problems(
             rows[s.name],
             experts=s.sizes.experts,
-            ep_size=wish.ep_size,
+            ep_size=request.ep_size,
             where=quoted(s.name),
-            allow_duplicates=wish.allow_duplicates,
+            allow_duplicates=request.allow_duplicates,
         )
     )
-    return Sharding(wish.ep_size, rows), tuple(_words(stacks, rows, left, wish))
+    return Sharding(request.ep_size, rows), tuple(_notes(stacks, rows, left, request))
 
 
 def _refuse_other_redundancy(
-    stacks: tuple[Stack, ...], rows: dict[str, tuple[int, ...]], wish: Wish
+    stacks: tuple[Stack, ...], rows: dict[str, tuple[int, ...]], request: PlacementRequest
 ) -> None:
     for stack in stacks:
         row = rows.get(stack.name)
         more = len(row or ()) - stack.sizes.experts
-        if row is None or wish.redundant in {None, more}:
+        if row is None or request.redundant in {None, more}:
             continue
         raise UsageProblem(
-            f"`--redundant {wish.redundant}` is not what the map has",
+            f"`--redundant {request.redundant}` is not what the map has",
             at=quoted(stack.name),
             cause=f"its {len(row)} slots are {abs(more)} {'more' if more >= 0 else 'fewer'} "
             f"than the {stack.sizes.experts} experts",
@@ -100,45 +102,45 @@ def _refuse_other_redundancy(
         )
 
 
-def _by_rule(stack: Stack, wish: Wish, *, required: bool) -> tuple[int, ...] | None:
+def _by_rule(stack: Stack, request: PlacementRequest, *, required: bool) -> tuple[int, ...] | None:
     experts = stack.sizes.experts
-    rule = RULES[wish.rule] if wish.rows is None else RULES[TRIVIAL]
-    redundant = (wish.redundant or 0) if wish.rows is None else 0
+    rule = RULES[request.rule] if request.rows is None else RULES[TRIVIAL]
+    redundant = (request.redundant or 0) if request.rows is None else 0
     if required:
-        return rule(experts, slots_for(experts, redundant, wish.ep_size), wish.ep_size)
+        return rule(experts, slots_for(experts, redundant, request.ep_size), request.ep_size)
     for slots in (experts + redundant, experts):
-        if slots % wish.ep_size == 0:
-            row = rule(experts, slots, wish.ep_size)
+        if slots % request.ep_size == 0:
+            row = rule(experts, slots, request.ep_size)
             # more redundant experts than another kind of stacks has must not fail the whole run
-            if wish.allow_duplicates or not any(
-                row_problems(row, experts=experts, ep_size=wish.ep_size, where="")
+            if request.allow_duplicates or not any(
+                row_problems(row, experts=experts, ep_size=request.ep_size, where="")
             ):
                 return row
     return None
 
 
-def _words(
+def _notes(
     stacks: tuple[Stack, ...],
     rows: dict[str, tuple[int, ...]],
     left: dict[int, list[str]],
-    wish: Wish,
+    request: PlacementRequest,
 ) -> list[str]:
     kinds: dict[tuple[str, int, int], int] = defaultdict(int)
     for stack in stacks:
         if stack.name in rows:
-            by_map = wish.rows is not None and stack.name in wish.rows
-            how = "by the map" if by_map else wish.rule if wish.rows is None else TRIVIAL
+            by_map = request.rows is not None and stack.name in request.rows
+            how = "by the map" if by_map else request.rule if request.rows is None else TRIVIAL
             kinds[how, stack.sizes.experts, len(rows[stack.name])] += 1
-    words = [
+    notes = [
         f"{counted(count, 'stack')} of {counted(experts, 'expert')} {how}: "
-        f"{counted(slots // wish.ep_size, 'slot')} on each of {counted(wish.ep_size, 'rank')}"
+        f"{counted(slots // request.ep_size, 'slot')} on each of {counted(request.ep_size, 'rank')}"
         + (f", {slots - experts} redundant" if slots > experts else "")
         for (how, experts, slots), count in kinds.items()
     ]
-    words += [
+    notes += [
         f"{quoted(names[0])}"
         + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        + f": {counted(experts, 'expert')} do not divide by {wish.ep_size}; in the common files"
+        + f": {counted(experts, 'expert')} do not divide by {request.ep_size}; in the common files"
         for experts, names in left.items()
     ]
-    return words
+    return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from math import prod
 
 from moeconv.checkpoint.dtypes import BITS
@@ -18,10 +19,10 @@ from moeconv.errors import (
 )
 from moeconv.layout.axes import OUT
 from moeconv.layout.recipe import MATRICES, PLAIN, Layout
-from moeconv.manifest.model import RecipeText, StackEntry
-from moeconv.plan.model import Fate, Plan
+from moeconv.manifest.model import Manifest, RecipeText, StackEntry
+from moeconv.plan.model import LedgerEntry, Plan
 from moeconv.plan.pack import Packing, index_bytes, pack
-from moeconv.plan.tensors import copied, fates, laid_out, matrix_bytes
+from moeconv.plan.tensors import copied, laid_out, ledger_entries, matrix_bytes
 
 FUSE = "fuse"
 UNFUSE = "unfuse"
@@ -43,12 +44,12 @@ def plan_conversion(
     refuse_no_experts(detection)
     stacks = detection.stacks
     targets = [target_of(stack, verb, layout) for stack in stacks]
-    drafts = [copied(t) for t in detection.others]
-    ledger = copied_fates(detection)
+    planned_tensors = [copied(t) for t in detection.others]
+    ledger = copied_entries(detection)
     for number, (stack, target) in enumerate(zip(stacks, targets, strict=True)):
-        drafts += laid_out(stack, number, target)
-        ledger += fates(stack, target)
-    files = pack(drafts, packing)
+        planned_tensors += laid_out(stack, number, target)
+        ledger += ledger_entries(stack, target)
+    files = pack(planned_tensors, packing)
     plan = Plan(
         files=files,
         index_name=INDEX_NAME,
@@ -78,9 +79,9 @@ def refuse_no_experts(detection: Detection) -> None:
     )
 
 
-def copied_fates(detection: Detection) -> list[Fate]:
+def copied_entries(detection: Detection) -> list[LedgerEntry]:
     """The ledger's lines for tensors of no expert."""
-    return [Fate(t.name, "copied", (t.name,), t.nbytes) for t in detection.others]
+    return [LedgerEntry(t.name, "copied", (t.name,), t.nbytes) for t in detection.others]
 
 
 def target_of(stack: Stack, verb: str, layout: str | None) -> Layout:
@@ -196,10 +197,10 @@ def prove(plan: Plan, detection: Detection) -> None:
                 f"the plan of {quoted(file.name)} ends at {at:,}, not {file.size:,}"
             )
     made = {t.name for f in plan.files for t in f.tensors}
-    for fate in plan.ledger:
-        lost = not fate.into and fate.verb != "replica"
-        if lost or not made.issuperset(fate.into):
-            raise InternalError(f"the plan loses {quoted(fate.source)}")
+    for entry in plan.ledger:
+        lost = not entry.into and entry.verb != "replica"
+        if lost or not made.issuperset(entry.into):
+            raise InternalError(f"the plan loses {quoted(entry.source)}")
     read, written = _logical_source(detection), _logical_output(plan)
     if written != read + plan.replica_bytes:
         raise InternalError(
@@ -226,3 +227,30 @@ def _logical_output(plan: Plan) -> int:
         else:
             total += tensor.units * prod(expert.matrix) * BITS[tensor.dtype] // 8
     return total
+
+
+def unequal_notes(stacks: tuple[Stack, ...], manifest: Manifest) -> tuple[str, ...]:
+    """A line for each component whose gate and up differ, where its recipe asks for one.
+
+    A plan knows headers only; the digests of a finished output tell equal values without a read.
+    """
+    asked = {
+        (stack.name, m.component.name): m.component.unequal
+        for stack in stacks
+        for m in stack.members
+        if m.component.unequal
+    }
+    differ: dict[tuple[str, str], int] = defaultdict(int)
+    for tensor in (t for part in manifest.parts for t in part.tensors):
+        expert = tensor.expert
+        if expert is None or len(expert.projections) != 2 or not tensor.digests:
+            continue
+        why = asked.get((manifest.root.stacks[expert.stack].name, expert.component))
+        if why:
+            pairs = zip(tensor.digests[::2], tensor.digests[1::2], strict=True)
+            differ[expert.component, why] += sum(gate != up for gate, up in pairs)
+    return tuple(
+        f"{component} of gate and up differ in {counted(count, 'expert')}, kept apart: {why}"
+        for (component, why), count in differ.items()
+        if count
+    )

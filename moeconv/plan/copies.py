@@ -1,7 +1,7 @@
 """Tiles: for each run of output bytes, the runs of source bytes that fill it.
 
 A tile never crosses an expert. Where both sides hold a matrix as one run in canonical order it is
-a copy; everything else (turned, interleaved, shared) is a weave of one expert.
+a copy; everything else (transposed, interleaved, shared) is a permutation of one expert.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from moeconv.checkpoint.dtypes import BITS
 from moeconv.detect.stack import StoredComponent
 from moeconv.errors import SubByteAxis, quoted
 from moeconv.layout.axes import EXPERT, Geometry
-from moeconv.plan.model import CopyTile, Piece, Span, Tile, WeaveTile
-from moeconv.plan.tensors import Draft, Woven
+from moeconv.plan.model import CopyTile, PermuteTile, Span, StridedCopy, Tile
+from moeconv.plan.tensors import ExpertMatrices, PlannedTensor
 
 
-def tiles_of(draft: Draft, *, tensor: int, offset: int) -> Iterator[Tile]:
+def tiles_of(planned: PlannedTensor, *, tensor: int, offset: int) -> Iterator[Tile]:
     """The tiles of one output tensor that starts at byte `offset` of its file."""
-    if draft.woven is None:
-        source = draft.source
+    if planned.matrices is None:
+        source = planned.source
         if source is not None and source.nbytes:
             yield CopyTile(offset, source.nbytes, tensor, 0, source.file, source.offset)
         return
-    if draft.nbytes == 0:
+    if planned.nbytes == 0:
         return
-    yield from _Weaver(draft, draft.woven, tensor, offset).tiles()
+    yield from _Permuter(planned, planned.matrices, tensor, offset).tiles()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,32 +38,34 @@ class _Place:
     strides: tuple[int, ...]
 
 
-class _Weaver:
+class _Permuter:
     """Makes the tiles of one output tensor of a stack."""
 
-    def __init__(self, draft: Draft, woven: Woven, tensor: int, offset: int) -> None:
-        self.woven = woven
+    def __init__(
+        self, planned: PlannedTensor, matrices: ExpertMatrices, tensor: int, offset: int
+    ) -> None:
+        self.matrices = matrices
         self.tensor = tensor
         self.offset = offset
-        self.bits = BITS[draft.dtype]
-        self.name = draft.name
-        self.keys = woven.keys
-        self.runs = len(self.keys) if EXPERT in woven.axes.letters else 1
-        self.run_bytes = draft.nbytes // self.runs
-        self.members = woven.members
+        self.bits = BITS[planned.dtype]
+        self.name = planned.name
+        self.keys = matrices.keys
+        self.runs = len(self.keys) if EXPERT in matrices.axes.letters else 1
+        self.run_bytes = planned.nbytes // self.runs
+        self.members = matrices.members
 
     def tiles(self) -> Iterator[Tile]:
-        if self._plain():
+        if self._is_copy():
             yield from self._copies()
             return
         if self.runs == len(self.keys):
             for number, key in enumerate(self.keys):
-                yield self._weave(number, (key,))
+                yield self._permuted(number, (key,))
         else:
-            yield self._weave(0, self.keys)
+            yield self._permuted(0, self.keys)
 
-    def _plain(self) -> bool:
-        target = self.woven.geometry
+    def _is_copy(self) -> bool:
+        target = self.matrices.geometry
         return (
             self.runs == len(self.keys)
             and (target.pair_stride != 0 or len(self.members) == 1)
@@ -77,7 +79,7 @@ class _Weaver:
         )
 
     def _copies(self) -> Iterator[Tile]:
-        target = self.woven.geometry
+        target = self.matrices.geometry
         nbytes = self.run_bytes // len(self.members)
         pairs = [
             (
@@ -87,7 +89,7 @@ class _Weaver:
                 member.geometry.pair_stride * projection_place(member, name) * self.bits // 8,
             )
             for g, (member, name) in enumerate(
-                zip(self.members, self.woven.expert.projections, strict=True)
+                zip(self.members, self.matrices.expert.projections, strict=True)
             )
         ]
         base, unit = self.offset, 0
@@ -99,22 +101,24 @@ class _Weaver:
                 unit += 1
             base += self.run_bytes
 
-    def _weave(self, number: int, keys: tuple[int, ...]) -> WeaveTile:
+    def _permuted(self, number: int, keys: tuple[int, ...]) -> PermuteTile:
         spans: list[Span] = []
-        pieces: list[Piece] = []
+        pieces: list[StridedCopy] = []
         taken: set[int] = set()
         for position, key in enumerate(keys):
             for g, (member, projection) in enumerate(
-                zip(self.members, self.woven.expert.projections, strict=True)
+                zip(self.members, self.matrices.expert.projections, strict=True)
             ):
                 span = self._span(member, key)
                 if span not in spans:
                     spans.append(span)
                 inner = member.geometry.pair_stride * projection_place(member, projection)
                 source = self._in_items(member.geometry, inner)
-                target = self._in_items(self.woven.geometry, self.woven.geometry.pair_stride * g)
+                target = self._in_items(
+                    self.matrices.geometry, self.matrices.geometry.pair_stride * g
+                )
                 pieces.append(
-                    Piece(
+                    StridedCopy(
                         unit=(number + position) * len(self.members) + g,
                         span=spans.index(span),
                         src_offset=source.offset,
@@ -126,7 +130,7 @@ class _Weaver:
                     )
                 )
                 taken.add(target.offset)
-        return WeaveTile(
+        return PermuteTile(
             self.offset + number * self.run_bytes,
             self.run_bytes,
             self.tensor,

@@ -25,7 +25,7 @@ class CopyTile:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One run of a source file that a weave reads whole."""
+    """One run of a source file that a permutation reads whole."""
 
     file: int
     offset: int
@@ -33,11 +33,11 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One unit of a weave: element (i, j, …) goes from the span to the tile.
+class StridedCopy:
+    """One unit of a permutation: element (i, j, …) goes from the span to the tile.
 
-    shape is canonical (O, K, packing); offsets and strides count items. repeat: the place was
-    written by an earlier piece already, so the bytes must be equal to those.
+    shape is canonical (O, K, packing); offsets and strides count items of the tile's `itemsize`
+    bytes. repeat: an earlier copy wrote to the same offset, so the bytes must be equal to those.
     """
 
     unit: int
@@ -51,18 +51,18 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class WeaveTile:
-    """One run of the output whose units are permuted, interleaved or shared."""
+class PermuteTile:
+    """One run of the output whose units are transposed, interleaved or shared."""
 
     start: int
     nbytes: int
     tensor: int
     itemsize: int
     spans: tuple[Span, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StridedCopy, ...]
 
     @property
-    def straight(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether the bytes stay as they are and only the digests need the permutation."""
         return (
             len(self.spans) == 1
@@ -73,7 +73,7 @@ class WeaveTile:
         )
 
 
-Tile = CopyTile | WeaveTile
+Tile = CopyTile | PermuteTile
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +102,10 @@ class OutputFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Fate:
-    """What became of one source tensor: `verb` is copied, renamed, fused, split, rearranged,
+class LedgerEntry:
+    """What becomes of one source tensor: `verb` is copied, renamed, fused, split, rearranged,
     sliced or merged (cut for ranks, or joined from them), shared (one value stored for several
-    matrices, which must be equal), or replica (not read: its experts stand elsewhere, too).
+    matrices, which must be equal), or replica (not read: another tensor holds the same experts).
 
     added: bytes that are written beyond its own, for redundant experts.
     """
@@ -140,7 +140,7 @@ class Plan:
     index: bytes
     stacks: tuple[StackEntry, ...]
     recipes: tuple[RecipeText, ...]
-    ledger: tuple[Fate, ...]
+    ledger: tuple[LedgerEntry, ...]
     notes: tuple[str, ...]
     restores: bool = False
     ep_size: int | None = None
@@ -150,7 +150,7 @@ class Plan:
     @property
     def replica_bytes(self) -> int:
         """Bytes of redundant experts: what is written beyond the source."""
-        return sum(fate.added for fate in self.ledger)
+        return sum(entry.added for entry in self.ledger)
 
     @property
     def tensor_bytes(self) -> int:

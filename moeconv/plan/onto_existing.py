@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moeconv.checkpoint.header import Header
+from moeconv.checkpoint.dtypes import BITS
+from moeconv.checkpoint.header import Header, StoredTensor
 from moeconv.checkpoint.origin import Origin
 from moeconv.detect.detect import Detection
+from moeconv.detect.stack import StoredComponent
 from moeconv.errors import BadManifest, quoted
-from moeconv.manifest.model import Manifest
-from moeconv.plan.convert import copied_fates, prove, stack_entry
-from moeconv.plan.identity import from_itself
-from moeconv.plan.model import Fate, OutputFile, Plan
+from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Axis, geometry, parse_axes
+from moeconv.layout.recipe import Component, Line
+from moeconv.manifest.model import ExpertEntry, Manifest
+from moeconv.plan.convert import copied_entries, prove, stack_entry
+from moeconv.plan.model import LedgerEntry, OutputFile, Plan
 from moeconv.plan.pack import output_file
-from moeconv.plan.shard import Sharding, drafts_of
-from moeconv.plan.tensors import Draft, copied, fates, laid_out
+from moeconv.plan.shard import Sharding, tensors_of_files
+from moeconv.plan.tensors import ExpertMatrices, PlannedTensor, copied, laid_out, ledger_entries
 
 
 def plan_restore(detection: Detection, original: Detection, origin: Origin) -> Plan:
@@ -23,13 +26,14 @@ def plan_restore(detection: Detection, original: Detection, origin: Origin) -> P
     detection: the set as it is; original: what the origin's headers spell, in its own layouts.
     Raises BadManifest where the two are not the same model.
     """
-    drafts = _drafts_onto(detection, original)
+    planned_tensors = _tensors_onto(detection, original)
     kept = {t.name for t in original.others} | {s.name for s in original.stacks}
     for name in (*(t.name for t in detection.others), *(s.name for s in detection.stacks)):
         if name not in kept:
             raise _foreign(name)
     files = tuple(
-        _existing_file(PlacedHeader(f.name, f.size, f.header), drafts) for f in origin.files
+        _existing_file(PlacedHeader(f.name, f.size, f.header), planned_tensors)
+        for f in origin.files
     )
     plan = Plan(
         files=files,
@@ -55,36 +59,36 @@ class PlacedHeader:
     rank: int | None = None
 
 
-def _drafts_onto(detection: Detection, target: Detection) -> dict[str, Draft]:
+def _tensors_onto(detection: Detection, target: Detection) -> dict[str, PlannedTensor]:
     current = {s.name: s for s in detection.stacks}
     plain = {t.name: t for t in detection.others}
-    drafts: dict[str, Draft] = {}
+    planned_tensors: dict[str, PlannedTensor] = {}
     for number, stack in enumerate(target.stacks):
         source = current.get(stack.name)
         if source is None or source.sizes != stack.sizes:
             raise _foreign(stack.name)
         made = laid_out(source, number, stack.layout, like=stack)
-        drafts.update((d.name, d) for d in made)
+        planned_tensors.update((d.name, d) for d in made)
     for tensor in target.others:
         if tensor.name not in plain:
             raise _foreign(tensor.name)
-        drafts[tensor.name] = copied(plain[tensor.name])
-    return drafts
+        planned_tensors[tensor.name] = copied(plain[tensor.name])
+    return planned_tensors
 
 
-def _ledger_onto(detection: Detection, target: Detection) -> tuple[Fate, ...]:
+def _ledger_onto(detection: Detection, target: Detection) -> tuple[LedgerEntry, ...]:
     current = {s.name: s for s in detection.stacks}
-    found = [fate for s in target.stacks for fate in fates(current[s.name], s.layout)]
-    return (*copied_fates(detection), *found)
+    found = [entry for s in target.stacks for entry in ledger_entries(current[s.name], s.layout)]
+    return (*copied_entries(detection), *found)
 
 
-def _existing_file(file: PlacedHeader, drafts: dict[str, Draft]) -> OutputFile:
+def _existing_file(file: PlacedHeader, planned_tensors: dict[str, PlannedTensor]) -> OutputFile:
     places = []
     for tensor in sorted(file.header.tensors, key=lambda t: (t.offset, t.nbytes)):
-        draft = drafts.get(tensor.name)
-        if draft is None or draft.nbytes != tensor.nbytes or draft.dtype != tensor.dtype:
+        planned = planned_tensors.get(tensor.name)
+        if planned is None or planned.nbytes != tensor.nbytes or planned.dtype != tensor.dtype:
             raise _foreign(tensor.name)
-        places.append((draft, tensor.offset))
+        places.append((planned, tensor.offset))
     return output_file(file.name, file.header.raw, places, size=file.size, rank=file.rank)
 
 
@@ -105,8 +109,8 @@ def plan_onto(
     inverse plan, under which every byte of the one can be held against the other.
     Raises BadManifest where `detection` has nothing for a tensor.
     """
-    drafts = _drafts_onto(detection, target)
-    return tuple(_existing_file(file, drafts) for file in files)
+    planned_tensors = _tensors_onto(detection, target)
+    return tuple(_existing_file(file, planned_tensors) for file in files)
 
 
 def plan_onto_set(
@@ -125,7 +129,7 @@ def plan_onto_set(
         for s in manifest.root.stacks
         if s.physical_to_logical is not None
     }
-    common, ranks = drafts_of(detection, Sharding(manifest.root.ep_size or 1, rows), layouts)
+    common, ranks = tensors_of_files(detection, Sharding(manifest.root.ep_size or 1, rows), layouts)
     by_rank = dict(enumerate(ranks))
     by_name = {
         rank: {d.name: d for d in (common if rank is None else by_rank[rank])}
@@ -134,12 +138,53 @@ def plan_onto_set(
     return tuple(_existing_file(file, by_name[file.rank]) for file in files)
 
 
-def plan_onto_itself(manifest: Manifest, files: tuple[PlacedHeader, ...]) -> tuple[OutputFile, ...]:
+def plan_rereading(manifest: Manifest, files: tuple[PlacedHeader, ...]) -> tuple[OutputFile, ...]:
     """The files of an expert-parallel set filled from themselves: every slot from its own bytes."""
     said = {(p.file, t.name): t.expert for p in manifest.parts for t in p.tensors}
     return tuple(
         _existing_file(
-            file, {t.name: from_itself(t, said[file.name, t.name]) for t in file.header.tensors}
+            file,
+            {t.name: unchanged_tensor(t, said[file.name, t.name]) for t in file.header.tensors},
         )
         for file in files
     )
+
+
+def unchanged_tensor(stored: StoredTensor, expert: ExpertEntry | None) -> PlannedTensor:
+    """Plan to re-read a tensor in place, by its manifest entry alone: no recipe is needed."""
+    if expert is None:
+        return copied(stored)
+    # the manifest counts blocks, not rows
+    bare = Axes(tuple(tuple(Axis(a.letter) for a in dim) for dim in parse_axes(expert.axes).dims))
+    inner: list[str] = [c for c in (OUT, IN) if c in bare.letters]
+    inner += sorted(c for c in bare.letters if c.islower())
+    sizes = dict(zip(inner, expert.matrix, strict=True))
+    sizes |= {EXPERT: len(expert.experts), PAIR: len(expert.projections)}
+    member = StoredComponent(
+        line=Line(expert.projections, "{stack}", bare),
+        component=Component(expert.component, bare, "", (bare,)),
+        dtype=stored.dtype,
+        axes=bare,
+        geometry=geometry(bare, sizes),
+        tensors=(stored,),
+        places=tuple((0, position) for position in range(len(expert.experts))),
+    )
+    members = (member,) * len(expert.projections)
+    keys = tuple(range(len(expert.experts)))
+    matrices = ExpertMatrices(members, keys, bare, member.geometry, expert)
+    nbytes = member.geometry.numel * BITS[stored.dtype] // 8
+    return PlannedTensor(stored.name, stored.dtype, stored.shape, nbytes, None, matrices)
+
+
+def unchanged_file(file: OutputFile, number: int) -> OutputFile:
+    """A planned file as if it were the source, file `number` of it."""
+    places = [
+        (
+            unchanged_tensor(
+                StoredTensor(t.name, t.dtype, t.shape, number, t.offset, t.nbytes), t.expert
+            ),
+            t.offset,
+        )
+        for t in file.tensors
+    ]
+    return output_file(file.name, file.header, places, size=file.size, rank=file.rank)

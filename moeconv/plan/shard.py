@@ -18,7 +18,7 @@ from moeconv.layout.recipe import Layout, slots_before
 from moeconv.manifest.model import files_name
 from moeconv.plan.convert import (
     FUSE,
-    copied_fates,
+    copied_entries,
     format_notes,
     prove,
     recipes_of,
@@ -26,9 +26,9 @@ from moeconv.plan.convert import (
     stack_entry,
     target_of,
 )
-from moeconv.plan.model import Fate, OutputFile, Plan, WeaveTile
+from moeconv.plan.model import LedgerEntry, OutputFile, PermuteTile, Plan
 from moeconv.plan.pack import Packing, pack
-from moeconv.plan.tensors import Draft, Kind, copied, fates, kinds_of
+from moeconv.plan.tensors import OutputGroup, PlannedTensor, copied, ledger_entries, output_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def plan_shards(
         notes=notes,
     )
     if virtual:
-        refuse_woven(plan.files)
+        refuse_permuted(plan.files)
     return plan
 
 
@@ -84,16 +84,16 @@ def shards_in(
 ) -> Plan:
     """`plan_shards` with a layout for each stack by name."""
     stacks = detection.stacks
-    common, ranks = drafts_of(detection, sharding, targets)
+    common, ranks = tensors_of_files(detection, sharding, targets)
     _refuse_two_meanings(common, ranks)
     before = _slots_before(detection, sharding)
     files: list[OutputFile] = []
-    for rank, drafts in ((None, common), *enumerate(ranks)):
+    for rank, planned_tensors in ((None, common), *enumerate(ranks)):
         prefix = files_name(rank, sharding.ep_size)
-        files += pack(drafts, packing, prefix=prefix, rank=rank)
-    ledger = copied_fates(detection)
+        files += pack(planned_tensors, packing, prefix=prefix, rank=rank)
+    ledger = copied_entries(detection)
     for stack in stacks:
-        ledger += _fates(stack, targets[stack.name], sharding, before)
+        ledger += _ledger_entries(stack, targets[stack.name], sharding, before)
     plan = Plan(
         files=tuple(files),
         index_name=None,
@@ -127,27 +127,27 @@ def _not_shared(detection: Detection) -> list[str]:
     ]
 
 
-def drafts_of(
+def tensors_of_files(
     detection: Detection, sharding: Sharding, targets: dict[str, Layout]
-) -> tuple[list[Draft], list[list[Draft]]]:
+) -> tuple[list[PlannedTensor], list[list[PlannedTensor]]]:
     """The tensors of the common files, and those of each rank's."""
     common = [copied(t) for t in detection.others]
-    ranks: list[list[Draft]] = [[] for _ in range(sharding.ep_size)]
+    ranks: list[list[PlannedTensor]] = [[] for _ in range(sharding.ep_size)]
     before = _slots_before(detection, sharding)
     for number, stack in enumerate(detection.stacks):
         row = sharding.rows.get(stack.name)
-        for kind in kinds_of(stack, number, targets[stack.name]):
+        for group in output_groups(stack, number, targets[stack.name]):
             if row is None:
-                common += kind.for_all()
+                common += group.for_all()
                 continue
-            if kind.component.is_global:
-                local = kind.line.slot_template(stack.name, kind.component, before)
-                common += kind.for_all(local=local)
+            if group.component.is_global:
+                local = group.line.slot_template(stack.name, group.component, before)
+                common += group.for_all(local=local)
                 continue
             share = len(row) // sharding.ep_size
-            name = kind.line.namer(stack.name, kind.component, slots_before=before)
+            name = group.line.namer(stack.name, group.component, slots_before=before)
             for rank in range(sharding.ep_size):
-                ranks[rank] += _slots(kind, name, row, rank * share, share)
+                ranks[rank] += _slots(group, name, row, rank * share, share)
     return common, ranks
 
 
@@ -157,44 +157,50 @@ def _slots_before(detection: Detection, sharding: Sharding) -> int:
 
 
 def _slots(
-    kind: Kind, name: Callable[[int | None], str], row: tuple[int, ...], first: int, share: int
-) -> list[Draft]:
-    """A rank's tensors of one kind: one for each slot, or one with all of them."""
-    if not kind.line.per_expert:
+    group: OutputGroup,
+    name: Callable[[int | None], str],
+    row: tuple[int, ...],
+    first: int,
+    share: int,
+) -> list[PlannedTensor]:
+    """A rank's tensors of one group: one for each slot, or one with all of them."""
+    if not group.line.per_expert:
         slots = (first, first + share)
         experts = row[first : first + share]
-        return [kind.draft(name(None), kind.geometry(share), experts, slots=slots)]
-    geometry = kind.geometry(1)
+        return [group.plan_tensor(name(None), group.geometry(share), experts, slots=slots)]
+    geometry = group.geometry(1)
     return [
-        kind.draft(name(s), geometry, (row[first + s],), slots=(first + s, first + s + 1))
+        group.plan_tensor(name(s), geometry, (row[first + s],), slots=(first + s, first + s + 1))
         for s in range(share)
     ]
 
 
-def _refuse_two_meanings(common: list[Draft], ranks: list[list[Draft]]) -> None:
+def _refuse_two_meanings(common: list[PlannedTensor], ranks: list[list[PlannedTensor]]) -> None:
     """Raise NameCollision where a rank would have a name that the common files have, too."""
-    shared = {draft.name for draft in common}
-    for draft in chain.from_iterable(ranks):
-        if draft.name in shared:
+    shared = {planned.name for planned in common}
+    for planned in chain.from_iterable(ranks):
+        if planned.name in shared:
             raise NameCollision(
-                f"the common files and a rank's would both have a {quoted(draft.name)}",
-                at=quoted(draft.name),
+                f"the common files and a rank's would both have a {quoted(planned.name)}",
+                at=quoted(planned.name),
                 cause="one is a slot of this rank, the other something that all ranks have",
                 fix="choose a `--layout` without names for each expert, such as `fused`, "
                 "or fewer redundant experts",
             )
 
 
-def _fates(stack: Stack, layout: Layout, sharding: Sharding, before: int) -> list[Fate]:
+def _ledger_entries(
+    stack: Stack, layout: Layout, sharding: Sharding, before: int
+) -> list[LedgerEntry]:
     row = sharding.rows.get(stack.name)
     if row is None:
-        return fates(stack, layout)
+        return ledger_entries(stack, layout)
     share = len(row) // sharding.ep_size
     numbers: list[list[int]] = [[] for _ in range(stack.sizes.experts)]
     for slot, expert in enumerate(row):
         numbers[expert].append(slot % share)
     replicated = not_global(stack)
-    return fates(stack, layout, numbers=numbers, replicated=replicated, before=before)
+    return ledger_entries(stack, layout, numbers=numbers, replicated=replicated, before=before)
 
 
 def not_global(stack: Stack) -> frozenset[str]:
@@ -215,11 +221,11 @@ def refuse_tensor_sidecars(names: tuple[str, ...]) -> None:
         )
 
 
-def refuse_woven(files: tuple[OutputFile, ...]) -> None:
+def refuse_permuted(files: tuple[OutputFile, ...]) -> None:
     """Raise NotVirtual where a tensor's values would stand in another order."""
     for file in files:
         for tile in file.tiles:
-            if isinstance(tile, WeaveTile) and not tile.straight:
+            if isinstance(tile, PermuteTile) and not tile.is_identity:
                 name = file.tensors[tile.tensor].name
                 raise NotVirtual(
                     f"{quoted(name)} cannot be a run of the source's bytes",

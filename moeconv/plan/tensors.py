@@ -1,4 +1,4 @@
-"""What the output will hold, before anything has a place: one draft for each output tensor."""
+"""The tensors of the output, before files and offsets are assigned to them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from moeconv.errors import ExpertDtype, StraddlingBlock, quoted
 from moeconv.layout.axes import EXPERT, PAIR, Axes, Geometry, geometry
 from moeconv.layout.recipe import Component, Layout, Line
 from moeconv.manifest.model import ExpertEntry
-from moeconv.plan.model import Fate
+from moeconv.plan.model import LedgerEntry
 
 
 @dataclass(frozen=True, slots=True)
-class Woven:
-    """Where a draft's bytes come from: matrices of a stack, in the order of a target line.
+class ExpertMatrices:
+    """The matrices of a stack that an output tensor holds, in the order of a target line.
 
-    members: the holders of the line's projections; keys: for each position along the draft's E,
-    the expert that the members are asked for.
+    members: the stored components that hold the line's projections; keys: the expert at each
+    position along the tensor's E.
     """
 
     members: tuple[StoredComponent, ...]
@@ -33,25 +33,25 @@ class Woven:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """One output tensor; `woven` is None for a plain copy of `source`."""
+class PlannedTensor:
+    """One output tensor; `matrices` is None for a plain copy of `source`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     source: StoredTensor | None
-    woven: Woven | None
+    matrices: ExpertMatrices | None
 
 
-def copied(tensor: StoredTensor) -> Draft:
-    """A tensor that is no expert's: as it is."""
-    return Draft(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, tensor, None)
+def copied(tensor: StoredTensor) -> PlannedTensor:
+    """A tensor that belongs to no expert, unchanged."""
+    return PlannedTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, tensor, None)
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """All tensors that a layout has for one line and component of a stack."""
+class OutputGroup:
+    """All output tensors of one line and one component of a stack."""
 
     stack: Stack
     number: int  # of the stack, in the manifest
@@ -69,7 +69,7 @@ class Kind:
         sizes = self.stack.sizes.of(self.line, self.component.name, experts)
         return geometry(self.axes, sizes)
 
-    def draft(
+    def plan_tensor(
         self,
         name: str,
         geometry: Geometry,
@@ -77,7 +77,7 @@ class Kind:
         *,
         slots: tuple[int, int] | None = None,
         local: str | None = None,
-    ) -> Draft:
+    ) -> PlannedTensor:
         """One output tensor with these experts; slots and local are as in the manifest."""
         dtype = self.members[0].dtype
         expert = ExpertEntry(
@@ -91,37 +91,37 @@ class Kind:
             local=local,
         )
         nbytes = geometry.numel * BITS[dtype] // 8
-        woven = Woven(self.members, experts, self.axes, geometry, expert)
-        return Draft(name, dtype, geometry.shape, nbytes, None, woven)
+        matrices = ExpertMatrices(self.members, experts, self.axes, geometry, expert)
+        return PlannedTensor(name, dtype, geometry.shape, nbytes, None, matrices)
 
-    def for_all(self, *, local: str | None = None) -> list[Draft]:
+    def for_all(self, *, local: str | None = None) -> list[PlannedTensor]:
         """The tensors with every expert in logical order.
 
-        local: which names they have on a rank, said where each expert has a tensor.
+        local: the template of their names on a rank, where each expert has a tensor.
         """
         count = self.stack.sizes.experts
         if not self.line.per_expert:
-            return [self.draft(self.name(None), self.geometry(count), tuple(range(count)))]
+            return [self.plan_tensor(self.name(None), self.geometry(count), tuple(range(count)))]
         geometry = self.geometry(1)
-        return [self.draft(self.name(e), geometry, (e,), local=local) for e in range(count)]
+        return [self.plan_tensor(self.name(e), geometry, (e,), local=local) for e in range(count)]
 
 
 def laid_out(
     stack: Stack, number: int, layout: Layout, *, like: Stack | None = None
-) -> list[Draft]:
+) -> list[PlannedTensor]:
     """All output tensors of a stack in a layout. Raises StraddlingBlock, ExpertDtype.
 
-    number: the stack's index in the manifest. like: another form of it, stored in this layout,
-    whose axes count where the recipe allows several.
+    number: the stack's index in the manifest. like: the same stack, stored in this layout: its
+    axes are taken where the recipe allows several.
     """
-    kinds = kinds_of(stack, number, layout, like=like)
-    return list(chain.from_iterable(k.for_all() for k in kinds))
+    groups = output_groups(stack, number, layout, like=like)
+    return list(chain.from_iterable(k.for_all() for k in groups))
 
 
-def kinds_of(
+def output_groups(
     stack: Stack, number: int, layout: Layout, *, like: Stack | None = None
-) -> Iterator[Kind]:
-    """What a stack stores in a layout: each line with each component.
+) -> Iterator[OutputGroup]:
+    """The groups that a stack stores in a layout: each line with each component.
 
     Raises StraddlingBlock, ExpertDtype.
     """
@@ -138,11 +138,11 @@ def kinds_of(
                 refuse_straddling(stack, one.line, one.component, one.axes)
             refuse_straddling(stack, line, component, axes)
             refuse_two_dtypes(stack, held)
-            yield Kind(stack, number, line, component, held, axes)
+            yield OutputGroup(stack, number, line, component, held, axes)
 
 
 def refuse_two_dtypes(stack: Stack, joined: tuple[StoredComponent, ...]) -> None:
-    """One tensor has one dtype: the bytes of another would be read as something else."""
+    """Refuse to join tensors of two dtypes in one: its dtype would be wrong for one of them."""
     dtypes = dict.fromkeys(m.dtype for m in joined)
     if len(dtypes) > 1:
         first = joined[0]
@@ -158,7 +158,7 @@ def refuse_two_dtypes(stack: Stack, joined: tuple[StoredComponent, ...]) -> None
 
 
 def refuse_straddling(stack: Stack, line: Line, component: Component, axes: Axes) -> None:
-    """A granule must not lie across two matrices: then its bytes belong to neither."""
+    """Refuse blocks that cross two matrices: their bytes would belong to neither."""
     sizes = stack.sizes.of(line, component.name)
     for dim in axes.dims:
         for place, axis in enumerate(dim):
@@ -172,7 +172,7 @@ def refuse_straddling(stack: Stack, line: Line, component: Component, axes: Axes
                     f"blocks of {granule} do not fit {quoted(name)}",
                     at=quoted(stack.name),
                     cause=f"each matrix has {size} rows; {size} is not a multiple of {granule}, "
-                    f"so in `{axes}` one block would lie across two of them",
+                    f"so in `{axes}` one block would cross two of them",
                     fix="keep this stack per-expert, or dequantise it first"
                     if line not in {m.line for m in stack.members}
                     # nothing comes of it but what it is: no layout takes such blocks apart
@@ -180,15 +180,15 @@ def refuse_straddling(stack: Stack, line: Line, component: Component, axes: Axes
                 )
 
 
-def fates(
+def ledger_entries(
     stack: Stack,
     layout: Layout,
     *,
     numbers: list[list[int]] | None = None,
     replicated: frozenset[str] = frozenset(),
     before: int = 0,
-) -> list[Fate]:
-    """What becomes of each of a stack's tensors in `layout`.
+) -> list[LedgerEntry]:
+    """The ledger entries of a stack's tensors in `layout`.
 
     numbers: for each expert its slots, as all ranks that hold it count them, where names are by
     slot; replicated: components that are written once for each of these; before: as in
@@ -226,7 +226,7 @@ def fates(
                 names = (name(n) for name in apart for e in experts for n in many[e])
                 into = tuple(dict.fromkeys((*joined, *names)))
             added = sum([beyond[e] for e in experts])
-            out.append(Fate(tensor.name, verb, into, tensor.nbytes, added))
+            out.append(LedgerEntry(tensor.name, verb, into, tensor.nbytes, added))
     return out
 
 

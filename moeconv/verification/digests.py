@@ -22,7 +22,7 @@ from moeconv.manifest.model import (
     addresses,
     canonical_shape,
 )
-from moeconv.plan.onto_existing import PlacedHeader, plan_onto, plan_onto_itself
+from moeconv.plan.onto_existing import PlacedHeader, plan_onto, plan_rereading
 from moeconv.store.documents import file_digest
 
 
@@ -53,7 +53,7 @@ def rehash(
     """
     headers, manifest = placed_headers(checkpoint), checkpoint.manifest
     if manifest is not None and manifest.root.ep_size is not None:
-        files = plan_onto_itself(manifest, headers)
+        files = plan_rereading(manifest, headers)
     else:
         files = plan_onto(detection, detection, headers)
     found = digests_of(files, checkpoint.files, limits=limits, progress=progress)

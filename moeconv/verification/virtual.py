@@ -9,7 +9,7 @@ from moeconv.engine.manifest_writer import virtual_parts
 from moeconv.errors import DigestsMissing, MoeconvError, NotVirtual, quoted
 from moeconv.manifest.model import PARTS_DIR, Manifest, Part, rank_part
 from moeconv.plan.pack import Packing
-from moeconv.plan.shard import Sharding, refuse_woven, shards_in
+from moeconv.plan.shard import Sharding, refuse_permuted, shards_in
 
 _MAX_REPORTED = 20
 
@@ -36,7 +36,7 @@ def virtual_problems(detection: Detection, manifest: Manifest) -> list[MoeconvEr
         virtual=True,
     )
     try:
-        refuse_woven(plan.files)
+        refuse_permuted(plan.files)
     except NotVirtual as problem:
         return [damaged(f"{PARTS_DIR}/", f"its runs cannot be right: {problem.message}")]
     said = _facts(manifest.parts)

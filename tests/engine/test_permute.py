@@ -15,7 +15,7 @@ from moeconv.core.digest import digest
 from moeconv.engine.copy.buffers import PAGE_BYTES, paged
 from moeconv.engine.copy.permute import memory_of, permute
 from moeconv.errors import UnequalShared
-from moeconv.plan.model import Piece, Span, WeaveTile
+from moeconv.plan.model import PermuteTile, Span, StridedCopy
 
 # about the blocks that matrices are turned by, of 256 x 256 items
 SIZES = st.sampled_from([1, 2, 3, 31, 255, 256, 257, 511, 512, 513, 600])
@@ -34,7 +34,7 @@ def _walled(size: int) -> memoryview:
     return found
 
 
-def _woven(tile: WeaveTile, data: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
+def _woven(tile: PermuteTile, data: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
     """The tile's items, where no more memory is taken than was said to be."""
     taken = 0
 
@@ -57,11 +57,13 @@ def _numbers(count: int, itemsize: int) -> np.ndarray:
     return np.frombuffer(rng.bytes(count * itemsize), dtype=f"u{itemsize}")
 
 
-def _tile(itemsize: int, read: int | tuple[int, ...], written: int, *pieces: Piece) -> WeaveTile:
+def _tile(
+    itemsize: int, read: int | tuple[int, ...], written: int, *pieces: StridedCopy
+) -> PermuteTile:
     """read: the items of each span; they stand one after the other."""
     sizes = (read,) if isinstance(read, int) else read
     spans = [Span(0, sum(sizes[:n]) * itemsize, size * itemsize) for n, size in enumerate(sizes)]
-    return WeaveTile(0, written * itemsize, 0, itemsize, tuple(spans), pieces)
+    return PermuteTile(0, written * itemsize, 0, itemsize, tuple(spans), pieces)
 
 
 @given(out=SIZES, into=SIZES, step=st.integers(1, 4), place=st.integers(0, 3), itemsize=ITEMS)
@@ -71,7 +73,7 @@ def test_matrices_that_stand_turned_between_others_come_out_canonical(
 ):
     data = _numbers(into * out * step, itemsize)
     place %= step
-    piece = Piece(0, 0, place, (step, out * step), 0, (into, 1), (out, into))
+    piece = StridedCopy(0, 0, place, (step, out * step), 0, (into, 1), (out, into))
     found, units = _woven(_tile(itemsize, into * out * step, out * into, piece), data)
     expected = np.ascontiguousarray(data.reshape(into, out, step)[:, :, place].T)
     assert np.array_equal(found.reshape(out, into), expected)
@@ -84,7 +86,7 @@ def test_canonical_matrices_go_turned_between_each_other(
 ):
     data = _numbers(step * out * into, itemsize)
     pieces = [
-        Piece(n, 0, n * out * into, (into, 1), n, (step, out * step), (out, into))
+        StridedCopy(n, 0, n * out * into, (into, 1), n, (step, out * step), (out, into))
         for n in range(step)
     ]
     found, units = _woven(_tile(itemsize, step * out * into, step * out * into, *pieces), data)
@@ -98,7 +100,7 @@ def test_what_stays_turned_has_the_digest_of_the_canonical_order(
     out: int, into: int, itemsize: int
 ):
     data = _numbers(into * out, itemsize)
-    piece = Piece(0, 0, 0, (1, out), 0, (1, out), (out, into))
+    piece = StridedCopy(0, 0, 0, (1, out), 0, (1, out), (out, into))
     found, units = _woven(_tile(itemsize, into * out, into * out, piece), data)
     assert np.array_equal(found, data)
     assert units == [(0, digest(np.ascontiguousarray(data.reshape(into, out).T).tobytes()))]
@@ -109,7 +111,7 @@ def test_matrices_of_two_files_stand_turned_in_one(out: int, into: int, itemsize
     """Turned on both sides, and one after the other in the target: both need the spare memory."""
     size = out * into
     data = _numbers(2 * size, itemsize)
-    pieces = [Piece(n, n, 0, (1, out), n * out, (1, 2 * out), (out, into)) for n in range(2)]
+    pieces = [StridedCopy(n, n, 0, (1, out), n * out, (1, 2 * out), (out, into)) for n in range(2)]
     found, units = _woven(_tile(itemsize, (size, size), 2 * size, *pieces), data)
     apart = data.reshape(2, into, out)
     assert np.array_equal(found.reshape(into, 2, out), apart.transpose(1, 0, 2))
@@ -119,7 +121,7 @@ def test_matrices_of_two_files_stand_turned_in_one(out: int, into: int, itemsize
 
 def test_what_is_stored_once_must_be_equal():
     data = np.tile(_numbers(700, 2), 2)
-    pieces = [Piece(n, n, 0, (1,), 0, (1,), (700,), repeat=n == 1) for n in range(2)]
+    pieces = [StridedCopy(n, n, 0, (1,), 0, (1,), (700,), repeat=n == 1) for n in range(2)]
     tile = _tile(2, (700, 700), 700, *pieces)
     found, units = _woven(tile, data)
     assert np.array_equal(found, data[:700])
@@ -133,7 +135,7 @@ def test_what_is_stored_once_must_be_equal():
 def test_shapes_that_are_no_matrix_go_as_they_are_told(shape: tuple[int, ...]):
     data = _numbers(2 * prod(shape), 2)
     steps = tuple(int(n) // 2 for n in np.empty(shape, np.uint16).strides)
-    piece = Piece(0, 0, 1, tuple(2 * n for n in steps), 0, steps, shape)
+    piece = StridedCopy(0, 0, 1, tuple(2 * n for n in steps), 0, steps, shape)
     found, units = _woven(_tile(2, 2 * prod(shape), prod(shape), piece), data)
     assert np.array_equal(found, data[1::2])
     assert units == [(0, digest(data[1::2].tobytes()))]

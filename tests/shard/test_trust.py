@@ -14,7 +14,7 @@ from moeconv.engine.manifest_writer import virtual_parts
 from moeconv.errors import BadPlacement, Damaged, NoExperts, NotVirtual, UsageProblem
 from moeconv.manifest.model import Run
 from moeconv.plan.model import CopyTile, OutputFile, OutputTensor
-from moeconv.plan.shard import refuse_woven
+from moeconv.plan.shard import refuse_permuted
 from moeconv.verification.structure import check_structure
 from moeconv.verification.virtual import virtual_problems
 from tests.badinput.builders import config, fused, qwen, write
@@ -70,7 +70,7 @@ def test_runs_that_would_turn_values_are_found(tmp_path: Path):
     source = write(tmp_path / "vl", fused((4, 24, 16), (4, 8, 24)), config=config("qwen3_vl_moe"))
     plan = moeconv.shard(source, tmp_path / "n", ep_size=2, dry_run=True).plan
     with pytest.raises(NotVirtual):
-        refuse_woven(plan.files)
+        refuse_permuted(plan.files)
     out = tmp_path / "v"
     moeconv.shard(source, out, ep_size=2, virtual=True, layout="hub")
     manifest, _ = check_structure(out)

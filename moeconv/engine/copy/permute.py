@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moeconv.core.digest import digest
 from moeconv.engine.copy.buffers import Allocate, paged
 from moeconv.errors import UnequalShared
-from moeconv.plan.model import Piece, Span, WeaveTile
+from moeconv.plan.model import PermuteTile, Span, StridedCopy
 
 Items: TypeAlias = "NDArray[np.generic]"
 ReadSpan: TypeAlias = Callable[[Span, memoryview], memoryview]
@@ -30,23 +30,23 @@ _READ_SHAPE = (_BLOCK, _FARTHEST * _BLOCK + _GAP)
 _TURNED_SHAPE = (_BLOCK, _BLOCK + _GAP)
 
 
-def memory_of(tile: WeaveTile) -> int:
+def memory_of(tile: PermuteTile) -> int:
     """Bytes that `permute` takes: spans, the tile, one canonical matrix, the blocks to turn by."""
     blocks = [span.nbytes for span in tile.spans]
-    blocks += [] if tile.straight else [tile.nbytes]
+    blocks += [] if tile.is_identity else [tile.nbytes]
     return sum(map(paged, [*blocks, _largest_matrix(tile), _block_bytes(tile)]))
 
 
-def _block_bytes(tile: WeaveTile) -> int:
+def _block_bytes(tile: PermuteTile) -> int:
     return (prod(_READ_SHAPE) + prod(_TURNED_SHAPE)) * tile.itemsize
 
 
-def _largest_matrix(tile: WeaveTile) -> int:
+def _largest_matrix(tile: PermuteTile) -> int:
     return max((prod(p.shape) * tile.itemsize for p in tile.pieces), default=0)
 
 
 def permute(
-    tile: WeaveTile, read: ReadSpan, take: Allocate
+    tile: PermuteTile, read: ReadSpan, take: Allocate
 ) -> tuple[memoryview, list[tuple[int, str]]]:
     """The tile's bytes, and the digest of each of its units.
 
@@ -57,7 +57,7 @@ def permute(
     spans = [np.frombuffer(read(span, take(span.nbytes)), dtype=dtype) for span in tile.spans]
     desk = _Scratch(take, tile)
     units: list[tuple[int, str]] = []
-    if tile.straight:
+    if tile.is_identity:
         units = [
             (p.unit, _digest(view(spans[p.span], p, p.src_offset, p.src_strides), desk))
             for p in tile.pieces
@@ -84,7 +84,7 @@ def permute(
 class _Scratch:
     """BufferPool to work in, taken when the first matrix needs it and kept for the next."""
 
-    def __init__(self, take: Allocate, tile: WeaveTile) -> None:
+    def __init__(self, take: Allocate, tile: PermuteTile) -> None:
         self._take = take
         self._tile = tile
         self._canonical: memoryview | None = None
@@ -105,7 +105,7 @@ class _Scratch:
         return self._blocks
 
 
-def view(items: Items, piece: Piece, offset: int, strides: tuple[int, ...]) -> Items:
+def view(items: Items, piece: StridedCopy, offset: int, strides: tuple[int, ...]) -> Items:
     """The piece's matrix of canonical shape in a span or tile; offset and strides count items."""
     steps = tuple(s * items.itemsize for s in strides)
     return as_strided(items[offset:], shape=piece.shape, strides=steps)

@@ -288,7 +288,7 @@ def _is_mostly_copied(file: OutputFile, sink: Sink) -> bool:
     """Return whether nothing is permuted and most bytes are copied, not cloned."""
     copied = 0
     for tile in file.tiles:
-        if not isinstance(tile, CopyTile) and not tile.straight:
+        if not isinstance(tile, CopyTile) and not tile.is_identity:
             return False
         copied += 0 if _can_clone(tile, sink) else tile.nbytes
     return 2 * copied > file.size
@@ -298,4 +298,4 @@ def _can_clone(tile: Tile, sink: Sink) -> bool:
     if isinstance(tile, CopyTile):
         return sink.can_clone(tile.file, tile.offset, tile.start, tile.nbytes)
     span = tile.spans[0]
-    return tile.straight and sink.can_clone(span.file, span.offset, tile.start, tile.nbytes)
+    return tile.is_identity and sink.can_clone(span.file, span.offset, tile.start, tile.nbytes)

@@ -13,7 +13,7 @@ from moeconv.engine.copy.sink import Sink
 from moeconv.engine.copy.sources import Sources
 from moeconv.engine.copy.write_buffer import WriteCombiner, pieces
 from moeconv.errors import MoeconvError, quoted
-from moeconv.plan.model import CopyTile, OutputFile, Span, Tile, WeaveTile
+from moeconv.plan.model import CopyTile, OutputFile, PermuteTile, Span, Tile
 
 # A larger copy gets calls of its own, in the kernel where that is possible.
 LARGE_TILE_BYTES: Final = 256 * 1024
@@ -80,7 +80,7 @@ class TileRunner:
                 else:
                     alone = max(alone, number + len(several) - 1)  # all of them were tried
                     self._copy_large(tile, digests, sink, policy)
-            elif not (tile.straight and self._copy_unpermuted(tile, digests, sink, policy)):
+            elif not (tile.is_identity and self._copy_unpermuted(tile, digests, sink, policy)):
                 self._permute(file, tile, digests, sink)
         self._combiner.flush(sink)
 
@@ -132,7 +132,7 @@ class TileRunner:
         digests[tile.tensor][tile.unit] = state.hexdigest()
 
     def _copy_unpermuted(
-        self, tile: WeaveTile, digests: Digests, sink: Sink, policy: FilePolicy
+        self, tile: PermuteTile, digests: Digests, sink: Sink, policy: FilePolicy
     ) -> bool:
         """Clone or copy a tile that keeps its order; False if its bytes must be read."""
         wanted = [policy(tile.tensor, p.unit) for p in tile.pieces]
@@ -184,14 +184,14 @@ class TileRunner:
         if self._stop.is_set():
             raise Stopped
 
-    def _permute(self, file: OutputFile, tile: WeaveTile, digests: Digests, sink: Sink) -> None:
+    def _permute(self, file: OutputFile, tile: PermuteTile, digests: Digests, sink: Sink) -> None:
         from moeconv.engine.copy.permute import (  # importing NumPy takes longer than planning
             memory_of,
             permute,
         )
 
         first = last = 0
-        if tile.straight:  # cloned where possible, and read for its digests only
+        if tile.is_identity:  # cloned where possible, and read for its digests only
             span = tile.spans[0]
             source = self._source.file(span.file)
             first, last = sink.clone(source, span.offset, tile.start, tile.nbytes)

@@ -36,7 +36,7 @@ from moeconv.manifest.model import (
     data_name,
 )
 from moeconv.manifest.reader import parse_parts
-from moeconv.plan.onto_existing import PlacedHeader, plan_onto_itself
+from moeconv.plan.onto_existing import PlacedHeader, plan_rereading
 from moeconv.store.documents import file_digest
 
 NOT_MADE = "moeconv did not make it"
@@ -371,7 +371,7 @@ def _read_and_compare(
             path = out / part.file
             there.append(DataFile(part.file, path, facts.st_size, facts.st_mtime_ns, header))
         headers = tuple(PlacedHeader(f.name, f.size, f.header) for f in there)
-        planned = plan_onto_itself(Manifest(root, tuple(known)), headers)
+        planned = plan_rereading(Manifest(root, tuple(known)), headers)
         found = digests_of(planned, tuple(there), limits=limits, progress=lambda _: None)
     except (MoeconvError, LookupError, ValueError) as problem:  # documents that were forged
         cause = problem.message if isinstance(problem, MoeconvError) else "its part contradicts it"

@@ -18,8 +18,8 @@ from moeconv.engine.output.journal import Journal
 from moeconv.engine.recorded_digests import recorded
 from moeconv.errors import CannotResume, MoeconvError, quoted
 from moeconv.manifest.model import PARTS_DIR, ROOT_NAME, addresses
-from moeconv.plan.identity import onto_itself
 from moeconv.plan.model import Plan
+from moeconv.plan.onto_existing import unchanged_file
 from moeconv.store.documents import file_digest, opened, read_document
 
 
@@ -49,7 +49,7 @@ def finished_before(out: Path, plan: Plan, journal: Journal, limits: Limits) -> 
             continue
         if header.raw != file.header or facts.st_size != file.size:
             continue
-        planned.append(onto_itself(file, len(there)))
+        planned.append(unchanged_file(file, len(there)))
         there.append(DataFile(file.name, out / file.name, facts.st_size, facts.st_mtime_ns, header))
     found = digests_of(tuple(planned), tuple(there), limits=limits, progress=lambda _: None)
     return {name: its for name, its in found.items() if its == journal.finished[name]}
@@ -77,7 +77,7 @@ def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -
                 return False
         if not all(_same_sidecar(out, s, plan) for s in checkpoint.sidecars):
             return False
-        files = tuple(onto_itself(f, n) for n, f in enumerate(plan.files))
+        files = tuple(unchanged_file(f, n) for n, f in enumerate(plan.files))
         found = digests_of(files, tuple(there), limits=limits, progress=lambda _: None)
     except MoeconvError:
         return False
