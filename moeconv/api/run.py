@@ -166,7 +166,7 @@ def _announced(plan: Plan, source: Opened, options: RunOptions) -> Plan:
 def one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
     """The value, if it is one of the choices. Raises UsageProblem."""
     if value not in choices:
-        raise UsageProblem(f"{quoted(value)} is no choice for `{flag}`", fix=" or ".join(choices))
+        raise UsageProblem(f"{quoted(value)} is not a value of `{flag}`", fix=" or ".join(choices))
     return value
 
 

@@ -11,9 +11,9 @@ import typer
 from moeconv.cli.options import (
     DiffFlags,
     FingerprintFlags,
+    PrintFlags,
     RecordedFlags,
     SourceFlags,
-    TalkFlags,
     VerifyFlags,
     WorkFlags,
     keywords,
@@ -56,7 +56,7 @@ def _reading(
 
     command.__name__ = verb
     command.__doc__ = help_text
-    command.__dict__["__signature__"] = signature(*groups, SourceFlags, WorkFlags, TalkFlags)
+    command.__dict__["__signature__"] = signature(*groups, SourceFlags, WorkFlags, PrintFlags)
     return command
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from moeconv.cli.options import (
     OutputFlags,
+    PrintFlags,
     RestoreFlags,
     ShardFlags,
     SourceFlags,
-    TalkFlags,
     WorkFlags,
     WriteFlags,
     keywords,
@@ -43,7 +43,7 @@ def _writing(verb: str, help_text: str, *groups: type) -> Callable[..., None]:
     command.__name__ = verb
     command.__doc__ = help_text
     command.__dict__["__signature__"] = signature(
-        OutputFlags, *groups, WriteFlags, WorkFlags, TalkFlags
+        OutputFlags, *groups, WriteFlags, WorkFlags, PrintFlags
     )
     return command
 

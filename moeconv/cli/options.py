@@ -252,7 +252,7 @@ class RecordedFlags:
     ] = False
 
 
-class TalkFlags:
+class PrintFlags:
     """How to print."""
 
     as_json: AsJson = False
@@ -261,7 +261,7 @@ class TalkFlags:
     color: Color = "auto"
 
 
-_TALK: Final = frozenset(TalkFlags.__annotations__)
+_PRINT: Final = frozenset(PrintFlags.__annotations__)
 
 
 def signature(*groups: type) -> inspect.Signature:
@@ -282,7 +282,7 @@ def signature(*groups: type) -> inspect.Signature:
 
 def keywords(values: dict[str, object]) -> dict[str, object]:
     """What a command was given, as keywords of the library's function. Raises BadSize."""
-    given = {name: value for name, value in values.items() if name not in _TALK}
+    given = {name: value for name, value in values.items() if name not in _PRINT}
     for name, value in given.items():
         if name in ("max_memory", "max_shard_size"):
             given[name] = parse_size(str(value))
