@@ -199,7 +199,7 @@ def stated_block_sizes(
     wanted: dict[str, list[str]] = defaultdict(list)
     for name in sorted({n for layout in layouts for n in named_block_sizes(matched, layout)}):
         wanted[name.partition(".")[0]].append(name)  # `block.0` is item 0 of what `block` names
-    paths = dict(matched.recipe.config.granules)
+    paths = dict(matched.recipe.config.block_sizes)
     choices: list[list[BlockSizes]] = []
     unstated: dict[str, str] = {}
     for key, names in wanted.items():

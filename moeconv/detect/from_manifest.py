@@ -14,7 +14,7 @@ from moeconv.core.names import natural_key
 from moeconv.detect.detect import Detection
 from moeconv.detect.stack import PackingAxis, Sizes, Stack, StoredComponent
 from moeconv.errors import BadManifest, MissingExpert, MoeconvError, abridged, printable, quoted
-from moeconv.layout.axes import EXPERT, IN, OUT, Axes, AxesSyntax, geometry, parse_axes
+from moeconv.layout.axes import EXPERT, Axes, AxesSyntax, geometry, is_packing, parse_axes
 from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe, slots_before
 from moeconv.manifest.model import ExpertEntry, Manifest, StackEntry, TensorEntry
 
@@ -109,9 +109,7 @@ def _home(layout: Layout, recipe: Recipe, held: Held) -> tuple[Line, Component, 
 def _is(named: Axes, said: Axes) -> bool:
     """Whether axes are those of a recipe, with numbers where that has names."""
     return [len(d) for d in named.dims] == [len(d) for d in said.dims] and all(
-        own.letter == axis.letter
-        and (isinstance(own.granule, str) or own.granule == axis.granule)
-        and isinstance(axis.granule, int)
+        own.letter == axis.letter and bool(own.named or own.block == axis.block) and not axis.named
         for own, axis in zip(named.flat, said.flat, strict=True)
     )
 
@@ -121,16 +119,16 @@ def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, held: list[Held]) -
     if layout is None or not held:
         raise _unfit(entry.name, "no tensor of the set is of this stack")
     homes: dict[tuple[tuple[str, ...], str], tuple[_Home, list[Held]]] = {}
-    granules: dict[str, int] = {}
+    block_sizes: dict[str, int] = {}
     packing: dict[PackingAxis, int] = {}
     for one in held:
         line, component, axes = home = _home(layout, recipe, one)
         homes.setdefault((line.projections, component.name), (home, []))[1].append(one)
         named = next(form for form in line.forms(component) if _is(form, axes))
-        granules |= _granules(named, axes)
+        block_sizes |= _block_sizes(named, axes)
         packing |= _packing(one, component)
     sizes = Sizes(entry.experts, entry.width, entry.hidden, tuple(sorted(packing.items())))
-    stack = Stack(entry.name, recipe, layout, sizes, tuple(sorted(granules.items())), ())
+    stack = Stack(entry.name, recipe, layout, sizes, tuple(sorted(block_sizes.items())), ())
     members = tuple(
         _member(stack, entry, ranks, *homes[line.projections, component.name])
         for line in layout.lines
@@ -140,19 +138,18 @@ def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, held: list[Held]) -
     return replace(stack, members=members)
 
 
-def _granules(named: Axes, said: Axes) -> dict[str, int]:
+def _block_sizes(named: Axes, said: Axes) -> dict[str, int]:
     """The numbers that a tensor's axes have where the recipe's have names."""
     return {
-        own.granule: axis.granule
+        own.named: axis.block
         for own, axis in zip(named.flat, said.flat, strict=True)
-        if isinstance(own.granule, str) and isinstance(axis.granule, int)
+        if own.named and not axis.named
     }
 
 
 def _packing(one: Held, component: Component) -> dict[PackingAxis, int]:
     """The sizes of the packing axes, from the canonical shape of one matrix."""
-    letters = component.axes.letters
-    canonical = [c for c in (OUT, IN) if c in letters] + sorted(c for c in letters if c.islower())
+    canonical = component.axes.canonical
     if len(canonical) != len(one.expert.matrix):
         raise _unfit(one.entry.name, f"a matrix `{component.axes}` has other dimensions")
     down = one.expert.projections == (DOWN,)
@@ -160,7 +157,7 @@ def _packing(one: Held, component: Component) -> dict[PackingAxis, int]:
     return {
         PackingAxis(component.name, down, letter): size
         for letter, size in sizes
-        if letter.islower()
+        if is_packing(letter)
     }
 
 

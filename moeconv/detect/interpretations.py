@@ -48,7 +48,7 @@ def named_block_sizes(
         for axes in component.readings
         for form in line.forms(component.read_as(axes))
         if _same_rank(matched, (line.template, component.name), form)
-        for name in form.granules
+        for name in form.block_names
     }
 
 
@@ -168,14 +168,14 @@ def _forms(members: list[tuple[Line, Component]]) -> Iterator[Interpretation]:
 
 def _bindable(interpretation: Interpretation, block_sizes: BlockSizes) -> bool:
     """Whether all block sizes that the axes name have a number."""
-    return all(axes.granules <= block_sizes.keys() for _, axes in interpretation.values())
+    return all(axes.block_names <= block_sizes.keys() for _, axes in interpretation.values())
 
 
 def _packable(matched: MatchedStack, interpretation: Interpretation) -> bool:
     """Whether the dtypes allow it: only integers pack several values, BF16 never does."""
     return all(
         not component.weight
-        or all(axis.granule == 1 for axis in axes.flat)
+        or not axes.in_blocks
         or matched.sample(key).dtype.startswith(("I", "U"))
         for key, (component, axes) in interpretation.items()
     )

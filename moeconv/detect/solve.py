@@ -119,9 +119,7 @@ def _equations(
             for dim, size in zip(axes.dims, tensor.shape, strict=True):
                 factor = len(line.projections) if any(a.letter == PAIR for a in dim) else 1
                 terms = tuple(
-                    (_variable(a, line, component), a.granule if isinstance(a.granule, int) else 1)
-                    for a in dim
-                    if a.letter != PAIR
+                    (_variable(a, line, component), a.block) for a in dim if a.letter != PAIR
                 )
                 yield _Equation(tensor, axes, size, factor, terms)
 

@@ -71,7 +71,7 @@ def _candidates(said: tuple[Recipe, ...], shipped: Iterable[Recipe]) -> Iterator
     for recipe in sorted(shipped, key=lambda r: -len(r.model_types)):
         layout = recipe.layout(recipe.unfuse) if recipe.unfuse else None
         if layout and layout.per_expert and recipe.name not in names and recipe.ids is None:
-            same = dict(recipe.config.granules).keys() <= dict(keys.granules).keys()
+            same = dict(recipe.config.block_sizes).keys() <= dict(keys.block_sizes).keys()
             yield replace(recipe, config=keys) if same else recipe
 
 

@@ -141,7 +141,7 @@ class Line:
         return (self.hole == PARAMETER and component.parameter) or component.name
 
     def component_axes(self, component: Component) -> Axes:
-        """The axes in which a component's tensor is written, granules still by name."""
+        """The axes in which a component's tensor is written, block sizes still by name."""
         return self.forms(component)[0]
 
     def forms(self, component: Component) -> tuple[Axes, ...]:
@@ -262,7 +262,7 @@ class ConfigKeys:
     """Where config.json says the sizes: dotted paths, the first that is there counts.
 
     sections: for stacks whose name starts with the key, the objects of config.json to look in.
-    granules: name -> dotted path of a granule.
+    block_sizes: name -> dotted paths of a block size.
     layers: for stacks whose name starts with the key, where a size of one layer is said: paths
     with `{layer}` and `{key}`.
     """
@@ -270,7 +270,7 @@ class ConfigKeys:
     experts: tuple[str, ...] = ()
     width: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
-    granules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    block_sizes: tuple[tuple[str, tuple[str, ...]], ...] = ()
     sections: tuple[tuple[str, tuple[str, ...]], ...] = (("", SECTIONS),)
     layers: tuple[tuple[str, tuple[str, ...]], ...] = ()
 

@@ -182,7 +182,7 @@ def _components(table: Table) -> tuple[Component, ...]:
         if any(axes.letters & {EXPERT, PAIR} for axes in readings):
             entry.problem("axes", "are those of one matrix: E and G come from the layout")
         if name == WEIGHT and len({axes.letters for axes in readings}) > 1:
-            entry.problem("axes", "of a weight may differ in granules only")
+            entry.problem("axes", "of a weight may differ in blocks only")
         out.append(
             Component(
                 name=name,
@@ -329,14 +329,16 @@ def _check_layout(entry: Table, lines: list[Line], square: str | None) -> None:
 
 
 def _config(table: Table) -> ConfigKeys:
-    granules = table.table("granules") if table.has("granules") else None
+    block_sizes = table.table("granules") if table.has("granules") else None
     sections = table.table("sections") if table.has("sections") else None
     layers = table.table("layers") if table.has("layers") else None
     keys = ConfigKeys(
         experts=table.texts("experts", default=()),
         width=table.texts("width", default=()),
         hidden=table.texts("hidden", default=()),
-        granules=tuple((k, granules.texts(k)) for k in granules.names()) if granules else (),
+        block_sizes=tuple((k, block_sizes.texts(k)) for k in block_sizes.names())
+        if block_sizes
+        else (),
         sections=tuple((k, sections.texts(k)) for k in sections.names())
         if sections
         else (("", SECTIONS),),
@@ -346,7 +348,7 @@ def _config(table: Table) -> ConfigKeys:
         for path in paths:
             if sorted(_HOLES.findall(path)) != ["key", "layer"]:
                 table.problem(f"layers.{prefix}", "must hold `{layer}` and `{key}`, each once")
-    for inner in (granules, sections, layers):
+    for inner in (block_sizes, sections, layers):
         if inner:
             inner.finish()
     table.finish()
@@ -358,7 +360,7 @@ def _check_whole(recipe: Recipe, top: Table) -> None:
     for key, value in (("fuse", recipe.fuse), ("unfuse", recipe.unfuse)):
         if value is not None and value not in names:
             top.problem(key, f"{quoted(value)} is no layout; there are {', '.join(names)}")
-    known = {name for name, _ in recipe.config.granules}
+    known = {name for name, _ in recipe.config.block_sizes}
     used = [a for c in recipe.components for axes in c.readings for a in axes.flat]
     used += [
         a
@@ -368,7 +370,7 @@ def _check_whole(recipe: Recipe, top: Table) -> None:
         for a in axes.flat
     ]
     for axis in used:
-        if isinstance(axis.granule, str) and axis.granule.partition(".")[0] not in known:
-            top.problem("config.granules", f"lacks `{axis.granule}`, which the axes name")
+        if axis.named and axis.named.partition(".")[0] not in known:
+            top.problem("config.granules", f"lacks `{axis.named}`, which the axes name")
     if len({frozenset(layout.projections) for layout in recipe.layouts}) > 1:
         top.problem("layouts", "must all store the same projections")

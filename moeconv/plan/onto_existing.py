@@ -10,7 +10,7 @@ from moeconv.checkpoint.origin import Origin
 from moeconv.detect.detect import Detection
 from moeconv.detect.stack import StoredComponent
 from moeconv.errors import BadManifest, quoted
-from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Axis, geometry, parse_axes
+from moeconv.layout.axes import geometry, parse_axes, stored_sizes
 from moeconv.layout.recipe import Component, Line
 from moeconv.manifest.model import ExpertEntry, Manifest
 from moeconv.plan.convert import copied_entries, prove, stack_entry
@@ -155,11 +155,9 @@ def unchanged_tensor(stored: StoredTensor, expert: ExpertEntry | None) -> Planne
     if expert is None:
         return copied(stored)
     # the manifest counts blocks, not rows
-    bare = Axes(tuple(tuple(Axis(a.letter) for a in dim) for dim in parse_axes(expert.axes).dims))
-    inner: list[str] = [c for c in (OUT, IN) if c in bare.letters]
-    inner += sorted(c for c in bare.letters if c.islower())
-    sizes = dict(zip(inner, expert.matrix, strict=True))
-    sizes |= {EXPERT: len(expert.experts), PAIR: len(expert.projections)}
+    bare = parse_axes(expert.axes).without_blocks()
+    experts, projections = len(expert.experts), len(expert.projections)
+    sizes = stored_sizes(bare, expert.matrix, experts=experts, projections=projections)
     member = StoredComponent(
         line=Line(expert.projections, "{stack}", bare),
         component=Component(expert.component, bare, "", (bare,)),

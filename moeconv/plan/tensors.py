@@ -162,16 +162,15 @@ def refuse_straddling(stack: Stack, line: Line, component: Component, axes: Axes
     sizes = stack.sizes.of(line, component.name)
     for dim in axes.dims:
         for place, axis in enumerate(dim):
-            granule = axis.granule if isinstance(axis.granule, int) else 1
-            if granule == 1 or not {a.letter for a in dim} & {EXPERT, PAIR}:
+            if not axis.in_blocks or not {a.letter for a in dim} & {EXPERT, PAIR}:
                 continue
             size = sizes[axis.letter]
-            if size % granule or place != len(dim) - 1:
+            if size % axis.block or place != len(dim) - 1:
                 name = line.name(stack.name, component, 0 if line.per_expert else None)
                 raise StraddlingBlock(
-                    f"blocks of {granule} do not fit {quoted(name)}",
+                    f"blocks of {axis.block} do not fit {quoted(name)}",
                     at=quoted(stack.name),
-                    cause=f"each matrix has {size} rows; {size} is not a multiple of {granule}, "
+                    cause=f"each matrix has {size} rows; {size} is not a multiple of {axis.block}, "
                     f"so in `{axes}` one block would cross two of them",
                     fix="keep this stack per-expert, or dequantise it first"
                     if line not in {m.line for m in stack.members}

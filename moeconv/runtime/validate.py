@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from typing import Final, TypeAlias
 
 from moeconv.errors import BadManifest, quoted
+from moeconv.layout.axes import (
+    EXPERT,
+    IN,
+    OUT,
+    AxesSyntax,
+    geometry,
+    parse_axes,
+    stored_sizes,
+)
 from moeconv.manifest.model import ExpertEntry, Root, StackEntry, TensorEntry
 
 Rows: TypeAlias = Mapping[int, tuple[int, ...]]  # stack number -> [P], for stacks that ranks share
 _Spans: TypeAlias = dict[tuple[str, str], list[tuple[int, int]]]  # by projection and component
 _WEIGHT: Final = "weight"
 _NEEDED: Final = frozenset(("up", "down"))  # projections of every kind of expert
-_TOKEN: Final = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 
 
 def manifest_error(name: str, cause: str) -> BadManifest:
@@ -31,20 +37,35 @@ def manifest_error(name: str, cause: str) -> BadManifest:
 
 
 @lru_cache(maxsize=256)  # a rank has thousands of tensors and few kinds of them
-def letters_of(axes: str) -> tuple[tuple[str, ...], ...]:
-    """The letters of each dimension: `1` has none, granules are left out."""
-    return tuple(
-        tuple(word[0] for word in (group or single).split() if word != "1")
-        for group, single in _TOKEN.findall(axes)
-    )
+def _letters(axes: str) -> tuple[str, ...]:
+    """The letters of all axes, slowest first. Raises AxesSyntax."""
+    return tuple(axis.letter for axis in parse_axes(axes).flat)
+
+
+@lru_cache(maxsize=256)
+def _stored(
+    axes: str, matrix: tuple[int, ...], experts: int, projections: int
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The shape of a stored tensor and the sizes of its axes, slowest first. Raises ValueError."""
+    counted = parse_axes(axes).without_blocks()  # sizes of a matrix are in blocks already
+    sizes = stored_sizes(counted, matrix, experts=experts, projections=projections)
+    return geometry(counted, sizes).shape, sizes
+
+
+def letters_of(expert: ExpertEntry) -> tuple[str, ...]:
+    """The letters of a tensor's axes, slowest first. Raises BadManifest."""
+    try:
+        return _letters(expert.axes)
+    except AxesSyntax as problem:
+        raise manifest_error(f"stack {expert.stack}", str(problem)) from None
 
 
 def is_stacked(expert: ExpertEntry) -> bool:
-    """Whether experts lie along dimension 0. Raises BadManifest where along another."""
-    letters = [letter for dim in letters_of(expert.axes) for letter in dim]
-    if "E" in letters[1:]:
+    """Whether experts are along dimension 0. Raises BadManifest where along another."""
+    letters = letters_of(expert)
+    if EXPERT in letters[1:]:
         raise manifest_error(f"stack {expert.stack}", f"axes {quoted(expert.axes)} have E inside")
-    return letters[:1] == ["E"]
+    return letters[:1] == (EXPERT,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +118,18 @@ def validate_rank(
 
 def sizes_of(entry: TensorEntry, expert: ExpertEntry) -> dict[str, int]:
     """Of each axis of a tensor, slowest first; its shape is what they give. Raises BadManifest."""
-    dims = letters_of(expert.axes)
-    flat = [letter for dim in dims for letter in dim]
-    canonical = [x for x in "OK" if x in flat] + sorted(x for x in flat if x.islower())
-    known = dict(zip(canonical, expert.matrix, strict=False))
-    known |= {"E": len(expert.experts), "G": len(expert.projections)}
-    fits = len(canonical) == len(expert.matrix) and set(flat) <= known.keys()
-    if not fits or tuple(prod(known[x] for x in dim) for dim in dims) != entry.shape:
+    try:
+        shape, sizes = _stored(
+            expert.axes, expert.matrix, len(expert.experts), len(expert.projections)
+        )
+    except AxesSyntax as problem:
+        raise manifest_error(entry.name, str(problem)) from None
+    except ValueError:
+        shape, sizes = None, {}
+    if shape != entry.shape:
         cause = f"{quoted(expert.axes)} of {list(expert.matrix)} is not {list(entry.shape)}"
         raise manifest_error(entry.name, cause)
-    return {letter: known[letter] for letter in flat}
+    return dict(sizes)
 
 
 def _spans(entries: Iterable[TensorEntry]) -> _Spans:
@@ -161,7 +184,7 @@ def _check_global(entry: TensorEntry, stack: StackEntry) -> None:
     expert = entry.expert
     if expert is None:
         return
-    if not {"O", "K"}.isdisjoint(x for dim in letters_of(expert.axes) for x in dim):
+    if not {OUT, IN}.isdisjoint(letters_of(expert)):
         raise manifest_error(entry.name, "only small tensors of shared experts are common")
     alone = not is_stacked(expert) and len(expert.experts) == 1
     if not alone and len(expert.experts) != stack.experts:

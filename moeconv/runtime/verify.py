@@ -14,6 +14,7 @@ import torch
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.core.digest import digest, hasher
 from moeconv.errors import Damaged, DigestsMissing, quoted
+from moeconv.layout.axes import EXPERT, PAIR, canonical_order
 from moeconv.manifest.model import Run, StackEntry, TensorEntry, addresses
 from moeconv.runtime.byte_runs import equal_part, run_chunks
 from moeconv.runtime.files import PIECE_BYTES, DataFile, Reader
@@ -133,9 +134,9 @@ def _for_each(entry: TensorEntry, values: list[str]) -> list[str]:
         return values
     letters = sizes_of(entry, expert)
     experts, pair = range(len(expert.experts)), range(len(expert.projections))
-    step = len(pair) if "G" in letters else 1
+    step = len(pair) if PAIR in letters else 1
     return [
-        values[(e * step if "E" in letters else 0) + (g if "G" in letters else 0)]
+        values[(e * step if EXPERT in letters else 0) + (g if PAIR in letters else 0)]
         for e in experts
         for g in pair
     ]
@@ -150,12 +151,11 @@ def _order(entry: TensorEntry) -> _Order | None:
     letters = list(sizes)
     if bits % 8 and letters:  # several values in a byte: the fastest axis is counted in bytes
         sizes[letters[-1]] = sizes[letters[-1]] * bits // 8
-    own = [c for c in "OK" if c in letters] + sorted(c for c in letters if c.islower())
     return _Order(
         sizes=tuple(sizes.values()),
         item=max(bits // 8, 1),
-        front=tuple(letters.index(c) for c in "EG" if c in letters),
-        own=tuple(letters.index(c) for c in own),
+        front=tuple(letters.index(c) for c in (EXPERT, PAIR) if c in letters),
+        own=tuple(letters.index(c) for c in canonical_order(letters)),
     )
 
 

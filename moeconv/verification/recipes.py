@@ -154,7 +154,7 @@ def _not_as_written(
     written = line.forms(component.read_as(member.component.axes))[0]
     if alike(written, member.axes):
         return None
-    counts = {axis.letter: axis.granule for axis in member.axes.flat}
+    counts = {axis.letter: axis.block for axis in member.axes.flat}
     bound = Axes(
         tuple(tuple(Axis(a.letter, counts.get(a.letter, 1)) for a in dim) for dim in written.dims)
     )
@@ -165,10 +165,9 @@ def _not_as_written(
 
 
 def alike(one: Axes, other: Axes) -> bool:
-    """Whether axes are the same, where a granule's name may stand for any number or name."""
+    """Whether axes are the same, where the name of a block size stands for any number or name."""
     return [len(d) for d in one.dims] == [len(d) for d in other.dims] and all(
-        a.letter == b.letter
-        and (isinstance(a.granule, str) or isinstance(b.granule, str) or a.granule == b.granule)
+        a.letter == b.letter and bool(a.named or b.named or a.block == b.block)
         for a, b in zip(one.flat, other.flat, strict=True)
     )
 

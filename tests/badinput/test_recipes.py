@@ -154,7 +154,7 @@ def test_a_verb_that_names_no_layout():
     _refused(_with('fuse = "fused"', 'fuse = "fsued"'), "fuse: `fsued` is no layout", "fused")
 
 
-def test_a_granule_that_config_does_not_name():
+def test_a_block_size_that_config_does_not_name():
     _refused(_with("[config.granules]\nblock", "[config.granules]\nblok"), "lacks `block.0`")
 
 
@@ -176,7 +176,7 @@ def test_where_a_size_of_one_layer_is_said_takes_both_holes(path: str):
         ("E (G O) () K", "empty group"),
         ("E (G O) K K", "names an axis twice"),
         ("E (G O) Q", "`Q`"),
-        ("E (G O) K/0", "granule below 1"),
+        ("E (G O) K/0", "block below 1"),
         ("E (G O) K/", "`K/`"),
         ("E (G O) K/-3", "`K/-3`"),
         ("(G O) K", "neither `{expert}` in its name nor an axis E"),
@@ -205,7 +205,7 @@ def test_a_component_with_axes_of_the_layout():
     _refused(_with('axes = "O K"', 'axes = "E O K"'), "components.weight.axes: ", "E and G")
 
 
-def test_a_granule_of_a_million_digits():
+def test_a_block_size_of_a_million_digits():
     _refused(_with("E (G O) K", "E (G O) K/" + "9" * 5000), "layouts.fused.gate_up: ")
 
 
@@ -292,7 +292,7 @@ def test_nothing_of_a_recipe_is_printed_raw(where: str):
 
 
 def test_control_characters_in_axes_are_not_printed_raw():
-    _refused(_with("E (G O) K", "E (G O) \\u001b[2J"), "is no axis")
+    _refused(_with("E (G O) K", "E (G O) \\u001b[2J"), "is not an axis")
 
 
 # --- what would take for ever ------------------------------------------------------------------
