@@ -12,7 +12,7 @@ from moeconv.api.open import Opened, open_source
 from moeconv.api.run import DEFAULT_MEMORY_BYTES, Meter, Progress, limits_of
 from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.core.system_errors import system_errors
-from moeconv.core.text import counted
+from moeconv.core.text import counted, quoted_list
 from moeconv.detect.stack import Stack
 from moeconv.engine.add_digests import fill_digests, finish_fill
 from moeconv.engine.copy.pool import Limits
@@ -325,11 +325,9 @@ def fingerprint(
 
 
 def _damaged(opened: Opened, addresses: tuple[str, ...]) -> Damaged:
-    shown = ", ".join(map(quoted, addresses[:_MAX_NAMED]))
-    more = f" and {len(addresses) - _MAX_NAMED:,} more" if addresses[_MAX_NAMED:] else ""
     return Damaged(
         f"{quoted(str(opened.path))} is damaged: its bytes are not those that were written",
-        at=f"{shown}{more}",
+        at=quoted_list(addresses, most=_MAX_NAMED),
         cause=f"{counted(len(addresses), 'matrix or tensor', 'matrices or tensors')} differ from "
         "what its manifest records, or between replicas",
         fix="fetch the set again; `moeconv verify SRC` lists all the damage",

@@ -17,7 +17,7 @@ from moeconv.checkpoint.warnings import short_rows, source_warnings
 from moeconv.core.digest import digest
 from moeconv.core.names import natural_key
 from moeconv.core.system_errors import explained
-from moeconv.core.text import counted
+from moeconv.core.text import counted, quoted_list
 from moeconv.errors import (
     BadIndex,
     DuplicateTensor,
@@ -208,8 +208,7 @@ def _open_virtual(
     there = {(f.name, f.size, f.mtime_ns, digest(f.header.raw)) for f in files}
     changed = sorted({name for name, *_ in wanted ^ there}, key=natural_key)
     if changed:
-        more = f" and {len(changed) - 1} more" if changed[1:] else ""
-        raise _changed(source, f"{quoted(changed[0])}{more}: written to, replaced or removed")
+        raise _changed(source, f"{quoted_list(changed, most=1)}: written to, replaced or removed")
     kept = tuple(s for s in own.sidecars if not matches(s.name, exclude))
     config = read_config(resolve_inside(root, CONFIG_NAME))
     return Checkpoint(place, files, None, config, kept, (), inner, own)
@@ -236,8 +235,7 @@ def _foreign_warning(root: Path, own: OutputDocuments) -> tuple[str, ...]:
     found = foreign_files(root, own.manifest)
     if not found:
         return ()
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    return (f"{quoted(found[0])}{more} is not of this set, and is not copied",)
+    return (f"{quoted_list(found, most=1)} is not part of this output, and is not copied",)
 
 
 def _refuse_fragment(path: Path) -> None:

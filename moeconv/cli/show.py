@@ -11,7 +11,7 @@ from moeconv.api.run import Result
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.json_value import Json, error_json
 from moeconv.core.names import natural_key
-from moeconv.core.text import counted, human_size
+from moeconv.core.text import LISTED, counted, human_size, listed
 from moeconv.detect.stack import Stack
 from moeconv.errors import printable
 from moeconv.layout.shipped import vocabulary
@@ -200,12 +200,10 @@ def other_lines(opened: Opened) -> list[str]:
     lines = [f"beside the experts: {counted(len(others), 'tensor')}, {human_size(size)}"]
     coupled = coupled_names(opened)
     if coupled:
-        more = f" and {len(coupled) - 12} more" if len(coupled) > 12 else ""
-        lines.append(f"routers and shared experts, left alone: {', '.join(coupled[:12])}{more}")
+        lines.append(f"routers and shared experts, left alone: {listed(coupled, most=12)}")
     if sidecars:
-        names = ", ".join(printable(s.name) for s in sidecars[:6])
-        more = f" and {len(sidecars) - 6} more" if len(sidecars) > 6 else ""
-        lines.append(f"sidecars: {names}{more}")
+        names = [printable(s.name) for s in sidecars[:LISTED]]
+        lines.append(f"sidecars: {listed(names, count=len(sidecars))}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Texts for people: sizes (decimal GB, binary GiB, never a bare `5G`), counts, lists of ids."""
+"""Format sizes (decimal GB, binary GiB, never a bare `5G`), counts and lists for messages."""
 
 from __future__ import annotations
 
@@ -51,11 +51,25 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
-def listed(ids: Sequence[int] | Sequence[str], count: int | None = None) -> str:
-    """`5, 6, 7`, or the first few and how many more; count: of them all, where `ids` are fewer."""
-    total = len(ids) if count is None else count
-    shown = ", ".join(map(str, ids[:LISTED]))
-    return shown if total <= LISTED else f"{shown} and {total - LISTED:,} more"
+def listed(
+    items: Sequence[int] | Sequence[str],
+    *,
+    most: int = LISTED,
+    count: int | None = None,
+    separator: str = ", ",
+) -> str:
+    """`5, 6, 7`, or the first `most` and how many more: `5, 6, 7 and 1,200 more`.
+
+    count: how many there are in all, where `items` holds only the first ones.
+    """
+    total = len(items) if count is None else count
+    shown = separator.join(map(str, items[:most]))
+    return shown if total <= most else f"{shown} and {total - most:,} more"
+
+
+def quoted_list(names: Sequence[str], *, most: int = LISTED) -> str:
+    """The first `most` names out of files, in backticks, and how many more: "`a` and 3 more"."""
+    return listed([*map(quoted, names[:most])], most=most, count=len(names))
 
 
 def layer_names(ids: Sequence[int]) -> str:
@@ -71,5 +85,4 @@ def spans(ids: Sequence[int]) -> str:
             runs[-1][1:] = [n]
         else:
             runs.append([n])
-    shown = ", ".join("-".join(map(str, run)) for run in runs[:LISTED])
-    return shown if len(runs) <= LISTED else f"{shown} and {len(runs) - LISTED:,} more"
+    return listed(["-".join(map(str, run)) for run in runs[:LISTED]], count=len(runs))

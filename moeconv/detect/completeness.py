@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from itertools import combinations, islice
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.core.text import counted
+from moeconv.core.text import LISTED, counted, listed
 from moeconv.detect.match import SHARED, MatchedStack
 from moeconv.errors import (
     ExpertDtype,
@@ -23,7 +22,6 @@ from moeconv.errors import (
 )
 from moeconv.layout.recipe import DOWN, WEIGHT, Layout, Line
 
-_MAX_IDS = 8
 # floating point of less than 16 bits and integers mean nothing without their scales
 _QUANTISED = frozenset(d for d in BITS if d.startswith(("F4", "F6", "F8", "I", "U")))
 
@@ -103,12 +101,6 @@ def _expert_ids(matched: MatchedStack, layout: Layout) -> list[int]:
     )
 
 
-def _listed(ids: Iterable[int]) -> str:
-    listed = list(ids)
-    text = ", ".join(map(str, listed[:_MAX_IDS]))
-    return text + (f" and {len(listed) - _MAX_IDS} more" if len(listed) > _MAX_IDS else "")
-
-
 def _says(experts: int | None) -> str:
     return "" if experts is None else f"; config.json says there are {experts}"
 
@@ -130,7 +122,7 @@ def _missing_ids(matched: MatchedStack, ids: list[int], experts: int | None) -> 
             ExpertOutOfRange(
                 f"{quoted(matched.name)} has an expert {beyond[0]}, but there are only {experts}",
                 at=matched.where(matched.tensor_of(beyond[0])),
-                cause=f"ids at or above {experts}, the number in config.json: {_listed(beyond)}",
+                cause=f"ids at or above {experts}, the number in config.json: {listed(beyond)}",
                 fix="correct config.json, or remove the experts that do not belong",
             )
         ]
@@ -139,14 +131,13 @@ def _missing_ids(matched: MatchedStack, ids: list[int], experts: int | None) -> 
     if not count:
         return []
     # lazily: a single absurd id must not make a list of two billion missing ones
-    missing = list(islice((i for i in range(ids[-1]) if i not in present), _MAX_IDS))
-    more = f" and {count - len(missing):,} more" if count > len(missing) else ""
+    missing = list(islice((i for i in range(ids[-1]) if i not in present), LISTED))
     return [
         ExpertGap(
             f"{quoted(matched.name)} lacks expert {missing[0]} altogether",
             at=f"the last expert is in {matched.where(last)}",
             cause=f"ids go up to {ids[-1]}, these are missing: "
-            f"{', '.join(map(str, missing))}{more}{_says(experts)}",
+            f"{listed(missing, count=count)}{_says(experts)}",
         )
     ]
 
@@ -172,7 +163,7 @@ def _missing_weights(
                 at=f"its neighbour is in {matched.where(near)}",
                 cause=("" if weights else "no expert has it: ")
                 + f"{len(weights)} of {len(ids)} experts have it; "
-                f"missing: {_listed(lacking)}{_says(experts)}",
+                f"missing: {listed(lacking)}{_says(experts)}",
             )
         )
     return problems
@@ -213,7 +204,7 @@ def _companions(matched: MatchedStack, layout: Layout) -> list[MoeconvError]:
                     f"{quoted(tensor.name)} lacks its {quoted(component)}",
                     at=matched.where(tensor),
                     cause=f"{len(weights) - len(bare)} of {len(weights)} experts have one; "
-                    f"these lack it: {_listed(sorted(bare))}",
+                    f"these lack it: {listed(sorted(bare))}",
                 )
             )
     return problems
@@ -236,7 +227,7 @@ def _outliers(matched: MatchedStack, tensors: dict[int, StoredTensor]) -> list[M
                     f"{quoted(tensor.name)} has {what} {facts[odd[0]]}, not {usual}",
                     at=matched.where(tensor),
                     cause=f"in {quoted(matched.name)} {count} of {len(tensors)} experts have "
-                    f"{usual}; odd: {_listed(odd)}",
+                    f"{usual}; odd: {listed(odd)}",
                 )
             )
     return problems

@@ -10,7 +10,7 @@ from typing import Final
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.names import natural_key
-from moeconv.core.text import counted
+from moeconv.core.text import counted, quoted_list
 from moeconv.detect.detect import Detection, detect
 from moeconv.errors import MoeconvError, UnknownExpertTensor, quoted
 from moeconv.layout.recipe import Recipe
@@ -115,8 +115,7 @@ def _joined(
         return one
     note = (
         f"{counted(len(names), 'stack')} under the names of recipe {quoted(recipe.name)}, not "
-        f"{quoted(said[0].name)} as the rest: {', '.join(map(quoted, names[:3]))}"
-        + (f" and {len(names) - 3} more" if names[3:] else "")
+        f"{quoted(said[0].name)} as the rest: {quoted_list(names, most=3)}"
     )
     return Detection(
         tuple(sorted((*one.stacks, *other.stacks), key=lambda s: natural_key(s.name))),

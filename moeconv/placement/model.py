@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Final, Protocol, TypeAlias
 
 from moeconv.core.schema import Problems
-from moeconv.core.text import LISTED, counted, layer_names, listed
+from moeconv.core.text import LISTED, counted, layer_names, listed, quoted_list
 from moeconv.errors import BadPlacement, quoted
 
 
@@ -160,7 +160,7 @@ def _id_problems(row: Sequence[int], experts: int, where: str) -> Iterator[str]:
         # lazily: of a million experts one row may hold a single one, and so may the next
         absent = list(islice((e for e in range(experts) if e not in held_ids), LISTED))
         verb = "expert {} is" if count == 1 else "experts {} are"
-        yield f"{where}: {verb.format(listed(absent, count))} in no slot"
+        yield f"{where}: {verb.format(listed(absent, count=count))} in no slot"
 
 
 def _twice(row: Sequence[int], ep_size: int, where: str) -> Iterator[str]:
@@ -301,7 +301,7 @@ def by_stack(names: tuple[str, ...], placement: Given) -> dict[str, tuple[int, .
             raise _not_by_stack(
                 f"the placement names {quoted(str(strange[0]))}, which is no stack",
                 f"{counted(len(strange), 'name')} of {len(placement)} are unknown; "
-                f"the stacks are {listed([quoted(n) for n in names])}",
+                f"the stacks are {quoted_list(names)}",
             )
         return {name: _integers(row, quoted(name)) for name, row in placement.items()}
     if isinstance(placement, Placement):

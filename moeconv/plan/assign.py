@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from moeconv.core.text import counted
+from moeconv.core.text import counted, quoted_list
 from moeconv.detect.moe_layers import main_kind
 from moeconv.detect.stack import Stack
 from moeconv.errors import UsageProblem, quoted
@@ -138,9 +138,8 @@ def _notes(
         for (how, experts, slots), count in kinds.items()
     ]
     notes += [
-        f"{quoted(names[0])}"
-        + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        + f": {counted(experts, 'expert')} do not divide by {request.ep_size}; in the common files"
+        f"{quoted_list(names, most=1)}: {counted(experts, 'expert')} do not divide by "
+        f"{request.ep_size}; in the common files"
         for experts, names in left.items()
     ]
     return notes

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
-from moeconv.core.text import counted, human_size
+from moeconv.core.text import counted, human_size, quoted_list
 from moeconv.detect.detect import Detection
 from moeconv.detect.stack import Stack
 from moeconv.errors import NameCollision, NotVirtual, quoted
@@ -212,9 +212,8 @@ def refuse_tensor_sidecars(names: tuple[str, ...]) -> None:
     """Raise NotVirtual where files of tensors would be copied after all."""
     found = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))]
     if found:
-        more = f" and {len(found) - 1} more" if found[1:] else ""
         raise NotVirtual(
-            f"{quoted(found[0])}{more} would be copied into a set without tensors of its own",
+            f"{quoted_list(found, most=1)} would be copied into a set without tensors of its own",
             at=quoted(found[0]),
             cause="the index does not name it, so it counts as a file beside the checkpoint",
             fix=f"leave it out with `--exclude '{found[0]}'`",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from moeconv.core.names import natural_key
-from moeconv.errors import quoted
+from moeconv.core.text import quoted_list
 from moeconv.quantconfig.document import Text, changed_lists, quant_methods, quant_texts
 from moeconv.quantconfig.match_rules import (
     Budget,
@@ -59,9 +59,8 @@ def _left_notes(name: str, pairs: list[tuple[str, str]]) -> list[str]:
     for place, text in dict.fromkeys(pairs):
         left.setdefault(place, []).append(text)
     return [
-        f"{name}, `{place}`: {quoted(texts[0])}"
-        + (f" and {len(texts) - 1:,} more" if texts[1:] else "")
-        + " left as written: check whether the new names still match"
+        f"{name}, `{place}`: {quoted_list(texts, most=1)} "
+        "left as written: check whether the new names still match"
         for place, texts in left.items()
     ]
 

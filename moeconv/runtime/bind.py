@@ -13,6 +13,7 @@ from typing import Final, TypeAlias
 
 import torch
 
+from moeconv.core.text import listed
 from moeconv.errors import DoesNotFit, NoTorchDtype, UsageProblem, quoted
 from moeconv.runtime.byte_runs import LocalTensor
 from moeconv.runtime.dtensor import (
@@ -108,8 +109,7 @@ class _Problems:
         total = sum(map(len, kinds.values()))
         lines = []
         for kind, found in kinds.items():
-            more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
-            lines.append(f"{kind} ({len(found):,}): {'; '.join(found[:_SHOWN])}{more}")
+            lines.append(f"{kind} ({len(found):,}): {listed(found, most=_SHOWN, separator='; ')}")
         raise DoesNotFit(
             f"the set and the model do not fit in {total:,} place(s)",
             cause="\n         ".join(lines),

@@ -13,6 +13,7 @@ import torch
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.core.digest import digest, hasher
+from moeconv.core.text import listed
 from moeconv.errors import Damaged, DigestsMissing, quoted
 from moeconv.layout.axes import EXPERT, PAIR, canonical_order
 from moeconv.manifest.model import Run, StackEntry, TensorEntry, addresses
@@ -79,11 +80,10 @@ def check_digests(
             pool.shutdown(wait=True, cancel_futures=True)
         reader.check()
     if wrong:
-        more = [f"and {len(wrong) - _SHOWN:,} more"] if len(wrong) > _SHOWN else []
         raise Damaged(
             f"{len(wrong):,} of this rank's matrices are not what was written",
             at=wrong[0],
-            cause="their bytes have other digests: " + "; ".join([*wrong[:_SHOWN], *more]),
+            cause="their bytes have other digests: " + listed(wrong, most=_SHOWN, separator="; "),
             fix="`moeconv verify` names the files; fetch them again, or convert again",
         )
 

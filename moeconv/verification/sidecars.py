@@ -7,6 +7,7 @@ from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.digest import digest
 from moeconv.core.names import natural_key
+from moeconv.core.text import quoted_list
 from moeconv.detect.detect import Detection
 from moeconv.errors import Damaged, MoeconvError, quoted
 from moeconv.manifest.model import ORIGIN_NAME, StackEntry
@@ -117,11 +118,10 @@ def origin_problems(output: Checkpoint, source: Checkpoint) -> list[MoeconvError
         odd.append(next(i[0] for i in indexes if i))
     if not odd:
         return []
-    more = f" and {len(odd) - 1:,} more" if odd[1:] else ""
     return [
         Damaged(
             f"`{ORIGIN_NAME}` of OUT is not of SRC",
-            at=f"`{ORIGIN_NAME}`, {quoted(odd[0])}{more}",
+            at=f"`{ORIGIN_NAME}`, {quoted_list(odd, most=1)}",
             cause="its name, size, header or index is another one: `unfuse` and `merge` would "
             "write other files than SRC's",
             fix="convert again from this source, or give the one that OUT was made from",

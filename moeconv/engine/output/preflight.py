@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from moeconv.core.text import quoted_list
 from moeconv.engine.copy.pool import Limits
 from moeconv.engine.output.backup import OldOutput, beside, recorded_backup
 from moeconv.engine.output.journal import JOURNAL_NAME, is_bare, read_journal
@@ -99,8 +100,7 @@ def _in_use(
 ) -> WouldOverwrite:
     """The error for an OUT that is not empty; the fix is one that works there."""
     journal = read_journal(out) if unfinished else None
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    cause = f"it holds {quoted(names[0])}{more}"
+    cause = f"it holds {quoted_list(names, most=1)}"
     fix = "give another directory"
     if ROOT_NAME in names:
         fix += ", or `--overwrite` to replace what moeconv made here"
@@ -133,7 +133,7 @@ def _not_ours(out: Path, foreign: dict[str, str]) -> WouldOverwrite:
     return WouldOverwrite(
         f"{quoted(str(out))} holds files that moeconv did not make"
         + (", or that are not as it made them" if changed else ""),
-        at=quoted(first) + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""),
+        at=quoted_list([*foreign], most=1),
         cause=f"{quoted(first)}: {reason}; "
         "`--overwrite` replaces only what moeconv wrote and nobody changed since",
         fix="move them away, or give another directory",
