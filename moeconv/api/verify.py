@@ -21,19 +21,19 @@ from moeconv.layout.recipe import Recipe
 from moeconv.layout.shipped import load_recipe, shipped_recipe
 from moeconv.manifest.model import ROOT_NAME, Manifest
 from moeconv.store.documents import unreadable
-from moeconv.verification.against_source import compare_source, different_sets
+from moeconv.verification.against_source import compare_source, tensor_differences
 from moeconv.verification.diff import Difference, differences
 from moeconv.verification.digests import (
     Contents,
-    believed,
     compare_digests,
     compare_file,
     contents,
     fingerprint_of,
+    recorded_contents,
     rehash,
     stack_entries,
 )
-from moeconv.verification.foreign import added_files
+from moeconv.verification.foreign import foreign_problems
 from moeconv.verification.recipes import (
     Trusted,
     entry_problems,
@@ -46,8 +46,8 @@ from moeconv.verification.report import (
     MAX_REPORTED,
     SOURCE,
     STRUCTURE,
-    Report,
-    bounded,
+    VerifyReport,
+    limit_problems,
 )
 from moeconv.verification.sidecars import origin_problems, sidecar_problems
 from moeconv.verification.structure import check_structure
@@ -68,7 +68,7 @@ def verify(
     max_memory: int = DEFAULT_MEMORY_BYTES,
     jobs: int | None = None,
     progress: Progress | None = None,
-) -> Report:
+) -> VerifyReport:
     """Prove an output of moeconv: `structure`, `digest` (all re-read), or `source` (against SRC).
 
     level `source` needs `source`; it also works for OUT that moeconv did not write. fill: where
@@ -171,7 +171,7 @@ def _against(
     """What differs between OUT and what it was made from; OUT is not believed in anything."""
     _refuse_same_files(out.checkpoint, source.checkpoint)
     pairs = [(side.checkpoint, side.detection.checked()) for side in (out, source)]
-    problems = different_sets(out.detection, source.detection)
+    problems = tensor_differences(out.detection, source.detection)
     if problems:
         return problems, []
     trusted = _trusted(source, recipe)
@@ -225,7 +225,7 @@ def _fresh_problems(place: Path, limits: Limits, meter: Meter) -> list[MoeconvEr
     meter.total = checkpoint.tensor_bytes
     fresh = rehash(checkpoint, detection, limits=limits, progress=meter.advance)
     found = compare_digests(manifest, fresh, stack_entries(checkpoint, detection))
-    return list(bounded(found))
+    return list(limit_problems(found))
 
 
 def _filled(
@@ -245,7 +245,7 @@ def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvEr
         manifest, problems = check_structure(place)
         if manifest is None:
             return None, problems, []
-        added, warnings = added_files(place, manifest)
+        added, warnings = foreign_problems(place, manifest)
         problems += added
         if manifest.root.source is not None and not problems:
             try:
@@ -288,10 +288,10 @@ def _report(
     warnings: list[str],
     *,
     bytes_read: int,
-) -> Report:
-    return Report(
+) -> VerifyReport:
+    return VerifyReport(
         level=level,
-        problems=bounded(problems),
+        problems=limit_problems(problems),
         files=summary.files,
         tensors=summary.tensors,
         bytes_read=bytes_read,
@@ -365,7 +365,7 @@ def _contents(
     recipe: str | Path | None,
 ) -> list[Contents]:
     """What each side holds: read, or believed where its manifest records it."""
-    known = [believed(side.checkpoint) if recorded else None for side in sides]
+    known = [recorded_contents(side.checkpoint) if recorded else None for side in sides]
     unread = [s.checkpoint for s, held in zip(sides, known, strict=True) if held is None]
     foreign = [s for side in sides if side.checkpoint.origin is None for s in side.detection.stacks]
     for side, held in zip(sides, known, strict=True):

@@ -26,7 +26,7 @@ from moeconv.errors import printable, quoted
 
 if TYPE_CHECKING:
     from moeconv.verification.diff import Difference
-    from moeconv.verification.report import Report
+    from moeconv.verification.report import VerifyReport
 
 Found = TypeVar("Found")
 Flags: TypeAlias = Mapping[str, object]
@@ -60,7 +60,7 @@ def _reading(
     return command
 
 
-def _show_report(ui: Ui, report: Report, flags: Flags) -> bool:
+def _show_report(ui: Ui, report: VerifyReport, flags: Flags) -> bool:
     del flags
     for warning in report.warnings:
         ui.warn(warning)

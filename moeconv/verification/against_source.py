@@ -1,4 +1,4 @@
-"""Level `source`: every byte of the source's tensors, found again through the inverse plan."""
+"""Level `source`: compare every byte of the source's tensors, through the inverse plan."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def compare_source(
     limits: Limits,
     progress: Progress,
 ) -> list[MoeconvError]:
-    """Hold all tensors of `source` against `output`, byte by byte, whatever their layouts.
+    """Compare all tensors of `source` with `output` byte by byte, whatever their layouts.
 
-    And the digests that `output` records against those of the bytes. Both have the same tensors.
+    The digests that `output` records are compared, too. Both must have the same tensors.
     """
     problems: list[MoeconvError] = []
-    # of a set for ranks every replica must be what the source makes it, so it is held against the
-    # source; of any other output each of the source's own bytes must be found again
+    # in an output for ranks every replica must match, so its files are checked one by one; of any
+    # other output each byte of the source's own files must be found again
     sharded = output[0].manifest is not None and output[0].manifest.root.ep_size is not None
     (read, detection), (held, target) = (source, output) if sharded else (output, source)
-    files = planned_onto(detection, target, held)
+    files = plan_held_files(detection, target, held)
     by_name = {f.name: f for f in held.files}
     record, stacks = recorded(output[0]), entries_of(source[1])
     lock = threading.Lock()
@@ -63,18 +63,18 @@ def compare_source(
     return problems
 
 
-def planned_onto(
+def plan_held_files(
     detection: Detection, target: Detection, held: Checkpoint
 ) -> tuple[OutputFile, ...]:
-    """The data files of `held`, which are `target`'s, as if filled from `detection`."""
+    """Plan the data files of `held`, which are `target`'s, as if written from `detection`."""
     manifest, headers = held.manifest, placed_headers(held)
     if manifest is not None and manifest.root.ep_size is not None:
         return plan_onto_set(detection, target, manifest, headers)
     return plan_onto(detection, target, headers)
 
 
-def different_sets(output: Detection, source: Detection) -> list[MoeconvError]:
-    """Tensors and stacks that only one side has, or that differ in dtype or size."""
+def tensor_differences(output: Detection, source: Detection) -> list[MoeconvError]:
+    """Report tensors and stacks that only one side has, or that differ in dtype or size."""
     problems: list[MoeconvError] = []
     ours = _facts(output)
     theirs = _facts(source)
@@ -143,7 +143,7 @@ class CompareSink(Sink):
                 self._differs(ours, theirs, offset + at)
 
     def _actual_bytes(self, offset: int, nbytes: int) -> bytes:
-        """What is there: all of it, or an error, for what cannot be read is not proven."""
+        """Read all of these bytes; whatever cannot be read is an error."""
         try:
             return read_bytes(self._descriptor, nbytes, offset)
         except OSError as problem:
@@ -162,12 +162,12 @@ class CompareSink(Sink):
             inside = different[start : tensor.offset + tensor.nbytes - offset]
             if inside.any():
                 self._reported.add(tensor.name)
-                self._tell(tensor, offset + start + int(inside.argmax()))
+                self._report_difference(tensor, offset + start + int(inside.argmax()))
 
-    def _tell(self, tensor: OutputTensor, at: int) -> None:
+    def _report_difference(self, tensor: OutputTensor, at: int) -> None:
         self._report(
             Damaged(
-                f"{quoted(tensor.name)} has other bytes in OUT than in SRC",
+                f"{quoted(tensor.name)} does not have the same bytes in OUT and SRC",
                 at=f"{quoted(self._file.name)}, tensor {quoted(tensor.name)}",
                 cause=f"the first difference is at byte {at - tensor.offset:,} of the tensor",
                 fix="convert again from this source",
@@ -175,7 +175,7 @@ class CompareSink(Sink):
         )
 
     def finish(self, digests: Digests) -> None:
-        """Hold what OUT records of the bytes against them, where they are SRC's."""
+        """Compare the digests that OUT records with those of the bytes, if these are SRC's."""
         for tensor, row in zip(self._file.tensors, digests, strict=True):
             if tensor.name in self._reported:
                 continue
@@ -184,7 +184,7 @@ class CompareSink(Sink):
                 if wanted != value and (wanted is not None or self._record.complete):
                     self._report(
                         Damaged(
-                            f"OUT records another digest of {quoted(address)} than it has",
+                            f"OUT records a wrong digest of {quoted(address)}",
                             at=f"{quoted(self._file.name)}, tensor {quoted(tensor.name)}",
                             cause=f"its bytes are SRC's, their digest is {value}; "
                             f"OUT's manifest has {wanted or 'none'}",

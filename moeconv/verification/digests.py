@@ -1,4 +1,4 @@
-"""Re-reading a checkpoint unit by unit: level `digest`, and the facts for diff and fingerprint."""
+"""Read and hash a checkpoint matrix by matrix: level `digest`, and input of diff, fingerprint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Matrix:
 
 
 def placed_headers(checkpoint: Checkpoint) -> tuple[PlacedHeader, ...]:
-    """A checkpoint's data files as places to plan onto."""
+    """A checkpoint's data files, as the planner takes existing files."""
     parts = checkpoint.manifest.parts if checkpoint.manifest else ()
     ranks = {p.file: p.rank for p in parts}
     return tuple(
@@ -47,9 +47,9 @@ def placed_headers(checkpoint: Checkpoint) -> tuple[PlacedHeader, ...]:
 def rehash(
     checkpoint: Checkpoint, detection: Detection, *, limits: Limits, progress: Progress
 ) -> Iterator[tuple[str, TensorEntry]]:
-    """The digests of every unit, freshly read: (file, tensor as a manifest would have it).
+    """Read and hash every matrix: (file, tensor entry as in a manifest).
 
-    All is read before the first one is given.
+    Everything is read before the first item is returned.
     """
     headers, manifest = placed_headers(checkpoint), checkpoint.manifest
     if manifest is not None and manifest.root.ep_size is not None:
@@ -100,7 +100,7 @@ class Contents:
     damaged: tuple[str, ...] = ()
 
 
-def believed(checkpoint: Checkpoint) -> dict[str, Matrix] | None:
+def recorded_contents(checkpoint: Checkpoint) -> dict[str, Matrix] | None:
     """Every logical matrix and other tensor as the manifest records it, if it has all digests."""
     known = checkpoint.origin.manifest if checkpoint.origin else None
     if known is None or not known.complete:
@@ -144,12 +144,15 @@ def compare_digests(
     fresh: Iterable[tuple[str, TensorEntry]],
     stacks: tuple[StackEntry, ...],
 ) -> Iterator[MoeconvError]:
-    """Every tensor and unit that is not what the manifest says; fresh: what `rehash` gives."""
+    """Yield every tensor and matrix that is not what the manifest records.
+
+    fresh: the result of `rehash`.
+    """
     promised = {address: value for address, _, _, value in manifest.matrices()}
     experts = {
         (part.file, t.name): t.expert for part in manifest.parts for t in part.tensors if t.expert
     }
-    virtual = manifest.root.source is not None  # its parts are of other files than were read
+    virtual = manifest.root.source is not None  # its parts do not list the files that were read
     for file, tensor in fresh:
         place = f"{quoted(file)}, tensor {quoted(tensor.name)}"
         if not virtual and experts.get((file, tensor.name)) != tensor.expert:
@@ -165,10 +168,10 @@ def compare_digests(
 
 def _misdescribed(tensor: TensorEntry, place: str) -> Damaged:
     held = tensor.expert
-    what = "of no expert"
+    what = "not an expert's"
     if held is not None:
         what = (
-            f"{quoted(held.component)} of {' and '.join(held.projections)}, in the axes "
+            f"{quoted(held.component)} of {' and '.join(held.projections)}, with axes "
             f"{quoted(held.axes)}, of {counted(len(held.experts), 'expert')}"
         )
     return Damaged(
@@ -180,7 +183,7 @@ def _misdescribed(tensor: TensorEntry, place: str) -> Damaged:
 
 
 def compare_file(root: Path, entry: FileEntry) -> list[MoeconvError]:
-    """Whether a sidecar still has its digest."""
+    """Compare a sidecar with its digest."""
     try:
         value = file_digest(root / entry.name, name=entry.name)
     except (IoFailed, Malformed) as problem:

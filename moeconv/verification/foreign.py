@@ -1,4 +1,4 @@
-"""Files in the directory of a set that the set does not name: what somebody added to it."""
+"""Files in the directory of an output that its manifest does not name: somebody added them."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".pt2", ".
 _CODE: Final = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib")
 _INDEX: Final = ("index.json",)
 _CONFIG: Final = ("config.json", "/params.json", "/quant_model_description.json")
-# how the names begin of files that programs read wherever they are there
+# prefixes of files that programs read wherever they find them
 _TEXTS: Final = ("tokenizer", "tekken", "vocab", "merges", "added_tokens", "special_tokens_map")
 _TEMPLATES: Final = ("chat_template.json", ".jinja")
 
 
-def loaded_as(name: str, *, sharded: bool = False) -> str | None:
-    """What a program may take from a file of this name; None where nobody loads such files.
+def risk_of(name: str, *, sharded: bool = False) -> str | None:
+    """Why a file of this name is a risk: what programs do with it. None if they ignore it.
 
-    sharded: whether the file is beside the files of an expert-parallel set.
+    sharded: whether the file is beside the files of an expert-parallel output.
     """
     name = f"/{name.lower()}"
     if name.endswith(_TENSORS):
-        return "programs that glob would load it"
+        return "programs that load files by pattern would load it"
     if name.endswith(_PICKLES):
-        return "programs that look for pickles would load it, and a pickle runs code"
+        return "programs that look for pickles would load it, and a pickle can run code"
     if name.endswith(_CODE):
-        return "programs that trust the code beside a model would run it"
+        return "programs that trust a model's own code would run it"
     if name.endswith(_INDEX) and sharded:
-        return "a loader that followed it would build a model without the experts of the ranks"
+        return "a loader that follows it would build a model without the ranks' experts"
     if name.endswith(_INDEX):
-        return "loaders may follow it to other tensors than the set's"
+        return "loaders may follow it to tensors that are not the output's"
     if name.endswith(_CONFIG):
         return "programs read it to know what the tensors mean"
     if name.rpartition("/")[2].startswith(_TEXTS) or name.endswith(_TEMPLATES):
@@ -44,8 +44,8 @@ def loaded_as(name: str, *, sharded: bool = False) -> str | None:
     return None
 
 
-def added_files(root: Path, manifest: Manifest) -> tuple[list[MoeconvError], list[str]]:
-    """Files that were added to a set: problems where programs load such files, else warnings."""
+def foreign_problems(root: Path, manifest: Manifest) -> tuple[list[MoeconvError], list[str]]:
+    """Report files that were added: a problem if programs load such files, else a warning."""
     try:
         names = foreign_files(root, manifest)
     except OSError as problem:
@@ -54,14 +54,14 @@ def added_files(root: Path, manifest: Manifest) -> tuple[list[MoeconvError], lis
     except MoeconvError as problem:
         return [problem], []
     sharded = manifest.root.ep_size is not None
-    loaded = [(n, why) for n in names if (why := loaded_as(n, sharded=sharded)) is not None]
+    loaded = [(n, why) for n in names if (why := risk_of(n, sharded=sharded)) is not None]
     linked = "programs that follow links to folders would load what is there"
     loaded += [(n, linked) for n in names if (root / n).is_symlink() and (root / n).is_dir()]
     dangerous = {n for n, _ in loaded}
     harmless = [n for n in names if n not in dangerous]
     problems: list[MoeconvError] = [
         Damaged(
-            f"{quoted(name)} does not belong to the set",
+            f"{quoted(name)} does not belong to the output",
             at=quoted(name),
             cause=f"the manifest does not name it, but {why}",
             fix="remove it",
@@ -71,7 +71,7 @@ def added_files(root: Path, manifest: Manifest) -> tuple[list[MoeconvError], lis
     if loaded[_MAX_REPORTED:]:
         more = len(loaded) - _MAX_REPORTED
         problems[-1].cause = f"{problems[-1].cause}; {more:,} more files like it were added"
-    warnings = [f"{quoted(name)} is not of this set" for name in harmless[:_MAX_REPORTED]]
+    warnings = [f"{quoted(name)} is not part of this output" for name in harmless[:_MAX_REPORTED]]
     if harmless[_MAX_REPORTED:]:
-        warnings.append(f"{len(harmless) - _MAX_REPORTED:,} more files are not of this set")
+        warnings.append(f"{len(harmless) - _MAX_REPORTED:,} more files are not part of this output")
     return problems, warnings

@@ -1,9 +1,9 @@
-"""Whether the recipes that a set carries put every matrix where trusted recipes put it.
+"""Check that the recipes in an output place every matrix where trusted recipes place it.
 
-The bytes of a set are compared with its source's by way of the set's own recipes, so these must
-not be believed: who can write `up` for `gate` there makes any bytes the right ones. Only what
-decides where bytes lie is compared, so a recipe of an older version that knows fewer model types,
-components or layouts is the same one.
+The bytes of an output are compared with its source's through the output's own recipes, so these
+cannot be trusted: swapping `up` and `gate` there would make wrong bytes compare equal. Only what
+decides where bytes are is compared, so that a recipe of an older version, with fewer model types,
+components or layouts, is accepted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def recipe_problems(
                 causes.setdefault((stack.recipe.name, cause), stack.name)
     return [
         Damaged(
-            f"recipe {quoted(recipe)} in {quoted(name)} is not the one that is known by this name",
+            f"recipe {quoted(recipe)} in {quoted(name)} is not the known recipe of this name",
             at=f"`{ROOT_NAME}`, `recipes`, for {quoted(stack)}",
             cause=printable(cause),
             fix="convert again; if it is a recipe of your own, give it with `--recipe FILE`",
@@ -52,7 +52,7 @@ def recipe_problems(
 
 
 def _difference(stack: Stack, entry: StackEntry, source: Stack, trusted: Recipe) -> str | None:
-    """How a set's recipe for a stack differs from the trusted one, in what matters to the stack."""
+    """How an output's recipe for a stack differs from the trusted one, or None."""
     recipe = stack.recipe
     if recipe.name != trusted.name:
         return f"its experts are of recipe {quoted(trusted.name)}, not of {quoted(recipe.name)}"
@@ -74,7 +74,7 @@ def _difference(stack: Stack, entry: StackEntry, source: Stack, trusted: Recipe)
     copied = stored.name == source.layout.name
     made = trusted.layout(entry.layout)
     if made is not None and made.read_only and not (copied and trusted.fuse is None):
-        return f"layout {quoted(made.name)} is never written: loaders take its names otherwise"
+        return f"layout {quoted(made.name)} is never written: loaders read its names differently"
     for member, component in used:
         cause = _stored_otherwise(member, component, stored, source)
         if cause is None and not copied:
@@ -112,14 +112,14 @@ def _component_difference(
     """How the tensors of a component differ in name or in axes; `own` as it is read in the set."""
     if (own.suffix, own.parameter, own.weight) != (other.suffix, other.parameter, other.weight):
         return f"its name is `{own.suffix or own.name}`, not `{other.suffix or other.name}`"
-    readings = [axes for axes in other.readings if alike(axes, own.axes)]
+    readings = [axes for axes in other.readings if same_axes(axes, own.axes)]
     if not readings:
         return f"its axes are `{own.axes}`, not `{other.axes}`"
     there = {_key(line): line for line in its.lines}
     for line in mine.lines:
         wanted = [f for axes in readings for f in there[_key(line)].forms(other.read_as(axes))]
         for form in line.forms(own):
-            if not any(alike(form, other_form) for other_form in wanted):
+            if not any(same_axes(form, other_form) for other_form in wanted):
                 return f"it is stored as `{form}`, not `{wanted[0]}`"
     return None
 
@@ -127,15 +127,15 @@ def _component_difference(
 def _stored_otherwise(
     member: StoredComponent, component: Component, layout: Layout, source: Stack
 ) -> str | None:
-    """How a member is stored as the trusted recipe does not allow it, or SRC has it not."""
+    """How a component is stored in a way that the trusted recipe, or SRC, does not have."""
     line = next((ln for ln in layout.lines if _key(ln) == _key(member.line)), member.line)
-    readings = [a for a in component.readings if alike(a, member.component.axes)]
+    readings = [a for a in component.readings if same_axes(a, member.component.axes)]
     forms = [form for axes in readings for form in line.forms(component.read_as(axes))]
-    if not any(alike(form, member.axes) for form in forms):
+    if not any(same_axes(form, member.axes) for form in forms):
         return f"{quoted(component.name)} is stored as `{member.axes}`, not `{forms[0]}`"
     for projection in member.line.projections:
         held = source.member(projection, component.name)
-        if held is not None and not alike(held.component.axes, member.component.axes):
+        if held is not None and not same_axes(held.component.axes, member.component.axes):
             return (
                 f"{quoted(component.name)} of {projection} is read as `{member.component.axes}`, "
                 f"in SRC as `{held.component.axes}`"
@@ -146,13 +146,13 @@ def _stored_otherwise(
 def _not_as_written(
     member: StoredComponent, component: Component, layout: Layout, stack: Stack
 ) -> str | None:
-    """How a member is stored in axes that are only read, where those that are written fit too.
+    """Report axes that are read but never written, if those that are written fit the shape, too.
 
-    A loader would take its bytes for those of the written axes, and no shape would stop it.
+    A loader would read the bytes in the written axes, and the shape would not stop it.
     """
     line = next((ln for ln in layout.lines if _key(ln) == _key(member.line)), member.line)
     written = line.forms(component.read_as(member.component.axes))[0]
-    if alike(written, member.axes):
+    if same_axes(written, member.axes):
         return None
     counts = {axis.letter: axis.block for axis in member.axes.flat}
     bound = Axes(
@@ -161,11 +161,11 @@ def _not_as_written(
     sizes = stack.sizes.of(line, component.name, 1)  # of one expert: ranks hold some of them each
     if geometry(bound, sizes).shape != geometry(member.axes, sizes).shape:
         return None
-    return f"{quoted(component.name)} is stored as `{member.axes}`, loaders take it for `{written}`"
+    return f"{quoted(component.name)} is stored as `{member.axes}`, loaders read it as `{written}`"
 
 
-def alike(one: Axes, other: Axes) -> bool:
-    """Whether axes are the same, where the name of a block size stands for any number or name."""
+def same_axes(one: Axes, other: Axes) -> bool:
+    """Whether axes are the same, where a named block size matches any number or name."""
     return [len(d) for d in one.dims] == [len(d) for d in other.dims] and all(
         a.letter == b.letter and bool(a.named or b.named or a.block == b.block)
         for a, b in zip(one.flat, other.flat, strict=True)
@@ -175,7 +175,7 @@ def alike(one: Axes, other: Axes) -> bool:
 def origin_layout_problems(
     output: Checkpoint, source: Checkpoint, detection: Detection
 ) -> list[MoeconvError]:
-    """Where OUT says of a stack that its first source had it in another layout than it has.
+    """Report stacks for which OUT records another `origin_layout` than SRC has.
 
     detection: SRC's.
     """
@@ -185,10 +185,10 @@ def origin_layout_problems(
         layouts = {s.name: s.origin_layout for s in theirs.manifest.root.stacks}
     return [
         Damaged(
-            f"{quoted(entry.name)} was in another layout than OUT says",
+            f"{quoted(entry.name)} was not in the layout that OUT records",
             at=f"`{ROOT_NAME}`, `stacks`",
             cause=f"in SRC it is {quoted(layouts[entry.name])}, "
-            f"`origin_layout` is {quoted(entry.origin_layout)}: a restore would go by that",
+            f"`origin_layout` is {quoted(entry.origin_layout)}: a restore would use that",
             fix="convert again from this source",
         )
         for entry in (ours.manifest.root.stacks if ours else ())
@@ -197,9 +197,9 @@ def origin_layout_problems(
 
 
 def entry_problems(manifest: Manifest, detection: Detection) -> Iterator[MoeconvError]:
-    """Where the parts of a whole set say other things of its tensors than its recipes make of them.
+    """Report tensors that the parts of an unsharded output describe differently from its recipes.
 
-    Of an expert-parallel set the detection itself is held against its parts.
+    For an expert-parallel output, detection itself reads the parts.
     """
     numbers = {s.name: n for n, s in enumerate(manifest.root.stacks)}
     wanted = {
@@ -214,38 +214,41 @@ def entry_problems(manifest: Manifest, detection: Detection) -> Iterator[Moeconv
     }
     for part in manifest.parts:
         for tensor in part.tensors:
-            said = tensor.expert
+            stated = tensor.expert
             of = wanted.get(tensor.name)
-            if of is None and said is None:
+            if of is None and stated is None:
                 continue
-            if of is None or said is None or not _is_of(said, *of):
+            if of is None or stated is None or not _describes(stated, *of):
                 yield Damaged(
                     f"{quoted(tensor.name)} is not what its part says",
                     at=f"{quoted(part.file)}, tensor {quoted(tensor.name)}",
-                    cause=_words(said) if said else "it says that it is of no expert",
+                    cause=_entry_in_words(stated)
+                    if stated
+                    else "the part does not say which expert it is of",
                     fix="convert the checkpoint again; a manifest is never edited by hand",
                 )
 
 
-def _is_of(
-    said: ExpertEntry, stack: int | None, member: StoredComponent, experts: tuple[int, int]
+def _describes(
+    stated: ExpertEntry, stack: int | None, member: StoredComponent, experts: tuple[int, int]
 ) -> bool:
     """Whether an entry is that of a member's tensor; experts: the first in it, and how many."""
     return (
-        said.stack == stack
-        and (said.slots, said.local) == (None, None)
-        and said.projections == member.line.projections
-        and said.component == member.component.name
-        and said.axes == str(member.axes)
-        and said.matrix == member.geometry.canonical_shape
-        and (said.experts[:1], len(said.experts)) == (experts[:1], experts[1])
+        stated.stack == stack
+        and (stated.slots, stated.local) == (None, None)
+        and stated.projections == member.line.projections
+        and stated.component == member.component.name
+        and stated.axes == str(member.axes)
+        and stated.matrix == member.geometry.canonical_shape
+        and (stated.experts[:1], len(stated.experts)) == (experts[:1], experts[1])
     )
 
 
-def _words(said: ExpertEntry) -> str:
+def _entry_in_words(stated: ExpertEntry) -> str:
     """What an entry says, but for the list of its experts."""
-    whose = " and ".join(said.projections)
+    whose = " and ".join(stated.projections)
     return printable(
-        f"it says {said.component} of {whose} as `{said.axes}`, matrices {list(said.matrix)}, "
-        f"{counted(len(said.experts), 'expert')}; its recipe says otherwise"
+        f"it says {stated.component} of {whose} as `{stated.axes}`, "
+        f"matrices {list(stated.matrix)}, "
+        f"{counted(len(stated.experts), 'expert')}; its recipe says otherwise"
     )

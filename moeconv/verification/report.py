@@ -1,4 +1,4 @@
-"""What a verification found: never an exception for damage, a list of it."""
+"""The report of a verification: damage is listed, not raised."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LEVELS = (STRUCTURE, DIGEST, SOURCE)
 MAX_REPORTED: Final = 1000
 
 
-def bounded(problems: Iterable[MoeconvError]) -> tuple[MoeconvError, ...]:
-    """The first of many problems, and one more that counts the others: nobody reads a million."""
+def limit_problems(problems: Iterable[MoeconvError]) -> tuple[MoeconvError, ...]:
+    """The first MAX_REPORTED problems, and one more that counts the others."""
     rest = iter(problems)
     first = tuple(islice(rest, MAX_REPORTED))
     more = sum(1 for _ in rest)
@@ -34,10 +34,10 @@ def bounded(problems: Iterable[MoeconvError]) -> tuple[MoeconvError, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """The answer of `verify`: yes where there are no problems; how much was looked at.
+class VerifyReport:
+    """What `verify` found, and how much it read.
 
-    warnings: what is odd and changes nothing, such as a README that was added.
+    warnings: what is unexpected but harmless, such as a README that was added.
     """
 
     level: str
@@ -50,5 +50,5 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is as it should be."""
+        """Whether there are no problems."""
         return not self.problems

@@ -1,4 +1,4 @@
-"""Level `source` for what is no tensor: sidecars, and the origin that a restore is made from."""
+"""Level `source` for files other than tensors: sidecars, and the origin that restores use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moeconv.errors import Damaged, MoeconvError, quoted
 from moeconv.manifest.model import ORIGIN_NAME, StackEntry
 from moeconv.quantconfig.rewrite import is_rewritten, read_sidecar, rewritten
 from moeconv.store.documents import file_digest
-from moeconv.verification.foreign import loaded_as
+from moeconv.verification.foreign import risk_of
 
 
 def sidecar_problems(
@@ -29,8 +29,8 @@ def sidecar_problems(
     warnings: list[str] = []
     for name in sorted(ours.keys() | theirs.keys(), key=natural_key):
         mine, its = ours.get(name), theirs.get(name)
-        if its is None and output.origin is None and loaded_as(name) is None:
-            warnings.append(f"{quoted(name)} is in OUT only")  # which promises nothing
+        if its is None and output.origin is None and risk_of(name) is None:
+            warnings.append(f"{quoted(name)} is in OUT only")  # OUT has no manifest that lists it
             continue
         cause = (
             "it is absent from OUT"
@@ -54,7 +54,7 @@ def sidecar_problems(
 def _difference(
     output: Checkpoint, mine: Sidecar, source: tuple[Checkpoint, Detection], its: Sidecar
 ) -> str | None:
-    """Why a sidecar of OUT is not what SRC's becomes; it is read from OUT itself."""
+    """Why a sidecar of OUT is not what a conversion makes of SRC's, or None."""
     name = mine.name
     first = _kept(source[0], name)
     own = output.origin
@@ -79,7 +79,7 @@ def _rewritten_otherwise(
     *,
     kept: bytes | None,
 ) -> str | None:
-    """Why a document that conversions rewrite is not what they make of SRC's."""
+    """Why a document that conversions rewrite is not what they make of SRC's, or None."""
     before = read_sidecar(its) if first is None else first
     after = rewritten(mine.name, before, source.stacks, entries)
     if read_sidecar(mine) != after:
@@ -104,25 +104,25 @@ def _first_digest(first: bytes | None, its: Sidecar) -> str:
 
 
 def origin_problems(output: Checkpoint, source: Checkpoint) -> list[MoeconvError]:
-    """Where the origin that OUT keeps is not SRC, or SRC's own."""
+    """Compare the origin that OUT keeps with SRC, or with the origin that SRC keeps."""
     own = output.origin
     if own is None:
         return []
     kept, wanted = own.origin, _origin(source)
     mine = {f.name: (f.size, f.header.raw) for f in kept.files}
     theirs = {f.name: (f.size, f.header.raw) for f in wanted.files}
-    odd = [n for n in sorted(mine.keys() | theirs.keys(), key=natural_key)
+    differing = [n for n in sorted(mine.keys() | theirs.keys(), key=natural_key)
            if mine.get(n) != theirs.get(n)]  # fmt: skip
     indexes = [(i.name, i.raw) if i else None for i in (kept.index, wanted.index)]
     if indexes[0] != indexes[1]:
-        odd.append(next(i[0] for i in indexes if i))
-    if not odd:
+        differing.append(next(i[0] for i in indexes if i))
+    if not differing:
         return []
     return [
         Damaged(
-            f"`{ORIGIN_NAME}` of OUT is not of SRC",
-            at=f"`{ORIGIN_NAME}`, {quoted_list(odd, most=1)}",
-            cause="its name, size, header or index is another one: `unfuse` and `merge` would "
+            f"`{ORIGIN_NAME}` of OUT does not describe SRC",
+            at=f"`{ORIGIN_NAME}`, {quoted_list(differing, most=1)}",
+            cause="its name, size, header or index is different: `unfuse` and `merge` would "
             "write other files than SRC's",
             fix="convert again from this source, or give the one that OUT was made from",
         )

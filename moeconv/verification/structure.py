@@ -1,4 +1,4 @@
-"""Level `structure`: manifest, parts, headers, sizes and cover of one of our sets, no data."""
+"""Level `structure`: manifest, parts, headers, sizes and coverage of an output, no data."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ _MAX_MISSING: Final = 20
 
 
 def check_structure(root: Path) -> tuple[Manifest | None, list[MoeconvError]]:
-    """Everything about a set's own files that can be known without its data; all problems.
+    """Check everything about an output's own files that needs no data; return all problems.
 
-    Returns the manifest where all of its parts could be read.
+    The manifest is returned, too, if all of its parts could be read.
     """
     try:
         top = read_root(root)
@@ -73,11 +73,11 @@ def check_structure(root: Path) -> tuple[Manifest | None, list[MoeconvError]]:
         problems += _data_file(root, part, newer=top.minor > MINOR) if part.file else []
     whole = len(documents) == len(top.parts)
     problems += _index(root, top, parts if whole else None)
-    problems += _papers(root, top)
+    problems += _documents(root, top)
     if not whole:
         return None, problems
     manifest = Manifest(top, tuple(parts))
-    return manifest, problems + _whole(manifest)
+    return manifest, problems + _coverage(manifest)
 
 
 def _parts(root: Path, top: Root, problems: list[MoeconvError]) -> Iterator[tuple[Part, ...]]:
@@ -106,7 +106,7 @@ def _data_file(root: Path, part: Part, *, newer: bool) -> list[MoeconvError]:
         kind = TruncatedFile if size < part.size else Damaged
         problems.append(
             kind(
-                f"{quoted(name)} has not the size it was written with",
+                f"{quoted(name)} does not have the size it was written with",
                 at=quoted(name),
                 cause=f"it has {size:,} bytes, its part says {part.size:,}",
                 fix="fetch that file again, or convert again",
@@ -132,7 +132,7 @@ def _data_file(root: Path, part: Part, *, newer: bool) -> list[MoeconvError]:
 def _index(root: Path, top: Root, parts: list[Part] | None) -> list[MoeconvError]:
     if top.index is None:
         return [
-            damaged(ROOT_NAME, f"it names an index, {quoted(INDEX_NAME)}: a set for ranks has none")
+            damaged(ROOT_NAME, f"it names an index, {quoted(INDEX_NAME)}: with ranks there is none")
             for entry in top.sidecars
             if entry.name == INDEX_NAME
         ]
@@ -149,13 +149,13 @@ def _index(root: Path, top: Root, parts: list[Part] | None) -> list[MoeconvError
     held = {t.name: p.file for p in parts for t in p.tensors}
     total = sum(p.size - p.header_size for p in parts)
     if index.weight_map != held or index.total_size != total:
-        return [damaged(top.index.name, "it does not list the tensors of the set")]
+        return [damaged(top.index.name, "it does not list the tensors of the output")]
     if top.minor <= MINOR and raw != index_text(held, total):
-        return [damaged(top.index.name, "it says more than the tensors and their size")]
+        return [damaged(top.index.name, "it has more than the tensors and their total size")]
     return []
 
 
-def _papers(root: Path, top: Root) -> list[MoeconvError]:
+def _documents(root: Path, top: Root) -> list[MoeconvError]:
     problems: list[MoeconvError] = []
     try:
         parse_origin(read_entry(root, top.origin))
@@ -178,8 +178,8 @@ def _sidecar_size(root: Path, entry: FileEntry) -> list[MoeconvError]:
     return []
 
 
-def _whole(manifest: Manifest) -> list[MoeconvError]:
-    """Every expert of every stack exactly once; totals and fingerprint those of the parts."""
+def _coverage(manifest: Manifest) -> list[MoeconvError]:
+    """Check that each expert of each stack is there once, and totals and fingerprint match."""
     root = manifest.root
     try:
         recipes = {r.name: r for r in manifest_recipes(root)}
@@ -193,7 +193,7 @@ def _whole(manifest: Manifest) -> list[MoeconvError]:
 
 
 def _all_experts(manifest: Manifest, recipes: dict[str, Recipe]) -> list[MoeconvError]:
-    """A whole set: each matrix of each expert once."""
+    """In an output that is not sharded, each matrix of each expert must be there once."""
     stacks = manifest.root.stacks
     held: Counter[str] = Counter()
     kinds: dict[int, set[tuple[str, str]]] = {}
@@ -218,7 +218,7 @@ def _all_experts(manifest: Manifest, recipes: dict[str, Recipe]) -> list[Moeconv
 
 
 def _all_slots(manifest: Manifest, recipes: tuple[Recipe, ...]) -> list[MoeconvError]:
-    """An expert-parallel set: each slot of each stack once, replicas all alike, names unique."""
+    """In an expert-parallel output, slots and names must be unique and replicas equal."""
     stored = {
         (part.file or str(part.rank), t.name): StoredTensor(
             t.name, t.dtype, t.shape, number, t.start, t.stop - t.start
@@ -228,20 +228,20 @@ def _all_slots(manifest: Manifest, recipes: tuple[Recipe, ...]) -> list[MoeconvE
     }
     if len(stored) != sum(len(p.tensors) for p in manifest.parts):
         return [damaged(ROOT_NAME, "a part names a tensor twice")]
-    problems = [*_sizes(manifest), *_both(manifest)]
+    problems = [*_run_sizes(manifest), *_in_both(manifest)]
     try:
         found = detection_from_manifest(manifest, stored, recipes)
     except MoeconvError as problem:
         return [*problems, problem]
-    return [*problems, *found.problems, *_weightless(found)]
+    return [*problems, *found.problems, *_without_weights(found)]
 
 
-def _sizes(manifest: Manifest) -> list[MoeconvError]:
-    """Runs are as long as their tensors: of a virtual set no header says so."""
+def _run_sizes(manifest: Manifest) -> list[MoeconvError]:
+    """Check that runs are as long as their tensors: a virtual output has no header to check."""
     return [
         damaged(
             rank_part(part.rank, manifest.root.ep_size or 1),
-            f"{quoted(t.name)} is {t.dtype} {list(t.shape)}, its runs have {t.stop:,} bytes",
+            f"{quoted(t.name)} is {t.dtype} {list(t.shape)}, but its runs have {t.stop:,} bytes",
         )
         for part in manifest.parts
         if not part.file
@@ -250,20 +250,23 @@ def _sizes(manifest: Manifest) -> list[MoeconvError]:
     ]
 
 
-def _both(manifest: Manifest) -> list[MoeconvError]:
-    """Names that stand in the common files and in those of a rank: a rank has need of both."""
+def _in_both(manifest: Manifest) -> list[MoeconvError]:
+    """Refuse names that are in the common files and in a rank's own: a rank reads both."""
     common = {t.name for p in manifest.parts if p.rank is None for t in p.tensors}
     return [
-        damaged(rank_part(part.rank, manifest.root.ep_size or 1), f"{quoted(name)} is common, too")
+        damaged(
+            rank_part(part.rank, manifest.root.ep_size or 1),
+            f"{quoted(name)} is in the common files too",
+        )
         for part in manifest.parts
         if part.rank is not None
         for name in sorted(common & {t.name for t in part.tensors})
     ]
 
 
-def _weightless(found: Detection) -> list[MoeconvError]:
+def _without_weights(found: Detection) -> list[MoeconvError]:
     return [
-        damaged(ROOT_NAME, f"{quoted(s.name)} has no weight of {p}")
+        damaged(ROOT_NAME, f"{quoted(s.name)} has no weight for {p}")
         for s in found.stacks
         for p in s.layout.projections
         if not any(s.member(p, weight) for weight in s.recipe.weights)
@@ -273,8 +276,8 @@ def _weightless(found: Detection) -> list[MoeconvError]:
 def _missing(
     stack: StackEntry, kinds: set[tuple[str, str]], held: Counter[str]
 ) -> list[MoeconvError]:
-    """The matrices of a stack that are not there exactly once."""
-    # a stack cannot have more experts than there are digests: no loop over an absurd number
+    """Report the matrices of a stack that are missing or there twice."""
+    # bounded by the matrices that exist: the manifest may claim any number of experts
     experts = range(min(stack.experts, held.total() + 1))
     missing = [
         address
@@ -286,7 +289,7 @@ def _missing(
         return []
     return [
         MissingExpert(
-            f"{quoted(stack.name)} is not whole",
+            f"{quoted(stack.name)} is not complete",
             at=", ".join(map(quoted, missing[:_MAX_MISSING])),
             cause=f"{len(missing)} matrices are missing or there twice",
             fix="convert the checkpoint again",

@@ -1,4 +1,4 @@
-"""Proof of a virtual set: its runs are those that its source and its placement give."""
+"""Check a virtual output: its runs must be those that its source and its placement give."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_REPORTED = 20
 
 
 def virtual_problems(detection: Detection, manifest: Manifest) -> list[MoeconvError]:
-    """Where the parts of a virtual set differ from a plan made anew. Reads no data."""
+    """Compare the parts of a virtual output with a new plan. Reads no data."""
     root = manifest.root
     entries = {s.name: s for s in root.stacks}
     targets, rows = {}, {}
@@ -23,7 +23,7 @@ def virtual_problems(detection: Detection, manifest: Manifest) -> list[MoeconvEr
         entry = entries.get(stack.name)
         layout = stack.recipe.layout(entry.layout) if entry else None
         if entry is None or layout is None:
-            return [damaged(PARTS_DIR, f"it knows no stack {quoted(stack.name)}")]
+            return [damaged(PARTS_DIR, f"it does not have the stack {quoted(stack.name)}")]
         targets[stack.name] = layout
         if entry.physical_to_logical is not None:
             rows[stack.name] = entry.physical_to_logical
@@ -39,15 +39,17 @@ def virtual_problems(detection: Detection, manifest: Manifest) -> list[MoeconvEr
         refuse_permuted(plan.files)
     except NotVirtual as problem:
         return [damaged(f"{PARTS_DIR}/", f"its runs cannot be right: {problem.message}")]
-    said = _facts(manifest.parts)
+    stated = _facts(manifest.parts)
     wanted = _facts(virtual_parts(plan.files, plan.stacks, {}))
-    odd = sorted(key for key in said.keys() | wanted.keys() if said.get(key) != wanted.get(key))
+    differing = sorted(
+        key for key in stated.keys() | wanted.keys() if stated.get(key) != wanted.get(key)
+    )
     return [
         damaged(
             rank_part(None if rank < 0 else rank, root.ep_size or 1),
-            f"{quoted(name)} points to other bytes than its experts'",
+            f"{quoted(name)} points to bytes that are not its experts'",
         )
-        for rank, name in odd[:_MAX_REPORTED]
+        for rank, name in differing[:_MAX_REPORTED]
     ]
 
 
@@ -60,12 +62,12 @@ def _facts(parts: tuple[Part, ...]) -> dict[tuple[int, str], object]:
 
 
 def digests_missing(manifest: Manifest, checkpoint: Checkpoint) -> DigestsMissing:
-    """The answer where there is nothing to hold the bytes against."""
+    """The error for an output without digests to compare the bytes with."""
     lacking = [t.name for p in manifest.parts for t in p.tensors if not t.digests]
     return DigestsMissing(
-        "the set has no digests to verify",
+        "the output has no digests to verify",
         at=quoted(lacking[0]) if lacking else None,
         cause=f"{len(lacking):,} tensors have none: their bytes in "
-        f"{quoted(str(checkpoint.root))} were never read for it",
+        f"{quoted(str(checkpoint.root))} were never read",
         fix="`moeconv verify OUT --level source --source SRC --fill` compares, then adds them",
     )

@@ -89,7 +89,7 @@ def test_a_folder_in_a_set_that_may_not_be_read_is_named(
     closed(out / "runs")
     done = plain_user("unfuse", out, "-o", out.with_name("back"))
     assert done.code == 0
-    assert "`runs/` is not of this set" in done.err
+    assert "`runs/` is not part of this output" in done.err
 
 
 @pytest.mark.parametrize("verb", ["verify", "inspect"])

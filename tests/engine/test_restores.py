@@ -19,7 +19,7 @@ from tests.badinput.checks import untouched
 from tests.cli.run import moeconv as command
 from tests.engine.cloning import big, share, source
 from tests.helpers import tree_sha256
-from tests.proof.forged import flip
+from tests.verification.forged import flip
 
 VERBS = [moeconv.unfuse, moeconv.merge]
 Verb = Callable[..., Result]

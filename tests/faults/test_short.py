@@ -18,7 +18,7 @@ import moeconv
 from moeconv import runtime
 from moeconv.engine.copy import disk_sink, worker
 from moeconv.errors import MoeconvError
-from moeconv.verification.report import Report
+from moeconv.verification.report import VerifyReport
 from tests.badinput.builders import config, qwen, two_files, write
 from tests.badinput.checks import tree
 from tests.faults.short import READS, ShortCalls
@@ -71,7 +71,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ShortCalls]:
     found.stop()
 
 
-def _proven(report: Report) -> bool:
+def _proven(report: VerifyReport) -> bool:
     """That all is well; what is not is raised."""
     if not report.ok:
         raise report.problems[0]

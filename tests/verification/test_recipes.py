@@ -11,7 +11,7 @@ import moeconv
 from moeconv.errors import Damaged, UnknownFamily
 from moeconv.layout.shipped import load_recipe
 from tests.badinput.builders import config, qwen, write
-from tests.proof.forged import rename_in_recipe, resign, tensors_of
+from tests.verification.forged import rename_in_recipe, resign, tensors_of
 
 FUSED = 'gate_up = "{stack}.gate_up_proj{suffix}: E (G O) K"'
 DOWN = 'down = "{stack}.down_proj{suffix}: E O K"'
@@ -52,9 +52,9 @@ def test_gate_and_up_exchanged_in_bytes_and_recipe(
     out: Path = request.getfixturevalue(kind)
     swap_halves(out)
     assert moeconv.verify(out).ok, "the forgery must be whole, or it shows nothing"
-    said = against(out, src)
-    assert "recipe `qwen3_moe` in `OUT` is not the one" in said
-    assert "up and gate as" in said
+    stated = against(out, src)
+    assert "recipe `qwen3_moe` in `OUT` is not the known recipe" in stated
+    assert "up and gate as" in stated
 
 
 def test_a_turned_matrix_that_the_recipe_says(out: Path, src: Path):
@@ -99,8 +99,8 @@ def turn(out: Path, end: str, axes: str, *, item: str = "u2", layout: str | None
 def test_a_layout_that_is_only_ever_read(tmp_path: Path):
     """The shipped recipe has it, for files that a program mixed up; loaders go by the shape."""
     tensors = qwen(4, 8, 16, layers=2)
-    said = config("qwen3_vl_moe", width=8, hidden=16, num_hidden_layers=2)
-    src, out = write(tmp_path / "src", tensors, config=said), tmp_path / "out"
+    stated = config("qwen3_vl_moe", width=8, hidden=16, num_hidden_layers=2)
+    src, out = write(tmp_path / "src", tensors, config=stated), tmp_path / "out"
     moeconv.fuse(src, out)
     turn(out, "gate_up_proj", "E K (G O)", layout="mixed-gate-up")
     assert moeconv.verify(out).ok, "the forgery must be whole, or it shows nothing"
@@ -122,13 +122,13 @@ def test_axes_that_are_only_read_where_those_that_are_written_fit_too(tmp_path: 
     more: dict[str, Any] = {
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}
     }
-    said = config("qwen3_vl_moe", experts=2, width=8, hidden=16, num_hidden_layers=1, **more)
-    src, out = write(tmp_path / "src", tensors, config=said), tmp_path / "out"
+    stated = config("qwen3_vl_moe", experts=2, width=8, hidden=16, num_hidden_layers=1, **more)
+    src, out = write(tmp_path / "src", tensors, config=stated), tmp_path / "out"
     moeconv.shard(src, out, ep_size=2, layout="hub")
     assert moeconv.verify(out, level="source", source=src).problems == ()
     turn(out, "gate_up_proj_scale_inv", "E (G O/4) K/4", item="u4")
     assert moeconv.verify(out).ok, "the forgery must be whole, or it shows nothing"
-    assert "loaders take it for `E K/block.1 (G O/block.0)`" in against(out, src)
+    assert "loaders read it as `E K/block.1 (G O/block.0)`" in against(out, src)
 
 
 @pytest.mark.parametrize("kind", ["out", "ranks"])
@@ -138,7 +138,7 @@ def test_diff_and_fingerprint_believe_such_recipes_no_more(
     out: Path = request.getfixturevalue(kind)
     swap_halves(out)
     for look in (lambda: moeconv.diff(src, out), lambda: moeconv.fingerprint(out)):
-        with pytest.raises(Damaged, match="is not the one that is known"):
+        with pytest.raises(Damaged, match="is not the known recipe"):
             look()
     assert moeconv.fingerprint(out, recorded=True) == moeconv.fingerprint(src)
 
@@ -177,7 +177,7 @@ def test_another_layout_for_the_origin(out: Path, src: Path):
             stack["origin_layout"] = "stacked"
 
     resign(out, root=root)
-    assert "was in another layout than OUT says" in against(out, src)
+    assert "was not in the layout that OUT records" in against(out, src)
 
 
 def test_parts_that_say_other_things_than_the_recipe(out: Path, src: Path):
@@ -202,8 +202,8 @@ def test_digests_that_are_not_those_of_the_bytes(out: Path, ranks: Path, src: Pa
                     t["digests"] = [wrong]
 
         resign(made, part=part)
-        said = against(made, src)
-        assert "OUT records another digest of `model.embed_tokens.weight`" in said
+        stated = against(made, src)
+        assert "OUT records a wrong digest of `model.embed_tokens.weight`" in stated
 
 
 def test_a_source_that_is_a_set_is_believed_but_not_its_recipes(
@@ -211,9 +211,9 @@ def test_a_source_that_is_a_set_is_believed_but_not_its_recipes(
 ):
     swap_halves(out)
     moeconv.fuse(out, tmp_path / "again")
-    said = against(tmp_path / "again", out)
-    assert "in `OUT` is not the one" in said
-    assert "in `SRC` is not the one" in said
+    stated = against(tmp_path / "again", out)
+    assert "in `OUT` is not the known recipe" in stated
+    assert "in `SRC` is not the known recipe" in stated
 
 
 def test_an_older_recipe_that_says_the_same_is_the_same(out: Path, ranks: Path, src: Path):
@@ -246,9 +246,9 @@ def own(tmp_path: Path) -> Path:
 def test_a_recipe_of_the_users_own_must_be_given(own: Path, src: Path, tmp_path: Path):
     made = tmp_path / "own"
     moeconv.fuse(src, made, recipe=own)
-    said = against(made, src)
-    assert "recipe `mine` in `OUT`" in said
-    assert "--recipe FILE" in said
+    stated = against(made, src)
+    assert "recipe `mine` in `OUT`" in stated
+    assert "--recipe FILE" in stated
     assert moeconv.verify(made, level="source", source=src, recipe=own).problems == ()
     own.write_text(own.read_text().replace(FUSED, FUSED.replace("gate_up =", "up_gate =")))
     assert "has other lines" in against(made, src, recipe=own)

@@ -10,7 +10,7 @@ import pytest
 import moeconv
 from moeconv.errors import Damaged
 from tests.cli.run import moeconv as command
-from tests.proof.forged import flip
+from tests.verification.forged import flip
 
 
 def damaged(out: Path) -> Path:
@@ -24,11 +24,11 @@ def damaged(out: Path) -> Path:
 @pytest.mark.parametrize("kind", ["out", "ranks"])
 def test_a_damaged_set_is_not_the_same(kind: str, src: Path, request: pytest.FixtureRequest):
     bad = damaged(request.getfixturevalue(kind))
-    odd = [d for d in moeconv.diff(bad, src) if d.mark != "="]
-    assert [(d.mark, d.why, d.damaged) for d in odd] == [("*", "bytes", ("A",))]
+    differing = [d for d in moeconv.diff(bad, src) if d.mark != "="]
+    assert [(d.mark, d.why, d.damaged) for d in differing] == [("*", "bytes", ("A",))]
     with pytest.raises(Damaged) as caught:
         moeconv.fingerprint(bad)
-    assert odd[0].address in str(caught.value)
+    assert differing[0].address in str(caught.value)
 
 
 def test_two_sets_that_are_damaged_alike(out: Path):

@@ -10,7 +10,7 @@ import moeconv
 from moeconv.core.digest import digest
 from tests.badinput.builders import qwen, shard_bytes
 from tests.cli.run import moeconv as command
-from tests.proof.forged import resign
+from tests.verification.forged import resign
 
 LOADED = [
     ("out", "pytorch_model.bin"),
@@ -40,7 +40,7 @@ def test_what_a_program_would_load(kind: str, name: str, request: pytest.Fixture
     path.write_bytes(shard_bytes(qwen()))
     for more in ({"level": "structure"}, {}, {"level": "source", "source": src}):
         (problem,) = moeconv.verify(out, **more).problems  # type: ignore[arg-type]
-        assert f"`{name}` does not belong to the set" in str(problem)
+        assert f"`{name}` does not belong to the output" in str(problem)
     path.unlink()
     assert moeconv.verify(out).ok
 
@@ -50,7 +50,7 @@ def test_a_link_to_a_folder(out: Path, tmp_path: Path):
     (tmp_path / "elsewhere").mkdir()
     (out / "original").symlink_to(tmp_path / "elsewhere")
     (problem,) = moeconv.verify(out, level="structure").problems
-    assert "`original` does not belong to the set" in str(problem)
+    assert "`original` does not belong to the output" in str(problem)
 
 
 @pytest.mark.parametrize("kind", ["out", "ranks"])
@@ -80,7 +80,7 @@ def test_an_index_that_says_more_than_a_set_does(out: Path):
     path.write_text(json.dumps(doc))
     resign(out)
     (problem,) = moeconv.verify(out).problems
-    assert "it says more than the tensors" in str(problem)
+    assert "it has more than the tensors" in str(problem)
 
 
 def test_what_nobody_loads_is_named(out: Path):
@@ -89,7 +89,7 @@ def test_what_nobody_loads_is_named(out: Path):
         (out / name).write_text("x")
     done = command("verify", out)
     assert done.code == 0
-    assert all(f"`{name}` is not of this set" in done.err for name in HARMLESS)
+    assert all(f"`{name}` is not part of this output" in done.err for name in HARMLESS)
     doc = json.loads(command("verify", out, "--json").out)
     assert doc["ok"]
     assert len(doc["warnings"]) == len(HARMLESS)

@@ -13,8 +13,8 @@ import moeconv
 from moeconv.errors import Damaged, UsageProblem
 from tests.badinput.builders import config, qwen, write
 from tests.manifest.samples import edit_root
-from tests.proof.forged import flip, keep_in_origin, resign
-from tests.proof.test_recipes import against
+from tests.verification.forged import flip, keep_in_origin, resign
+from tests.verification.test_recipes import against
 
 LISTED = {"ignored_layers": ["model.layers.0.mlp.experts.0.gate_proj", "lm_head"]}
 
@@ -163,9 +163,9 @@ def test_an_index_that_no_loader_follows(out: Path):
     shutil.copy(out / "model.safetensors.index.json", out / other)
     edit_root(out, lambda doc: doc["index"].update(name=other))
     for level in ("structure", "digest"):
-        said = "\n".join(map(str, moeconv.verify(out, level=level).problems))
-        assert f"its index is `{other}`" in said
-        assert "`model.safetensors.index.json` does not belong" in said
+        stated = "\n".join(map(str, moeconv.verify(out, level=level).problems))
+        assert f"its index is `{other}`" in stated
+        assert "`model.safetensors.index.json` does not belong" in stated
 
 
 def test_an_index_among_the_sidecars_of_a_sharded_set(ranks: Path):
@@ -178,4 +178,4 @@ def test_an_index_among_the_sidecars_of_a_sharded_set(ranks: Path):
     resign(ranks, root=root)
     (problem,) = moeconv.verify(ranks).problems
     assert isinstance(problem, Damaged)
-    assert "a set for ranks has none" in str(problem)
+    assert "with ranks there is none" in str(problem)
