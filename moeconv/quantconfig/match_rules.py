@@ -37,7 +37,8 @@ _ATOM = re.compile(r"(\\d|\[0-9\])|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _GROUP = re.compile(r"\((?:\?(?:[:=!>]|<[=!]|P<\w+>))?([^()]*)\)([*+{]?)")
 _OTHER_GROUP = re.compile(r"\(\?(?![:=!>]|<[=!]|P<\w+>)")
 _CHOICE = re.compile(r"(?P<digits>0[*+{])|(?P<repeat>[*+{])|(?P<option>\?)")
-_LITERAL = re.compile(r"\^?((?:[\w-]|\\[^\w\n])*)(?![*+?{])")
+_RUN = re.compile(r"\\\w|\{[^}]*\}|((?:[\w-]|\\[^\w\n])+)(?![*+?{])")
+_CODE_POINT = re.compile(r"\\[xuUN\d]")
 
 
 class UnsupportedPattern(ValueError):
@@ -138,7 +139,10 @@ def is_pattern(text: str) -> bool:
 
 def guesses(text: str, budget: Budget) -> tuple[Matcher, ...]:
     """What a pattern may match under a key of unknown rules. Raises UnsupportedPattern."""
-    return (Matcher(_compiled(f".*(?:{text})"), ("",), budget), _glob(text, budget))
+    return (
+        Matcher(_compiled(f".*(?:{text})"), (_literal(text),), budget),
+        _glob(text, budget),
+    )
 
 
 def ending(text: str, budget: Budget) -> Matcher:
@@ -147,7 +151,7 @@ def ending(text: str, budget: Budget) -> Matcher:
 
 
 def _regex(text: str, budget: Budget) -> Matcher:
-    return Matcher(_compiled(text), (f"\n{_literal_start(text)}",), budget)
+    return Matcher(_compiled(text), (_literal(text),), budget)
 
 
 def _glob(text: str, budget: Budget) -> Matcher:
@@ -165,7 +169,7 @@ def _module_or_end(text: str, budget: Budget, *, plain: bool) -> Matcher:
             budget,
         )
     match = _compiled(rf"(?:{text})(?:(?<=\.)|(?=\.|$))")
-    literals = (f"\n{_literal_start(text)}", f"{text}\n")
+    literals = (_literal(text), f"{text}\n")
     return Matcher(lambda name: match(name) or name.endswith(text), literals, budget)
 
 
@@ -207,7 +211,10 @@ def _ways(text: str) -> float:
     return ways * (1 + text.count("|"))
 
 
-def _literal_start(text: str) -> str:
-    """What every match begins with, as far as it is easy to see."""
-    found = None if "|" in text else _LITERAL.match(text)
-    return found[1].replace("\\", "") if found else ""
+def _literal(text: str) -> str:
+    """The longest text that is easily seen to be in every match: before any group or class."""
+    outside = _GROUP.sub("", _ATOM.sub("a", text))
+    if "|" in outside or _CODE_POINT.search(text):
+        return ""
+    runs = _RUN.finditer(re.split(r"[(\[]", text, maxsplit=1)[0])
+    return max((run[1].replace("\\", "") for run in runs if run[1]), key=len, default="")

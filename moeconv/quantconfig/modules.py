@@ -82,6 +82,7 @@ class Renamings:
         by_name = {s.name: s for s in stacks}
         self._kinds: dict[str, tuple[Stack, Layout, Layout]] = {}
         self._known: dict[object, Modules] = {}
+        self._of: dict[str, Modules] = {}
         self._names: dict[tuple[str, str], tuple[Names, Names]] = {}
         changed = []
         for entry in entries:
@@ -96,12 +97,14 @@ class Renamings:
         self.shorter = {name: tuple(_shorter(name)) for name in self.changed}
 
     def modules(self, stack: str) -> Modules:
-        """The modules of one of them."""
-        of, old, new = self._kinds[stack]
-        key = (of.recipe.name, old.name, new.name, of.sizes.experts, "experts" in stack.split("."))
-        if key not in self._known:
-            self._known[key] = Modules(of, old, new)
-        return self._known[key]
+        """The modules of one stack; stacks that are alike share them."""
+        if stack not in self._of:
+            of, old, new = self._kinds[stack]
+            key = (of.recipe.name, old, new, of.sizes.experts, "experts" in stack.split("."))
+            if key not in self._known:
+                self._known[key] = Modules(of, old, new)
+            self._of[stack] = self._known[key]
+        return self._of[stack]
 
     def names(self, stack: str, called: str = "") -> tuple[Names, Names]:
         """The old and the new names of a stack's modules; called: where a reader calls it so."""

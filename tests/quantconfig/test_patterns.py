@@ -13,6 +13,7 @@ from moeconv.quantconfig.match_rules import Budget, MatchRules, Names, Unsupport
 NAMES = st.text("ab.1_", max_size=8)
 ATOMS = st.sampled_from([
     *("a", "b", ".", r"\.", r"\d", r"\w", r"\D", r"\W", r"\s", r"\S", "[ab]", "[^ab]", "[a-b1]"),
+    *(r"\x61", "a1", "1", r"\.a", r"\+"),
     *(r"[\d_.-]", "[-a]", "^", "$", "_", "a", r"\_", "[^.]", "(?=a)", "(?!a.)", "(?<=a)", r"\b"),
 ])  # fmt: skip
 COUNTS = st.sampled_from(["*", "+", "?", "{2}", "{1,}", "{,2}", "{1,3}", "*?", "+?", "??"])
