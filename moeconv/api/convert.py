@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from moeconv.api.open import Opened, open_source, uncollected
+from moeconv.api.open import Opened, gc_paused
 from moeconv.api.options import ConvertKeywords, WriteOptions
 from moeconv.api.run import Result, carry_out
 from moeconv.checkpoint.output import OutputDocuments
@@ -33,8 +33,8 @@ def fuse(src: str | Path, out: str | Path, **keywords: Unpack[ConvertKeywords]) 
     The keywords are those of `WriteOptions`.
     """
     options = WriteOptions(**keywords)
-    source = open_for_writing(src, options)
-    return carry_out(source, Path(out), planned(source, FUSE, options), options)
+    source = options.open(src)
+    return carry_out(source, Path(out), plan_whole(source, FUSE, options), options)
 
 
 @system_errors()
@@ -52,27 +52,17 @@ def unfuse(
     The keywords are those of `WriteOptions`.
     """
     options = WriteOptions(unchecked=unchecked, **keywords)
-    source = open_for_writing(src, options)
+    source = options.open(src)
     if source.checkpoint.origin is not None and options.layout is None:
-        plan = restored(source)
+        plan = plan_original(source)
     else:
-        plan = planned(source, UNFUSE, options)
+        plan = plan_whole(source, UNFUSE, options)
     return carry_out(source, Path(out), plan, options)
 
 
-def open_for_writing(src: str | Path, options: WriteOptions) -> Opened:
-    """SRC, opened as the options say."""
-    return open_source(
-        src,
-        recipe=options.recipe,
-        from_layout=options.from_layout,
-        exclude=options.exclude,
-    )
-
-
-@uncollected()
-def planned(source: Opened, verb: str, options: WriteOptions) -> Plan:
-    """The plan of a whole output in `options.layout`, or in what the verb means for each family."""
+@gc_paused()
+def plan_whole(source: Opened, verb: str, options: WriteOptions) -> Plan:
+    """Plan a complete output in `options.layout`, or in the layout that `verb` means."""
     return plan_conversion(
         source.detection.checked(),
         verb=verb,
@@ -83,27 +73,27 @@ def planned(source: Opened, verb: str, options: WriteOptions) -> Plan:
 
 
 def origin_layouts(checkpoint: Checkpoint) -> dict[str, str]:
-    """For a set of ours, by stack: the layout of its first foreign source."""
+    """The layout of each stack in the first foreign source; empty if SRC is foreign itself."""
     own = checkpoint.origin
     return {s.name: s.origin_layout for s in own.manifest.root.stacks} if own else {}
 
 
-def refuse_foreign(source: Opened) -> OutputDocuments:
-    """What is known of the origin. Raises NotASet for what is no set of moeconv."""
+def own_documents(source: Opened) -> OutputDocuments:
+    """The documents of an output of moeconv. Raises NotASet for other checkpoints."""
     own = source.checkpoint.origin
     if own is None:
         raise NotASet(
             f"{quoted(str(source.path))} was not written by moeconv",
-            cause=f"it has no `{ROOT_NAME}`, so nothing says what it was made from",
+            cause=f"it has no `{ROOT_NAME}`, so its original files are not known",
             fix="`moeconv unfuse` splits the experts of any checkpoint",
         )
     return own
 
 
-@uncollected()
-def restored(source: Opened) -> Plan:
-    """The plan of the origin, bit for bit. Raises NotASet."""
-    own = refuse_foreign(source)
+@gc_paused()
+def plan_original(source: Opened) -> Plan:
+    """Plan the original files, bit for bit. Raises NotASet."""
+    own = own_documents(source)
     tensors = tuple(t for f in own.origin.files for t in f.header.tensors)
     known = {s.name: replace(s, layout=s.origin_layout) for s in own.manifest.root.stacks}
     names = tuple(f.name for f in own.origin.files)

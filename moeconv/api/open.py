@@ -20,7 +20,7 @@ from moeconv.layout.shipped import manifest_recipes
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A checkpoint with what its experts are; `path` is the local SRC."""
+    """A checkpoint with its detected experts; `path` is the local SRC."""
 
     path: Path
     checkpoint: Checkpoint
@@ -29,7 +29,7 @@ class Opened:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Switch the garbage collector off: plans of half a million tensors have no cycles to find."""
     was = gc.isenabled()
     gc.disable()
@@ -41,7 +41,7 @@ def uncollected() -> Iterator[None]:
 
 
 @system_errors()
-@uncollected()
+@gc_paused()
 def open_source(
     src: str | Path,
     *,
@@ -51,7 +51,8 @@ def open_source(
 ) -> Opened:
     """Read headers and detect the expert stacks; problems stay in `detection.problems`.
 
-    An output of moeconv carries its recipes and layouts: `recipe` and `from_layout` are for others.
+    An output of moeconv carries its own recipes and layouts: `recipe` and `from_layout` are not
+    used for it. exclude: globs of sidecars to leave out.
     Raises UnknownFamily, BadRecipe, and what `open_checkpoint` raises.
     """
     path = locate(src)
@@ -62,12 +63,13 @@ def open_source(
         recipes = manifest_recipes(manifest.root)
         detection = detection_from_manifest(manifest, checkpoint.stored, recipes)
         return Opened(path, checkpoint, recipes, detection)
-    said = manifest or (checkpoint.virtual.manifest if checkpoint.virtual else None)
-    if said is not None:
-        recipes = manifest_recipes(said.root)
-        # of a virtual set the layouts are the ranks'; its source has those of the origin
+    recorded = manifest or (checkpoint.virtual.manifest if checkpoint.virtual else None)
+    if recorded is not None:
+        recipes = manifest_recipes(recorded.root)
+        # a virtual output records the ranks' layouts; its source has the original ones
         known = {
-            s.name: s if manifest else replace(s, layout=s.origin_layout) for s in said.root.stacks
+            s.name: s if manifest else replace(s, layout=s.origin_layout)
+            for s in recorded.root.stacks
         }
         detection = detect(
             checkpoint.tensors,
@@ -75,7 +77,7 @@ def open_source(
             recipes,
             files=names,
             recorded=known,
-            ranks=recorded_ranks(said),
+            ranks=recorded_ranks(recorded),
         )
         return Opened(path, checkpoint, recipes, detection)
     recipes, detection = family(checkpoint, recipe=recipe, from_layout=from_layout)

@@ -1,4 +1,4 @@
-"""The options of the writing verbs (fuse, unfuse, shard, merge), each written once."""
+"""The options of the library's functions, each written once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypedDict
 
-from moeconv.api.run import Progress, RunOptions, one_of
+from moeconv.api.open import Opened, open_source
+from moeconv.api.run import DEFAULT_MEMORY_BYTES, Progress, RunOptions, limits_of, one_of
+from moeconv.engine.copy.pool import Limits
 from moeconv.plan.align import ALIGNS, PAGE_ALIGNED
 from moeconv.plan.pack import Packing
 
@@ -33,9 +35,34 @@ class WriteOptions(RunOptions):
         """How tensors are packed into files. Raises UsageProblem."""
         return Packing(self.max_shard_size, one_of("--align", self.align, ALIGNS))
 
+    def open(self, src: str | Path) -> Opened:
+        """Open SRC with these options. Raises as `open_source`."""
+        return open_source(
+            src, recipe=self.recipe, from_layout=self.from_layout, exclude=self.exclude
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOptions:
+    """All options of verify, diff and fingerprint; as in `WriteOptions`."""
+
+    recipe: str | Path | None = None
+    from_layout: str | None = None
+    max_memory: int = DEFAULT_MEMORY_BYTES
+    jobs: int | None = None
+    progress: Progress | None = None
+
+    def limits(self) -> Limits:
+        """What the workers may use. Raises UsageProblem."""
+        return limits_of(self.jobs, self.max_memory)
+
+    def open(self, src: str | Path) -> Opened:
+        """Open a checkpoint with these options. Raises as `open_source`."""
+        return open_source(src, recipe=self.recipe, from_layout=self.from_layout)
+
 
 class WriteKeywords(TypedDict, total=False):
-    """`WriteOptions` as keywords, less those that not every verb takes."""
+    """`WriteOptions` as keywords, without those that not every function takes."""
 
     layout: str | None
     exclude: tuple[str, ...]
@@ -51,7 +78,17 @@ class WriteKeywords(TypedDict, total=False):
 
 
 class ConvertKeywords(WriteKeywords, total=False):
-    """The keywords of a verb that reads checkpoints of others."""
+    """The keywords of a function that also reads checkpoints of others."""
 
     recipe: str | Path | None
     from_layout: str | None
+
+
+class ReadKeywords(TypedDict, total=False):
+    """`ReadOptions` as keywords."""
+
+    recipe: str | Path | None
+    from_layout: str | None
+    max_memory: int
+    jobs: int | None
+    progress: Progress | None

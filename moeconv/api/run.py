@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from moeconv.api.open import Opened, uncollected
+from moeconv.api.open import Opened, gc_paused
 from moeconv.checkpoint.output_files import read_root
 from moeconv.core.system_errors import callers_own
 from moeconv.core.text import counted
@@ -81,12 +81,17 @@ class Result:
 
 
 def carry_out(source: Opened, out: Path, plan: Plan, options: RunOptions) -> Result:
-    """Refuse what must be refused, then write the plan, or in a dry run do not."""
+    """Check what must be refused, then write the plan; a dry run only checks.
+
+    Raises WouldOverwrite and all that writing can raise.
+    """
     checkpoint = source.checkpoint
-    plan = with_rewrites(_announced(plan, source, options), checkpoint, source.detection.stacks)
+    plan = with_rewrites(
+        _with_check_note(plan, source, options), checkpoint, source.detection.stacks
+    )
     refuse_overlap(source.path, out)
     if checkpoint.virtual is not None:
-        refuse_overlap(checkpoint.root, out)  # where its bytes are
+        refuse_overlap(checkpoint.root, out)  # the directory that its bytes are in
     # a dangling link is refused; a link to a directory stands for that directory
     place = out if out.is_symlink() and not out.exists() else Path(os.path.realpath(out))
     limits = limits_of(options.jobs, options.max_memory)
@@ -115,8 +120,8 @@ def carry_out(source: Opened, out: Path, plan: Plan, options: RunOptions) -> Res
         return Result(source, out, plan, room, Manifest(read_root(place), ()), dry_run=False)
     meter = Meter(0 if plan.virtual else plan.tensor_bytes, options.progress)
     methods = CopyMethods(place)
-    # a virtual set is all documents; one that copies may take hours, and others need the collector
-    with uncollected() if plan.virtual else nullcontext():
+    # a virtual output is documents only; a run that copies may take hours and needs it
+    with gc_paused() if plan.virtual else nullcontext():
         manifest, notes = commit(
             plan,
             checkpoint,
@@ -133,32 +138,32 @@ def carry_out(source: Opened, out: Path, plan: Plan, options: RunOptions) -> Res
         )
     plan = replace(plan, notes=(*plan.notes, *notes))
     if manifest is not None:
-        said = unequal_notes(source.detection.stacks, manifest)
-        plan = replace(plan, notes=(*plan.notes, *said))
+        unequal = unequal_notes(source.detection.stacks, manifest)
+        plan = replace(plan, notes=(*plan.notes, *unequal))
     return Result(source, out, plan, room, manifest, dry_run=False, methods=methods)
 
 
-def _announced(plan: Plan, source: Opened, options: RunOptions) -> Plan:
-    """The plan, saying of a restore what its bytes are held against. Raises UsageProblem."""
+def _with_check_note(plan: Plan, source: Opened, options: RunOptions) -> Plan:
+    """The plan, with a note on what a restore is compared with. Raises UsageProblem."""
     own = source.checkpoint.origin
     if not plan.restores or own is None:
         if options.unchecked:
             raise UsageProblem(
                 "`--unchecked` is for restoring the original files of an output of moeconv",
-                cause="this command writes a new output, and takes its digests",
+                cause="this command writes a new output and computes its digests",
                 fix="drop `--unchecked`",
             )
         return plan
     if options.unchecked:
-        note = "unchecked: the tensors' bytes are not held against the recorded digests"
+        note = "unchecked: the tensors' bytes are not compared with the recorded digests"
     elif own.manifest.complete:
-        note = "bit for bit: every byte is held against the recorded digests"
+        note = "bit for bit: every byte is compared with the recorded digests"
     else:
         tensors = [t for part in own.manifest.parts for t in part.tensors]
         lacking = sum(not t.digests for t in tensors)
         note = (
             f"{lacking:,} of {counted(len(tensors), 'tensor')} have no recorded digest: their "
-            "bytes are written as they are, compared with nothing"
+            "bytes are written without being checked"
         )
     return replace(plan, notes=(*plan.notes, note))
 
@@ -171,17 +176,17 @@ def one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def default_jobs() -> int:
-    """Worker threads: two a core, since half of them wait for the disk, and at most eight."""
+    """Worker threads: two per core, since half of them wait for the disk; at most eight."""
     return min(8, 2 * (os.cpu_count() or 1))
 
 
 def limits_of(jobs: int | None, max_memory: int) -> Limits:
-    """What a run may use, with the default number of workers for None. Raises UsageProblem."""
+    """What the workers may use; None is the default number of workers. Raises UsageProblem."""
     return Limits(default_jobs() if jobs is None else jobs, max_memory)
 
 
 class Meter:
-    """Counts bytes for a `progress(done, total)` callback; the crew calls it one at a time."""
+    """Counts bytes for a `progress(done, total)` callback; called by one worker at a time."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.done = 0

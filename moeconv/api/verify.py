@@ -1,4 +1,4 @@
-"""The library: verify, diff and fingerprint as functions. Nothing here prints, exits or writes."""
+"""verify, diff and fingerprint. Nothing here prints or exits; only `verify(fill=True)` writes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Final, Unpack
 
 from moeconv.api.open import Opened, open_source
-from moeconv.api.run import DEFAULT_MEMORY_BYTES, Meter, Progress, limits_of
+from moeconv.api.options import ReadKeywords, ReadOptions
+from moeconv.api.run import Meter
 from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.core.system_errors import system_errors
 from moeconv.core.text import counted, quoted_list
@@ -62,64 +63,60 @@ def verify(
     *,
     level: str | None = None,
     source: str | Path | None = None,
-    recipe: str | Path | None = None,
-    from_layout: str | None = None,
     fill: bool = False,
-    max_memory: int = DEFAULT_MEMORY_BYTES,
-    jobs: int | None = None,
-    progress: Progress | None = None,
+    **keywords: Unpack[ReadKeywords],
 ) -> VerifyReport:
-    """Prove an output of moeconv: `structure`, `digest` (all re-read), or `source` (against SRC).
+    """Check an output of moeconv; damage is in the report, not raised.
 
-    level `source` needs `source`; it also works for OUT that moeconv did not write. fill: where
-    all is well, add to a virtual set the digests that it lacks.
-    Damage is in the report, not raised.
+    level: `structure` (no data is read), `digest` (all data is read again), or `source` (byte by
+    byte against `source`, also for an OUT that moeconv did not write). Default: `source` if one
+    is given, else `digest`. fill: if OUT is right, write the digests that it lacks.
+    The other keywords are those of `ReadOptions`. Raises UsageProblem, and what `open_source`
+    raises for SRC.
     """
+    options = ReadOptions(**keywords)
     level = level or (DIGEST if source is None else SOURCE)
     if level not in LEVELS or (level == SOURCE) != (source is not None):
         raise UsageProblem(
-            f"level {quoted(level)} and source {quoted(str(source))} do not go together",
+            f"level {quoted(level)} and source {quoted(str(source))} cannot be combined",
             cause=f"the levels are {', '.join(LEVELS)}; only `{SOURCE}` takes a source",
-            fix="say `--level source --source SRC`, or leave `--source` away",
+            fix="use `--level source --source SRC`, or drop `--source`",
         )
     if fill and level != SOURCE:
         raise UsageProblem(
-            "`--fill` belongs to the level `source`",
-            cause="digests are added only after every byte was compared",
-            fix="say `--level source --source SRC --fill`",
+            "`--fill` needs the level `source`",
+            cause="digests are added only after every byte has been compared",
+            fix="use `--level source --source SRC --fill`",
         )
     place = locate(out)
     if source is not None:
         source = locate(source)
-        _refuse_itself(place, source)
+        _refuse_nested(place, source)
     if fill:
         finish_fill(place)
     manifest, problems, warnings = _structure(place, level)
     summary = _summary(manifest)
     if problems or level == STRUCTURE:
         return _report(level, problems, summary, warnings, bytes_read=0)
-    limits = limits_of(jobs, max_memory)
-    meter = Meter(0, progress)
+    limits, meter = options.limits(), Meter(0, options.progress)
     ours = manifest is not None
     if manifest is not None:
         problems += [p for entry in manifest.root.sidecars for p in compare_file(place, entry)]
-    del manifest  # it is read once more with the rest of OUT; of a million tensors one is enough
+    del manifest  # read again with the rest of OUT; two manifests of a million tensors are too many
     try:
         if source is None:
-            problems += _fresh_problems(place, limits, meter) if ours else []
+            problems += _reread(place, limits, meter) if ours else []
         else:
-            opened, held = (
-                open_source(s, recipe=recipe, from_layout=from_layout) for s in (place, source)
-            )
+            opened, original = (options.open(s) for s in (place, source))
             meter.total = opened.checkpoint.tensor_bytes
-            found, more = _against(opened, held, recipe, limits, meter)
+            found, more = _compare(opened, original, options.recipe, limits, meter)
             problems += found
             warnings += more
             own = opened.checkpoint.origin
             if fill and own is not None and not own.manifest.complete and not problems:
-                summary = _summary(_filled(place, own.manifest, opened, limits, meter))
+                summary = _summary(_fill(place, own.manifest, opened, limits, meter))
     except MoeconvError as problem:
-        # damage that the structure does not show is an answer, too; a missing SRC is none
+        # damage that only the data shows belongs in the report, too; a missing SRC does not
         if not ours or source is not None:
             raise
         if not problems:
@@ -127,17 +124,17 @@ def verify(
     return _report(level, problems, summary, warnings, bytes_read=meter.done)
 
 
-def _refuse_itself(place: Path, source: Path) -> None:
-    """Raise UsageProblem where SRC is OUT, or one is in the other."""
+def _refuse_nested(place: Path, source: Path) -> None:
+    """Raise UsageProblem if SRC is OUT, or one is inside the other."""
     one, other = (Path(os.path.realpath(p)) for p in (place, source))
     if one.is_relative_to(other) or other.is_relative_to(one) or one.samefile(other):
         raise _itself(source, f"it is {quoted(str(other))}, OUT is {quoted(str(one))}")
 
 
 def _refuse_same_files(out: Checkpoint, source: Checkpoint) -> None:
-    """Raise UsageProblem where SRC's files are OUT's: links to them, or a virtual set of them."""
+    """Raise UsageProblem if SRC's files are OUT's: links to them, or a virtual output of them."""
     if out.virtual is not None:
-        return  # whose bytes are SRC's, and nobody says otherwise
+        return  # its bytes are SRC's by design
     mine = {_inode(f.path): f.name for f in out.files}
     for file in source.files:
         if (name := mine.get(_inode(file.path))) is not None:
@@ -155,20 +152,20 @@ def _inode(path: Path) -> tuple[int, int]:
 
 def _itself(source: Path, cause: str) -> UsageProblem:
     return UsageProblem(
-        f"{quoted(str(source))} is OUT itself: to compare it with itself proves nothing",
+        f"{quoted(str(source))} is OUT itself: comparing it with itself proves nothing",
         cause=cause,
         fix="give the checkpoint that OUT was made from, or verify without `--source`",
     )
 
 
-def _against(
+def _compare(
     out: Opened,
     source: Opened,
     recipe: str | Path | None,
     limits: Limits,
     meter: Meter,
 ) -> tuple[list[MoeconvError], list[str]]:
-    """What differs between OUT and what it was made from; OUT is not believed in anything."""
+    """How OUT differs from its source, and warnings; nothing that OUT says is trusted."""
     _refuse_same_files(out.checkpoint, source.checkpoint)
     pairs = [(side.checkpoint, side.detection.checked()) for side in (out, source)]
     problems = tensor_differences(out.detection, source.detection)
@@ -192,12 +189,11 @@ def _against(
 
 
 def _trusted(
-    source: Opened, recipe: str | Path | None, beside: dict[str, Recipe] | None = None
+    source: Opened, recipe: str | Path | None, fallback: dict[str, Recipe] | None = None
 ) -> Trusted:
-    """The recipe to believe for a stack of SRC: the user's, else the shipped one of its name.
+    """The recipe to trust for a stack of SRC: the user's, else the shipped one of its name.
 
-    Others only where SRC is foreign or, being believed, carries them. beside: what to believe
-    rather than those that it carries.
+    Failing both, that of `fallback` (by stack), else the one that SRC carries.
     """
     if source.checkpoint.origin is None:
         return lambda stack: stack.recipe
@@ -207,14 +203,14 @@ def _trusted(
         name = stack.recipe.name
         found = given if given is not None and given.name == name else shipped_recipe(name)
         if found is None:
-            return (beside or {}).get(stack.name, stack.recipe)
+            return (fallback or {}).get(stack.name, stack.recipe)
         return found if stack.recipe.taken is None else found.taking(*stack.recipe.taken)
 
     return known
 
 
-def _fresh_problems(place: Path, limits: Limits, meter: Meter) -> list[MoeconvError]:
-    """What re-reading all tensors of a set shows."""
+def _reread(place: Path, limits: Limits, meter: Meter) -> list[MoeconvError]:
+    """Problems that show when all tensors of an output are read again."""
     opened = open_source(place)
     checkpoint, detection = opened.checkpoint, opened.detection.checked()
     if checkpoint.origin is None:
@@ -228,10 +224,8 @@ def _fresh_problems(place: Path, limits: Limits, meter: Meter) -> list[MoeconvEr
     return list(limit_problems(found))
 
 
-def _filled(
-    place: Path, manifest: Manifest, side: Opened, limits: Limits, meter: Meter
-) -> Manifest:
-    """The set with the digests of its source's bytes."""
+def _fill(place: Path, manifest: Manifest, side: Opened, limits: Limits, meter: Meter) -> Manifest:
+    """Write the digests that OUT lacks; its completed manifest."""
     meter.total += side.checkpoint.tensor_bytes
     found = contents(
         side.checkpoint, side.detection.checked(), limits=limits, progress=meter.advance
@@ -240,7 +234,7 @@ def _filled(
 
 
 def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvError], list[str]]:
-    """The manifest of a set, and what is wrong or odd of all that is not data."""
+    """OUT's manifest, with the problems and warnings about everything but its data."""
     if (place / ROOT_NAME).exists():
         manifest, problems = check_structure(place)
         if manifest is None:
@@ -258,14 +252,14 @@ def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvEr
     open_checkpoint(place)
     raise NotASet(
         f"{quoted(str(place))} was not written by moeconv",
-        cause=f"it has no `{ROOT_NAME}`, so nothing says what its bytes should be",
+        cause=f"it has no `{ROOT_NAME}`, so its bytes cannot be checked against anything",
         fix="compare it with its source: `moeconv verify OUT --level source --source SRC`",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Summary:
-    """What a report says of a set: data files, tensors, fingerprint."""
+    """What a report says about an output: data files, tensors, fingerprint."""
 
     files: int
     tensors: int
@@ -304,21 +298,18 @@ def _report(
 def fingerprint(
     src: str | Path,
     *,
-    recipe: str | Path | None = None,
-    from_layout: str | None = None,
     recorded: bool = False,
-    max_memory: int = DEFAULT_MEMORY_BYTES,
-    jobs: int | None = None,
-    progress: Progress | None = None,
+    **keywords: Unpack[ReadKeywords],
 ) -> str:
-    """One hash of the whole model, the same in every layout, of the bytes as they are.
+    """Hash the whole model, as its bytes are now; the hash is the same in every layout.
 
-    recorded: believe the digests that a set records, where it has them all, and read nothing.
-    Raises Damaged for a set whose bytes are not those that it records, or whose recipes are not
-    the known ones of their names.
+    recorded: trust the digests that an output records, if it has them all, and read nothing.
+    The other keywords are those of `ReadOptions`. Raises Damaged for an output whose bytes are not
+    those that it records, or whose recipes differ from the known ones of the same names.
     """
-    opened = open_source(src, recipe=recipe, from_layout=from_layout)
-    (found,) = _contents([opened], limits_of(jobs, max_memory), progress, recorded, recipe)
+    options = ReadOptions(**keywords)
+    opened = options.open(src)
+    (found,) = _contents([opened], options, recorded=recorded)
     if found.damaged:
         raise _damaged(opened, found.damaged)
     return fingerprint_of(found.matrices)
@@ -329,8 +320,8 @@ def _damaged(opened: Opened, addresses: tuple[str, ...]) -> Damaged:
         f"{quoted(str(opened.path))} is damaged: its bytes are not those that were written",
         at=quoted_list(addresses, most=_MAX_NAMED),
         cause=f"{counted(len(addresses), 'matrix or tensor', 'matrices or tensors')} differ from "
-        "what its manifest records, or between replicas",
-        fix="fetch the set again; `moeconv verify SRC` lists all the damage",
+        "its manifest, or between replicas",
+        fix="fetch it again; `moeconv verify SRC` lists all the damage",
     )
 
 
@@ -339,39 +330,31 @@ def diff(
     a: str | Path,
     b: str | Path,
     *,
-    recipe: str | Path | None = None,
-    from_layout: str | None = None,
     recorded: bool = False,
-    max_memory: int = DEFAULT_MEMORY_BYTES,
-    jobs: int | None = None,
-    progress: Progress | None = None,
+    **keywords: Unpack[ReadKeywords],
 ) -> tuple[Difference, ...]:
-    """Two checkpoints, matrix by matrix: `=` same, `-` only in A, `+` only in B, `*` differs.
+    """Compare two checkpoints by matrix: `=` same, `-` only in A, `+` only in B, `*` differs.
 
-    All bytes are read, and marks are of the bytes as they are; `damaged` says where they are not
-    those that a set records. recorded: believe the digests that a set records, where it has them
-    all, and do not read it. Raises Damaged for a set whose recipes are not the known ones.
+    All bytes are read and compared as they are now; `damaged` says where they are not those that
+    an output records. recorded: trust the digests that an output records, if it has them all, and
+    do not read it. The other keywords are those of `ReadOptions`. Raises Damaged for an output
+    whose recipes differ from the known ones of the same names.
     """
-    sides = [open_source(s, recipe=recipe, from_layout=from_layout) for s in (a, b)]
-    limits = limits_of(jobs, max_memory)
-    return differences(*_contents(sides, limits, progress, recorded, recipe))
+    options = ReadOptions(**keywords)
+    sides = [options.open(s) for s in (a, b)]
+    return differences(*_contents(sides, options, recorded=recorded))
 
 
-def _contents(
-    sides: list[Opened],
-    limits: Limits,
-    progress: Progress | None,
-    recorded: bool,  # noqa: FBT001 - private, and named at every call of its callers
-    recipe: str | Path | None,
-) -> list[Contents]:
-    """What each side holds: read, or believed where its manifest records it."""
+def _contents(sides: list[Opened], options: ReadOptions, *, recorded: bool) -> list[Contents]:
+    """The digests of each side: read, or trusted if `recorded` and its manifest has them."""
+    limits = options.limits()
     known = [recorded_contents(side.checkpoint) if recorded else None for side in sides]
     unread = [s.checkpoint for s, held in zip(sides, known, strict=True) if held is None]
     foreign = [s for side in sides if side.checkpoint.origin is None for s in side.detection.stacks]
     for side, held in zip(sides, known, strict=True):
         if held is None:
-            _refuse_other_recipes(side, recipe, {s.name: s.recipe for s in foreign})
-    meter = Meter(sum(checkpoint.tensor_bytes for checkpoint in unread), progress)
+            _refuse_other_recipes(side, options.recipe, {s.name: s.recipe for s in foreign})
+    meter = Meter(sum(checkpoint.tensor_bytes for checkpoint in unread), options.progress)
     return [
         contents(side.checkpoint, side.detection.checked(), limits=limits, progress=meter.advance)
         if held is None
@@ -381,18 +364,18 @@ def _contents(
 
 
 def _refuse_other_recipes(
-    side: Opened, recipe: str | Path | None, beside: dict[str, Recipe]
+    side: Opened, recipe: str | Path | None, fallback: dict[str, Recipe]
 ) -> None:
-    """Raise Damaged where the recipes of a set take its bytes for other matrices than known ones.
+    """Raise Damaged if an output's recipes map its bytes to other matrices than the known ones.
 
-    What is read by way of them would be the same model, and what a loader takes from it another.
-    beside: by stack, the recipes of a foreign checkpoint that the set is compared with.
+    Read by its own recipes it would look like the same model, but a loader would see another.
+    fallback: by stack, the recipes of a foreign checkpoint that the output is compared with.
     """
     own = side.checkpoint.origin
     if own is None:
         return
     detection = side.detection.checked()
-    trusted = _trusted(side, recipe, beside)
+    trusted = _trusted(side, recipe, fallback)
     found = recipe_problems(str(side.path), own.manifest, detection, detection, trusted)
     if found:
         raise found[0].with_also(tuple(found[1:]))

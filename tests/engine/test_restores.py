@@ -150,10 +150,10 @@ def test_unchecked_is_said(tmp_path: Path) -> None:
     moeconv.fuse(small(tmp_path / "src"), tmp_path / "made")
     done = command("unfuse", tmp_path / "made", "-o", tmp_path / "a", "--unchecked")
     assert done.code == 0
-    assert "not held against the recorded digests" in done.err
+    assert "not compared with the recorded digests" in done.err
     assert "bit for bit" not in done.err
     done = command("merge", tmp_path / "made", "-o", tmp_path / "b", "--unchecked", "--json")
-    assert any("not held against" in note for note in json.loads(done.out)["notes"])
+    assert any("not compared with" in note for note in json.loads(done.out)["notes"])
 
 
 def test_unchecked_is_for_restoring_alone(tmp_path: Path) -> None:
