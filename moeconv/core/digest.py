@@ -39,5 +39,5 @@ def fingerprint(lines: Iterable[bytes]) -> str:
     return state.hexdigest()
 
 
-# what has no bytes has no tile, but a digest all the same
+# a tensor without bytes has no tile, but it has a digest
 EMPTY_DIGEST = digest(b"")

@@ -1,4 +1,4 @@
-"""Names that come out of files: how they sort, how they are shown, when they may be a path."""
+"""Names from files: natural sort order, and whether a name may be used as a path."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _encoded_number(text: str) -> str:
 
 
 def _count(n: int) -> str:
-    """Texts in the order of the numbers that they stand for; n below 2^40."""
+    """A text that sorts as its number does; n below 2^40."""
     return chr(n) if n < _LONG else f"{chr(_LONG + (n >> 20))}{chr(n & 0xFFFFF)}"
 
 
@@ -55,7 +55,7 @@ def _less(n: int) -> str:
 
 
 def slot_hole(first: int) -> str:
-    """The hole in the template of a `slot_namer` that numbers slots from `first` on."""
+    """The placeholder in the template of a `slot_namer` that numbers slots from `first` on."""
     return f"{{slot+{first}}}" if first else "{slot}"
 
 
@@ -72,7 +72,7 @@ def slot_namer(template: str) -> Callable[[int], str] | None:
 
 
 def file_name_problem(name: str) -> str | None:
-    """Why `name` may not be joined to a directory, or None where it is one plain file name."""
+    """Why `name` must not be joined to a directory; None if it is a plain file name."""
     if not name:
         return "is empty"
     if len(name.encode("utf-8", "surrogatepass")) > MAX_FILE_NAME_BYTES:
@@ -82,14 +82,14 @@ def file_name_problem(name: str) -> str | None:
     if any(c in name for c in "/\\:\0"):
         return "is a path, not a plain file name"
     if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in name):
-        return "holds control characters"
+        return "contains control characters"
     if name.split(".", 1)[0].lower() in _WINDOWS_DEVICES:
         return "is a reserved device name"
     return None
 
 
 def relative_path_problem(path: str) -> str | None:
-    """Why `path` may not be joined to a directory: every part must be a plain file name."""
+    """Why `path` must not be joined to a directory; None if every part is a plain file name."""
     for part in path.split("/"):
         problem = file_name_problem(part)
         if problem:

@@ -1,4 +1,4 @@
-"""Typed reading of small documents (manifest, recipe): all problems of one document at once."""
+"""Typed reading of small documents (manifest, recipe) that reports all problems at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DIGEST = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 class Refused(Exception):
-    """The first problem of something that is read for its value alone: nobody asks for a text."""
+    """Raised at the first problem of a document whose problems nobody will read."""
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class Problems:
             self.found.append(printable(f"{place or 'the document'}: {text}"))
 
     def note(self, text: str) -> None:
-        """Note one problem of the whole document, in words of our own."""
+        """Note one problem of the whole document."""
         self.count += 1
         if self.silent:
             raise Refused
@@ -114,7 +114,7 @@ class Table:
         return tuple(self._members)
 
     def raw(self, key: str) -> Json:
-        """The member as it stands; the caller checks it."""
+        """The member as it is; the caller checks it."""
         self._read.add(key)
         return self._members.get(key)
 
@@ -132,11 +132,11 @@ class Table:
         return value
 
     def word(self, key: str) -> str:
-        """A text that is not empty."""
-        return self.formed(key, "a text that is not empty", bool)
+        """A non-empty text."""
+        return self.formed(key, "a non-empty text", bool)
 
     def expects(self, keys: Iterable[str]) -> None:
-        """Keys that may stand here, for the suggestions of `finish`."""
+        """Declare allowed keys, for the suggestions of `finish`."""
         self._read.update(keys)
 
     def optional_text(self, key: str) -> str | None:
@@ -151,8 +151,8 @@ class Table:
             self.problem(key, "must be an integer" if key in self._members else "is missing")
             return least
         if not least <= value <= MAX_COUNT:
-            said = value if abs(value) < 2**64 else "a far larger one"
-            self.problem(key, f"must lie between {least} and 2^53-1, not {said}")
+            shown = value if abs(value) < 2**64 else "a far larger one"
+            self.problem(key, f"must be between {least} and 2^53-1, not {shown}")
             return least
         return value
 
@@ -226,7 +226,7 @@ class Table:
         value = self.raw(key)
         if isinstance(value, list) and _are_counts(value, length):
             return tuple(map(tuple, value))
-        for place, item in self._items(key):  # once more, slowly, to say what is wrong
+        for place, item in self._items(key):  # again, slowly, to find what is wrong
             if not _are_counts([item], length):
                 self.problems.add(place, f"must be {length} integers between 0 and 2^53-1")
         return ()
@@ -284,7 +284,7 @@ class Table:
             self.problem(key, f"unknown key; did you mean `{near}`?" if near else "unknown key")
 
     def _similar(self, key: str) -> str | None:
-        """A key that may have been meant. To look for one takes long: only for the first few."""
+        """The known key most like an unknown one; a slow search, so only for the first few."""
         self._suggested += 1
         if self.problems.silent or self._suggested > _MAX_SUGGESTED or len(key) > _MAX_SIMILAR:
             return None

@@ -1,4 +1,4 @@
-"""JSON that keeps its promises: no duplicate keys, no NaN, bounded integers, UTF-8 only."""
+"""Strict JSON: no duplicate keys, no NaN, bounded integers, UTF-8 only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BATCH: Final = 1000
 # made of them
 _BYTES_A_CONTAINER = 8
 _FREE_CONTAINERS = 2000
-# every integer of fewer digits lies within, and the parser's own way is many times as fast
+# every shorter integer is within bounds, and the parser's own `int` is many times as fast
 _LONG = b"0" * 19
 _DIGITS = bytes(b"0"[0] if chr(byte).isdecimal() and byte < 128 else 32 for byte in range(256))
 
@@ -58,7 +58,7 @@ def _no_constant(text: str) -> NoReturn:
 def _bounded_int(text: str) -> int:
     # checked by length first: int() of a million digits is a denial of service
     if len(text) > 20 or abs(value := int(text)) > MAX_INTEGER:
-        raise ValueError("an integer lies beyond 2^63-1")
+        raise ValueError("an integer is beyond 2^63-1")
     return value
 
 
@@ -69,13 +69,13 @@ def _any_int(text: str) -> int:
 
 
 def _no_float(text: str) -> NoReturn:
-    raise ValueError(f"{text[:20]} is a float where only integers may stand")
+    raise ValueError(f"{text[:20]} is a float where only integers are allowed")
 
 
 def _float(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{text[:20]} is beyond all floats")
+        raise ValueError(f"{text[:20]} is out of the range of a float")
     return value
 
 
@@ -114,7 +114,7 @@ def loads(
         try:
             doc = parsed(text, None)
         except (ValueError, RecursionError):
-            return None  # a key that stands twice before that counts first
+            return None  # a duplicate key before that point must be reported first
         return doc if isinstance(doc, dict) and _members(doc) == text.count(":") else None
 
     with _refusals(where):
@@ -133,7 +133,7 @@ def loads_records(
 ) -> dict[str, T | Json] | T | Json:
     """Parse an object of many small objects without ever holding a dict for each of them.
 
-    record: called with the members of every object, innermost first; what it returns stands in
+    record: called with the members of every object, innermost first; what it returns takes
     the object's place, and None leaves the object a dict. floats: as for `loads`.
     start: where in `data` the document begins.
     Raises DuplicateKey, BadJson.
@@ -169,7 +169,7 @@ def _refuse_hollow(data: bytes, where: str) -> None:
 
 
 def _may_be_long(data: bytes) -> bool:
-    """Whether an integer may lie beyond what the format holds: then each is looked at."""
+    """Whether an integer may be out of bounds, so that each one has to be checked."""
     return _LONG in data.translate(_DIGITS)
 
 
@@ -180,10 +180,10 @@ def _refusals(where: str) -> Iterator[None]:
         yield
     except _Duplicate as problem:
         raise DuplicateKey(
-            f"the JSON key {quoted(problem.key)} stands twice in one object",
+            f"the JSON key {quoted(problem.key)} appears twice in one object",
             at=where,
-            cause="parsers disagree on which one counts, so neither is used",
-            fix="download the file again, or write it anew without the second entry",
+            cause="parsers disagree on which one counts",
+            fix="download the file again, or write it again without the second entry",
         ) from None
     except RecursionError:
         raise BadJson("the JSON is nested too deeply", at=where) from None

@@ -1,4 +1,4 @@
-"""What the operating system says, as one of our own errors: the last net below every call."""
+"""Turn errors of the operating system into errors of ours, each with a cause and a fix."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from moeconv.errors import DiskFull, IoFailed, quoted
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _OF_CALLER: Final = "raised by a function that was given to moeconv"
 _FIXES: Final = {
-    errno.ENOSPC: "make room, then run again",
-    errno.EDQUOT: "make room, then run again",
+    errno.ENOSPC: "free some space, then run again",
+    errno.EDQUOT: "free some space, then run again",
     errno.ENAMETOOLONG: "use a shorter path or name",
-    errno.EACCES: "give yourself the right to it (`ls -ld` shows whose it is), then run again",
-    errno.EPERM: "give yourself the right to it (`ls -ld` shows whose it is), then run again",
-    errno.EROFS: "use a place that may be written to",
-    errno.ELOOP: "replace the link that leads back to itself",
-    errno.ENOENT: "check that it is there, and that nothing removes it meanwhile",
-    errno.ENOTDIR: "check the path: a file stands where a directory should be",
-    errno.EISDIR: "check the path: a directory stands where a file should be",
+    errno.EACCES: "change its permissions (`ls -ld` shows its owner), then run again",
+    errno.EPERM: "change its permissions (`ls -ld` shows its owner), then run again",
+    errno.EROFS: "use a place that is not read-only",
+    errno.ELOOP: "replace the link that points back to itself",
+    errno.ENOENT: "check that it exists and that nothing removes it meanwhile",
+    errno.ENOTDIR: "check the path: it has a file where a directory should be",
+    errno.EISDIR: "check the path: it has a directory where a file should be",
     errno.EIO: "check the disk and the file, then run again",
     errno.EFBIG: "raise the limit of file sizes (`ulimit -f`), or write to another file system",
     errno.ENODATA: "wait until nothing writes to the file, and check that it is whole",
@@ -31,7 +31,7 @@ _FIXES: Final = {
 
 
 def explained(problem: OSError, *, otherwise: str) -> tuple[str, str]:
-    """Cause and fix of a system call that failed; `otherwise` where its errno says no fix."""
+    """Cause and fix of a failed system call; `otherwise` is the fix for other error numbers."""
     limit = _limit_reached(problem)
     if limit is not None:
         return limit
@@ -42,7 +42,10 @@ def explained(problem: OSError, *, otherwise: str) -> tuple[str, str]:
 def _limit_reached(problem: OSError) -> tuple[str, str] | None:
     """Cause and fix where a file could not be opened because too many are open; None otherwise."""
     if problem.errno == errno.ENFILE:
-        return "the system has as many files open as it may", "close other programs, then run again"
+        return (
+            "the system has reached its limit of open files",
+            "close other programs, then run again",
+        )
     if problem.errno != errno.EMFILE:
         return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -54,18 +57,18 @@ def _limit_reached(problem: OSError) -> tuple[str, str] | None:
 
 
 def is_full(problem: OSError) -> bool:
-    """Whether there is no room left, on the disk or in a quota."""
+    """Whether the disk or a quota is full."""
     return problem.errno in _FULL
 
 
 def system_failure(problem: OSError) -> IoFailed:
-    """The error for a system call that failed where nothing nearer has words for it."""
+    """The error for a failed system call that no caller has described."""
     name = problem.filename
     place = os.fsdecode(name) if isinstance(name, str | bytes) else None
     kind = DiskFull if is_full(problem) else IoFailed
     cause, fix = explained(problem, otherwise="check the file system, then run again")
-    if not place:  # the directory of the process has no name to be told by
-        fix = "check that the directory you are in is still there"
+    if not place:  # an error about the current directory has no file name
+        fix = "check that the current directory still exists"
         return kind("a call of the operating system failed", cause=cause, fix=fix)
     return kind(
         f"cannot access {quoted(os.path.basename(place) or place)}",  # noqa: PTH119 - a text
@@ -77,10 +80,10 @@ def system_failure(problem: OSError) -> IoFailed:
 
 @contextmanager
 def system_errors() -> Iterator[None]:
-    """Turn an OSError that nothing nearer put into words into IoFailed.
+    """Turn an OSError that no caller has described into IoFailed.
 
-    Also a decorator: every function of the library is under it, so that no call of the system
-    comes out raw. What a function of the caller raised is left as it is. Raises IoFailed, DiskFull.
+    Also a decorator: every public function of the library has it, so that none raises a bare
+    OSError. What a callback of the user raised is left as it is. Raises IoFailed, DiskFull.
     """
     try:
         yield
@@ -92,7 +95,7 @@ def system_errors() -> Iterator[None]:
 
 @contextmanager
 def callers_own() -> Iterator[None]:
-    """Mark an OSError of a function that the caller gave as none of ours."""
+    """Mark an OSError raised by a callback of the user, so that `system_errors` leaves it alone."""
     try:
         yield
     except OSError as problem:

@@ -1,4 +1,4 @@
-"""`moeconv.json` and its parts: the values, their bytes, the strict reader (see FORMAT.md)."""
+"""`moeconv.json` and its parts as values, and how they are written (see FORMAT.md)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS_DIR: Final = "moeconv"
 ORIGIN_NAME: Final = "moeconv/origin"
 COMMON: Final = "common"  # how the files for all ranks begin
 COMMON_PART: Final = f"{PARTS_DIR}/{COMMON}.json"
-EXPERT_PARALLEL: Final = "expert-parallel"  # features that a reader of such a set must know
+EXPERT_PARALLEL: Final = "expert-parallel"  # features that a reader must know
 VIRTUAL: Final = "virtual"
 DIGESTS_LATER: Final = "digests-later"
 FEATURES: Final = (EXPERT_PARALLEL, VIRTUAL, DIGESTS_LATER)
@@ -37,7 +37,7 @@ MAX_DOCUMENT_BYTES: Final = 2 * 1024 * 1024 * 1024  # index and origin
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file of the set by relative path, size in bytes and digest of all its bytes."""
+    """A file of an output: relative path, size in bytes, digest of all its bytes."""
 
     name: str
     size: int
@@ -104,7 +104,7 @@ class Run:
 class TensorEntry:
     """One stored tensor; `digests` run over experts, then projections (or are just one).
 
-    start, stop: bytes of its file; runs: of a virtual set, where its bytes are instead.
+    start, stop: bytes of its file; runs: in a virtual output, where its bytes are instead.
     digests: empty where nobody has read the bytes yet.
     """
 
@@ -122,8 +122,8 @@ class TensorEntry:
 class Part:
     """One data file: its size, its header's size and digest, its tensors in file order.
 
-    rank: whose file it is; None for common files and in whole sets. A virtual set has no files of
-    its own: `file` is empty, and the tensors are runs of the source.
+    rank: whose file it is; None for common files and in whole outputs. A virtual output has no
+    files of its own: `file` is empty, and the tensors are runs of the source.
     """
 
     file: str
@@ -136,7 +136,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file that a virtual set points into, and how to know it again."""
+    """A file that a virtual output points into, and what identifies it."""
 
     name: str
     size: int
@@ -147,7 +147,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class SourceEntry:
-    """Where the bytes of a virtual set are."""
+    """Where the bytes of a virtual output are."""
 
     directory: str
     files: tuple[SourceFile, ...]
@@ -155,7 +155,7 @@ class SourceEntry:
 
 @dataclass(frozen=True, slots=True)
 class RecipeText:
-    """A recipe as it was when the set was written, so that the way back never changes."""
+    """A recipe as it was when the output was written, so that the way back never changes."""
 
     name: str
     toml: str
@@ -163,7 +163,7 @@ class RecipeText:
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """The commit: everything else is named here by size and digest."""
+    """`moeconv.json`: names every other file with its size and digest; written last."""
 
     generator: str
     recipes: tuple[RecipeText, ...]
@@ -175,14 +175,14 @@ class Root:
     tensor_count: int
     tensor_bytes: int
     fingerprint: str | None  # None where digests are missing
-    ep_size: int | None = None  # None for a whole set
-    source: SourceEntry | None = None  # of a virtual set
+    ep_size: int | None = None  # None for a whole output
+    source: SourceEntry | None = None  # of a virtual output
     unread: bool = False  # digests of data are to come later
     minor: int = MINOR
 
     @property
     def requires(self) -> tuple[str, ...]:
-        """The features that a reader of this set must know."""
+        """The features that a reader of this output must know."""
         has = (self.ep_size is not None, self.source is not None, self.unread)
         return tuple(name for name, wanted in zip(FEATURES, has, strict=True) if wanted)
 
@@ -228,14 +228,14 @@ def matrix_address(stack: str, expert: int, projection: str, component: str) -> 
 
 def addresses(tensor: TensorEntry, stacks: tuple[StackEntry, ...]) -> Iterator[str]:
     """The addresses of what a tensor holds, in the order of its digests."""
-    held = tensor.expert
-    if held is None:
+    entry = tensor.expert
+    if entry is None:
         yield tensor.name
         return
-    stack = stacks[held.stack].name
-    for expert in held.experts:
-        for projection in held.projections:
-            yield matrix_address(stack, expert, projection, held.component)
+    stack = stacks[entry.stack].name
+    for expert in entry.experts:
+        for projection in entry.projections:
+            yield matrix_address(stack, expert, projection, entry.component)
 
 
 def units_of(tensor: TensorEntry) -> int:
@@ -244,7 +244,7 @@ def units_of(tensor: TensorEntry) -> int:
 
 
 def canonical_shape(tensor: TensorEntry) -> tuple[int, ...]:
-    """The shape under which the digests of this tensor stand in the fingerprint."""
+    """The shape that the fingerprint has for the digests of this tensor."""
     return tensor.shape if tensor.expert is None else tensor.expert.matrix
 
 
@@ -275,12 +275,12 @@ def numbered(prefix: str, count: int) -> list[str]:
 
 
 def rank_part(rank: int | None, ep_size: int) -> str:
-    """The part of a rank (None: of the common files) of an expert-parallel set."""
+    """The part of a rank (None: of the common files) of an expert-parallel output."""
     return f"{PARTS_DIR}/{files_name(rank, ep_size)}.json"
 
 
 def part_names(ep_size: int) -> dict[str, int | None]:
-    """The parts of an expert-parallel set, in order, and whose they are (None: common)."""
+    """The parts of an expert-parallel output, in order, and whose they are (None: common)."""
     return {rank_part(r, ep_size): r for r in (None, *range(ep_size))}
 
 
@@ -387,7 +387,7 @@ def _write_part(stream: BinaryIO, part: Part) -> None:
 
 
 def part_bytes(part: Part) -> bytes:
-    """The part of a whole set's data file: canonical JSON and a newline."""
+    """The part of a whole output's data file: canonical JSON and a newline."""
     stream = BytesIO()
     _write_part(stream, part)
     stream.write(b"\n")

@@ -12,6 +12,7 @@ from moeconv.core.digest import DIGEST_HEX_DIGITS, digest
 from moeconv.core.names import natural_key, slot_namer
 from moeconv.core.schema import MAX_LISTED, Problems, Refused, Table, is_digest, is_dtype
 from moeconv.core.strict_json import Pairs, loads, loads_records
+from moeconv.core.text import counted
 from moeconv.errors import BadManifest, Damaged, UnsupportedVersion, quoted
 from moeconv.manifest.model import (
     DIGESTS_LATER,
@@ -53,7 +54,7 @@ _FEW: Final = 64  # experts that a tensor may name whatever its digests
 def _refuse(problems: Problems, where: str) -> None:
     if problems.count:
         raise BadManifest(
-            f"{quoted(where)} breaks the rules of its format in {problems.count:,} place(s)",
+            f"{quoted(where)} breaks the rules of its format in {counted(problems.count, 'place')}",
             at=quoted(where),
             cause="; ".join(problems.shown()),
         )
@@ -66,7 +67,7 @@ def split_root(raw: bytes, *, where: str) -> bytes:
         raise Damaged(
             f"{quoted(where)} is damaged: the digest in its last line is not that of its text",
             at=quoted(where),
-            cause="a bit changed, the file is cut short, or somebody edited it",
+            cause="a bit flipped, the file was cut short, or somebody edited it",
         )
     return body
 
@@ -100,7 +101,7 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
     totals.finish()
     top.finish()
     if sharded and root.index is not None:
-        top.problem("index", "must be null: one name stands in the files of many ranks")
+        top.problem("index", "must be null: the files of many ranks have tensors of one name")
     if not problems.skipped:
         check_root(root, problems)
     _refuse(problems, where)
@@ -150,12 +151,12 @@ def _check_version(top: Table, where: str) -> tuple[int, tuple[str, ...]]:
     version = top.table("version")
     major, minor = version.integer("major"), version.integer("minor")
     requires = top.texts("requires")
-    # what is no version at all must not send anybody looking for a newer moeconv
+    # a malformed version must not send anybody looking for a newer moeconv
     _refuse(top.problems, where)
     unknown = [name for name in requires if name not in FEATURES]
     if major != MAJOR or unknown:
         raise UnsupportedVersion(
-            f"{quoted(where)} is of a kind this moeconv cannot read",
+            f"{quoted(where)} is in a format that this moeconv cannot read",
             at=quoted(where),
             cause=f"it has format version {major}.{minor} and requires {list(requires[:_FEW])}; "
             f"this one reads {MAJOR}.x and knows {', '.join(f'`{name}`' for name in FEATURES)}",
@@ -164,7 +165,7 @@ def _check_version(top: Table, where: str) -> tuple[int, tuple[str, ...]]:
     if len(set(requires)) != len(requires):
         top.problem("requires", "names a feature twice")
     if VIRTUAL in requires and EXPERT_PARALLEL not in requires:
-        top.problem("requires", f"`{VIRTUAL}` sets are `{EXPERT_PARALLEL}` too")
+        top.problem("requires", f"`{VIRTUAL}` requires `{EXPERT_PARALLEL}` too")
     top.problems.lenient = minor > MINOR
     version.finish()
     return minor, requires
@@ -203,7 +204,7 @@ def _stack(t: Table, *, sharded: bool) -> StackEntry:
 
 
 def parse_parts(raw: bytes, root: Root, *, where: str) -> tuple[Part, ...]:
-    """The data files that one part of a set describes: one in a whole set, a rank's otherwise.
+    """The data files that one part describes: one in a whole output, otherwise those of a rank.
 
     Raises BadManifest, BadJson, DuplicateKey.
     """
@@ -218,22 +219,22 @@ def parse_parts(raw: bytes, root: Root, *, where: str) -> tuple[Part, ...]:
     wanted = numbered(files_name(rank, root.ep_size), len(names))
     if root.source is not None:
         if parts:
-            top.problem("files", "must be empty: a virtual set has no data files")
+            top.problem("files", "must be empty: a virtual output has no data files")
         tensors = _tensors(top, "virtual", root, rank) if top.given("virtual") else ()
         parts = (Part("", 0, 0, "", tensors, rank),)
     elif names != wanted:
         odd = next(n for n, name in enumerate(names) if name != wanted[n])
         top.problem(f"files[{odd}].file", f"must be {quoted(wanted[odd])}: {len(names)} are listed")
     top.finish()
-    held = Counter(t.name for p in parts for t in p.tensors)
-    for name in [name for name, count in held.items() if count > 1]:
-        problems.add("", f"tensor {quoted(name)} is there twice")
+    seen = Counter(t.name for p in parts for t in p.tensors)
+    for name in [name for name, count in seen.items() if count > 1]:
+        problems.add("", f"tensor {quoted(name)} appears twice")
     _refuse(problems, where)
     return parts
 
 
 def parse_part(raw: bytes, root: Root, *, where: str) -> Part:
-    """Parse and check the part of a whole set. Raises BadManifest, BadJson, DuplicateKey."""
+    """Parse and check the part of a whole output. Raises BadManifest, BadJson, DuplicateKey."""
     top, problems = _table(raw, root, None, where=where)
     part = _part(top, root, None)
     _refuse(problems, where)
@@ -323,9 +324,9 @@ def _tensor(t: Table, root: Root, rank: int | None) -> TensorEntry:
     if len(entry.digests) != expected and (entry.digests or not root.may_lack_digests):
         t.problem("digests", f"must be {expected}, one for each logical matrix")
     if entry.stop < entry.start:
-        t.problem("stop", "lies before `start`")
+        t.problem("stop", "is before `start`")
     if rank is not None and entry.expert is None:
-        t.problem("expert", "is missing: what is no expert's stands in the common files")
+        t.problem("expert", "is missing: tensors that belong to no expert are in the common files")
     return entry
 
 
@@ -345,7 +346,7 @@ def _runs(t: Table, root: Root) -> tuple[Run, ...]:
     for number, triple in enumerate(t.integer_lists("runs", 3)):
         run = Run(*triple)
         if run.file >= len(files) or run.offset + run.nbytes > files[run.file].size:
-            t.problem("runs", f"run {number} lies outside the source's files")
+            t.problem("runs", f"run {number} is outside the source's files")
         out.append(run)
     return tuple(out)
 

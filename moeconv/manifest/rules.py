@@ -22,7 +22,7 @@ from moeconv.manifest.model import (
 
 
 def contradictions(manifest: Manifest) -> list[str]:
-    """Where a root and its parts do not say the same: totals, replicas, the fingerprint."""
+    """Contradictions between a root and its parts: totals, replicas, the fingerprint."""
     root, out = manifest.root, []
     tensors = sum(len(p.tensors) for p in manifest.parts)
     nbytes = sum(t.stop - t.start for p in manifest.parts for t in p.tensors)
@@ -39,22 +39,22 @@ def contradictions(manifest: Manifest) -> list[str]:
     }
     if differ:
         out.append(
-            f"{len(differ)} matrices have replicas with other digests: {quoted(min(differ))}"
+            f"{len(differ)} matrices have replicas with different digests: {quoted(min(differ))}"
         )
     value = fingerprint(manifest.fingerprint_lines()) if manifest.complete else None
     if value != root.fingerprint:
-        out.append("its fingerprint is not that of its digests")
+        out.append("its fingerprint does not match its digests")
     return out
 
 
 def check_root(root: Root, problems: Problems) -> None:
-    """Note where stacks, recipes, placements and names do not go together."""
+    """Note where stacks, recipes, placements and names contradict each other."""
     known = {r.name for r in root.recipes}
     for number, stack in enumerate(root.stacks):
         place = f"stacks[{number}]"
         if stack.recipe not in known:
             problems.add(f"{place}.recipe", f"{quoted(stack.recipe)} is not among the recipes")
-        # bounded before anybody lists them one by one
+        # checked before anything iterates over them
         if max(stack.experts, len(stack.physical_to_logical or ())) > MAX_EXPERTS:
             problems.add(place, f"has more than {MAX_EXPERTS:,} experts or slots")
     _check_placements(root, problems)
@@ -72,11 +72,11 @@ def _check_placements(root: Root, problems: Problems) -> None:
         place = f"stacks[{number}].physical_to_logical"
         if root.ep_size and len(row) % root.ep_size:
             problems.add(place, f"has {len(row)} slots, which {root.ep_size} ranks cannot share")
-        held = set(row)
-        if max(held, default=0) >= stack.experts:
-            problems.add(place, f"names an expert {max(held)} of {stack.experts}")
-        elif len(held) != stack.experts:
-            problems.add(place, f"has a slot for {len(held)} of {stack.experts} experts only")
+        placed = set(row)
+        if max(placed, default=0) >= stack.experts:
+            problems.add(place, f"names expert {max(placed)}, there are only {stack.experts}")
+        elif len(placed) != stack.experts:
+            problems.add(place, f"has slots for only {len(placed)} of {stack.experts} experts")
 
 
 def _check_part_names(root: Root, problems: Problems) -> None:

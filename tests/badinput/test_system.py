@@ -316,7 +316,7 @@ def test_any_question_about_a_file_may_be_refused(
 def test_an_error_without_a_name_has_a_fix_all_the_same():
     with pytest.raises(IoFailed) as caught, system_errors():
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")
-    assert "the directory you are in" in str(caught.value)
+    assert "the current directory" in str(caught.value)
 
 
 def test_links_in_a_circle(good: Path, out: Path):

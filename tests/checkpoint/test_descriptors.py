@@ -167,7 +167,7 @@ def test_the_limit_in_words(limits: list[int]) -> None:
     cause, fix = explained(reached, otherwise="")
     assert "64 open files" in cause
     assert "hard limit" in fix
-    assert "as many files open" in explained(OSError(errno.ENFILE, ""), otherwise="")[0]
+    assert "limit of open files" in explained(OSError(errno.ENFILE, ""), otherwise="")[0]
     assert explained(OSError(errno.EIO, "said"), otherwise="")[0] == "said"
 
 

@@ -196,7 +196,7 @@ def test_a_disk_that_somebody_else_fills(
                 full += 1
                 assert process.returncode == 3, talk
                 assert "error[disk-full]" in talk
-                assert "fix: make room" in talk
+                assert "fix: free some space" in talk
                 assert tree(out) is None
             other.unlink()
             shutil.rmtree(out, ignore_errors=True)

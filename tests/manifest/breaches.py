@@ -253,7 +253,7 @@ PARTS: Final = (
     part("tensors of a whole set", RANK_1, put("tensors", []), "tensors: unknown key"),
     part("runs in no virtual set", RANK_1, put("virtual", []), "virtual: unknown key"),
     # --- tensors ---
-    part("two of one name", COMMON, _repeat_tensor, "is there twice", "down_scale",
+    part("two of one name", COMMON, _repeat_tensor, "appears twice", "down_scale",
          expressed=False),
     part("no expert in a rank's file", RANK_1, first(lambda t: t.pop("expert")), "expert",
          "common files"),

@@ -349,4 +349,4 @@ def test_all_problems_are_reported_at_once(made: Path):
         doc["sizee"] = 1
         del doc["generator"]
 
-    _refused(made, edit, "4 place(s)", "stacks[0].experts", "parts[0].name", "sizee", "generator")
+    _refused(made, edit, "4 places", "stacks[0].experts", "parts[0].name", "sizee", "generator")
