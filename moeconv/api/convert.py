@@ -6,7 +6,6 @@ Every function raises a class of `moeconv.errors` for what a user can cause.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -16,10 +15,8 @@ from moeconv.api.run import Result, carry_out
 from moeconv.checkpoint.output import OutputDocuments
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.system_errors import system_errors
-from moeconv.detect.detect import detect
-from moeconv.detect.interpretations import recorded_ranks
+from moeconv.detect.identify import identify_origin
 from moeconv.errors import NotASet, quoted
-from moeconv.layout.shipped import manifest_recipes
 from moeconv.manifest.model import ROOT_NAME
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion
 from moeconv.plan.model import Plan
@@ -94,12 +91,5 @@ def own_documents(source: Opened) -> OutputDocuments:
 def plan_original(source: Opened) -> Plan:
     """Plan the original files, bit for bit. Raises NotASet."""
     own = own_documents(source)
-    tensors = tuple(t for f in own.origin.files for t in f.header.tensors)
-    known = {s.name: replace(s, layout=s.origin_layout) for s in own.manifest.root.stacks}
-    names = tuple(f.name for f in own.origin.files)
-    recipes = manifest_recipes(own.manifest.root)
-    ranks = recorded_ranks(own.manifest)
-    original = detect(
-        tensors, source.checkpoint.config, recipes, files=names, recorded=known, ranks=ranks
-    )
+    original = identify_origin(own, source.checkpoint.config)
     return plan_restore(source.detection.checked(), original.checked(), own.origin)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.core.system_errors import system_errors
-from moeconv.detect.detect import Detection, detect
-from moeconv.detect.family import family
-from moeconv.detect.from_manifest import detection_from_manifest
-from moeconv.detect.interpretations import recorded_ranks
+from moeconv.detect.detect import Detection
+from moeconv.detect.identify import identify
 from moeconv.layout.recipe import Recipe
-from moeconv.layout.shipped import manifest_recipes
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,28 +54,5 @@ def open_source(
     """
     path = locate(src)
     checkpoint = open_checkpoint(path, exclude=exclude)
-    manifest = checkpoint.manifest
-    names = tuple(f.name for f in checkpoint.files)
-    if manifest is not None and manifest.root.ep_size is not None:
-        recipes = manifest_recipes(manifest.root)
-        detection = detection_from_manifest(manifest, checkpoint.stored, recipes)
-        return Opened(path, checkpoint, recipes, detection)
-    recorded = manifest or (checkpoint.virtual.manifest if checkpoint.virtual else None)
-    if recorded is not None:
-        recipes = manifest_recipes(recorded.root)
-        # a virtual output records the ranks' layouts; its source has the original ones
-        known = {
-            s.name: s if manifest else replace(s, layout=s.origin_layout)
-            for s in recorded.root.stacks
-        }
-        detection = detect(
-            checkpoint.tensors,
-            checkpoint.config,
-            recipes,
-            files=names,
-            recorded=known,
-            ranks=recorded_ranks(recorded),
-        )
-        return Opened(path, checkpoint, recipes, detection)
-    recipes, detection = family(checkpoint, recipe=recipe, from_layout=from_layout)
+    recipes, detection = identify(checkpoint, recipe=recipe, from_layout=from_layout)
     return Opened(path, checkpoint, recipes, detection)

@@ -1,4 +1,4 @@
-"""Which family a foreign checkpoint is of: what config.json says, and where it lies, the names."""
+"""Detect a foreign checkpoint: its family by config.json, or by its names where these disagree."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from moeconv.layout.recipe import SECTIONS, Recipe
 from moeconv.layout.shipped import fitting, load_recipe, shipped_recipes
 
 
-def family(
+def detect_foreign(
     checkpoint: Checkpoint, *, recipe: str | Path | None, from_layout: str | None
 ) -> tuple[tuple[Recipe, ...], Detection]:
-    """The recipes of a checkpoint that is no output of moeconv, and its stacks by them.
+    """Return the recipes of a checkpoint that moeconv did not write, and its stacks by them.
 
-    recipe: the one to use, whatever config.json says. Raises UnknownFamily, BadRecipe.
+    recipe: name or file of the one to use, whatever config.json says.
+    Raises UnknownFamily, BadRecipe.
     """
     names = tuple(f.name for f in checkpoint.files)
-    recipes, notes = ((load_recipe(recipe),), ()) if recipe is not None else _said(checkpoint)
+    recipes, notes = ((load_recipe(recipe),), ()) if recipe is not None else _by_config(checkpoint)
     detection = detect(
         checkpoint.tensors, checkpoint.config, recipes, files=names, from_layout=from_layout
     )
@@ -35,8 +36,11 @@ def family(
     return recipes, replace(detection, notes=(*notes, *detection.notes))
 
 
-def _said(checkpoint: Checkpoint) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
-    """The recipes for the model type, or for the language model in a type that none knows."""
+def _by_config(checkpoint: Checkpoint) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
+    """Return the recipes for the model type, or for that of the language model in config.json.
+
+    The second value are notes. Raises UnknownFamily.
+    """
     config = checkpoint.config
     if chosen := fitting(model_type=config.model_type, architectures=config.architectures):
         return chosen, tuple(_conflicting_family(config, chosen))
@@ -47,8 +51,10 @@ def _said(checkpoint: Checkpoint) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
         if chosen:
             kind = config.model_type
             who = f"no recipe knows model_type {quoted(kind)}" if kind else "there is no model_type"
-            said = quoted(inner.model_type or ", ".join(inner.architectures))
-            note = f"{who}; the {quoted(section)} in config.json is {said}: taken as such"
+            inner_kind = quoted(inner.model_type or ", ".join(inner.architectures))
+            note = (
+                f"{who}; the {quoted(section)} in config.json is {inner_kind}: its recipe is used"
+            )
             return chosen, (note,)
     if not any("expert" in t.name for t in checkpoint.tensors):
         return (), ()
@@ -56,7 +62,7 @@ def _said(checkpoint: Checkpoint) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
 
 
 def _conflicting_family(config: Config, recipes: tuple[Recipe, ...]) -> Iterator[str]:
-    """A word where model_type and architecture are of two families (Kimi K2, pruned Qwen3.5)."""
+    """Yield a note if model_type and architecture name two families (Kimi K2, pruned Qwen3.5)."""
     own = config.model_type or ""
     types = [t for r in recipes for t in r.model_types]
     for architecture in config.architectures:
@@ -68,18 +74,18 @@ def _conflicting_family(config: Config, recipes: tuple[Recipe, ...]) -> Iterator
         if own in types and other and _bare(stem) not in mine:
             yield (
                 f"config.json says model_type {quoted(own)} and architecture "
-                f"{quoted(architecture)}, which is that of {quoted(other)}: the names of the "
+                f"{quoted(architecture)}, which belongs to {quoted(other)}: the names of the "
                 "tensors decide"
             )
 
 
 def _bare(name: str) -> str:
-    """What of a name is the same in types and architectures, which turn its words about."""
+    """Return the letters of a name, sorted: architectures reorder the words of model types."""
     return "".join(sorted(name.replace("_", "").casefold()))
 
 
 def _names_disagree(detection: Detection) -> bool:
-    """Whether the tensors do not have the names of the family that config.json says."""
+    """Whether the tensors do not have the names of the family that config.json states."""
     if detection.stacks or detection.passthrough:
         return False
     kinds = {type(problem) for problem in detection.problems}
@@ -89,13 +95,13 @@ def _names_disagree(detection: Detection) -> bool:
 
 
 def _by_names(
-    checkpoint: Checkpoint, said: tuple[Recipe, ...], detection: Detection
+    checkpoint: Checkpoint, stated: tuple[Recipe, ...], detection: Detection
 ) -> tuple[tuple[Recipe, ...], Detection]:
-    """The family whose names the tensors have, where config.json says another one."""
-    alike = _of_these_names(checkpoint, said=said)
-    if alike is None:
-        return said, detection
-    recipe, found = alike
+    """Return the recipe whose names the tensors have, where config.json states another family."""
+    match = _of_these_names(checkpoint, stated=stated)
+    if match is None:
+        return stated, detection
+    recipe, found = match
     note = (
         f"config.json says model_type {quoted(checkpoint.config.model_type or '')}, but "
         f"the tensors have the names of recipe {quoted(recipe.name)}: the names win"
@@ -104,14 +110,14 @@ def _by_names(
 
 
 def _of_these_names(
-    checkpoint: Checkpoint, *, said: tuple[Recipe, ...]
+    checkpoint: Checkpoint, *, stated: tuple[Recipe, ...]
 ) -> tuple[Recipe, Detection] | None:
-    """The recipe by which all experts are whole, other than those that config.json says.
+    """Return another recipe than the stated ones by which all stacks are complete, if there is one.
 
-    Only among those that publish their experts one by one: these names leave no layout open.
+    Only recipes of families published per expert are tried: their names leave no layout open.
     """
     names = tuple(f.name for f in checkpoint.files)
-    others = [r for r in shipped_recipes() if r.unfuse is not None and r not in said]
+    others = [r for r in shipped_recipes() if r.unfuse is not None and r not in stated]
     for recipe in sorted(others, key=lambda r: -len(r.model_types)):
         found = detect(checkpoint.tensors, checkpoint.config, (recipe,), files=names)
         alone = found.stacks and all(s.layout.name == recipe.unfuse for s in found.stacks)
@@ -123,15 +129,15 @@ def _of_these_names(
 def _unknown_family(checkpoint: Checkpoint) -> UnknownFamily:
     config, tensors = checkpoint.config, checkpoint.tensors
     sample = next(t.name for t in tensors if "expert" in t.name)
-    said = f"model_type is {quoted(config.model_type)}" if config.model_type else "no model_type"
-    alike = _of_these_names(checkpoint, said=())
+    kind = f"model_type is {quoted(config.model_type)}" if config.model_type else "no model_type"
+    match = _of_these_names(checkpoint, stated=())
     return UnknownFamily(
         "no recipe knows this family of models",
         at="config.json" if config.present else "there is no config.json",
-        cause=f"{said}; the tensors have names like {quoted(sample)}",
-        fix=f"these are the names of recipe {quoted(alike[0].name)}: if it is such a model, "
-        f"`--recipe {alike[0].name}`"
-        if alike
-        else "`moeconv recipes list` shows those that are known; give one, or a file of your own, "
-        "with `--recipe`",
+        cause=f"{kind}; the tensors have names like {quoted(sample)}",
+        fix=f"these are the names of recipe {quoted(match[0].name)}: if it is such a model, "
+        f"`--recipe {match[0].name}`"
+        if match
+        else "`moeconv recipes list` shows the known families; give one of them, or a recipe file "
+        "of your own, with `--recipe`",
     )
