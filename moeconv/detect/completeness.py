@@ -1,4 +1,4 @@
-"""Is every expert there, whole, and like its fellows? Asked of names, dtypes and shapes."""
+"""Check by names, dtypes and shapes that a stack has every expert, complete and uniform."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from moeconv.errors import (
 )
 from moeconv.layout.recipe import DOWN, WEIGHT, Layout, Line
 
-# floating point of less than 16 bits and integers mean nothing without their scales
+# integers and floating point of less than 16 bits mean nothing without their scales
 _QUANTISED = frozenset(d for d in BITS if d.startswith(("F4", "F6", "F8", "I", "U")))
 
 
 def completeness(
     matched: MatchedStack, layout: Layout, *, experts: int | None, quantised: bool
 ) -> list[MoeconvError]:
-    """What is missing or odd in a stack that is stored in `layout`.
+    """Return what is missing from a stack that is stored in `layout`, or differs from the rest.
 
-    experts: E from config.json, where it says one; quantised: whether it says that there are such.
+    experts: E, if config.json states it; quantised: whether it states that weights have scales.
     """
     problems: list[MoeconvError] = []
     ids = _expert_ids(matched, layout)
@@ -42,7 +42,7 @@ def completeness(
     if layout.numbered and ids:
         gaps = _missing_ids(matched, ids, experts)
         problems += gaps
-        # an id out of range makes every other expert look incomplete: say the one thing
+        # an id out of range would make every other expert look incomplete, too
         if not gaps:
             problems += _missing_weights(matched, layout, ids, experts)
     for (_, component), tensors in matched.tensors.items():
@@ -50,7 +50,7 @@ def completeness(
             problems += _outliers(matched, tensors)
     problems += _companions(matched, layout)
     problems += _across_projections(matched, layout)
-    # where one projection has them, `_across_projections` said it
+    # where one projection has scales, `_across_projections` has reported it
     return problems or _bare(matched, quantised=quantised)
 
 
@@ -65,10 +65,10 @@ def bare_dtype(matched: MatchedStack) -> str | None:
 
 
 def _bare(matched: MatchedStack, *, quantised: bool) -> list[MoeconvError]:
-    """Quantised weights of which none has a scale: the whole stack lost them.
+    """Return the problem of quantised weights of which none has a scale.
 
-    fp8 may be meant as it is, and integers be what a recipe of one's own makes of them: config.json
-    must say that they are quantised, or their name.
+    fp8 without scales may be intended, and integers may be what a user's recipe makes of them: only
+    where config.json or the component's name says that they are quantised is it a problem.
     """
     dtype = bare_dtype(matched)
     names = {component for _, component in matched.tensors}
@@ -102,7 +102,7 @@ def _expert_ids(matched: MatchedStack, layout: Layout) -> list[int]:
 
 
 def _says(experts: int | None) -> str:
-    return "" if experts is None else f"; config.json says there are {experts}"
+    return "" if experts is None else f"; config.json states {experts} experts"
 
 
 def _missing_projection(matched: MatchedStack, line: Line) -> MoeconvError:
@@ -110,7 +110,7 @@ def _missing_projection(matched: MatchedStack, line: Line) -> MoeconvError:
     return MissingExpert(
         f"{quoted(matched.name)} lacks {quoted(line.template.removeprefix('{stack}.'))}",
         at=matched.where(held),
-        cause=f"it has this one, but no tensor for {' and '.join(line.projections)}",
+        cause=f"it has this tensor, but none for {' and '.join(line.projections)}",
     )
 
 
@@ -120,9 +120,10 @@ def _missing_ids(matched: MatchedStack, ids: list[int], experts: int | None) -> 
         beyond = [i for i in ids if i >= experts]
         return [
             ExpertOutOfRange(
-                f"{quoted(matched.name)} has an expert {beyond[0]}, but there are only {experts}",
+                f"{quoted(matched.name)} has an expert {beyond[0]}, but config.json states only "
+                f"{experts}",
                 at=matched.where(matched.tensor_of(beyond[0])),
-                cause=f"ids at or above {experts}, the number in config.json: {listed(beyond)}",
+                cause=f"ids must be below {experts}; these are not: {listed(beyond)}",
                 fix="correct config.json, or remove the experts that do not belong",
             )
         ]
@@ -130,13 +131,13 @@ def _missing_ids(matched: MatchedStack, ids: list[int], experts: int | None) -> 
     count = ids[-1] + 1 - len(ids)
     if not count:
         return []
-    # lazily: a single absurd id must not make a list of two billion missing ones
+    # lazily: one absurd id must not produce a list of two billion missing ones
     missing = list(islice((i for i in range(ids[-1]) if i not in present), LISTED))
     return [
         ExpertGap(
-            f"{quoted(matched.name)} lacks expert {missing[0]} altogether",
-            at=f"the last expert is in {matched.where(last)}",
-            cause=f"ids go up to {ids[-1]}, these are missing: "
+            f"{quoted(matched.name)} has no tensor of expert {missing[0]}",
+            at=f"its last expert is in {matched.where(last)}",
+            cause=f"ids go up to {ids[-1]}; these are missing: "
             f"{listed(missing, count=count)}{_says(experts)}",
         )
     ]
@@ -148,19 +149,19 @@ def _missing_weights(
     problems: list[MoeconvError] = []
     for line in layout.weight_lines:
         weights = matched.weights(line.template)
-        # where the companions are there and the weight is not, `_companions` says it better
+        # companions without a weight are reported by `_companions`
         lacking = [i for i in ids if i not in weights and not _companion_of(matched, line, i)]
         if not lacking:
             continue
         rest = line.template.removeprefix("{stack}.").removeprefix("{expert}.")
         kind = next((c for t, c in matched.tensors if c in matched.recipe.weights), WEIGHT)
         rest = rest.replace("{component}", kind).replace("{parameter}", kind)
-        # its other projections say where it should be; they may lie in the next shard
+        # its other projections show where it should be, perhaps in the next shard
         near = matched.tensor_of(lacking[0])
         problems.append(
             MissingExpert(
                 f"{quoted(matched.name)} lacks expert {lacking[0]}'s {quoted(rest)}",
-                at=f"its neighbour is in {matched.where(near)}",
+                at=f"another tensor of it is in {matched.where(near)}",
                 cause=("" if weights else "no expert has it: ")
                 + f"{len(weights)} of {len(ids)} experts have it; "
                 f"missing: {listed(lacking)}{_says(experts)}",
@@ -190,11 +191,11 @@ def _companions(matched: MatchedStack, layout: Layout) -> list[MoeconvError]:
                 ScaleWithoutWeight(
                     f"{quoted(tensor.name)} has no weight",
                     at=matched.where(tensor),
-                    cause=f"in this stack {counted(len(alone), 'tensor')} of component "
+                    cause=f"this stack has {counted(len(alone), 'tensor')} of component "
                     f"{quoted(component)} without a weight",
                 )
             )
-        # one of another dtype may need none, and that it is of another was said
+        # a weight of another dtype may need none, and its dtype has been reported
         usual = Counter(t.dtype for t in weights.values()).most_common(1)
         bare = [i for i, t in weights.items() if i not in tensors and t.dtype == usual[0][0]]
         if bare:
@@ -203,7 +204,7 @@ def _companions(matched: MatchedStack, layout: Layout) -> list[MoeconvError]:
                 MissingScale(
                     f"{quoted(tensor.name)} lacks its {quoted(component)}",
                     at=matched.where(tensor),
-                    cause=f"{len(weights) - len(bare)} of {len(weights)} experts have one; "
+                    cause=f"{len(weights) - len(bare)} of {len(weights)} experts have it; "
                     f"these lack it: {listed(sorted(bare))}",
                 )
             )
@@ -234,10 +235,10 @@ def _outliers(matched: MatchedStack, tensors: dict[int, StoredTensor]) -> list[M
 
 
 def _across_projections(matched: MatchedStack, layout: Layout) -> list[MoeconvError]:
-    """Projections of one dtype have the same companions; gate and up have one dtype.
+    """Return where projections differ in ways that no checkpoint has on purpose.
 
-    Every fused layout joins gate and up. Down may be of another precision, but quantised weights
-    of the same dtype with scales here and none there are a file that lost some; so are biases.
+    Every fused layout joins gate and up, so these need one dtype and the same components. Down may
+    have another precision, but quantised weights of one dtype all have scales or none has.
     """
     problems: list[MoeconvError] = []
     held = {line.projections: _first_of(matched, line, layout) for line in layout.weight_lines}
@@ -250,7 +251,7 @@ def _across_projections(matched: MatchedStack, layout: Layout) -> list[MoeconvEr
     if len({t.dtype for t in pair}) > 1:
         problems.append(
             ExpertDtype(
-                f"gate and up of {quoted(matched.name)} differ in dtype: "
+                f"gate and up of {quoted(matched.name)} have different dtypes: "
                 f"{' and '.join(t.dtype for t in pair)}",
                 at=matched.where(*pair),
                 cause="one tensor cannot hold both",
@@ -268,7 +269,7 @@ def _across_projections(matched: MatchedStack, layout: Layout) -> list[MoeconvEr
             has, lacks = (a, b) if component in held[a] else (b, a)
             what = "one of gate and up" if joined else "some projections"
             problem = MissingScale(
-                f"{quoted(matched.name)} has {quoted(component)} for {what} only",
+                f"{quoted(matched.name)} has {quoted(component)} for only {what}",
                 at=matched.where(weights[lacks]),
                 cause=f"this {weights[lacks].dtype} lacks it, {quoted(weights[has].name)} has it",
             )
@@ -277,7 +278,7 @@ def _across_projections(matched: MatchedStack, layout: Layout) -> list[MoeconvEr
 
 
 def _first_of(matched: MatchedStack, line: Line, layout: Layout) -> dict[str, StoredTensor]:
-    """A tensor of each component of a line's projections, wherever the layout stores it."""
+    """Return a tensor of each component of a line's projections, in any line."""
     of = [ln for ln in layout.lines if set(line.projections) <= set(ln.projections)]
     templates = {ln.template for ln in of}
     return {
@@ -290,14 +291,14 @@ def _mixed_formats(
     kinds: dict[tuple[str, ...], list[str]],
     held: dict[tuple[str, ...], dict[str, StoredTensor]],
 ) -> MoeconvError | None:
-    """Experts of one stack that are quantised beside others that are not, or in another way."""
+    """Return the problem that only some projections are quantised, or in different ways."""
     pair = {c: p for p, names in kinds.items() if DOWN not in p for c in names}
     down = {c: p for p, names in kinds.items() if DOWN in p for c in names}
     for side in (pair, down):
         if len(side) > 1:
             tensors = [held[p][c] for c, p in side.items()]
             return ExpertDtype(
-                f"experts of {quoted(matched.name)} are stored in two ways: {' and '.join(side)}",
+                f"experts of {quoted(matched.name)} have two formats: {' and '.join(side)}",
                 at=matched.where(*tensors),
                 cause="one tensor cannot hold both",
             )

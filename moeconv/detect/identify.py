@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.checkpoint.output import SetFiles
+from moeconv.checkpoint.output import OutputDocuments
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.detect.detect import Detection, detect
 from moeconv.detect.family import detect_foreign
@@ -43,7 +43,7 @@ def identify(
     return detect_foreign(checkpoint, recipe=recipe, from_layout=from_layout)
 
 
-def identify_origin(output: SetFiles, config: Config) -> Detection:
+def identify_origin(output: OutputDocuments, config: Config) -> Detection:
     """Return the stacks of the foreign checkpoint that an output was made from."""
     tensors = tuple(t for f in output.origin.files for t in f.header.tensors)
     names = tuple(f.name for f in output.origin.files)
