@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final, TypedDict
 
 from moeconv.api.open import Opened, open_source
-from moeconv.api.run import DEFAULT_MEMORY_BYTES, Progress, RunOptions, limits_of, one_of
 from moeconv.engine.copy.pool import Limits
+from moeconv.engine.options import DEFAULT_MEMORY_BYTES, Progress, RunOptions, limits_of, one_of
 from moeconv.plan.align import ALIGNS, PAGE_ALIGNED
 from moeconv.plan.pack import Packing
 

@@ -10,13 +10,13 @@ from typing import Final, Unpack
 
 from moeconv.api.open import Opened, open_source
 from moeconv.api.options import ReadKeywords, ReadOptions
-from moeconv.api.run import Meter
 from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
 from moeconv.core.system_errors import system_errors
 from moeconv.core.text import counted, quoted_list
 from moeconv.detect.stack import Stack
 from moeconv.engine.add_digests import fill_digests, finish_fill
 from moeconv.engine.copy.pool import Limits
+from moeconv.engine.options import Meter
 from moeconv.errors import Damaged, MoeconvError, NotASet, UsageProblem, quoted
 from moeconv.layout.recipe import Recipe
 from moeconv.layout.shipped import load_recipe, shipped_recipe

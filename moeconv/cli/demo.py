@@ -29,8 +29,8 @@ def demo(
     """Make a small checkpoint; fuse, verify, unfuse, shard, merge and load it: see it work."""
     with handled(Ui(color=color)) as ui:
         checked_color(color)
-        from moeconv.api.run import DEFAULT_MEMORY_BYTES
         from moeconv.engine.copy.pool import Limits
+        from moeconv.engine.options import DEFAULT_MEMORY_BYTES
         from moeconv.engine.output.preflight import refuse_existing
 
         if output is not None:

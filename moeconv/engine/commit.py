@@ -26,6 +26,7 @@ from moeconv.engine.manifest_writer import (
     source_entry,
     virtual_parts,
 )
+from moeconv.engine.options import LATER, RunOptions
 from moeconv.engine.output.atomic_file import new_file, partial_path, write_new, writing
 from moeconv.engine.output.disk_space import DiskSpace, refuse_short
 from moeconv.engine.output.journal import clear_aborted_start, plan_digest, resumable
@@ -69,35 +70,30 @@ def commit(
     plan: Plan,
     checkpoint: Checkpoint,
     out: Path,
+    options: RunOptions,
     *,
     limits: Limits,
     methods: CopyMethods,
-    room: DiskSpace,
-    overwrite: bool,
-    resume: bool,
-    later: bool,
-    unchecked: bool = False,
+    space: DiskSpace,
     progress: Progress,
     replaced: Inventory | None = None,
 ) -> tuple[Manifest | None, tuple[str, ...]]:
-    """Carry out a plan. OUT is as it was before if anything goes wrong, unless it is to be resumed.
+    """Write the plan's output; if anything fails, OUT is as it was before.
 
-    methods: to be filled with how bytes went. room: counts on clones, where there seem to be any;
-    they are asked for before anything is copied. later: take no digests of data now. resume: go on
-    where an earlier run of the same plan ended, and if this one fails, keep what is finished.
-    replaced: what stands in an OUT that is to be overwritten. unchecked: restore an origin without
-    reading what need not be read for it. Otherwise a restore reads every byte and holds it against
-    what the set records, whatever `later` says and however the bytes get there: after it nothing
-    else could tell.
-    Returns the manifest that was written, or None for a restored origin, which has none; and notes.
-    Raises IoFailed, DiskFull, SourceChanged, Damaged (a set of ours whose bytes are not its own).
+    With `options.resume` it continues an earlier run of the same plan, and what is finished is kept
+    if this one fails. methods: receives how bytes were copied. space: counts on clones; checked
+    again without them if the file systems turn out not to clone. replaced: what is in an OUT that
+    is to be overwritten.
+    Returns the manifest that was written, None for a restored origin, which has none; and notes.
+    Raises IoFailed, DiskFull, SourceChanged, Damaged (an output of moeconv whose bytes differ from
+    its manifest).
     """
-    work = OutputTransaction(out, limits, replaced, keeps=resume)
+    work = OutputTransaction(out, limits, replaced, keeps=options.resume)
     mark = plan_digest(plan, identity(checkpoint))
     kept: dict[str, Digests] = {}
     journal = None
     try:
-        if resume and out.exists() and not clear_aborted_start(out) and any(out.iterdir()):
+        if options.resume and out.exists() and not clear_aborted_start(out) and any(out.iterdir()):
             work.lock()
             journal = resumable(out, mark)
             work.refuse_appeared(journal)
@@ -106,17 +102,16 @@ def commit(
             if journal is not None:
                 work.reopen(journal, kept)
             else:
-                work.prepare(mark, _names(plan, checkpoint), overwrite=overwrite)
+                work.prepare(mark, _names(plan, checkpoint), overwrite=options.overwrite)
             manifest = _Commit(
                 plan,
                 checkpoint,
                 work,
+                options,
                 limits=limits,
                 methods=methods,
-                room=room,
+                space=space,
                 progress=progress,
-                later=later,
-                unchecked=unchecked,
                 kept=kept,
                 resumed=journal is not None,
             ).run()
@@ -138,12 +133,12 @@ def _names(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _roll_back(work: OutputTransaction, problem: BaseException) -> None:
-    with defer_signals():  # Ctrl-C once more does not make it wish for less
+    with defer_signals():  # a second Ctrl-C must not interrupt the cleanup
         left = work.roll_back()
         if left and isinstance(problem, MoeconvError):
             problem.cause = f"{problem.cause}; {left}" if problem.cause else left
         elif left or isinstance(problem, KeyboardInterrupt):
-            problem.add_note(left or "what was written is taken back")
+            problem.add_note(left or "what was written has been removed")
 
 
 class _Commit:
@@ -152,13 +147,12 @@ class _Commit:
         plan: Plan,
         checkpoint: Checkpoint,
         work: OutputTransaction,
+        options: RunOptions,
         *,
         limits: Limits,
         methods: CopyMethods,
-        room: DiskSpace,
+        space: DiskSpace,
         progress: Progress,
-        later: bool,
-        unchecked: bool,
         kept: dict[str, Digests],
         resumed: bool,
     ) -> None:
@@ -168,15 +162,17 @@ class _Commit:
         self.out = work.out
         self.limits = limits
         self.methods = methods
-        self.room = room
-        self.later = later
+        self.space = space
+        self.later = options.digests == LATER
         self.kept = kept
         self.resumed = resumed
         self.progress = progress
         self.parts: dict[str, Part] = {}
         self.virtual: tuple[Part, ...] = ()
         self.recorded = recorded(checkpoint)
-        self.policy = DigestPolicy(plan, self.recorded, later=later, unchecked=unchecked)
+        self.policy = DigestPolicy(
+            plan, self.recorded, later=self.later, unchecked=options.unchecked
+        )
         # without an index nothing else marks a restored set as whole: names come all at the end
         self.late = plan.restores and plan.index_name is None
         self.waiting: list[tuple[Path, Path]] = []
@@ -189,9 +185,9 @@ class _Commit:
             self.virtual = virtual_parts(self.plan.files, self.plan.stacks, known)
         else:
             self.methods.probe(f.path for f in self.checkpoint.files)
-            # a resumed run has freed room since, and what it still needs each file will ask for
+            # a resumed run has freed space since; each file asks for what it still needs
             if not self.resumed and not self.methods.share_blocks:
-                refuse_short(self.out, replace(self.room, shared=0))
+                refuse_short(self.out, replace(self.space, shared=0))
             for file in self.plan.files:
                 if file.name in self.kept:
                     self.parts[file.name] = self._checked(file, self.kept[file.name])

@@ -16,11 +16,11 @@ from tests.cli.run import environment, moeconv
 SLOW = """
 import sys, time
 import moeconv.engine.copy.worker as tiles
-real = tiles.TileRunner._small
+real = tiles.TileRunner._copy_small
 def slow(self, *rest):
     time.sleep(0.05)
     return real(self, *rest)
-tiles.TileRunner._small = slow
+tiles.TileRunner._copy_small = slow
 from moeconv.cli.main import main
 sys.argv = ["moeconv", *sys.argv[1:]]
 main()
@@ -74,7 +74,7 @@ def test_interrupt_leaves_out_as_it_was(
     process.send_signal(number)
     _, talk = process.communicate(timeout=30)
     assert process.returncode == code
-    assert talk.endswith(f"{said}; what was written is taken back\n")
+    assert talk.endswith(f"{said}; what was written has been removed\n")
     assert out.exists() == existed
     assert not existed or not list(out.iterdir())
 
