@@ -21,7 +21,6 @@ MAX_LAYERS: Final = 10_000
 _MAX_KINDS: Final = 100
 
 _NUMBER = re.compile(r"([0-9]{1,9})\.")
-_LAYER = re.compile(r"(.*\.)?([0-9]{1,9})(?:\.(.+))?", re.DOTALL)
 
 
 def lost_stacks(
@@ -35,14 +34,15 @@ def lost_stacks(
     """
     groups: dict[str, dict[str, dict[int, Stack]]] = defaultdict(lambda: defaultdict(dict))
     for stack in stacks:
-        if match := _LAYER.fullmatch(stack.name):
-            groups[match[1] or ""][match[3] or ""][int(match[2])] = stack
+        if found := kind_and_layer(stack.name):
+            (head, tail), layer = found
+            groups[head][tail][layer] = stack
     beside: dict[str, dict[str, dict[int, StoredTensor]]]
     beside = defaultdict(lambda: defaultdict(dict))
     for tensor in others:
-        match = _LAYER.fullmatch(tensor.name)
-        if match and (match[1] or "") in groups:
-            beside[match[1] or ""][match[3] or ""][int(match[2])] = tensor
+        if (found := kind_and_layer(tensor.name)) and found[0][0] in groups:
+            (head, tail), layer = found
+            beside[head][tail][layer] = tensor
     reported = set(known)
     for head, tail, layers in [(h, t, ls) for h, of in groups.items() for t, ls in of.items()]:
         routers = [
@@ -111,9 +111,9 @@ def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[Moec
     """
     groups: dict[tuple[str, str], list[Stack]] = defaultdict(list)
     for stack in stacks:
-        match = _LAYER.fullmatch(stack.name)
-        if match and stack.name not in stated:
-            groups[match[1] or "", match[3] or ""].append(stack)
+        found = kind_and_layer(stack.name)
+        if found and stack.name not in stated:
+            groups[found[0]].append(stack)
     problems: list[MoeconvError] = []
     for alike in groups.values():
         usual = max(s.sizes.experts for s in alike)
@@ -136,12 +136,12 @@ def bare_stacks(stacks: Iterable[Stack]) -> Iterator[MoeconvError]:
     groups: dict[tuple[str, str, str, str, str], list[tuple[Stack, frozenset[str]]]]
     groups = defaultdict(list)
     for stack in stacks:
-        match = _LAYER.fullmatch(stack.name)
-        for projection in stack.layout.projections if match else ():
+        found = kind_and_layer(stack.name)
+        for projection in stack.layout.projections if found else ():
             held = {m.component: m.dtype for m in stack.members if projection in m.line.projections}
             weight, dtype = next((c.name, d) for c, d in held.items() if c.weight)
             rest = frozenset(c.name for c in held if not (c.weight or c.inputs))
-            kind = (match[1] or "", match[3] or "") if match else ("", "")
+            kind = found[0] if found else ("", "")
             groups[*kind, projection, weight, dtype].append((stack, rest))
     reported: set[str] = set()
     for (*_, projection, weight, dtype), alike in groups.items():

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 from moeconv.checkpoint.config import Config
 from moeconv.core.text import spans
 from moeconv.detect.config_sizes import layer_count
 from moeconv.detect.stack import Stack
 from moeconv.errors import ConfigMismatch, NoExperts, Unsupported, quoted
-from moeconv.placement.model import Layers, kind_and_layer
+from moeconv.placement.model import Layers, kind_and_layer, kinds_of
 
 
 def main_kind(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
-    """The stacks of the kind with most of them, then most bytes, in layer order.
-
-    A kind is a name without its layer number; what has none is a kind of its own.
-    """
-    kinds: dict[object, dict[int, Stack]] = defaultdict(dict)
-    for stack in stacks:
-        kind, layer = kind_and_layer(stack.name) or (stack.name, 0)
-        kinds[kind][layer] = stack
-    main = max(kinds.values(), key=_weight, default={})
-    return tuple(stack for _, stack in sorted(main.items()))
+    """The stacks of the kind with most of them, then most bytes, in layer order."""
+    by_name = {stack.name: stack for stack in stacks}
+    kinds = [[by_name[kind[layer]] for layer in sorted(kind)] for kind in kinds_of(by_name)]
+    main = max(kinds, key=_count_and_bytes, default=[])
+    return tuple(main)
 
 
 def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[Layers, tuple[str, ...]]:
@@ -62,8 +55,8 @@ def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[Layers, tuple[
     return layers, tuple(s.name for s in main.values())
 
 
-def _weight(kind: dict[int, Stack]) -> tuple[int, int]:
-    return len(kind), sum(t.nbytes for s in kind.values() for t in s.tensors)
+def _count_and_bytes(kind: list[Stack]) -> tuple[int, int]:
+    return len(kind), sum(t.nbytes for s in kind for t in s.tensors)
 
 
 def layers_stated(alike: tuple[Stack, ...], config: Config) -> int | None:

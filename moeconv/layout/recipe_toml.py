@@ -201,6 +201,7 @@ def _components(table: Table) -> tuple[Component, ...]:
         )
         _check_roles(entry, out[-1])
         entry.finish()
+    out.sort(key=lambda c: c.name != WEIGHT)  # shared components are added behind a recipe's own
     if WEIGHT not in (c.name for c in out):
         table.problem(WEIGHT, "is missing: every projection has one")
     suffixes = [c.suffix for c in out]

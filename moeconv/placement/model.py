@@ -333,14 +333,23 @@ def _by_layer(names: tuple[str, ...], placement: Placement) -> dict[str, tuple[i
     return {main[layer]: row for layer, row in rows}
 
 
-def _main_kind(names: Sequence[str]) -> dict[int, str]:
-    """The most numerous kind of stacks: names by layer. Two kinds of one number: refused."""
-    kinds: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+def kinds_of(names: Iterable[str]) -> list[dict[int, str]]:
+    """The kinds of stacks, each as names by layer number.
+
+    A kind is a name without its layer number; a name without one is a kind of its own, layer 0.
+    """
+    kinds: dict[object, dict[int, str]] = defaultdict(dict)
     for name in names:
-        if found := kind_and_layer(name):
-            kinds[found[0]][found[1]] = name
-    most = max(map(len, kinds.values()), default=0)
-    main = [kind for kind in kinds.values() if len(kind) == most]
+        kind, layer = kind_and_layer(name) or (name, 0)
+        kinds[kind][layer] = name
+    return list(kinds.values())
+
+
+def _main_kind(names: Sequence[str]) -> dict[int, str]:
+    """The most numerous kind of stacks. Raises BadPlacement where two are equally numerous."""
+    kinds = kinds_of(filter(kind_and_layer, names))
+    most = max(map(len, kinds), default=0)
+    main = [kind for kind in kinds if len(kind) == most]
     if len(main) > 1:
         raise _not_by_stack(
             "the placement does not say which stacks it is for",
