@@ -1,9 +1,9 @@
-"""`--align source`: files that begin where most of their bytes can be cloned from the source.
+"""`--align source`: choose file starts so that most bytes can be cloned from the source.
 
-A clone needs source and target at the same place within a block, not at its start. So a file's
-header is padded to that place (its *phase*). Tensors keep the source's order, because then the odd
-sizes between two of them stand between them here, too, and one phase fits a whole source file.
-Nothing but names, sizes, the flag and the source's own offsets decides, never the file system.
+A clone needs source and target at the same offset within a block; it need not be 0. So a file's
+header is padded to that offset (its *phase*). Tensors keep the source's order: then the same sizes
+are between any two of them, and one phase fits a whole source file.
+The result depends on names, sizes, the flag and the source's offsets, never on the file system.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _WORTH_A_FILE: Final = 64 * 1024 * 1024
 class SourcePosition:
     """Where most of a tensor's bytes come from.
 
-    file, offset: of the first of them, in the source; phase: of a page, at which the tensor would
-    have to start so that they can be cloned; None where none can.
+    file, offset: of the first of these bytes. phase: the offset within a page at which the tensor
+    would have to start so that they can be cloned; None where none can.
     """
 
     file: int
@@ -93,7 +93,7 @@ def _winner(votes: Counter[int]) -> int | None:
 
 @dataclass(slots=True)
 class _Group:
-    """Tensors that follow one another and can share a file.
+    """Consecutive tensors that can share a file.
 
     at: where they start in the row of all; phase: that of a data section of all in which most of
     them could be cloned, None where none could; nbytes: of those that want it.
@@ -106,15 +106,15 @@ class _Group:
 
     @property
     def start(self) -> int:
-        """Where in a page they would have to start; where none can be cloned, anywhere."""
+        """The offset within a page at which they would have to start to be cloned."""
         return ((self.phase or 0) + self.at) % PAGE
 
     def agrees(self, other: _Group) -> bool:
-        """Whether one phase is as good for both as two."""
+        """Whether both can share one phase without loss."""
         return None in {self.phase, other.phase} or self.phase == other.phase
 
     def join(self, other: _Group) -> None:
-        """Take those that follow; the phase is that of more bytes."""
+        """Append a group; the phase with more bytes is kept."""
         if self.phase == other.phase:
             self.nbytes += other.nbytes
         elif self.nbytes < other.nbytes:
@@ -125,7 +125,7 @@ class _Group:
 def by_source_position(
     planned_tensors: list[PlannedTensor], positions: dict[str, SourcePosition]
 ) -> list[list[PlannedTensor]]:
-    """The tensors in the order of the source, cut where another phase begins to pay."""
+    """The tensors in the source's order, cut where a change of phase pays for a new file."""
     # the sort is stable: where two have one source_position, names decide
     ordered = sorted(
         planned_tensors, key=lambda d: (positions[d.name].file, positions[d.name].offset)
@@ -151,7 +151,7 @@ def by_source_position(
 
 
 def _linked(groups: list[_Group]) -> list[list[PlannedTensor]]:
-    """The groups, each behind the first that ends where it wants to start, if there is one."""
+    """Append each group to the first row that ends at its start phase, or begin a row with it."""
     rows: list[list[PlannedTensor]] = []
     ends: list[int] = []
     for group in groups:
@@ -167,7 +167,7 @@ def _linked(groups: list[_Group]) -> list[list[PlannedTensor]]:
 
 
 def misplaced(planned_tensors: list[PlannedTensor]) -> bool:
-    """Whether a tensor would not start at a multiple of its dtype's size."""
+    """Whether any tensor would start at no multiple of its dtype's size."""
     at = 0
     for planned in planned_tensors:
         if at % min(alignment(planned.dtype), _STEP):

@@ -1,4 +1,4 @@
-"""Which stack gets which rows: by a map, or by a rule; what neither speaks of stays whole."""
+"""Assign experts to ranks: each stack's `physical_to_logical` row, from a map or by a rule."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ RULES: Final[dict[str, Rule]] = {
 
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:
-    """What the user asks for.
+    """A placement as the user requests it.
 
-    rows: of a map, [P] by stack name; rule: for the stacks without a row; redundant: R of the
-    stacks that a rule places, and what a map must have if it is said. whole: the main stacks must
-    be shared, whether or not there is a row for them.
+    rows: those of a map, [P] by stack name; rule: for stacks without a row; redundant: the number
+    of redundant experts R of stacks that a rule places; a map must agree with it. whole: the main
+    stacks must be split among ranks, even without a row.
     """
 
     ep_size: int
@@ -50,7 +50,7 @@ class PlacementRequest:
 def placed(
     stacks: tuple[Stack, ...], request: PlacementRequest
 ) -> tuple[Sharding, tuple[str, ...]]:
-    """The rows of every stack that ranks share, and in notes what became of the stacks.
+    """The rows of every stack that is split among ranks, and notes on how each was placed.
 
     Stacks that a map leaves out are trivial; where their experts do not divide they stay in the
     common files. Without a map of its own the main kind of stacks must divide.
@@ -94,11 +94,11 @@ def _refuse_other_redundancy(
         if row is None or request.redundant in {None, more}:
             continue
         raise UsageProblem(
-            f"`--redundant {request.redundant}` is not what the map has",
+            f"`--redundant {request.redundant}` does not agree with the map",
             at=quoted(stack.name),
             cause=f"its {len(row)} slots are {abs(more)} {'more' if more >= 0 else 'fewer'} "
             f"than the {stack.sizes.experts} experts",
-            fix="leave `--redundant` away: a map says it itself",
+            fix="drop `--redundant`: the map determines the number of redundant experts",
         )
 
 

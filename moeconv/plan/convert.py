@@ -1,4 +1,4 @@
-"""Planning a conversion: every stack to a target layout, or the whole set back to its origin."""
+"""Plan a conversion of every stack to a target layout, and check that a plan loses nothing."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def plan_conversion(
     packing: Packing,
     origin_layouts: dict[str, str],
 ) -> Plan:
-    """Every stack to `layout`, or to the one its family's recipe names for `verb`.
+    """Plan to convert every stack to `layout`, or to the one its recipe names for `verb`.
 
-    origin_layouts: for stacks of our own sets, the layout of their first foreign source.
+    origin_layouts: for stacks of an output, the layout of its first foreign source.
     Raises NoExperts, UnknownLayout, NoPerExpertForm, StraddlingBlock, NameCollision, SubByteAxis.
     """
     refuse_no_experts(detection)
@@ -71,31 +71,31 @@ def refuse_no_experts(detection: Detection) -> None:
     if detection.stacks or detection.passthrough:
         return
     likely = next((t.name for t in detection.others if ".experts." in t.name), None)
-    hint = f"; {quoted(likely)} may be one under a name no recipe has" if likely else ""
+    hint = f"; {quoted(likely)} may be one, under a name that no recipe has" if likely else ""
     raise NoExperts(
         "there are no routed experts in this checkpoint",
-        cause=f"none of its {counted(len(detection.others), 'tensor')} is an expert's{hint}",
-        fix="give a Mixture-of-Experts checkpoint, or a recipe with `--recipe FILE`",
+        cause=f"none of its {counted(len(detection.others), 'tensor')} belongs to an expert{hint}",
+        fix="pass a Mixture-of-Experts checkpoint, or a recipe with `--recipe FILE`",
     )
 
 
 def copied_entries(detection: Detection) -> list[LedgerEntry]:
-    """The ledger's lines for tensors of no expert."""
+    """The ledger entries of tensors that belong to no expert."""
     return [LedgerEntry(t.name, "copied", (t.name,), t.nbytes) for t in detection.others]
 
 
 def target_of(stack: Stack, verb: str, layout: str | None) -> Layout:
-    """The layout that a verb gives a stack. Raises UnknownLayout, NoPerExpertForm."""
+    """The target layout of a stack under a verb. Raises UnknownLayout, NoPerExpertForm."""
     recipe = stack.recipe
     name = layout or (recipe.fuse if verb == FUSE else recipe.unfuse)
     if name is None and (verb == FUSE or stack.layout.per_expert):
         return stack.layout  # nothing of that kind exists, or it is there already
     if name is None:
         raise NoPerExpertForm(
-            f"the family of {quoted(stack.name)} is published fused only",
+            f"the family of {quoted(stack.name)} is published only fused",
             at=f"recipe {quoted(recipe.name)}",
             cause="no program is known to read its experts one by one",
-            fix="`--layout per-expert` writes them all the same",
+            fix="pass `--layout per-expert` to write them anyway",
         )
     target = recipe.layout(name)
     if target is None or target.read_only:
@@ -104,7 +104,7 @@ def target_of(stack: Stack, verb: str, layout: str | None) -> Layout:
             f"recipe {quoted(recipe.name)} has no layout {quoted(name)} to write",
             at=quoted(stack.name),
             cause=f"it has {', '.join(map(quoted, names))}",
-            fix=f"give one of these to `--layout`, {quoted(names[0])} for example",
+            fix=f"pass one of these to `--layout`, for example {quoted(names[0])}",
         )
     reason = _unwritable(stack, target)
     if reason is None:
@@ -119,7 +119,7 @@ def target_of(stack: Stack, verb: str, layout: str | None) -> Layout:
 
 
 def _unwritable(stack: Stack, target: Layout) -> str | None:
-    """Why a layout, one that all families have, cannot hold what a stack has."""
+    """Why a layout cannot hold a stack's components; None where it can."""
     if target.name == stack.layout.name:
         return None
     for member in stack.members:
@@ -140,7 +140,7 @@ def stack_entry(
     origin_layouts: dict[str, str],
     row: tuple[int, ...] | None = None,
 ) -> StackEntry:
-    """A stack as the manifest has it; row: physical_to_logical [P], where ranks share it."""
+    """The manifest entry of a stack; row: physical_to_logical [P], if it is split among ranks."""
     return StackEntry(
         name=stack.name,
         recipe=stack.recipe.name,
@@ -154,13 +154,13 @@ def stack_entry(
 
 
 def recipes_of(stacks: tuple[Stack, ...]) -> tuple[RecipeText, ...]:
-    """The recipes that the set must carry."""
+    """The recipes that the output must carry."""
     used = {s.recipe.name: s.recipe.toml for s in stacks}
     return tuple(RecipeText(name, toml) for name, toml in sorted(used.items()))
 
 
 def notes_of(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str, ...]:
-    """What is worth a word: stacks that are in their target layout already."""
+    """Notes on stacks that are already in their target layout, and on formats."""
     kept: dict[str, int] = {}
     for stack, target in zip(stacks, targets, strict=True):
         if stack.layout.name == target.name:
@@ -173,7 +173,7 @@ def notes_of(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str, ...
 
 
 def format_notes(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str, ...]:
-    """What the recipes say of formats that get their family's fused names here."""
+    """The recipes' notes on components that get their family's fused names here."""
     said = {
         f"{member.component.name}: {member.component.note}": None
         for stack, target in zip(stacks, targets, strict=True)
@@ -185,7 +185,10 @@ def format_notes(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str,
 
 
 def prove(plan: Plan, detection: Detection) -> None:
-    """The plan's own proof: tiles cover every data byte once, nothing is lost on the way."""
+    """Check that tiles cover every data byte exactly once and that no tensor is lost.
+
+    Raises InternalError: only a fault of ours can fail it.
+    """
     for file in plan.files:
         at = len(file.header)
         for tile in file.tiles:

@@ -1,6 +1,6 @@
-"""Tiles: for each run of output bytes, the runs of source bytes that fill it.
+"""Plan the tiles of one output tensor: which runs of source bytes fill each run of its bytes.
 
-A tile never crosses an expert. Where both sides hold a matrix as one run in canonical order it is
+A tile never spans two experts. Where both sides hold a matrix as one run in canonical order it is
 a copy; everything else (transposed, interleaved, shared) is a permutation of one expert.
 """
 
@@ -30,8 +30,8 @@ def tiles_of(planned: PlannedTensor, *, tensor: int, offset: int) -> Iterator[Ti
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """One matrix in a stored tensor, in items of `itemsize` bytes."""
+class _Strided:
+    """One matrix within a run: offset, shape and strides, in items of `itemsize` bytes."""
 
     offset: int
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class _Place:
 
 
 class _Permuter:
-    """Makes the tiles of one output tensor of a stack."""
+    """Plans the tiles of one output tensor of a stack."""
 
     def __init__(
         self, planned: PlannedTensor, matrices: ExpertMatrices, tensor: int, offset: int
@@ -147,15 +147,18 @@ class _Permuter:
         run = member.geometry.expert_stride * self.bits // 8
         return Span(tensor.file, tensor.offset + position * run, run)
 
-    def _in_items(self, geometry: Geometry, offset: int) -> _Place:
+    def _in_items(self, geometry: Geometry, offset: int) -> _Strided:
         shape = geometry.canonical_shape
         strides = tuple(stride for _, stride in geometry.matrix)
         if self.bits >= 8:
-            return _Place(offset, shape, strides)
+            return _Strided(offset, shape, strides)
         return self._sub_byte(geometry, offset)
 
-    def _sub_byte(self, geometry: Geometry, offset: int) -> _Place:
-        """Count bytes instead of elements: possible where the fastest axis fills whole bytes."""
+    def _sub_byte(self, geometry: Geometry, offset: int) -> _Strided:
+        """Count bytes instead of elements, which requires that the fastest axis fills whole bytes.
+
+        Raises SubByteAxis.
+        """
         *outer, (last, step) = geometry.matrix or ((1, 1),)
         counts = (offset * self.bits, last * self.bits, *(s * self.bits for _, s in outer))
         if step != 1 or any(n % 8 for n in counts):
@@ -168,7 +171,7 @@ class _Permuter:
             )
         shape = (*(n for n, _ in outer), last * self.bits // 8)
         strides = (*(s * self.bits // 8 for _, s in outer), 1)
-        return _Place(offset * self.bits // 8, shape, strides)
+        return _Strided(offset * self.bits // 8, shape, strides)
 
 
 def projection_place(member: StoredComponent, projection: str) -> int:

@@ -13,7 +13,7 @@ from moeconv.manifest.model import ExpertEntry, RecipeText, StackEntry
 
 @dataclass(frozen=True, slots=True)
 class CopyTile:
-    """One unit that is one run in the source and one run in the output."""
+    """One unit that is a single run in the source and in the output."""
 
     start: int
     nbytes: int
@@ -63,7 +63,7 @@ class PermuteTile:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the bytes stay as they are and only the digests need the permutation."""
+        """Whether the bytes are copied unchanged and only the digests need the permutation."""
         return (
             len(self.spans) == 1
             and self.spans[0].nbytes == self.nbytes
@@ -98,7 +98,7 @@ class OutputFile:
     size: int
     tensors: tuple[OutputTensor, ...]
     tiles: tuple[Tile, ...]
-    rank: int | None = None  # whose file it is, in an expert-parallel set
+    rank: int | None = None  # whose file it is, in an expert-parallel output
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """A sidecar that the output has with other bytes; `before` are those that were planned with."""
+    """A sidecar that the conversion changes; `before` are the bytes that the plan was made from."""
 
     name: str
     before: bytes
@@ -131,8 +131,8 @@ class Plan:
     """A conversion, complete: the same for any number of workers.
 
     restores: the output is the origin itself, bit for bit, and gets no manifest.
-    ep_size: of an expert-parallel set. virtual: the files are not written, their bytes stay where
-    they are in the source.
+    ep_size: of an expert-parallel output. virtual: no files are written; the bytes stay in the
+    source.
     """
 
     files: tuple[OutputFile, ...]

@@ -1,4 +1,4 @@
-"""Planning onto files whose headers exist: the origin's own, or those of a checkpoint at hand."""
+"""Plan files whose headers already exist: the origin's own, or those of a given checkpoint."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from moeconv.manifest.model import ExpertEntry, Manifest
 from moeconv.plan.convert import copied_entries, prove, stack_entry
 from moeconv.plan.model import LedgerEntry, OutputFile, Plan
 from moeconv.plan.pack import output_file
-from moeconv.plan.shard import Sharding, tensors_of_files
+from moeconv.plan.shard import Sharding, tensors_by_rank
 from moeconv.plan.tensors import ExpertMatrices, PlannedTensor, copied, laid_out, ledger_entries
 
 
 def plan_restore(detection: Detection, original: Detection, origin: Origin) -> Plan:
-    """The origin's own files, byte for byte, from the tensors of one of our sets.
+    """Plan the origin's own files, byte for byte, from the tensors of an output.
 
-    detection: the set as it is; original: what the origin's headers spell, in its own layouts.
+    detection: the output as it is; original: the stacks of the origin's headers.
     Raises BadManifest where the two are not the same model.
     """
     planned_tensors = _tensors_onto(detection, original)
@@ -94,16 +94,16 @@ def _existing_file(file: PlacedHeader, planned_tensors: dict[str, PlannedTensor]
 
 def _foreign(name: str) -> BadManifest:
     return BadManifest(
-        "the set's origin and its tensors are not of the same model",
+        "the output's origin and its tensors are not of the same model",
         at=quoted(name),
-        cause="one of them has it, the other does not, or of another size",
+        cause="one of them does not have it, or has it with another size",
     )
 
 
 def plan_onto(
     detection: Detection, target: Detection, files: tuple[PlacedHeader, ...]
 ) -> tuple[OutputFile, ...]:
-    """Existing `files`, whose tensors are `target`'s, as if filled from the tensors of `detection`.
+    """Plan to fill existing `files`, which hold `target`'s tensors, from those of `detection`.
 
     With both the same this re-reads a checkpoint unit by unit; with two checkpoints it is the
     inverse plan, under which every byte of the one can be held against the other.
@@ -116,9 +116,9 @@ def plan_onto(
 def plan_onto_set(
     detection: Detection, target: Detection, manifest: Manifest, files: tuple[PlacedHeader, ...]
 ) -> tuple[OutputFile, ...]:
-    """The files of an expert-parallel set, every slot of them, as if filled from `detection`.
+    """Plan to fill the files of an expert-parallel output, slot by slot, from `detection`.
 
-    target: what the set holds. Raises BadManifest where `detection` has nothing for a tensor.
+    target: what the output holds. Raises BadManifest where `detection` has nothing for a tensor.
     """
     layouts = {s.name: s.layout for s in target.stacks}
     for stack in detection.stacks:
@@ -129,7 +129,7 @@ def plan_onto_set(
         for s in manifest.root.stacks
         if s.physical_to_logical is not None
     }
-    common, ranks = tensors_of_files(detection, Sharding(manifest.root.ep_size or 1, rows), layouts)
+    common, ranks = tensors_by_rank(detection, Sharding(manifest.root.ep_size or 1, rows), layouts)
     by_rank = dict(enumerate(ranks))
     by_name = {
         rank: {d.name: d for d in (common if rank is None else by_rank[rank])}
@@ -139,7 +139,7 @@ def plan_onto_set(
 
 
 def plan_rereading(manifest: Manifest, files: tuple[PlacedHeader, ...]) -> tuple[OutputFile, ...]:
-    """The files of an expert-parallel set filled from themselves: every slot from its own bytes."""
+    """Plan to re-read the files of an expert-parallel output: every slot from its own bytes."""
     said = {(p.file, t.name): t.expert for p in manifest.parts for t in p.tensors}
     return tuple(
         _existing_file(

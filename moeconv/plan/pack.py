@@ -40,7 +40,7 @@ _BATCH: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How tensors are cut into files: bytes of the largest one, and where data sections start.
+    """How tensors are split into files: the largest size in bytes, and where data sections start.
 
     align: `page`, or `source` (see `align.py`).
     """
@@ -56,9 +56,9 @@ def pack(
     prefix: str = "model",
     rank: int | None = None,
 ) -> tuple[OutputFile, ...]:
-    """Output files of at most the packing's size; a larger single tensor stands alone.
+    """Output files of at most the packing's size; a larger single tensor gets a file of its own.
 
-    prefix: how their names begin; rank: whose they are, in an expert-parallel set.
+    prefix: of their names; rank: whose they are, in an expert-parallel output.
     Raises NameCollision where two output tensors would have one name.
     """
     ordered = _natural(planned_tensors)
@@ -115,7 +115,7 @@ def _natural(planned_tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
 
 
 def _ordered(shard: list[PlannedTensor]) -> list[PlannedTensor]:
-    """Page multiples first, then larger dtypes; the sort is stable, so else as they came."""
+    """Page multiples first, then larger dtypes; otherwise (the sort is stable) as given."""
     return sorted(shard, key=lambda d: (d.nbytes % PAGE != 0, -alignment(d.dtype)))
 
 

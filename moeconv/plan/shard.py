@@ -1,4 +1,4 @@
-"""Planning an expert-parallel set: each rank's slots in its own files, everything else once.
+"""Plan an expert-parallel output: each rank's slots in its own files, everything else once.
 
 Slot p of a stack's P slots is on rank p // (P / ep_size). Source of the rule: sglang's expert
 location, and every engine that follows DeepSeek's EPLB.
@@ -33,7 +33,7 @@ from moeconv.plan.tensors import OutputGroup, PlannedTensor, copied, ledger_entr
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """How stacks are shared out among ranks.
+    """How stacks are split among ranks.
 
     rows: physical_to_logical [P] by stack name; a stack without a row stays in the common files.
     """
@@ -52,7 +52,7 @@ def plan_shards(
     virtual: bool,
     notes: tuple[str, ...] = (),
 ) -> Plan:
-    """One set of files a rank and one for all ranks, stacks in `layout` or the family's fused one.
+    """Plan files for each rank and common files; stacks in `layout` or the family's fused one.
 
     Raises NoExperts, UnknownLayout, StraddlingBlock, NameCollision, SubByteAxis, NotVirtual.
     """
@@ -84,7 +84,7 @@ def shards_in(
 ) -> Plan:
     """`plan_shards` with a layout for each stack by name."""
     stacks = detection.stacks
-    common, ranks = tensors_of_files(detection, sharding, targets)
+    common, ranks = tensors_by_rank(detection, sharding, targets)
     _refuse_two_meanings(common, ranks)
     before = _slots_before(detection, sharding)
     files: list[OutputFile] = []
@@ -127,7 +127,7 @@ def _not_shared(detection: Detection) -> list[str]:
     ]
 
 
-def tensors_of_files(
+def tensors_by_rank(
     detection: Detection, sharding: Sharding, targets: dict[str, Layout]
 ) -> tuple[list[PlannedTensor], list[list[PlannedTensor]]]:
     """The tensors of the common files, and those of each rank's."""
@@ -163,7 +163,7 @@ def _slots(
     first: int,
     share: int,
 ) -> list[PlannedTensor]:
-    """A rank's tensors of one group: one for each slot, or one with all of them."""
+    """A rank's tensors of one group: one per slot, or one with all slots."""
     if not group.line.per_expert:
         slots = (first, first + share)
         experts = row[first : first + share]
@@ -176,14 +176,14 @@ def _slots(
 
 
 def _refuse_two_meanings(common: list[PlannedTensor], ranks: list[list[PlannedTensor]]) -> None:
-    """Raise NameCollision where a rank would have a name that the common files have, too."""
+    """Raise NameCollision where a rank would have a name that the common files also have."""
     shared = {planned.name for planned in common}
     for planned in chain.from_iterable(ranks):
         if planned.name in shared:
             raise NameCollision(
                 f"the common files and a rank's would both have a {quoted(planned.name)}",
                 at=quoted(planned.name),
-                cause="one is a slot of this rank, the other something that all ranks have",
+                cause="one is a slot of this rank, the other is common to all ranks",
                 fix="choose a `--layout` without names for each expert, such as `fused`, "
                 "or fewer redundant experts",
             )
@@ -204,32 +204,32 @@ def _ledger_entries(
 
 
 def not_global(stack: Stack) -> frozenset[str]:
-    """The components that stand once in every slot, by name."""
+    """The names of components that every slot has one of."""
     return frozenset(m.component.name for m in stack.members if not m.component.is_global)
 
 
 def refuse_tensor_sidecars(names: tuple[str, ...]) -> None:
-    """Raise NotVirtual where files of tensors would be copied after all."""
+    """Raise NotVirtual where a file that holds tensors would be copied as a sidecar."""
     found = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))]
     if found:
         raise NotVirtual(
-            f"{quoted_list(found, most=1)} would be copied into a set without tensors of its own",
+            f"{quoted_list(found, most=1)} would be copied into a virtual output",
             at=quoted(found[0]),
-            cause="the index does not name it, so it counts as a file beside the checkpoint",
+            cause="the index does not name it, so it counts as a sidecar",
             fix=f"leave it out with `--exclude '{found[0]}'`",
         )
 
 
 def refuse_permuted(files: tuple[OutputFile, ...]) -> None:
-    """Raise NotVirtual where a tensor's values would stand in another order."""
+    """Raise NotVirtual where a tensor's values would be in another order."""
     for file in files:
         for tile in file.tiles:
             if isinstance(tile, PermuteTile) and not tile.is_identity:
                 name = file.tensors[tile.tensor].name
                 raise NotVirtual(
-                    f"{quoted(name)} cannot be a run of the source's bytes",
+                    f"{quoted(name)} is not a run of the source's bytes",
                     at=quoted(name),
-                    cause="in this layout its values stand in another order than in the source",
+                    cause="in this layout its values are in another order than in the source",
                     fix="choose the layout that the source has with `--layout`, "
-                    "or leave `--virtual` away",
+                    "or drop `--virtual`",
                 )
