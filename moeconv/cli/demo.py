@@ -1,4 +1,4 @@
-"""`moeconv demo`: a small checkpoint fused, verified, taken back and loaded, in a few seconds."""
+"""`moeconv demo`: fuse, verify, restore, shard and load a small checkpoint, in a few seconds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def demo(
     ] = None,
     color: options.Color = "auto",
 ) -> None:
-    """Make a small checkpoint; fuse, verify, unfuse, shard, merge and load it: see it work."""
+    """Make a small checkpoint; fuse, verify, unfuse, shard, merge and load it."""
     with handled(Ui(color=color)) as ui:
         checked_color(color)
         from moeconv.engine.copy.pool import Limits
@@ -38,7 +38,7 @@ def demo(
             output.mkdir(parents=True, exist_ok=True)
             _run(ui, output)
             return
-        import tempfile  # of all commands only this one needs it
+        import tempfile  # slow to import, and no other command needs it
 
         folder = Path(tempfile.mkdtemp(prefix="moeconv-demo-"))
         try:
@@ -67,9 +67,9 @@ def _run(ui: Ui, folder: Path) -> None:
         f"{stack.name}.gate_up_proj is {_shape(result, stack.name)}"
     )
     report = moeconv.verify(fused, level="source", source=source)
-    ui.data(f"verified  every byte of the source found again: {'yes' if report.ok else 'NO'}")
+    ui.data(f"verified  every byte of the source is in the output: {'yes' if report.ok else 'NO'}")
     prints = {moeconv.fingerprint(source), moeconv.fingerprint(fused)}
-    ui.data(f"printed   one fingerprint for both layouts: {', '.join(sorted(prints))}")
+    ui.data(f"hashed    both layouts have the fingerprint {', '.join(sorted(prints))}")
     moeconv.unfuse(fused, back)
     same = _same_tree(source, back)
     ui.data(f"unfused   back to the original files, bit for bit: {'yes' if same else 'NO'}")
@@ -125,7 +125,7 @@ def _load(source: Path, fused: Path, stack: str, experts: int) -> str | None:
 
 
 def _load_rank(source: Path, ranks: Path, stack: str) -> str:
-    """Load the last rank with our own loader, and hold each slot against its expert."""
+    """Load the last rank with `moeconv.runtime` and compare each slot with its expert."""
     import torch
     from safetensors.torch import load_file
 

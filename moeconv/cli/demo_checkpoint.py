@@ -1,4 +1,4 @@
-"""The checkpoint of `moeconv demo`: Qwen3-MoE in small, every name and rule as in the large one."""
+"""The checkpoint of `moeconv demo`: a small Qwen3-MoE with the real names and rules."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 def make_checkpoint(folder: Path) -> None:
     """Write a sharded checkpoint with seeded random values into a new folder."""
-    # the stock writer, not ours: what the demo proves must not rest on our own code
+    # the stock writer, so that the demo does not rest on our own code
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""`moeconv inspect`: what a checkpoint is, from headers only."""
+"""`moeconv inspect`: show what a checkpoint holds, from headers only."""
 
 from __future__ import annotations
 

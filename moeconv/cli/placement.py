@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moeconv.placement.foreign_map import RawMap
     from moeconv.placement.model import Layers, Placement
 
-_SOURCE_HELP = "The checkpoint that the map is for: a directory, or all else that SRC may be."
+_SOURCE_HELP = "The checkpoint that the map is for: a directory, or anything else SRC may be."
 Map: TypeAlias = Annotated[
     str,
     typer.Argument(
@@ -24,11 +24,11 @@ Map: TypeAlias = Annotated[
 ]
 Ranks: TypeAlias = Annotated[
     int | None,
-    typer.Option("--ep", min=1, metavar="N", help="Expert-parallel ranks, to check the map for."),
+    typer.Option("--ep", min=1, metavar="N", help="Check the map for N expert-parallel ranks."),
 ]
 
 placement = typer.Typer(
-    help="Expert placement maps: look at one, translate it for another system.",
+    help="Expert placement maps: show one, or convert it for another system.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -46,7 +46,7 @@ def show(
     as_json: options.AsJson = False,
     color: options.Color = "auto",
 ) -> None:
-    """Show a map's format, sizes and ranks; fail with all that is wrong with it."""
+    """Show a map's format, sizes and ranks; report every problem that it has."""
     with handled(Ui(json=as_json, color=color)) as ui:
         checked_color(color)
         from moeconv.errors import BadPlacement, UsageProblem
@@ -57,13 +57,13 @@ def show(
         if map_layers is not None and source is None:
             raise UsageProblem(
                 "`--map-layers` needs `--source SRC`",
-                cause="without a checkpoint a map's rows are shown by their own numbers",
-                fix="say `--source SRC` too, or drop `--map-layers`",
+                cause="without a checkpoint the rows of a map are shown by their own numbers",
+                fix="add `--source SRC`, or drop `--map-layers`",
             )
         raw = read_map(map_)
         if source is None:
             layers, found = _alone(raw)
-            assumed = f"{layers.experts} experts, from the largest id; `--source SRC` would tell"
+            assumed = f"{layers.experts} experts, from the largest id; `--source SRC` would say"
         else:
             layers, _ = _layers(source)
             found, assumed = resolve(raw, layers, map_layers=map_layers)
@@ -110,7 +110,7 @@ def convert(
     quiet: options.Quiet = False,
     color: options.Color = "auto",
 ) -> None:
-    """Write a map in another system's format; systems count layers differently, so SRC tells."""
+    """Write a map in another system's format. Systems count layers differently: SRC says how."""
     with handled(Ui(json=as_json, quiet=quiet, color=color)) as ui:
         checked_color(color)
         from moeconv.engine.output.preflight import refuse_overlap
@@ -134,7 +134,7 @@ def convert(
 
 
 def _layers(source: str) -> tuple[Layers, Path]:
-    """The checkpoint's layers, and where it is."""
+    """The checkpoint's layers and its local path."""
     from moeconv.api.open import open_source
     from moeconv.detect.moe_layers import layers_of
 
@@ -144,7 +144,7 @@ def _layers(source: str) -> tuple[Layers, Path]:
 
 
 def _alone(raw: RawMap) -> tuple[Layers, Placement]:
-    """A map without its checkpoint: its own indices and ids are all there is."""
+    """Layers and placement of a map alone, from its own indices and ids."""
     from moeconv.placement.model import Layers, Placement
 
     indices = tuple(index for index, _ in raw.rows)
@@ -172,7 +172,7 @@ def _document(name: str, found: Placement, ep_size: int | None, assumed: str) ->
 
 
 def _redundant(found: Placement) -> int | None:
-    """R, the slots beyond the experts; None where there are fewer slots than experts."""
+    """R, the slots beyond the experts; None if there are fewer slots than experts."""
     return found.slots - found.experts if found.slots >= found.experts else None
 
 

@@ -79,7 +79,7 @@ def show(
     name: Annotated[str, typer.Argument(help="A recipe's name.", show_default=False)],
     color: options.Color = "auto",
 ) -> None:
-    """Print a recipe as TOML: a start for one of your own."""
+    """Print a recipe as TOML, to start your own from."""
     with handled(Ui(color=color)) as ui:
         checked_color(color)
         from moeconv.layout.shipped import load_recipe

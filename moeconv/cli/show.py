@@ -1,4 +1,4 @@
-"""Plans and checkpoints as tables and JSON: pure, so that every verb says things alike."""
+"""Plans and checkpoints as tables, lines and JSON; nothing here prints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Rows = list[list[str]]
 
 # --- plans -------------------------------------------------------------------------------------
 def plan_table(result: Result) -> tuple[list[str], Rows]:
-    """One row an output file."""
+    """One row per output file."""
     rows = [
         [printable(f.name), f"{len(f.tensors):,}", f"{len(f.tiles):,}", human_size(f.size)]
         for f in result.plan.files
@@ -32,28 +32,26 @@ def plan_table(result: Result) -> tuple[list[str], Rows]:
 
 
 def plan_summary(result: Result) -> list[str]:
-    """What happens, in a few lines; the last one is about the disk."""
+    """Source, output and fingerprint, one line each; the last line is about disk space."""
     plan, source = result.plan, result.source.checkpoint
     verbs = Counter(entry.verb for entry in plan.ledger)
-    fates = ", ".join(f"{count:,} {verb}" for verb, count in sorted(verbs.items()))
+    counts = ", ".join(f"{count:,} {verb}" for verb, count in sorted(verbs.items()))
     lines = [
         f"source: {counted(len(source.files), 'file')}, "
-        f"{counted(len(source.tensors), 'tensor')}, {human_size(source.tensor_bytes)} ({fates})",
+        f"{counted(len(source.tensors), 'tensor')}, {human_size(source.tensor_bytes)} ({counts})",
         f"output: {counted(len(plan.files), 'file')}, "
         f"{counted(plan.tensor_count, 'tensor')}, {human_size(plan.tensor_bytes)}"
-        + (", none of it written" if plan.virtual else "")
+        + (", not written" if plan.virtual else "")
         + f"; {counted(len(source.sidecars), 'sidecar')} copied",
     ]
     if plan.ep_size is not None:
-        lines.append(
-            f"redundant experts: {human_size(plan.replica_bytes)} beyond the source's bytes"
-        )
+        lines.append(f"redundant experts: {human_size(plan.replica_bytes)} more than the source")
     if result.manifest is not None:
         value = result.manifest.root.fingerprint
         lines.append(f"fingerprint: {value or 'unknown until the data is read'}")
     room = result.room
     short = "" if room.enough else ": NOT ENOUGH"
-    sharing = f" ({human_size(room.shared)} of it can be clones)" if room.shared else ""
+    sharing = f" ({human_size(room.shared)} of it can be cloned)" if room.shared else ""
     lines.append(
         f"disk: {human_size(room.needed)} needed{sharing}, {human_size(room.free)} free{short}"
     )
@@ -131,7 +129,7 @@ def plan_document(verb: str, result: Result) -> Json:
 
 
 def _copying(result: Result) -> Json:
-    """How the bytes went, for those who count them."""
+    """How many bytes each copy method copied; None if nothing was."""
     methods = result.methods
     if methods is None:
         return None
@@ -146,7 +144,7 @@ def _copying(result: Result) -> Json:
 
 
 def copying_lines(result: Result) -> list[str]:
-    """The same in words, and what would have copied less."""
+    """How many bytes each copy method copied, and a flag that would have copied fewer."""
     methods = result.methods
     if methods is None or not methods.found:
         return []
@@ -157,13 +155,13 @@ def copying_lines(result: Result) -> list[str]:
         f"{human_size(tally.direct)} written past the page cache"
     ]
     if methods.share_blocks and tally.cloned < total // 2 and result.aligned_to_page:
-        lines.append("this file system can clone: `--align source` may copy next to nothing")
+        lines.append("this file system can clone: `--align source` may copy almost nothing")
     return lines
 
 
 # --- checkpoints -------------------------------------------------------------------------------
 def checkpoint_lines(opened: Opened) -> list[str]:
-    """The checkpoint as a whole."""
+    """The checkpoint as a whole: type, sizes, who wrote it."""
     checkpoint = opened.checkpoint
     config = checkpoint.config
     kind = printable(config.model_type) if config.model_type else "no model_type"
@@ -193,14 +191,14 @@ def _sharding_lines(root: Root) -> list[str]:
 
 
 def other_lines(opened: Opened) -> list[str]:
-    """What belongs to no stack."""
+    """The tensors and files that belong to no stack."""
     others = opened.detection.others
     size = sum(t.nbytes for t in others)
     sidecars = opened.checkpoint.sidecars
-    lines = [f"beside the experts: {counted(len(others), 'tensor')}, {human_size(size)}"]
+    lines = [f"not experts: {counted(len(others), 'tensor')}, {human_size(size)}"]
     coupled = coupled_names(opened)
     if coupled:
-        lines.append(f"routers and shared experts, left alone: {listed(coupled, most=12)}")
+        lines.append(f"routers and shared experts, copied as they are: {listed(coupled, most=12)}")
     if sidecars:
         names = [printable(s.name) for s in sidecars[:LISTED]]
         lines.append(f"sidecars: {listed(names, count=len(sidecars))}")
@@ -208,7 +206,7 @@ def other_lines(opened: Opened) -> list[str]:
 
 
 def coupled_names(opened: Opened) -> list[str]:
-    """What belongs to a layer's experts without being one, each name once for all layers."""
+    """Routers, shared experts and the like; each name once for all layers."""
     layers = {_split_layer(s.name)[:2] for s in opened.detection.stacks}
     found: dict[str, None] = {}
     beside = _beside_experts()
@@ -226,7 +224,7 @@ def _beside_experts() -> re.Pattern[str]:
 
 
 def stack_table(stacks: tuple[Stack, ...]) -> tuple[list[str], Rows]:
-    """One row for stacks that are alike but for their layer."""
+    """One row for all stacks that differ only in their layer."""
     groups: dict[tuple[str, ...], list[tuple[int, Stack]]] = {}
     for stack in stacks:
         head, layer, tail = _split_layer(stack.name)
@@ -246,12 +244,12 @@ def stack_table(stacks: tuple[Stack, ...]) -> tuple[list[str], Rows]:
 
 def _traits(stack: Stack) -> list[str]:
     sizes = stack.sizes
-    held: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     for member in stack.members:
-        dtypes = held.setdefault(member.component.name, [])
+        dtypes = found.setdefault(member.component.name, [])
         if member.dtype not in dtypes:
             dtypes.append(member.dtype)
-    components = ", ".join(f"{name} {'/'.join(dtypes)}" for name, dtypes in held.items())
+    components = ", ".join(f"{name} {'/'.join(dtypes)}" for name, dtypes in found.items())
     return [
         str(sizes.experts),
         str(sizes.width),
@@ -279,7 +277,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def tensor_table(tensors: Iterable[StoredTensor], files: tuple[str, ...]) -> tuple[list[str], Rows]:
-    """One row a tensor, in natural order."""
+    """One row per tensor, in natural order."""
     rows = [
         [
             printable(t.name),
