@@ -1,4 +1,4 @@
-"""The axes notation: where each logical matrix lies inside a stored tensor.
+"""The axes notation: where each logical matrix is inside a stored tensor.
 
 Axes: E expert, G the projections one tensor joins, O output features, K input features; lower-case
 letters are packing axes. `(G O)` flattens, left slowest; `O/128` counts blocks of 128; `1` is a
@@ -23,7 +23,7 @@ _AXIS = re.compile(r"([EGOK]|[a-z])(?:/([A-Za-z0-9_.]+))?")
 
 
 class AxesSyntax(ValueError):
-    """A text that is not in the axes notation; the recipe that holds it says where."""
+    """A text is not in the axes notation. The reader of the document that holds it says where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def stored_sizes(
 
 @cache
 def parse_axes(text: str) -> Axes:
-    """`"E (G O) K"` as a value. Raises AxesSyntax."""
+    """Parse axes such as `"E (G O) K"`. Raises AxesSyntax."""
     if _TOKEN.sub("", text).strip():
         raise AxesSyntax(f"`{text}` has an unmatched parenthesis")
     dims: list[tuple[Axis, ...]] = []
@@ -165,12 +165,12 @@ def _axis(word: str, text: str) -> Axis:
 
 @cache
 def derived(own: Axes, line: Axes) -> Axes:
-    """A companion's axes in a layout, from its own axes and those of the layout's weight.
+    """Derive a companion's axes in a layout, from its own axes and those of the layout's weight.
 
     It keeps its own order; an axis that the layout flattens into a group takes the whole group
     with it (`O` becomes `(G O)`); E and G, where still unplaced, come in front (`E G`), and so
     does an E that would not be outermost (`K O` beside `(E O) K` is `E K O`). A grid of one block
-    (`1 1`) is like any grid: G stands where its rows are (`E G 1`).
+    (`1 1`) is like any grid: G is where its rows are (`E G 1`).
     """
     if own.dims == ((), ()) and PAIR in line.letters:
         rows = derived(Axes(()), line)
@@ -203,9 +203,10 @@ def derived(own: Axes, line: Axes) -> Axes:
 
 @cache
 def shared_by_pair(own: Axes, line: Axes) -> Axes | None:
-    """The axes of a companion that says one thing of gate and up; None where it must be two.
+    """The axes of a companion that gate and up share; None where each must have its own.
 
-    Only of what is one number: half a list of rows is a list of rows, half a shape is none.
+    Only single numbers can be shared: half of a list of rows is a list of rows, half a shape is not
+    a shape.
     """
     if own.letters or PAIR not in line.letters:
         return None
@@ -226,7 +227,7 @@ def recounted(line: Axes, own: Axes) -> Axes:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Where the logical matrices of one stored tensor lie, in elements.
+    """Where the logical matrices of one stored tensor are, in elements.
 
     Matrix (e, g) starts at `e * expert_stride + g * pair_stride` (a stride of 0: shared along
     that axis) and has `matrix` = ((size, stride), ...) in canonical order: O, K, packing axes.

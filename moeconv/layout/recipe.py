@@ -71,7 +71,7 @@ class Line:
 
     template: begins with `{stack}`; may hold `{expert}`, and `{component}`, `{parameter}` or
     `{suffix}`.
-    projections: in the order in which they stand along G.
+    projections: in their order along G.
     overrides: axes of components that do not follow from the weight's; of several, the first is
     written and all are read.
     first: the number in the names of expert 0, where a stack takes a range of ids.
@@ -131,11 +131,11 @@ class Line:
 
     @property
     def hole(self) -> str:
-        """The hole of the template that says which component a tensor is; empty: there is none."""
+        """The hole of the template that says which component a tensor is; empty if it has none."""
         return next((hole for hole in _COMPONENT_HOLES if hole in self.template), "")
 
     def word(self, component: Component) -> str:
-        """What stands in that hole for a component."""
+        """What fills that hole for a component."""
         if self.hole == SUFFIX:
             return component.suffix
         return (self.hole == PARAMETER and component.parameter) or component.name
@@ -263,8 +263,8 @@ class ConfigKeys:
 
     sections: for stacks whose name starts with the key, the objects of config.json to look in.
     block_sizes: name -> dotted paths of a block size.
-    layers: for stacks whose name starts with the key, where a size of one layer is said: paths
-    with `{layer}` and `{key}`.
+    layers: for stacks whose name starts with the key, where sizes of single layers are stated:
+    paths with `{layer}` and `{key}`.
     """
 
     experts: tuple[str, ...] = ()
@@ -286,7 +286,7 @@ class ConfigKeys:
     def layers_of(self, stack: str) -> tuple[str, ...]:
         """The paths to sizes of a stack's layer alone."""
         prefix, paths = _longest(self.layers, stack)
-        # the layers of MTP count from 0 again: what is said of the main ones is not of them
+        # the layers of MTP count from 0 again: sizes stated for the main layers are not theirs
         again = any(word.startswith("mtp") for word in stack.split("."))
         return () if again and not prefix else paths
 

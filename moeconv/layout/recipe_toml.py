@@ -94,12 +94,14 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
 
 
 def _half_apart(layouts: tuple[Layout, ...], fuse: str | None, unfuse: str | None) -> list[Layout]:
-    """The mixture of the two layouts that transformers may save, if it is one.
+    """The mixture of two layouts that transformers may save, if the two differ in names.
 
-    It saves weights as they are published: one by one, or fused under other names.
+    It saves weights as the family publishes them, in layout `unfuse` or else the first one, beside
+    companions under their fused names.
     """
     by_name = {layout.name: layout for layout in layouts}
-    fused, published = by_name.get(fuse or ""), by_name.get(unfuse or "hub")
+    first = layouts[0].name if layouts else ""
+    fused, published = by_name.get(fuse or ""), by_name.get(unfuse or first)
     if not fused or not published or fused.numbered or HALF_APART in by_name:
         return []
     apart = {ln.template for ln in published.lines}.isdisjoint(ln.template for ln in fused.lines)
@@ -128,7 +130,7 @@ def _stacks(top: Table) -> tuple[str, ...]:
         top.problem("stack", f"has {len(stacks):,} name patterns, more than {_MAX_PATTERNS}")
         return ()
     for stack in stacks:
-        # a hole that stands twice would be matched in every combination
+        # a hole that occurs twice would be matched in every combination
         if stack and sorted(_HOLES.findall(stack)) != ["layer", "prefix"]:
             top.problem("stack", "must hold `{prefix}` and `{layer}`, each once, and no other hole")
         elif stack and not stack.startswith("{prefix}"):
@@ -238,7 +240,7 @@ def _layouts(table: Table, components: tuple[Component, ...]) -> tuple[Layout, .
         _check_layout(entry, lines, square)
         out.append(Layout(name, tuple(lines), square, ask, takes))
     if not out:
-        table.problems.add("layouts", "there is none")
+        table.problems.add("layouts", "must have at least one layout")
     return tuple(out)
 
 
@@ -253,7 +255,7 @@ def _line(entry: Table, key: str, special: Table | None, components: tuple[Compo
         for name in listed.names():
             overrides.append((name, _readings(listed, name)))
             if name not in (c.name for c in components):
-                listed.problem(name, "is no component of this recipe")
+                listed.problem(name, "is not a component of this recipe")
     line = Line(_LINES[key], template, axes, tuple(overrides))
     before = entry.problems.count
     _check_line(entry, key, line)
@@ -280,8 +282,8 @@ def _misfits(
     found = []
     for axes in (*(forms_of(line, r, listed, is_weight=is_weight)[0] for r in readings), *listed):
         if matrix_axes(axes) not in own:
-            said = ", ".join(f"`{reading}`" for reading in readings)
-            found.append(f"`{axes}`, its own are {said}")
+            known = ", ".join(f"`{reading}`" for reading in readings)
+            found.append(f"`{axes}`, its own are {known}")
         elif EXPERT in axes.letters and axes.flat[0].letter != EXPERT:
             found.append(f"`{axes}`: E must come first")
     return tuple(dict.fromkeys(found))
@@ -360,7 +362,7 @@ def _check_whole(recipe: Recipe, top: Table) -> None:
     names = [layout.name for layout in recipe.layouts]
     for key, value in (("fuse", recipe.fuse), ("unfuse", recipe.unfuse)):
         if value is not None and value not in names:
-            top.problem(key, f"{quoted(value)} is no layout; there are {', '.join(names)}")
+            top.problem(key, f"{quoted(value)} is not a layout; there are {', '.join(names)}")
     known = {name for name, _ in recipe.config.block_sizes}
     used = [a for c in recipe.components for axes in c.readings for a in axes.flat]
     used += [

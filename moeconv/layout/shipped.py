@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @cache
 def _folder() -> Traversable:
     package = Path(__file__).parents[1]
-    # an editable install runs from the repository, where recipes/ stands beside the package
+    # an editable install runs from the repository, where recipes/ is beside the package
     for place in (package / "recipes", package.resolve().parent / "recipes"):
         if place.is_dir():
             return place
@@ -134,7 +134,7 @@ def shared_layouts() -> tuple[str, ...]:
 
 
 def parts(recipes: tuple[Recipe, ...]) -> tuple[tuple[Component, tuple[str, ...]], ...]:
-    """What experts are made of, each part once, with the recipes that have it so."""
+    """The components of experts, each form once, with the names of the recipes that have it."""
     found: dict[tuple[str, str, tuple[str, ...]], tuple[Component, list[str]]] = {}
     for recipe in recipes:
         for component in recipe.components:
@@ -172,7 +172,7 @@ def load_recipe(which: str | Path) -> Recipe:
         ) from None
     if len(text) > MAX_RECIPE_BYTES:
         raise BadRecipe(
-            f"{quoted(str(which))} is no recipe",
+            f"{quoted(str(which))} is not a recipe",
             at=quoted(str(which)),
             cause=f"it is larger than a recipe may be ({MAX_RECIPE_BYTES // 1024} KiB)",
         )
@@ -180,7 +180,10 @@ def load_recipe(which: str | Path) -> Recipe:
 
 
 def manifest_recipes(root: Root) -> tuple[Recipe, ...]:
-    """The recipes that a set carries, held against its stacks. Raises BadManifest."""
+    """Parse the recipes in an output's manifest and check them against its stacks.
+
+    Raises BadManifest.
+    """
     try:
         recipes = {r.name: parse_recipe(r.toml, where=r.name) for r in root.recipes}
     except BadRecipe as problem:
@@ -202,7 +205,10 @@ def _stops(recipe: Recipe) -> bool:
 
 
 def _in_range(recipe: Recipe, end: int) -> Recipe:
-    """A recipe with its range of expert ids; end: of those who take the first ones."""
+    """A recipe with its range of expert ids.
+
+    end: where the range of the recipe that takes the first ids ends.
+    """
     if recipe.ids is None or not end:
         return recipe
     return recipe.taking(0, end) if _stops(recipe) else recipe.taking(end, None)

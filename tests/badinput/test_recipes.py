@@ -151,7 +151,7 @@ def test_a_stack_without_its_holes(stack: str):
 
 
 def test_a_verb_that_names_no_layout():
-    _refused(_with('fuse = "fused"', 'fuse = "fsued"'), "fuse: `fsued` is no layout", "fused")
+    _refused(_with('fuse = "fused"', 'fuse = "fsued"'), "fuse: `fsued` is not a layout", "fused")
 
 
 def test_a_block_size_that_config_does_not_name():
@@ -260,7 +260,7 @@ def test_two_lines_with_one_template():
 
 def test_no_layouts():
     text = GOOD[: GOOD.index("[layouts.per-expert]")] + GOOD[GOOD.index("[components]") :]
-    _refused(text, "layouts: there is none")
+    _refused(text, "layouts: must have at least one layout")
 
 
 def test_no_weight_among_the_components():
@@ -275,7 +275,12 @@ def test_two_components_with_one_suffix():
 def test_all_problems_are_reported_at_once():
     text = _with("stack =", "stak =").replace("E (G O) K", "E (G O K")
     text = text.replace('fuse = "fused"', 'fuse = "x"', 1).replace('suffix = ""', 'sufix = ""')
-    facts = ("stak: unknown key", "stack: is missing", "unmatched parenthesis", "`x` is no layout")
+    facts = (
+        "stak: unknown key",
+        "stack: is missing",
+        "unmatched parenthesis",
+        "`x` is not a layout",
+    )
     _refused(text, *facts, "components.weight.suffix: is missing", "did you mean `stack`?")
 
 
