@@ -1,7 +1,7 @@
 """What transformers lacks to dequantise fused block fp8: a rule from weights and scales to a stack.
 
-transformers 5.23 has it for experts one by one only (`HfQuantizer.update_weight_conversions`). Of a
-stack it reports the scales as unexpected and goes on with weights that were never multiplied.
+transformers 5.23 has it for experts one by one only (`HfQuantizer.update_weight_conversions`).
+For a stack it reports the scales as unexpected and leaves the weights unmultiplied.
 The arithmetic is its own (`Fp8Dequantize`); as that takes any grid that divides a matrix, what
 the scales mean is decided here, and a grid that could mean something else is an error.
 """
@@ -29,8 +29,8 @@ COMPANIONS: Final = (SCALES, "_activation_scale")
 STACK_DIMENSIONS: Final = 3
 UP_TO_THE_LAYER: Final = re.compile(r"^.*?\.\d+\.")
 GATE_UP: Final = (".gate_up_proj", ".mlp.input_linear.weight")
-# of modules that do not say it themselves: gate and up in halves, and whether turned
-TURNED: Final = {
+# modules without attributes that say so: gate and up are in halves; whether they are transposed
+TRANSPOSED: Final = {
     "JetMoeParallelExperts": False,
     "Llama4TextExperts": True,
     "LongcatFlashExperts": False,
@@ -38,45 +38,45 @@ TURNED: Final = {
 }
 # two-dimensional, [(E I), H] all three
 FLAT: Final = {"DbrxExpertGLU": "moe_num_experts"}
-FLAT_TURNED: Final = "w2"
-# of MXFP8 and MXFP4, whatever block size is said for the rest
+FLAT_TRANSPOSED: Final = "w2"
+# of MXFP8 and MXFP4, whatever the block size of other tensors
 GROUP: Final = 32
 FP8: Final = ("F8_E4M3", "F8_E5M2", torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-class _InFile(Protocol):
+class _UnreadTensor(Protocol):
     """A tensor of a file that safetensors has not read yet."""
 
     def get_dtype(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Lie:
-    """How the matrices of a stack lie in the file: [E, rows, columns].
+class StorageOrder:
+    """The storage order of a stack's matrices in the file: [E, rows, columns].
 
-    turned: rows are inputs. joint: gate and up are in it. alternating: by rows or columns, rather
-    than by halves.
+    transposed: rows are inputs. joint: gate and up are in it. interleaved: gate and up alternate by
+    rows or columns, rather than being halves.
     """
 
     rows: int
     columns: int
-    turned: bool
+    transposed: bool
     joint: bool = False
-    alternating: bool = False
+    interleaved: bool = False
 
 
 class StackDequantize(ConversionOps):
     """Weights [E, O, K] under `NAME` and their scales under `NAME_scale_inv` to one [E, O, K].
 
-    Scales are a grid for each expert as its matrix lies, [E, o, k], or numbers: [E], or [E, 2] for
-    gate and up. DBRX's weights are [(E O), K], its grids [(E o), k].
+    Scales are a grid for each expert in its matrix's order, [E, o, k], or numbers: [E], or [E, 2]
+    for gate and up. DBRX's weights are [(E O), K], its grids [(E o), k].
     """
 
-    def __init__(self, quantizer: FineGrainedFP8HfQuantizer, *, turns: bool = False) -> None:
+    def __init__(self, quantizer: FineGrainedFP8HfQuantizer, *, transposes: bool = False) -> None:
         # under this name transformers sees that the tensors must come as they are in the file
         self.hf_quantizer = quantizer
-        # whether a rule of transformers turns the stack afterwards, where it is not as it should be
-        self.turns = turns
+        # whether a rule of transformers transposes the stack afterwards
+        self.transposes = transposes
 
     def convert(
         self,
@@ -90,16 +90,14 @@ class StackDequantize(ConversionOps):
         """The stack under its own name; one without scales is what the file has.
 
         Raises:
-            ValueError: what the scales mean is not certain. transformers says it of the load.
+            ValueError: what the scales mean is not certain. transformers fails the load with it.
         """
         ((name, (weights,)),) = (
             (n, tensors) for n, tensors in input_dict.items() if not n.endswith(COMPANIONS)
         )
         if name + SCALES not in input_dict:
             if weights.dtype in FP8:
-                raise ValueError(
-                    f"{full_layer_name}: fp8 weights whose scales do not come with them"
-                )
+                raise ValueError(f"{full_layer_name}: fp8 weights without scales")
             return {name: [weights]}
         if model is None:
             raise ValueError(f"{full_layer_name}: fused fp8 is dequantised for a model only")
@@ -107,14 +105,14 @@ class StackDequantize(ConversionOps):
         path, parameter = full_layer_name.rsplit(".", 1)
         module = model.get_submodule(path)
         stack, scales = _as_stack(module, weights, scales)
-        lie = _lie(module, parameter, stack, turns=self.turns)
-        lie = replace(lie, joint=full_layer_name.endswith(GATE_UP))
+        order = _storage_order(module, parameter, stack, transposes=self.transposes)
+        order = replace(order, joint=full_layer_name.endswith(GATE_UP))
         block = self.hf_quantizer.quantization_config.weight_block_size
-        grid = _grid(scales, lie, len(stack), None if block is None else (block[0], block[1]))
+        grid = _grid(scales, order, len(stack), None if block is None else (block[0], block[1]))
         if grid is None:
             raise ValueError(
-                f"{full_layer_name}: scales {[*scales.shape]} of weights {[*stack.shape]} are no "
-                f"grid of blocks {block} as these lie, nor numbers that can be told apart; load "
+                f"{full_layer_name}: scales {[*scales.shape]} of weights {[*stack.shape]} are not "
+                f"a grid of blocks {block}, nor one number each for gate and up; load "
                 "what `moeconv unfuse --layout per-expert` writes"
             )
         parts = {"weight": stack, "weight_scale_inv": grid}
@@ -141,17 +139,20 @@ class StackFP8HfQuantizer(FineGrainedFP8HfQuantizer):
             for stack in _stacks(model):
                 known = _rules_of(stack, rules)
                 operations = [op for rule in known for op in rule.operations]
-                turns = any(isinstance(op, Transpose) for op in operations)
+                transposes = any(isinstance(op, Transpose) for op in operations)
                 sources = [stack, *(stack + companion for companion in COMPANIONS)]
                 # transformers finds a rule by its source: no second one may be left beside it, and
                 # the first wins, where its own for every `weight` fits JetMoE's stacks, too
                 rules = [rule for rule in rules if rule not in known]
-                operations = [StackDequantize(self, turns=turns), *operations]
+                operations = [StackDequantize(self, transposes=transposes), *operations]
                 rules.insert(0, WeightConverter(sources, stack, operations))
         return rules
 
     def get_new_dtype(
-        self, converter: WeightTransform, param: torch.Tensor | _InFile, dtype: torch.dtype | None
+        self,
+        converter: WeightTransform,
+        param: torch.Tensor | _UnreadTensor,
+        dtype: torch.dtype | None,
     ) -> torch.dtype | None:
         """transformers' answer, but no fp8 of experts is cast as if it had no scales.
 
@@ -159,9 +160,9 @@ class StackFP8HfQuantizer(FineGrainedFP8HfQuantizer):
             ValueError: there is no rule that dequantises these experts.
         """
         wanted: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
-        held = param.dtype if isinstance(param, torch.Tensor) else param.get_dtype()
+        stored = param.dtype if isinstance(param, torch.Tensor) else param.get_dtype()
         (target, *_) = converter.target_patterns
-        if wanted is not None and held in FP8 and "experts" in target and self._dequantises():
+        if wanted is not None and stored in FP8 and "experts" in target and self._dequantises():
             raise ValueError(
                 f"{target}: fp8 experts of this form cannot be dequantised on load; load what "
                 "`moeconv unfuse --layout per-expert` writes"
@@ -186,74 +187,76 @@ def _as_stack(
     )
 
 
-def _lie(module: nn.Module, parameter: str, stack: torch.Tensor, *, turns: bool) -> Lie:
-    """How a stack lies: as its module has it, or the other way about if a rule turns it then.
+def _storage_order(
+    module: nn.Module, parameter: str, stack: torch.Tensor, *, transposes: bool
+) -> StorageOrder:
+    """The storage order: that of its module, or the other one if a rule transposes it afterwards.
 
-    Whether gate and up are in it, its whole name tells.
+    `joint` follows from the full name, and is set by the caller.
 
     Raises:
-        ValueError: the module does not tell.
+        ValueError: the module does not say.
     """
     packed = 2 if stack.dtype is torch.int8 else 1  # two values of MXFP4 in each
     rows, columns = stack.shape[1], stack.shape[2] * packed
     kind = type(module).__name__
     if kind in FLAT:
-        return Lie(rows, columns, turned=parameter == FLAT_TURNED)
-    turned = getattr(module, "is_transposed", TURNED.get(kind))
-    halves = getattr(module, "is_concatenated", kind in TURNED)
-    if turned is None:
-        raise ValueError(f"{kind}.{parameter}: how gate and up lie in fused fp8 is not known")
-    # a square one transformers leaves as it is
-    if turns and stack.shape[1:] != module.get_parameter(parameter).shape[1:]:
-        turned = not turned
-    if turned and packed > 1:
-        raise ValueError(f"{kind}.{parameter}: which of two packed values is which is not known")
-    return Lie(rows, columns, turned, alternating=not halves)
+        return StorageOrder(rows, columns, transposed=parameter == FLAT_TRANSPOSED)
+    transposed = getattr(module, "is_transposed", TRANSPOSED.get(kind))
+    halves = getattr(module, "is_concatenated", kind in TRANSPOSED)
+    if transposed is None:
+        raise ValueError(f"{kind}.{parameter}: the order of gate and up in fused fp8 is not known")
+    # transformers leaves square matrices as they are
+    if transposes and stack.shape[1:] != module.get_parameter(parameter).shape[1:]:
+        transposed = not transposed
+    if transposed and packed > 1:
+        raise ValueError(f"{kind}.{parameter}: the order of two packed values is not known")
+    return StorageOrder(rows, columns, transposed, interleaved=not halves)
 
 
 def _grid(
-    scales: torch.Tensor, lie: Lie, experts: int, block: tuple[int, int] | None
+    scales: torch.Tensor, order: StorageOrder, experts: int, block: tuple[int, int] | None
 ) -> torch.Tensor | None:
-    """Scales as [E, o, k], to be spread evenly over the matrices as they lie; None if unsure."""
+    """Scales as [E, o, k], to be spread evenly over the matrices; None if ambiguous."""
     if scales.ndim == 0 or len(scales) != experts:
         return None
     if scales.numel() == experts:
         return scales.reshape(experts, 1, 1)
-    if scales.ndim == STACK_DIMENSIONS and _fits(scales.shape[1], scales.shape[2], lie, block):
+    if scales.ndim == STACK_DIMENSIONS and _fits(scales.shape[1], scales.shape[2], order, block):
         return scales
-    if lie.joint and scales.shape[1:] in {(2,), (2, 1)}:
-        return _pairs(scales.reshape(experts, 2), lie)
+    if order.joint and scales.shape[1:] in {(2,), (2, 1)}:
+        return _pairs(scales.reshape(experts, 2), order)
     return None
 
 
-def _pairs(numbers: torch.Tensor, lie: Lie) -> torch.Tensor:
-    """A number for gate and one for up, [E, 2], along the axis on which they lie."""
-    if lie.alternating:
-        numbers = numbers.repeat(1, (lie.columns if lie.turned else lie.rows) // 2)
-    return numbers.unsqueeze(1 if lie.turned else 2)
+def _pairs(numbers: torch.Tensor, order: StorageOrder) -> torch.Tensor:
+    """A number for gate and one for up, [E, 2], along the axis that joins them."""
+    if order.interleaved:
+        numbers = numbers.repeat(1, (order.columns if order.transposed else order.rows) // 2)
+    return numbers.unsqueeze(1 if order.transposed else 2)
 
 
-def _fits(down: int, across: int, lie: Lie, block: tuple[int, int] | None) -> bool:
-    """Whether a grid has one scale for each block of a matrix as it lies, and no other meaning."""
-    if lie.turned:
-        # a grid that is not turned with the weights has the numbers of blocks changed over
-        groups = (down * GROUP, across) == (lie.rows, lie.columns) and down != across
+def _fits(down: int, across: int, order: StorageOrder, block: tuple[int, int] | None) -> bool:
+    """Whether a grid can only be one scale for each block of a matrix in this order."""
+    if order.transposed:
+        # a grid that is not transposed with the weights has the numbers of blocks exchanged
+        groups = (down * GROUP, across) == (order.rows, order.columns) and down != across
     else:
-        groups = (down, across * GROUP) == (lie.rows, lie.columns)
+        groups = (down, across * GROUP) == (order.rows, order.columns)
     if groups or block is None:
         return groups
     out, into = block
-    per_row, per_column = (into, out) if lie.turned else (out, into)
-    if lie.joint and lie.alternating and max(down, across) > 1:
-        # blocks of gate and of up in turn, or blocks of both: nothing tells
+    per_row, per_column = (into, out) if order.transposed else (out, into)
+    if order.joint and order.interleaved and max(down, across) > 1:
+        # blocks alternate between gate and up, or hold both: ambiguous
         return False
-    return _covers(down, lie.rows, per_row, joint=lie.joint and not lie.turned) and _covers(
-        across, lie.columns, per_column, joint=lie.joint and lie.turned
-    )
+    return _covers(
+        down, order.rows, per_row, joint=order.joint and not order.transposed
+    ) and _covers(across, order.columns, per_column, joint=order.joint and order.transposed)
 
 
 def _covers(count: int, size: int, block: int, *, joint: bool) -> bool:
-    """Whether so many blocks are the whole: transformers makes them of one size, with no rest."""
+    """Whether this many blocks cover an axis: transformers makes them of one size, no remainder."""
     whole = count == 1 and size <= block
     halves = joint and count == 2 and size <= 2 * block
     return count * block == size or whole or halves
@@ -265,14 +268,14 @@ def _stacks(model: PreTrainedModel) -> list[str]:
         f"{path}.{name}"
         for path, module in model.named_modules()
         for name, p in module.named_parameters(recurse=False)
-        if ("experts" in path.split(".") or type(module).__name__ in TURNED)
+        if ("experts" in path.split(".") or type(module).__name__ in TRANSPOSED)
         and (p.ndim == STACK_DIMENSIONS or type(module).__name__ in FLAT)
     )
     return sorted({UP_TO_THE_LAYER.sub("", name) for name in stacks})
 
 
 def _rules_of(stack: str, rules: list[WeightTransform]) -> list[WeightConverter]:
-    """The rules that read a stack under this name alone; that they turn it must go on."""
+    """The rules that read a stack under this name alone; their transposition must be kept."""
     return [
         rule
         for rule in rules

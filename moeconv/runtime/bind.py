@@ -1,6 +1,6 @@
-"""Which tensor of a set goes where in a model: names, ties, shapes, dtypes, slices.
+"""Match the tensors of an output with those of a model: names, ties, shapes, dtypes, slices.
 
-Everything is checked, and all problems are told together, before anything is written.
+Everything is checked, and all problems are reported together, before anything is written.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ _SHOWN: Final = 8  # problems of one kind that a message lists
 
 @dataclass(frozen=True, slots=True)
 class BoundTensor:
-    """A target, the tensor of the set that goes there, and how. kind: what it must still be."""
+    """A model's tensor, the output's tensor that goes there, and how.
+
+    kind: shape and dtype at the time of matching, which must not change before the load.
+    """
 
     target: Target
     source: str
@@ -53,7 +56,7 @@ class BoundTensor:
     steps: tuple[Step, ...]
 
     def only(self, slots: Collection[int], source: LocalTensor) -> BoundTensor:
-        """The same for these local slots alone; source: the tensor that goes there."""
+        """Restrict to these local slots; source: the tensor that goes there."""
         slot_range, shape = source.slot_range, source.torch_shape
         if slot_range is None or not slot_range.stacked or len(slots) == len(slot_range.local):
             return self
@@ -64,7 +67,7 @@ class BoundTensor:
         return replace(self, steps=tuple(steps))
 
     def local(self) -> torch.Tensor:
-        """This rank's memory of it. Raises DoesNotFit where the model has changed since."""
+        """This rank's memory of it. Raises DoesNotFit if the model has changed since."""
         tensor = self.target.now()
         local = local_tensor(tensor)
         straight = is_row_major(local) or not any(s.direct for s in self.steps)
@@ -89,7 +92,7 @@ class Binding:
     cast: tuple[str, ...]
 
     def check(self) -> None:
-        """Whether the model still has all of it. Raises DoesNotFit."""
+        """Check that the model still has all of these tensors. Raises DoesNotFit."""
         modules = set(self.model.modules())
         for item in self.bound:
             item.local()
@@ -102,7 +105,7 @@ class _Problems:
     kinds: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def refuse(self) -> None:
-        """Raise DoesNotFit with everything found."""
+        """Raise DoesNotFit with all problems, if there are any."""
         kinds = {kind: found for kind, found in self.kinds.items() if found}
         if not kinds:
             return
@@ -111,9 +114,9 @@ class _Problems:
         for kind, found in kinds.items():
             lines.append(f"{kind} ({len(found):,}): {listed(found, most=_SHOWN, separator='; ')}")
         raise DoesNotFit(
-            f"the set and the model do not fit in {total:,} place(s)",
+            f"the output and the model do not match in {total:,} place(s)",
             cause="\n         ".join(lines),
-            fix="give `rename=`, `ignore=` or `cast=True` where that is what you mean",
+            fix="give `rename=`, `ignore=` or `cast=True` if that is what you mean",
         )
 
 
@@ -125,7 +128,8 @@ def _renamed(name: str, rename: Rename) -> str:
         found = rename(name)
         if not isinstance(found, str):
             raise UsageProblem(
-                f"`rename` gives {found!r} for {quoted(name)}", fix="return a name, the same or not"
+                f"`rename` gives {found!r} for {quoted(name)}",
+                fix="return a string: the new name, or the same",
             )
         return found
     prefix = name
@@ -139,7 +143,7 @@ def _renamed(name: str, rename: Rename) -> str:
 
 
 def _targets(model: torch.nn.Module, problems: _Problems) -> list[Target]:
-    """What is to be filled; why some of it cannot be is noted."""
+    """The tensors to fill; add those that cannot be filled to the problems."""
     for before, module in modules_of(model):
         if unsharded(module):
             text = f"{quoted(before[:-1])} of FSDP2; call its `reshard()`"
@@ -158,9 +162,9 @@ def _targets(model: torch.nn.Module, problems: _Problems) -> list[Target]:
 
 
 def patterns_of(texts: Iterable[str], option: str) -> tuple[str, ...]:
-    """Several texts. Raises UsageProblem for one, whose characters nobody means."""
+    """A tuple of patterns. Raises UsageProblem for a single string, which would be split."""
     if isinstance(texts, str):
-        raise UsageProblem(f"`{option}` takes several texts", fix=f"{option}=[{texts!r}]")
+        raise UsageProblem(f"`{option}` takes a list of strings", fix=f"{option}=[{texts!r}]")
     return tuple(texts)
 
 
@@ -173,10 +177,10 @@ def bind(
     cast: bool = False,
     needed: Collection[str] | None = None,
 ) -> Binding:
-    """Match a set's tensors to a model. Raises DoesNotFit with all problems.
+    """Match an output's tensors with a model's. Raises DoesNotFit with all problems.
 
-    needed: only these must have a place, none of them on meta, and none may be ignored; the others
-    are matched where they have one, and the model may have more.
+    needed: only these must be in the model, not on meta and not ignored; the others are matched if
+    they are there, and the model may have more.
     """
     problems = _Problems()
     patterns = patterns_of(ignore, "ignore")
@@ -203,7 +207,7 @@ def bind(
         given = [by_target.pop(n) for n in used]
         if not given:
             if needed is None:
-                problems.kinds["not in the set"].append(quoted(target.names[0]) + hint)
+                problems.kinds["not in the output"].append(quoted(target.names[0]) + hint)
             continue
         tensor = target.now()
         if needed is not None and tensor.is_meta:
@@ -218,7 +222,7 @@ def bind(
         tied += [name for name in target.names if name not in used]
     left = [quoted(name) for name in by_target.values() if name in must]
     if left:
-        problems.kinds["without a place in the model"] += left
+        problems.kinds["not in the model"] += left
     problems.refuse()
     converted = tuple(
         f.source for f in bound if tensors[f.source].torch_dtype != f.target.now().dtype
@@ -239,7 +243,7 @@ def _steps(
     *,
     cast: bool,
 ) -> tuple[Step, ...]:
-    """How to fill one tensor; its problems are noted."""
+    """How to fill one tensor; add what prevents it to the problems."""
     try:
         dtype, shape = source.torch_dtype, source.torch_shape
     except NoTorchDtype as problem:
@@ -255,19 +259,19 @@ def _steps(
     local = local_tensor(tensor)
     have = tuple(local.shape)
     if counts(wanted) != have and (all(counts(wanted)) or all(have)):
-        both = f"{quoted(source.name)}: this rank holds {list(have)}, not {list(counts(wanted))}"
+        both = f"{quoted(source.name)}: this rank has {list(have)}, not {list(counts(wanted))}"
         problems.kinds["another local shape"].append(both)
         return ()
     read = covering(shape, dtype.itemsize, wanted)
     direct = read == wanted and dtype == tensor.dtype and is_row_major(local)
     if not direct and local.is_inference() and not local.is_meta:
-        both = f"{quoted(source.name)}: nothing can be copied into a tensor of inference mode"
+        both = f"{quoted(source.name)}: cannot copy into a tensor of inference mode"
         problems.kinds["no plain memory"].append(both)
     return (Step(wanted, read, (0, local.shape[0] if have else 1), direct),)
 
 
 def _where(spans: Spans, ranges: Iterable[tuple[int, int]]) -> Spans:
-    """At which positions of the spans the indices of the ranges stand."""
+    """The positions, within the spans, of the indices in the ranges."""
     out, at = [], 0
     for a, b in spans:
         both = ((max(a, first), min(b, last)) for first, last in ranges)
@@ -282,7 +286,7 @@ def _floats(*dtypes: torch.dtype) -> bool:
 
 
 def _wanted(tensor: torch.Tensor, source: LocalTensor, shape: tuple[int, ...]) -> Selection | str:
-    """What of the local tensor belongs there, or why nothing does."""
+    """Which part of the source goes into a tensor, or why none does."""
     target = tuple(tensor.shape)
     if not is_dtensor(tensor):
         if target == shape:
@@ -312,6 +316,6 @@ def _wanted(tensor: torch.Tensor, source: LocalTensor, shape: tuple[int, ...]) -
         a, b = found[0][0][0] // scale, -(-found[0][-1][1] // scale)
         return (
             f"{quoted(source.name)}: its DTensor has slots {a} to {b - 1} on this rank, "
-            f"the set has slots {slot_range.start} to {slot_range.stop - 1}"
+            f"the output has slots {slot_range.start} to {slot_range.stop - 1}"
         )
     return (tuple((a - first, b - first) for a, b in found[0]), *found[1:])

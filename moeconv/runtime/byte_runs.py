@@ -1,4 +1,4 @@
-"""One idea for views, slices, virtual sets and new placements: a tensor is runs of files' bytes."""
+"""Tensors as runs of bytes in files, from which views, slices and new placements are made."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class LocalTensor:
                 f"torch {torch.__version__} has no dtype for {quoted(self.name)}",
                 at=quoted(self.name),
                 cause=f"it is {self.dtype} {list(self.shape)}",
-                fix="leave it out with `ignore=`, or `names=` of `load()`",
+                fix="exclude it with `ignore=`, or `names=` of `load()`",
             )
         return found
 

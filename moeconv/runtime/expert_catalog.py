@@ -28,8 +28,8 @@ def new_rows(output: OpenOutput, rows: Rows, placement: Given) -> dict[int, tupl
             raise GeometryMismatch(
                 f"{quoted(name)} cannot have {len(row)} slots",
                 at=quoted(str(output.path)),
-                cause=f"in the set it has {have}",
-                fix="shard again for another number of slots",
+                cause=f"in the output it has {have}",
+                fix="shard again for this number of slots",
             )
         experts = output.root.stacks[number].experts
         problems += row_problems(

@@ -1,4 +1,4 @@
-"""The data files of a set: known again before use, mapped or read straight into memory."""
+"""The data files of an output: checked before use, and mapped or read directly into memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ALIGNMENT: Final = 16  # what kernels may take for granted of a tensor
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file that was found to be the right one; `identity` tells whether it still is."""
+    """A file that was checked; `identity` shows later whether it has changed."""
 
     name: str
     path: Path
@@ -44,7 +44,7 @@ class DataFile:
 
 
 def check_data_file(output: Path, part: Part) -> DataFile:
-    """A data file of the set, its header held against its part.
+    """Check a data file of the output against its part.
 
     Raises MissingShard, Damaged, BadHeader, UnsafePath, IoFailed.
     """
@@ -58,12 +58,12 @@ def check_data_file(output: Path, part: Part) -> DataFile:
             raise damaged(part.file, "its header is not the one that was written")
     header = parse_header(raw, file_size=part.size, file=0, where=part.file)
     if (name := differing_tensor(header, part)) is not None:
-        raise damaged(part.file, f"its part says something else of {quoted(name)}")
+        raise damaged(part.file, f"its part does not describe {quoted(name)} as its header does")
     return DataFile(part.file, path, facts.st_size, _identity(facts))
 
 
 def check_source_file(output: Path, entry: SourceFile, *, copied: bool) -> DataFile:
-    """A file that a virtual set points into. Raises MissingShard, SourceChanged, UnsafePath.
+    """Check a file that a virtual output refers to. Raises MissingShard, SourceChanged, UnsafePath.
 
     copied: the caller says that it is here, so that its time may be another.
     """
@@ -71,13 +71,13 @@ def check_source_file(output: Path, entry: SourceFile, *, copied: bool) -> DataF
     with opened(path, name=entry.name) as (descriptor, facts):
         found = digest(_header(descriptor, facts, path, entry.name, entry.header_size))
         if (facts.st_size, found) != (entry.size, entry.header_digest):
-            raise _changed(entry.name, "since the virtual set was made")
+            raise _changed(entry.name, "since the virtual output was made")
         if facts.st_mtime_ns != entry.mtime_ns and not copied:
             raise SourceChanged(
-                f"{quoted(entry.name)} has another time than when the virtual set was made",
+                f"{quoted(entry.name)} was modified since the virtual output was made",
                 at=quoted(str(output)),
                 cause="it was written to, or copied; its size and header are the same",
-                fix="make the virtual set again; if it is a copy, name its directory as `source=`",
+                fix="make it again; if the file is a copy, give its directory as `source=`",
             )
     return DataFile(entry.name, path, facts.st_size, _identity(facts))
 
@@ -109,8 +109,8 @@ def _changed(name: str, when: str) -> SourceChanged:
     return SourceChanged(
         f"{quoted(name)} has changed {when}",
         at=quoted(name),
-        cause="its size, time or header is another",
-        fix="open the set again, or make it again where it is virtual",
+        cause="its size, time or header differs",
+        fix="open the output again, or make it again if it is virtual",
     )
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a model: their names, whose memory they are, and whether it can be filled."""
+"""The tensors of a model: their names, their memory, and whether it can be written."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class Target:
 def moved(name: str) -> DoesNotFit:
     """The error for a model that changed."""
     return DoesNotFit(
-        f"{quoted(name)} is not what it was",
+        f"{quoted(name)} has changed",
         at=quoted(name),
-        cause="the model changed its tensors since they were matched, or FSDP holds it unsharded",
+        cause="the model's tensors changed after they were matched, or FSDP has it unsharded",
         fix="call `model.reshard()` of FSDP2 first, or make a new updater",
     )
 
 
 def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor; that module costs a second to import, so it is not asked."""
+    """Whether it is a DTensor, without importing its module, which takes a second."""
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
@@ -72,9 +72,9 @@ def memory_kind(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def unwritable_reason(tensor: torch.Tensor) -> str | None:
-    """Why a tensor's memory cannot be filled, if so. Being on meta is no reason."""
+    """Why a tensor's memory cannot be written, or None. Tensors on meta can be materialised."""
     if is_lazy(tensor):
-        return "is not initialised yet"
+        return "is not initialised"
     if is_dtensor(tensor):
         spec = getattr(tensor, "_spec", None)
         order = getattr(spec, "shard_order", None) or ()
@@ -83,7 +83,7 @@ def unwritable_reason(tensor: torch.Tensor) -> str | None:
     local = local_tensor(tensor)
     kind = type(local).__torch_dispatch__
     if local.layout != torch.strided or kind is not torch.Tensor.__torch_dispatch__:
-        return f"is no plain memory but {type(local).__name__} ({local.layout})"
+        return f"is not plain memory but {type(local).__name__} ({local.layout})"
     if local.is_meta:
         own = type(tensor) in (torch.nn.Parameter, torch.Tensor) or is_dtensor(tensor)
         return None if own else f"on meta is of class {type(tensor).__name__}, which would be lost"
@@ -106,7 +106,7 @@ def _overlaps(local: torch.Tensor) -> bool:
 
 
 def unsharded(module: torch.nn.Module) -> bool:
-    """Whether FSDP2 shows gathered parameters now: what is written to these, it throws away."""
+    """Whether FSDP2 has gathered the parameters: writes to these would be lost."""
     find = getattr(module, "_get_fsdp_state", None)
     state = find() if find is not None else None
     groups = getattr(state, "_fsdp_param_groups", None) or [

@@ -1,6 +1,6 @@
-"""Opening a set: the root, this rank's part and the common one, and what their tensors are.
+"""Open an output: the root, this rank's part and the common one, and the tensors in them.
 
-No other rank's documents are read, and nothing here grows with the number of the source's tensors.
+No other rank's documents are read; the cost does not depend on the size of the source.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class LocatedTensor:
 
 @dataclass(frozen=True, slots=True)
 class OpenOutput:
-    """A set on disk as one rank sees it.
+    """An output on disk, opened for one rank.
 
-    source: the directory of a virtual set's files; copied: whether the caller named it.
+    source: the directory of a virtual output's files; copied: whether the caller named it.
     """
 
     path: Path
@@ -101,7 +101,7 @@ def find(path: Path, *, source: Path | None) -> tuple[Path, Root, Path | None]:
                 fix="wait until it is written, or convert again",
             )
         raise NotASet(
-            f"{quoted(path.name)} is no set of moeconv",
+            f"{quoted(path.name)} is not an output of moeconv",
             at=quoted(str(path)),
             cause=f"it has no `{ROOT_NAME}`",
             fix="convert the checkpoint with `moeconv shard` or `moeconv fuse`",
@@ -125,7 +125,7 @@ def _stored(entry: TensorEntry, part: Part, number: int) -> LocatedTensor:
     bits = prod(entry.shape) * BITS.get(entry.dtype, 0)
     if entry.dtype not in BITS or bits != (entry.stop - entry.start) * 8:
         raise manifest_error(
-            entry.name, f"{entry.dtype} {list(entry.shape)} does not take its bytes"
+            entry.name, f"{entry.dtype} {list(entry.shape)} does not have the size of its bytes"
         )
     if not part.file:
         return LocatedTensor(entry, join_runs(entry.runs))
@@ -134,7 +134,7 @@ def _stored(entry: TensorEntry, part: Part, number: int) -> LocatedTensor:
 
 # --- what a rank has ---------------------------------------------------------------------------
 def component_key(expert: ExpertEntry) -> ComponentKey:
-    """Which of a stack's tensors it is, whatever its slots."""
+    """Identify a tensor within its stack, regardless of slots."""
     return expert.stack, expert.projections, expert.component
 
 
@@ -145,7 +145,7 @@ def is_global(stored: LocatedTensor, rows: Rows) -> bool:
 
 
 def plain(stored: LocatedTensor) -> LocalTensor:
-    """A tensor that every rank has as it is stored."""
+    """A tensor as it is stored, which every rank has in full."""
     entry = stored.entry
     digest = entry.digests[0] if entry.expert is None and entry.digests else None
     return LocalTensor(
@@ -182,7 +182,7 @@ def rank_tensors(
         raise DuplicateTensor(
             f"{quoted(name)} is in this rank's files twice",
             at=quoted(name),
-            cause="two parts of the set name it",
+            cause="two parts of the output name it",
             fix="convert the checkpoint again",
         )
     return tensors

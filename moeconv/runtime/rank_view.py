@@ -67,7 +67,9 @@ class RankView:
         Raises UsageProblem.
         """
         if stack not in self.stacks:
-            raise UsageProblem(f"{quoted(stack)} is no stack of the set", fix="see `Shard.stacks`")
+            raise UsageProblem(
+                f"{quoted(stack)} is not a stack of the output", fix="see `Shard.stacks`"
+            )
         number = self.stacks.index(stack)
         row = self.rows.get(number)
         if row is None:
@@ -86,15 +88,15 @@ class RankView:
                 other.append(name)
         if other:
             raise GeometryMismatch(
-                f"the set is in another placement than yours, in {len(other):,} stack(s)",
+                f"the output is in another placement than yours, in {len(other):,} stack(s)",
                 at=quoted(str(self.output.path)),
                 cause=f"{quoted(other[0])} is one of them",
-                fix="shard again with your placement, or take the set's from `Shard.placement`",
+                fix="shard again with your placement, or take the output's from `Shard.placement`",
             )
 
     @property
     def weights(self) -> object:
-        """What tells its weights from those of another set: a digest of all, or the files."""
+        """Identifies the weights: the fingerprint, or else the identity of the files."""
         if (fingerprint := self.output.root.fingerprint) is not None:
             return fingerprint
         used = {run.file for s in (*self.common, *self.own) for run in s.runs}

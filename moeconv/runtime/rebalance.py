@@ -1,4 +1,4 @@
-"""A new placement of the same slots: which slots change, and where their bytes are."""
+"""Change the placement of a loaded model: read only the slots whose expert changes."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ class Moves(Generic[ViewT]):
     ) -> Report:
         """Read into a model the slots whose expert changes, nothing else.
 
-        Which experts the model holds is noted at every load (`load_into`, `Updater.load`): what
+        Which experts the model holds is recorded at every load (`load_into`, `Updater.load`): what
         differs from that is read, whatever placement this one was made from. All slots of the
-        named stacks are read where there is no such note, or the memory was replaced or written
+        named stacks are read where there is no such record, or the memory was replaced or written
         to since. Options are those of `Shard.load_into`; the model may have other tensors.
 
         Raises DoesNotFit (a load into the model ended early, among others) and GeometryMismatch

@@ -46,13 +46,13 @@ def ep_rank_of(rank: int, world: int, ep: int, order: str = "sglang", *, moe_tp:
     [0, 0, 1, 1]
     """
     if order not in ("sglang", "twinkle"):
-        raise UsageProblem(f"{quoted(order)} is no order of ranks", fix='"sglang" or "twinkle"')
+        raise UsageProblem(f"{quoted(order)} is not an order of ranks", fix='"sglang" or "twinkle"')
     if order != "sglang" and moe_tp != 1:
-        raise UsageProblem("only sglang splits experts", fix="leave `moe_tp=` out")
+        raise UsageProblem("only sglang splits experts", fix="drop `moe_tp=`")
     least = min(ep, world, moe_tp)
     if least < 1 or world % (ep * moe_tp) or not 0 <= rank < world:
         raise GeometryMismatch(
-            f"process {rank} of {world} has no place in {ep} expert-parallel ranks",
+            f"process {rank} of {world} does not fit into {ep} expert-parallel ranks",
             cause="ep (times moe_tp) must divide the number of processes; ranks count from 0",
             fix="start as many processes as a multiple of it",
         )
@@ -90,13 +90,15 @@ def open_shard(
     (2, 0, 1)
     """
     if verify not in (None, "digest"):
-        raise UsageProblem(f"{quoted(str(verify))} is nothing to verify", fix='"digest", or None')
+        raise UsageProblem(
+            f"{quoted(str(verify))} is not a kind of verification", fix='"digest", or None'
+        )
     ep_rank, ep_size = _number(ep_rank, "ep_rank"), _number(ep_size, "ep_size")
     where, root, data = find(Path(path).absolute(), source=None if source is None else Path(source))
     output = OpenOutput(where, root, data, ep_rank, copied=source is not None)
     if ep_size != output.ep_size or not 0 <= ep_rank < ep_size:
         raise GeometryMismatch(
-            f"rank {ep_rank} of {ep_size} was asked for, the set is for {output.ep_size}",
+            f"rank {ep_rank} of {ep_size} was requested, the output is for {output.ep_size}",
             at=quoted(str(path)),
             cause=f"it was written with `--ep {output.ep_size}`",
             fix=f"start {output.ep_size} expert-parallel ranks, or shard again",
@@ -161,7 +163,7 @@ class Shard(RankView):
         chosen = self.names if names is None else patterns_of(names, "names")
         if unknown := [name for name in chosen if name not in self.tensors]:
             raise UsageProblem(
-                f"{quoted(unknown[0])} is no tensor of this rank", fix="see `Shard.names`"
+                f"{quoted(unknown[0])} is not a tensor of this rank", fix="see `Shard.names`"
             )
         return load_tensors([self.tensors[name] for name in chosen], self.files, device, copy=copy)
 
@@ -205,9 +207,9 @@ class Shard(RankView):
         `model.to_empty()` is no way out: it leaves buffers that no checkpoint has, such as the
         `inv_freq` of rotary embeddings, as whatever was in memory.
 
-        Which experts the model's slots hold is noted with its modules, and `Moves.load_into` and
+        Which experts the model's slots hold is recorded with its modules, and `Moves.load_into` and
         `Updater.load` go by it; here all slots are filled as this shard has them, whatever they
-        held. What is copied by hand is not noted.
+        held. What you copy yourself is not recorded.
 
         What has no plain memory of its own is refused: views that overlap others or themselves
         (two names of the same view are tied, disjoint views are fine), wrapper subclasses, sparse

@@ -1,7 +1,7 @@
-"""Which experts the slots of a model's tensors hold: noted at every load, compared at the next.
+"""Records of which experts a model's tensors hold, made at every load and compared at the next.
 
-Notes stand with the modules that have the tensors, so that they stay when memory is replaced, and
-are copied with the model; what a record says of the memory counts for that memory only.
+Records are kept with the modules that own the tensors, so that they survive when memory is
+replaced, and are copied with the model; what a record says of memory is for that memory only.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ def next_order() -> int:
 class LoadRecord:
     """What was last loaded into a tensor of a model that holds slots.
 
-    row: [P], the experts of the stack's slots; empty where a load ended early that changed them.
-    start, stop: the slots in the tensor. weights: which set's, see `Shard.weights`. whole: whether
-    that load came to its end. memory: what it filled, None in a copy of the model.
+    row: physical_to_logical of the stack, [P]; empty after a load that would have changed it and
+    ended early. start, stop: the slots in the tensor. weights: of which output, see
+    `Shard.weights`. complete: whether that load ended well. memory: what it filled, None in a copy
+    of the model. order: larger than that of all earlier records.
     """
 
     stack: str
@@ -42,7 +43,7 @@ class LoadRecord:
     start: int
     stop: int
     weights: object
-    whole: bool
+    complete: bool
     memory: Memory | None
     order: int
 
@@ -58,14 +59,14 @@ class _Records(dict[str, LoadRecord]):
 
 
 def record_of(target: Target) -> LoadRecord | None:
-    """The record on a tensor of a model, if it was ever loaded."""
+    """The record of a tensor of a model, or None if it was never loaded."""
     module, name = target.attributes[0]
     records = module.__dict__.get(_KEY)
     return records.get(name) if isinstance(records, _Records) else None
 
 
 def memory_state(target: Target) -> Memory:
-    """What tells whether a tensor is the memory that it was, and unwritten since."""
+    """Identify a tensor's memory and its version, to detect replacement and later writes."""
     local = local_tensor(target.now())
     version = -1 if local.is_inference() else local._version
     storage = StorageWeakRef(local.untyped_storage())  # type: ignore[no-untyped-call]
@@ -73,7 +74,7 @@ def memory_state(target: Target) -> Memory:
 
 
 def start_records(tensors: Iterable[tuple[Target, SlotRange | None]], shard: RankView) -> None:
-    """Note that tensors are being filled with what a shard has; held: which slots, if any."""
+    """Record that a load of these tensors begins; those without slots lose their record."""
     weights = shard.weights
     for target, slot_range in tensors:
         old = record_of(target)
@@ -88,7 +89,7 @@ def start_records(tensors: Iterable[tuple[Target, SlotRange | None]], shard: Ran
             start=slot_range.start,
             stop=slot_range.stop,
             weights=weights,
-            whole=False,
+            complete=False,
             memory=None,
             order=next_order(),
         )
@@ -96,25 +97,24 @@ def start_records(tensors: Iterable[tuple[Target, SlotRange | None]], shard: Ran
 
 
 def finish_records(tensors: Iterable[tuple[Target, SlotRange | None]], shard: RankView) -> None:
-    """Note that they are filled."""
+    """Record that the load of these tensors is complete."""
     for target, slot_range in tensors:
         record = record_of(target)
         if slot_range is not None and record is not None:
             row, memory = shard.rows[slot_range.stack], memory_state(target)
-            _put(target, replace(record, row=row, whole=True, memory=memory, order=next_order()))
+            _put(target, replace(record, row=row, complete=True, memory=memory, order=next_order()))
 
 
 def record_placement(
     tensors: Iterable[tuple[Target, SlotRange]], shard: RankView, named: frozenset[str]
 ) -> None:
-    """Note the placement of a shard for what holds it already, though nothing was filled there.
+    """Record a shard's placement for tensors whose own slots did not change.
 
-    That is what was filled before, in slots whose experts stay: those of other ranks, or of other
-    tensors of the stack, have changed.
+    Only slots of other ranks, or of other tensors of the stack, have new experts.
     """
     for target, slot_range in tensors:
         record, row = record_of(target), shard.rows[slot_range.stack]
-        known = record is not None and record.whole and record.stack in named
+        known = record is not None and record.complete and record.stack in named
         if record is not None and known and record.row != row:
             _put(target, replace(record, row=row, order=next_order()))
 
@@ -131,7 +131,7 @@ def _put(target: Target, record: LoadRecord | None) -> None:
 
 
 def recorded_rows(targets: Iterable[Target]) -> dict[str, LoadRecord]:
-    """A record for each stack that a model holds. Raises GeometryMismatch, DoesNotFit."""
+    """The record of each stack that a model holds. Raises GeometryMismatch, DoesNotFit."""
     found: dict[str, LoadRecord] = {}
     for target in targets:
         record = record_of(target)
@@ -152,10 +152,10 @@ def recorded_rows(targets: Iterable[Target]) -> dict[str, LoadRecord]:
 def slots_to_load(
     tensors: Iterable[tuple[Target, SlotRange]], shard: RankView, named: frozenset[str]
 ) -> dict[Target, frozenset[int]]:
-    """The local slots to fill so that a model holds what `shard` says; only tensors with any.
+    """The local slots to load so that a model has the placement of `shard`, for tensors with any.
 
-    named: the stacks that the caller gave a placement; of others nothing is filled. Where a stack
-    changes, a tensor of it is filled whole if nobody knows what is in it.
+    named: the stacks that the caller gave a placement; nothing of others is loaded. If a stack
+    changes, all slots of its tensors with unknown contents are loaded.
     Raises GeometryMismatch, DoesNotFit.
     """
     tensors = tuple(tensors)
@@ -171,9 +171,9 @@ def slots_to_load(
         record = record_of(target)
         if record is not None and record.weights != weights:
             raise GeometryMismatch(
-                "the model holds the weights of another set",
+                "the model holds the weights of another output",
                 at=quoted(target.names[0]),
-                cause="what stays would keep those, what moves would get this set's",
+                cause="slots that stay would keep those, slots that change would get this output's",
                 fix="call `replace` of the shard that was loaded last",
             )
     return found
@@ -182,10 +182,10 @@ def slots_to_load(
 def _differ(
     target: Target, slot_range: SlotRange, shard: RankView, named: frozenset[str]
 ) -> frozenset[int]:
-    """The local slots of a tensor that do not hold what `shard` says, or may not."""
+    """The local slots of a tensor that do not, or may not, hold the experts of `shard`."""
     record, row = record_of(target), shard.rows[slot_range.stack]
     stack = shard.output.root.stacks[slot_range.stack].name
-    if record is not None and not record.whole:
+    if record is not None and not record.complete:
         raise interrupted_load(target)
     if record is None or (record.stack, record.start, record.stop) != (
         stack,
@@ -197,10 +197,10 @@ def _differ(
     other = frozenset(slot for at, slot in there if record.row[at] != row[at])
     if other and stack not in named:
         raise GeometryMismatch(
-            f"the model holds {quoted(stack)} in another placement than this one leaves it in",
+            f"the model holds {quoted(stack)} in a placement that differs from the new one",
             at=quoted(target.names[0]),
-            cause="it was given a placement since, and the new one does not name it",
-            fix="name it in the new placement, too, or call `replace` of the last `Moves.shard`",
+            cause="it was moved since this shard was loaded; the new placement does not name it",
+            fix="name it in the new placement too, or call `replace` of the last `Moves.shard`",
         )
     return other
 
@@ -210,13 +210,13 @@ def _written_since(target: Target) -> bool:
     return record is None or record.memory != memory_state(target)
 
 
-_LOAD_WHOLE: Final = "load it whole, with `load_into` of a set in the placement that you route by"
+_LOAD_WHOLE: Final = "load all of it: `load_into` of an output in the placement that you route by"
 
 
 def interrupted_load(target: Target) -> DoesNotFit:
-    """The error for a model that a load left half written."""
+    """The error for a model that a failed load left partly written."""
     return DoesNotFit(
-        f"nobody knows which experts {quoted(target.names[0])} holds",
+        f"it is not known which experts {quoted(target.names[0])} holds",
         at=quoted(target.names[0]),
         cause="a load ended early, after its first byte",
         fix=_LOAD_WHOLE,

@@ -1,4 +1,4 @@
-"""Filling a model, once or again and again with newer sets of the same geometry."""
+"""Load into a model, once or repeatedly with newer outputs of the same geometry."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ class Updater:
             if record is not None and record.row == row:
                 continue
             if known.get(stack) != row:
-                raise _other_placement(stack, "it is neither the updater's nor the model's")
+                raise _other_placement(
+                    stack, "it is neither the updater's placement nor the model's"
+                )
             if record is not None and record.order < self._created:
                 raise _other_placement(stack, "the model had another before the updater was made")
             if record is not None:
@@ -149,7 +151,7 @@ def _check_same(known: RankView, newer: RankView) -> None:
         problems.append(f"other tensors{': ' + quoted(other[0]) if other else ''}")
     if problems:
         raise GeometryMismatch(
-            "the newer set is not of the geometry of the first",
+            "the newer output does not have the geometry of the first",
             cause="it has " + ", ".join(problems),
             fix="make a new updater for it",
         )
@@ -157,7 +159,7 @@ def _check_same(known: RankView, newer: RankView) -> None:
 
 def _other_placement(stack: str, cause: str) -> GeometryMismatch:
     return GeometryMismatch(
-        f"the newer set has {quoted(stack)} in another placement",
+        f"the newer output has {quoted(stack)} in another placement",
         at=quoted(stack),
         cause=cause,
         fix="load it with `newer.load_into(model)` if you route by its placement, and make a new "
@@ -176,7 +178,7 @@ def refuse_unequal_aliases(
     ]
     if unequal:
         raise DoesNotFit(
-            f"the model ties {len(unequal):,} pair(s) of names whose bytes differ in the set",
+            f"the model ties {len(unequal):,} pair(s) of names whose bytes differ in the output",
             cause="; ".join(unequal),
             fix="untie them in the model, or name one of each pair in `ignore=`",
         )
@@ -234,5 +236,5 @@ def _materialise(item: BoundTensor, device: torch.device | None) -> bool:
     parameter = torch.nn.Parameter(new, requires_grad=old.requires_grad)
     parameter.__dict__.update(old.__dict__)
     for module, name in item.target.attributes:
-        setattr(module, name, parameter)  # some modules (nn.LSTM) note it elsewhere, too
+        setattr(module, name, parameter)  # some modules (nn.LSTM) keep other references to it
     return True

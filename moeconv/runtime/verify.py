@@ -81,7 +81,7 @@ def check_digests(
         reader.check()
     if wrong:
         raise Damaged(
-            f"{len(wrong):,} of this rank's matrices are not what was written",
+            f"{len(wrong):,} of this rank's matrices are not as they were written",
             at=wrong[0],
             cause="their bytes have other digests: " + listed(wrong, most=_SHOWN, separator="; "),
             fix="`moeconv verify` names the files; fetch them again, or convert again",

@@ -82,7 +82,7 @@ def test_ignore(opened: Opened):
 
 
 def test_ignoring_what_the_model_has(opened: Opened):
-    assert "not in the set (1): `model.embed.weight`" in refusal(
+    assert "not in the output (1): `model.embed.weight`" in refusal(
         opened(checkpoint()), TinyMoe(3), ignore=["model.embed.*"]
     )
 

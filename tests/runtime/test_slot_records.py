@@ -329,7 +329,7 @@ def test_slots_of_an_older_set_are_not_mixed_in(sets: Sets, loaded: Loaded):
     shard, model = loaded
     newer = sets.open("b")
     shard.updater(model).load(newer)
-    with pytest.raises(GeometryMismatch, match="weights of another set"):
+    with pytest.raises(GeometryMismatch, match="weights of another output"):
         shard.replace(A).load_into(model)
     assert held(model, sets) == should("b", dict.fromkeys(STACKS, OWN))
     sets.open("b").replace(A).load_into(model)  # opened again, it is the same set
@@ -346,7 +346,7 @@ def test_sets_without_digests_are_told_apart_by_their_files(tmp_path: Path):
         object.__setattr__(shard.output.root, "fingerprint", None)
     model = TinyMoe(3)
     sets[0].load_into(model)
-    with pytest.raises(GeometryMismatch, match="weights of another set"):
+    with pytest.raises(GeometryMismatch, match="weights of another output"):
         sets[1].replace([(2, 0, 4, 1, 3, 0)]).load_into(model)
     sets[0].replace([(2, 0, 4, 1, 3, 0)]).load_into(model)
     all_same(state(model), a.expected(0, {STACK: (2, 0, 4, 1, 3, 0)}))
@@ -451,7 +451,7 @@ def test_a_model_of_some_layers(sets: Sets):
     row = {STACKS[0]: A[STACKS[0]], STACKS[1]: OWN}
     shard.replace(row).load_into(model)
     assert held(model, sets)[STACKS[0]] == should("a", A)[STACKS[0]]
-    with pytest.raises(DoesNotFit, match="without a place"):
+    with pytest.raises(DoesNotFit, match="not in the model"):
         shard.replace(A).load_into(model)
 
 
@@ -508,7 +508,7 @@ def test_two_stacks_in_one_memory(tmp_path: Path):
 
 
 def test_what_is_ignored_is_left_alone_by_a_new_placement(sets: Sets, loaded: Loaded):
-    """Also where it was never loaded, so that nobody knows what is in it."""
+    """Also where it was never loaded, so that its contents are not known."""
     shard, _ = loaded
     model = like(shard)
     layer = model.get_submodule("model.layers")._modules.pop("1")

@@ -156,7 +156,7 @@ def test_digests_that_nobody_took_are_no_match(tmp_path: Path):
 
 
 def test_nothing_else_can_be_verified(tmp_path: Path):
-    with pytest.raises(UsageProblem, match="nothing to verify"):
+    with pytest.raises(UsageProblem, match="not a kind of verification"):
         runtime.open(tmp_path, ep_rank=0, ep_size=1, verify="source")
 
 
