@@ -113,8 +113,8 @@ def convert(
     """Write a map in another system's format. Systems count layers differently: SRC says how."""
     with handled(Ui(json=as_json, quiet=quiet, color=color)) as ui:
         checked_color(color)
+        from moeconv.engine.output.atomic_file import refuse_file, write_single
         from moeconv.engine.output.preflight import refuse_overlap
-        from moeconv.engine.output.single_file import refuse_file, write_single
         from moeconv.placement.files import read_map
         from moeconv.placement.formats import write_map
         from moeconv.placement.model import check

@@ -15,8 +15,7 @@ from moeconv.checkpoint.output_files import (
 )
 from moeconv.core.digest import digest
 from moeconv.engine.manifest_writer import document, read_back
-from moeconv.engine.output.atomic_file import write_new, writing
-from moeconv.engine.output.transaction import fsync_directory
+from moeconv.engine.output.atomic_file import fsync_directory, write_new, writing
 from moeconv.errors import quoted
 from moeconv.manifest.model import (
     MAX_PART_BYTES,

@@ -27,12 +27,18 @@ from moeconv.engine.manifest_writer import (
     virtual_parts,
 )
 from moeconv.engine.options import LATER, RunOptions
-from moeconv.engine.output.atomic_file import new_file, partial_path, write_new, writing
+from moeconv.engine.output.atomic_file import (
+    fsync_directory,
+    new_file,
+    partial_path,
+    write_new,
+    writing,
+)
 from moeconv.engine.output.disk_space import DiskSpace, refuse_short
 from moeconv.engine.output.journal import clear_aborted_start, plan_digest, resumable
 from moeconv.engine.output.ownership import Inventory
 from moeconv.engine.output.resume import finished_before, identity
-from moeconv.engine.output.transaction import OutputTransaction, fsync_directory
+from moeconv.engine.output.transaction import OutputTransaction
 from moeconv.engine.recorded_digests import DigestPolicy, recorded
 from moeconv.errors import MoeconvError, NameCollision, SourceChanged, quoted
 from moeconv.manifest.model import (

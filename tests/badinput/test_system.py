@@ -17,7 +17,7 @@ import moeconv
 import moeconv.runtime
 from moeconv.checkpoint.output_files import filled_name, hidden_name
 from moeconv.core.system_errors import system_errors
-from moeconv.engine.output.single_file import write_single
+from moeconv.engine.output.atomic_file import write_single
 from moeconv.errors import IoFailed, MoeconvError, SourceMissing, UsageProblem
 from moeconv.store.paths import files_below
 from tests.badinput.builders import qwen, write

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import moeconv
 from moeconv.core.digest import digest
-from moeconv.engine.output.single_file import write_single
+from moeconv.engine.output.atomic_file import write_single
 from moeconv.errors import IoFailed
 from moeconv.store import file_io
 from moeconv.store.documents import file_digest, read_document

@@ -13,8 +13,8 @@ import pytest
 import moeconv
 import moeconv.runtime
 from moeconv.engine.copy.pool import Limits
+from moeconv.engine.output.atomic_file import write_single
 from moeconv.engine.output.ownership import take_inventory
-from moeconv.engine.output.single_file import write_single
 from moeconv.errors import WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree, untouched

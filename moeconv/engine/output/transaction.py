@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moeconv.core.signals import defer_signals
 from moeconv.engine.copy.pool import Limits
-from moeconv.engine.output.atomic_file import PARTIAL_SUFFIX, writing
+from moeconv.engine.output.atomic_file import PARTIAL_SUFFIX, fsync_directory, writing
 from moeconv.engine.output.backup import OldOutput, beside, remove_output
 from moeconv.engine.output.journal import (
     JOURNAL_NAME,
@@ -24,15 +24,6 @@ from moeconv.engine.output.ownership import Inventory, made_problem
 from moeconv.engine.output.preflight import find_backup
 from moeconv.errors import IoFailed, WouldOverwrite, quoted
 from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
-
-
-def fsync_directory(path: Path) -> None:
-    """Make renames in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _state(facts: os.stat_result) -> tuple[int, int, int]:
