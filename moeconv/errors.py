@@ -8,7 +8,7 @@ _MAX_QUOTED: Final = 4096  # characters: names and paths are shorter
 
 
 def printable(name: str) -> str:
-    """The name with everything that could act on a terminal written as an escape."""
+    """The name with control and other non-printable characters escaped, safe for a terminal."""
     if name.isprintable():
         return name
     return "".join(
@@ -36,7 +36,7 @@ class MoeconvError(Exception):
     message: what is wrong, one sentence without a full stop; at: file and tensor;
     cause: the facts, with numbers; fix: what the user can do.
     also: further problems found in the same pass over the same document.
-    A class may have a `fix` of its own, for where none is given.
+    A class may have a default `fix`, used where none is given.
     """
 
     code: ClassVar[str] = "error"
@@ -77,7 +77,7 @@ class MoeconvError(Exception):
 
 
 class UsageProblem(MoeconvError):
-    """Flags that do not go together, or a value that is not one."""
+    """Options that contradict each other, or an invalid value."""
 
     code = "usage"
     exit_code = 2
@@ -98,7 +98,7 @@ class Malformed(MoeconvError):
 
 
 class Unsupported(MoeconvError):
-    """Well-formed, but nothing that moeconv knows."""
+    """Well-formed input that moeconv does not support."""
 
     code = "unsupported"
     exit_code = 5
@@ -113,14 +113,14 @@ class WouldOverwrite(MoeconvError):
 
 
 class InternalError(MoeconvError):
-    """A plan that fails its own proof: moeconv's fault, never the user's."""
+    """A plan that fails its own checks: a bug of moeconv, never the user's fault."""
 
     code = "internal"
     exit_code = 70
 
 
 class BadSize(UsageProblem):
-    """A size that is not a number with GB or GiB."""
+    """A size that is not a number with a unit such as GB or GiB."""
 
     code = "bad-size"
 
@@ -163,7 +163,7 @@ class SourceChanged(IoFailed):
 
 
 class BadHeader(Malformed):
-    """A safetensors header that breaks a rule not named below."""
+    """A safetensors header that breaks a rule without a class of its own."""
 
     code = "bad-header"
     fix = "download the file again; if it is the same, report it to whoever wrote it"
@@ -205,7 +205,7 @@ class HeaderTooLong(BadHeader):
 
 
 class DuplicateKey(Malformed):
-    """A JSON object that says one key twice."""
+    """A JSON object with the same key twice."""
 
     code = "duplicate-key"
 
@@ -275,7 +275,7 @@ class BadConfig(Malformed):
 
 
 class NameCollision(Malformed):
-    """Two things would get the same name in the output."""
+    """Two files or tensors would get the same name in the output."""
 
     code = "name-collision"
 
@@ -289,7 +289,7 @@ class BadRecipe(MoeconvError):
 
 
 class AmbiguousLayout(UsageProblem):
-    """More than one layout fits a stack; only `--from-layout` can say."""
+    """More than one layout fits a stack; only `--from-layout` can decide."""
 
     code = "ambiguous-layout"
 
@@ -315,14 +315,14 @@ class ExpertOutOfRange(Malformed):
 
 
 class ExpertShape(Malformed):
-    """One expert's tensor has another shape than its fellows."""
+    """One expert's tensor has another shape than those of the other experts."""
 
     code = "expert-shape"
     fix = "convert from a checkpoint whose experts are alike"
 
 
 class ExpertDtype(Malformed):
-    """One expert's tensor has another dtype than its fellows."""
+    """One expert's tensor has another dtype than those of the other experts."""
 
     code = "expert-dtype"
     fix = "convert from a checkpoint whose experts are alike"
@@ -336,7 +336,7 @@ class ScaleWithoutWeight(Malformed):
 
 
 class MissingScale(Malformed):
-    """Some experts of a stack have a companion, others lack it."""
+    """Some experts of a stack have a companion (scales, bias), others lack it."""
 
     code = "missing-scale"
     fix = "download the shard again, then run `moeconv inspect SRC`"
@@ -393,7 +393,7 @@ class NoExperts(Unsupported):
 
 
 class TooManyStacks(Unsupported):
-    """More expert stacks than a set may have."""
+    """More expert stacks than an output may have."""
 
     code = "too-many-stacks"
 
@@ -405,7 +405,7 @@ class NoPerExpertForm(Unsupported):
 
 
 class StraddlingBlock(Unsupported):
-    """A quantisation block that would lie across two projections."""
+    """A quantisation block that would span two projections."""
 
     code = "straddling-block"
 
@@ -431,13 +431,13 @@ class TorchNeeded(UsageProblem):
 
 
 class GeometryMismatch(UsageProblem):
-    """A set of other ranks, of another placement or of other tensors than the caller's."""
+    """An output for other ranks, with another placement or other tensors than the caller's."""
 
     code = "geometry-mismatch"
 
 
 class DoesNotFit(UsageProblem):
-    """A model and a set that do not have the same tensors."""
+    """A model and an output that do not have the same tensors."""
 
     code = "does-not-fit"
 
@@ -450,20 +450,20 @@ class BadManifest(Malformed):
 
 
 class Unfinished(Malformed):
-    """An output whose writing never came to its end."""
+    """An output that was not written to the end."""
 
     code = "unfinished"
 
 
 class Damaged(Malformed):
-    """A file of a moeconv set that is not the one that was written."""
+    """A file of an output that is not as it was written."""
 
     code = "damaged"
     fix = "fetch the output again, or convert again"
 
 
 class DigestsMissing(Malformed):
-    """A set whose bytes nobody has read yet: there is nothing to hold them against."""
+    """An output without recorded digests, so that its bytes cannot be verified."""
 
     code = "digests-missing"
 
@@ -481,7 +481,7 @@ class UnsupportedVersion(Unsupported):
 
 
 class NotASet(Unsupported):
-    """A proof was asked for that only an output of moeconv can give."""
+    """Something was asked for that only an output of moeconv provides."""
 
     code = "not-a-set"
 
@@ -493,19 +493,19 @@ class NoTorchDtype(Unsupported):
 
 
 class UnsupportedTransformers(Unsupported):
-    """transformers is not installed, or has another inside than this version of moeconv knows."""
+    """transformers is not installed, or in a version that this moeconv does not know."""
 
     code = "unsupported-transformers"
 
 
 class NotVirtual(Unsupported):
-    """A virtual set of a source that it cannot point into, or whose bytes are in another order."""
+    """A virtual output of a source that it cannot point into, or with bytes in another order."""
 
     code = "not-virtual"
 
 
 class CannotResume(WouldOverwrite):
-    """A half-done OUT that is of another plan or another source."""
+    """An unfinished OUT of another plan or another source."""
 
     code = "cannot-resume"
     fix = "give another directory, or `--overwrite`"

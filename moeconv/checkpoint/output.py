@@ -1,4 +1,4 @@
-"""Reading what moeconv itself wrote: root, parts, origin, index, all held against their digests."""
+"""Read what moeconv wrote: root, parts, origin and index, all checked against their digests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from moeconv.store.paths import files_below, resolve_inside
 
 @dataclass(frozen=True)
 class OutputDocuments:
-    """A set's own documents, already checked against the root's digests."""
+    """The documents of an output, already checked against the root's digests."""
 
     manifest: Manifest
     origin_raw: bytes
@@ -37,14 +37,14 @@ class OutputDocuments:
 
     @cached_property
     def origin(self) -> Origin:
-        """The first foreign source; parsed where it is needed, since it is as large as the set.
+        """The first foreign source; parsed on first use, since it may be large.
 
         Raises BadManifest, BadHeader, BadJson.
         """
         return parse_origin(self.origin_raw)
 
     def check_headers(self, files: tuple[tuple[str, int, Header], ...]) -> None:
-        """Hold (name, size, header) of the data files against their parts. Raises Damaged."""
+        """Check (name, size, header) of the data files against their parts. Raises Damaged."""
         for (name, size, header), part in zip(files, self.sorted_parts(), strict=True):
             if size != part.size or len(header.raw) != part.header_size:
                 raise damaged(name, f"it has {size:,} bytes, its part says {part.size:,}")
@@ -59,7 +59,7 @@ class OutputDocuments:
 
 
 def open_output(root: Path) -> OutputDocuments:
-    """Read root, parts, index and origin; sidecars are only looked up, not read.
+    """Read root, parts, index and origin; sidecars must exist, but are not read.
 
     Raises Damaged, BadManifest, UnsupportedVersion, MissingShard.
     """
@@ -71,24 +71,24 @@ def open_output(root: Path) -> OutputDocuments:
         raise damaged(ROOT_NAME, cause)
     origin_raw = read_entry(root, top.origin)
     if top.index is not None:
-        # loaders follow it, so it must be one; nothing here needs what it says
+        # loaders use it, so it must be valid; nothing here needs its content
         parse_index(read_entry(root, top.index), name=top.index.name)
-    beside = []
+    sidecars = []
     for entry in top.sidecars:
         path = resolve_inside(root, entry.name)
         if not path.is_file():
             raise damaged(entry.name, "it is not there")
         stat = path.stat()
-        beside.append(Sidecar(entry.name, path, stat.st_size, stat.st_mtime_ns))
+        sidecars.append(Sidecar(entry.name, path, stat.st_size, stat.st_mtime_ns))
     return OutputDocuments(
         manifest=Manifest(top, tuple(parts)),
         origin_raw=origin_raw,
-        sidecars=tuple(beside),
+        sidecars=tuple(sidecars),
     )
 
 
 def foreign_files(root: Path, manifest: Manifest) -> list[str]:
-    """Relative paths of what is in the directory of a set and not named by it, in natural order.
+    """Relative paths of files in an output's directory that its manifest does not name, sorted.
 
     Folders that cannot be listed are among them, with a `/` at the end. Raises OSError.
     """

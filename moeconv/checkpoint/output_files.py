@@ -1,4 +1,4 @@
-"""The documents of a set on disk: links held in, sizes bounded, digests checked before use."""
+"""The documents of an output on disk: sizes are bounded and digests checked before use."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ FILLED_ROOT: Final = f"{PARTS_DIR}/.root{FILLED_SUFFIX}"
 
 
 def hidden_name(name: str, suffix: str) -> str:
-    """The name `.NAME` + `suffix` of a file or directory that stands in for NAME for a while.
+    """The name `.NAME` + `suffix` of a temporary file or directory in place of NAME.
 
-    Where that is longer than file systems take, a digest stands for NAME.
+    Where that is too long for a file system, NAME is replaced by its digest.
     """
     hidden = f".{name}{suffix}"
     if len(os.fsencode(hidden)) <= MAX_FILE_NAME_BYTES:
@@ -40,12 +40,12 @@ def hidden_name(name: str, suffix: str) -> str:
 
 
 def filled_name(part: str) -> str:
-    """Where a part with digests that were missing waits for the root that names it."""
+    """The temporary name of a part with added digests, until the root that names it is written."""
     return f"{PARTS_DIR}/{hidden_name(part.rpartition('/')[2], FILLED_SUFFIX)}"
 
 
 def differing_tensor(header: Header, part: Part) -> str | None:
-    """The name of a tensor of which a data file's header and its part do not say the same."""
+    """The name of a tensor on which a file's header and its part differ; None if they agree."""
     stored = sorted(header.tensors, key=lambda t: (t.offset, t.nbytes, t.name))
     listed = sorted(part.tensors, key=lambda t: (t.start, t.stop, t.name))
     for a, b in zip_longest(stored, listed):
@@ -63,7 +63,7 @@ def differing_tensor(header: Header, part: Part) -> str | None:
 
 
 def damaged(name: str, cause: str) -> Damaged:
-    """The error for a file of a set that is not as it was written."""
+    """The error for a file of an output that is not as it was written."""
     return Damaged(
         f"{quoted(name)} is damaged",
         at=quoted(name),
@@ -73,17 +73,17 @@ def damaged(name: str, cause: str) -> Damaged:
 
 
 def missing(name: str) -> MissingShard:
-    """The error for a file of a set that is not there."""
+    """The error for a file of an output that does not exist."""
     return MissingShard(
         f"{quoted(name)} is not there",
         at=quoted(ROOT_NAME),
-        cause="the set's manifest names it",
+        cause="the output's manifest names it",
         fix="fetch that file again, or convert again",
     )
 
 
 def read_bounded(path: Path, limit: int, *, name: str) -> bytes:
-    """All bytes of a file of the set, at most `limit`. Raises MissingShard, Malformed, IoFailed."""
+    """All bytes of an output's file, at most `limit`. Raises MissingShard, Malformed, IoFailed."""
     try:
         there = path.exists()
     except OSError as problem:
@@ -94,10 +94,10 @@ def read_bounded(path: Path, limit: int, *, name: str) -> bytes:
 
 
 def read_entry(root: Path, entry: FileEntry, *, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
-    """The bytes of a document that the root names, held against size and digest.
+    """The bytes of a document that the root names, checked against size and digest.
 
-    Where filling in digests was interrupted after the root was replaced, they are those that wait
-    to be renamed.
+    Where adding digests was interrupted after the root was replaced, they are those of the new
+    document, which is not renamed yet.
     """
     try:
         return _read_named(root, entry, limit=limit)
@@ -109,7 +109,7 @@ def read_entry(root: Path, entry: FileEntry, *, limit: int = MAX_DOCUMENT_BYTES)
 
 
 def _waiting(root: Path, entry: FileEntry, *, limit: int) -> bytes | None:
-    """The new document of an interrupted filling; None where the root does not mean it."""
+    """The new document of an interrupted addition of digests; None if the root does not name it."""
     name = filled_name(entry.name)
     if not (root / name).exists():
         return None
@@ -130,5 +130,5 @@ def _read_named(root: Path, entry: FileEntry, *, limit: int) -> bytes:
 
 
 def read_root(root: Path) -> Root:
-    """The root of the set in a directory. Raises Damaged, BadManifest, MissingShard, IoFailed."""
+    """The root of an output. Raises Damaged, BadManifest, MissingShard, IoFailed."""
     return parse_root(read_bounded(resolve_inside(root, ROOT_NAME), MAX_ROOT_BYTES, name=ROOT_NAME))

@@ -1,4 +1,4 @@
-"""Everything of a checkpoint that is not its tensors: copied byte for byte, links held in."""
+"""Sidecars: the files of a checkpoint that hold no tensors. They are copied byte for byte."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sidecars(root: Path, *, skip: frozenset[str], exclude: tuple[str, ...]) -> t
             f"cannot list {quoted(name)}",
             at=quoted(str(root / name)),
             cause=cause,
-            fix=f"give yourself the right to read it, or leave it out with `--exclude '{name}/*'`",
+            fix=f"change its permissions, or leave it out with `--exclude '{name}/*'`",
         )
     wanted = [n for n in names if n not in skip and not matches(n, exclude)]
     return tuple(sidecar(root, name) for name in sorted(wanted, key=natural_key))

@@ -1,4 +1,4 @@
-"""Opening SRC: a directory, a single file, or an output of moeconv, as one frozen value."""
+"""Open SRC: a directory, a single file, or an output of moeconv, as one frozen value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_i
 from moeconv.checkpoint.output import OutputDocuments, foreign_files, open_output
 from moeconv.checkpoint.output_files import missing, read_root
 from moeconv.checkpoint.sidecars import Sidecar, sidecar, sidecars
-from moeconv.checkpoint.warnings import short_rows, source_warnings
+from moeconv.checkpoint.warnings import missing_shards, source_warnings
 from moeconv.core.digest import digest
 from moeconv.core.names import natural_key
 from moeconv.core.system_errors import explained
@@ -43,7 +43,7 @@ _MAX_REPORTED: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One shard: the name it has, the real file behind it, and that file's identity."""
+    """One shard: its name, the real file (links followed), and that file's size and time."""
 
     name: str
     path: Path
@@ -56,7 +56,7 @@ class DataFile:
 class Checkpoint:
     """A checkpoint's facts, read from headers only. `own` is set for outputs of moeconv.
 
-    virtual: the set that was opened, where its bytes are those of this checkpoint.
+    virtual: the virtual output that was opened, whose bytes are in this checkpoint.
     """
 
     root: Path
@@ -70,12 +70,12 @@ class Checkpoint:
 
     @property
     def stored(self) -> dict[tuple[str, str], StoredTensor]:
-        """All tensors by file and name: in an expert-parallel set many have one name."""
+        """All tensors by file and name: the files of several ranks have tensors of one name."""
         return {(f.name, t.name): t for f in self.files for t in f.header.tensors}
 
     @property
     def origin(self) -> OutputDocuments | None:
-        """The set that knows the first foreign source: this one, or what points into it."""
+        """The output that records the first foreign source: this one, or the virtual one."""
         return self.virtual or self.own
 
     @property
@@ -151,19 +151,19 @@ def _open_file(path: Path) -> Checkpoint:
     refuse_unsafe_name(path.name, path.parent)
     if path.suffix in _OTHERS:
         raise NoCheckpoint(
-            f"{quoted(path.name)} is no safetensors file",
+            f"{quoted(path.name)} is not a safetensors file",
             at=quoted(str(path)),
             cause=f"its name ends in {quoted(path.suffix)}",
             fix="give the directory of the checkpoint, or one `.safetensors` file",
         )
     _refuse_fragment(path)
     files = _data_files([(path.name, path)])
-    beside: tuple[Sidecar, ...] = ()
+    others: tuple[Sidecar, ...] = ()
     if config.exists():
-        beside = (sidecar(path.parent, CONFIG_NAME),)
-        config = beside[0].path
-    said = tuple(short_rows([path.name]))
-    return Checkpoint(path.parent, files, None, read_config(config), beside, said)
+        others = (sidecar(path.parent, CONFIG_NAME),)
+        config = others[0].path
+    warnings = tuple(missing_shards([path.name]))
+    return Checkpoint(path.parent, files, None, read_config(config), others, warnings)
 
 
 def _open_own(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
@@ -184,22 +184,22 @@ def _open_own(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
 def _open_virtual(
     root: Path, own: OutputDocuments, source: SourceEntry, exclude: tuple[str, ...]
 ) -> Checkpoint:
-    """What a virtual set points into; only the pinned files there matter.
+    """The source that a virtual output points into; only the recorded files of it matter.
 
     Raises SourceMissing, SourceChanged.
     """
     place = Path(source.directory)
     if not place.is_dir():
         raise SourceMissing(
-            f"the source of the virtual set {quoted(str(root))} is gone",
+            f"the source of the virtual output {quoted(str(root))} does not exist",
             at=quoted(source.directory),
             cause="there is no such directory",
-            fix="put it back; a virtual set has no bytes of its own",
+            fix="restore it; a virtual output has no bytes of its own",
         )
     inner = None
     if (place / ROOT_NAME).exists():
         if read_root(place).source is not None:
-            raise _changed(source, "it is a virtual set itself, and has no bytes of its own")
+            raise _changed(source, "it is itself a virtual output, without bytes of its own")
         found = open_checkpoint(place)
         inner, files = found.own, found.files
     else:
@@ -223,15 +223,15 @@ def _pinned(place: Path, name: str, source: SourceEntry) -> Path:
 
 def _changed(source: SourceEntry, cause: str) -> SourceChanged:
     return SourceChanged(
-        f"the source of the virtual set has changed: {cause.partition(':')[0]}",
+        f"the source of the virtual output has changed: {cause.partition(':')[0]}",
         at=quoted(source.directory),
         cause=cause,
-        fix="make the virtual set again",
+        fix="make the virtual output again",
     )
 
 
 def _foreign_warning(root: Path, own: OutputDocuments) -> tuple[str, ...]:
-    """What somebody added to one of our sets: no verb copies it, so it must be said."""
+    """Warn about files that were added to an output, since no command copies them."""
     found = foreign_files(root, own.manifest)
     if not found:
         return ()
@@ -239,13 +239,13 @@ def _foreign_warning(root: Path, own: OutputDocuments) -> tuple[str, ...]:
 
 
 def _refuse_fragment(path: Path) -> None:
-    """One shard of several is no checkpoint: converted alone it would look like a whole model."""
+    """Refuse one shard of several: converted alone it would look like a whole model."""
     index = _read_index(path.parent, sorted(os.listdir(path.parent)))  # noqa: PTH208
     if index is not None and path.name in index.files and len(index.files) > 1:
         raise NoCheckpoint(
             f"{quoted(path.name)} is one of {len(index.files)} shards",
             at=quoted(str(path)),
-            cause=f"{quoted(index.name)} beside it names the others",
+            cause=f"{quoted(index.name)} in the same directory names the others",
             fix=f"give the directory: {quoted(str(path.parent))}",
         )
 
@@ -278,19 +278,19 @@ def _open_directory(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
             fix="give the directory that has `model*.safetensors`",
         )
     skip = frozenset({f.name for f in files} | ({index.name} if index else set()))
-    beside = sidecars(root, skip=skip, exclude=exclude)
+    others = sidecars(root, skip=skip, exclude=exclude)
     config = read_config(resolve_inside(root, CONFIG_NAME))
-    found = Checkpoint(root, files, index, config, beside, ())
-    said = source_warnings(
-        index, tuple(f.name for f in files), found.tensor_bytes, beside, has_config=config.present
+    found = Checkpoint(root, files, index, config, others, ())
+    warnings = source_warnings(
+        index, tuple(f.name for f in files), found.tensor_bytes, others, has_config=config.present
     )
-    return replace(found, warnings=tuple(said))
+    return replace(found, warnings=tuple(warnings))
 
 
 def _no_checkpoint_cause(names: list[str]) -> str:
     pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth"))]
     if pickles:
-        return f"it has {quoted(pickles[0])}: pickles run code when read, so moeconv reads none"
+        return f"it has {quoted(pickles[0])}: reading a pickle runs code, so moeconv reads none"
     return f"none of its {counted(len(names), 'entry', 'entries')} ends in `{SUFFIX}`"
 
 
@@ -301,7 +301,7 @@ def _read_index(root: Path, names: list[str]) -> Index | None:
         return None
     if name != INDEX_NAME and len(found) > 1:
         raise BadIndex(
-            f"{quoted(str(root))} has {len(found)} indexes and none is `{INDEX_NAME}`",
+            f"{quoted(str(root))} has {len(found)} index files, none of them `{INDEX_NAME}`",
             cause=f"they are {', '.join(map(quoted, found))}",
             fix="leave one of them in the directory",
         )
@@ -311,19 +311,19 @@ def _read_index(root: Path, names: list[str]) -> Index | None:
 
 
 def _check_index(index: Index, files: tuple[DataFile, ...]) -> None:
-    held = {t.name: f.name for f in files for t in f.header.tensors}
-    if held == index.weight_map:
+    stored = {t.name: f.name for f in files for t in f.header.tensors}
+    if stored == index.weight_map:
         return
     names = index.weight_map
-    elsewhere = [t for t, file in names.items() if held.get(t) != file]
-    unnamed = [t for t in held if t not in names]
+    elsewhere = [t for t, file in names.items() if stored.get(t) != file]
+    unnamed = [t for t in stored if t not in names]
     count = len(elsewhere) + len(unnamed)
     problems: list[MoeconvError] = [
-        *(_not_in_file(index, t, names[t], held.get(t)) for t in elsewhere[:_MAX_REPORTED]),
-        *(_not_in_index(index, t, held[t]) for t in unnamed[:_MAX_REPORTED]),
+        *(_not_in_file(index, t, names[t], stored.get(t)) for t in elsewhere[:_MAX_REPORTED]),
+        *(_not_in_index(index, t, stored[t]) for t in unnamed[:_MAX_REPORTED]),
     ]
     if count > 1:
-        problems[0].cause = f"{problems[0].cause}; {count:,} entries in all disagree"
+        problems[0].cause = f"{problems[0].cause}; {count:,} entries in total disagree"
     if problems:
         raise problems[0].with_also(tuple(problems[1:_MAX_REPORTED]))
 
@@ -338,7 +338,7 @@ def _not_in_file(index: Index, tensor: str, file: str, where: str | None) -> Moe
 
 def _not_in_index(index: Index, tensor: str, file: str) -> MoeconvError:
     return TensorNotInIndex(
-        f"{quoted(tensor)} is in no index",
+        f"{quoted(tensor)} is not in the index",
         at=f"{quoted(file)}, tensor {quoted(tensor)}",
         cause=f"{quoted(index.name)} does not name it, so loaders would never read it",
     )
@@ -352,7 +352,7 @@ def _check_disjoint(files: tuple[DataFile, ...], *, fix: str) -> None:
                 raise DuplicateTensor(
                     f"{quoted(tensor.name)} is in two files",
                     at=f"{quoted(first[tensor.name])} and {quoted(file.name)}",
-                    cause="programs differ in which of the two they take",
+                    cause="programs differ in which of the two they load",
                     fix=fix,
                 )
             first[tensor.name] = file.name

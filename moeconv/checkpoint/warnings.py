@@ -1,4 +1,4 @@
-"""What is odd in a directory and hinders nothing: said, so that nobody has to find it later."""
+"""Warnings about a source that do not prevent converting it."""
 
 from __future__ import annotations
 
@@ -20,34 +20,40 @@ def source_warnings(
     index: Index | None,
     shards: tuple[str, ...],
     tensor_bytes: int,
-    beside: tuple[Sidecar, ...],
+    sidecars: tuple[Sidecar, ...],
     *,
     has_config: bool,
 ) -> Iterator[str]:
-    """A sentence for each. shards: names of the data files; tensor_bytes: what they hold."""
+    """One sentence for each warning.
+
+    shards: names of the data files; tensor_bytes: the size of their data sections.
+    """
     if index is None:
-        yield from short_rows(shards)
+        yield from missing_shards(shards)
     elif index.total_size != tensor_bytes:
         total = index.total_size
-        what = "has no total_size" if total is None else f"says total_size {total:,}"
+        what = "has no total_size" if total is None else f"has total_size {total:,}"
         yield f"{quoted(index.name)} {what}; the tensors have {tensor_bytes:,} bytes"
-    for sidecar in beside:
+    for sidecar in sidecars:
         if sidecar.name.endswith(".safetensors"):
             yield (
                 f"{quoted(sidecar.name)} ({human_size(sidecar.size)}) is not in the index; copied "
                 "as it is (`--exclude` leaves it out)"
             )
-    for sidecar in beside:
+    for sidecar in sidecars:
         if sidecar.size <= _POINTER_BYTES and _is_pointer(sidecar):
             yield (
                 f"{quoted(sidecar.name)} is a Git-LFS pointer, not the file itself; copied as it is"
             )
     if not has_config:
-        yield "there is no config.json; nothing says how many experts there should be"
+        yield "there is no config.json, so the number of experts cannot be checked"
 
 
-def short_rows(names: Iterable[str]) -> Iterator[str]:
-    """Names that say how many shards there are; some published ones lie, so it is no refusal."""
+def missing_shards(names: Iterable[str]) -> Iterator[str]:
+    """Warn where file names give a larger number of shards than there are.
+
+    Some published names are wrong, so this is not an error.
+    """
     rows: dict[tuple[str, int], set[int]] = {}
     for match in map(_NUMBERED.fullmatch, names):
         if match:
@@ -55,14 +61,14 @@ def short_rows(names: Iterable[str]) -> Iterator[str]:
     for (stem, count), there in rows.items():
         if len(there) < count:
             yield (
-                f"{len(there)} of the {count} shards that the names of {quoted(stem)} speak of are "
-                "there, and no index says whether that is all"
+                f"{quoted(stem)} has {len(there)} of the {count} shards that its file names "
+                "announce, and no index lists them"
             )
 
 
-def _is_pointer(beside: Sidecar) -> bool:
-    with opened(beside.path, name=beside.name) as (descriptor, facts):
+def _is_pointer(sidecar: Sidecar) -> bool:
+    with opened(sidecar.path, name=sidecar.name) as (descriptor, facts):
         try:
             return read_start(descriptor, facts, len(LFS_MARK)) == LFS_MARK
         except OSError as problem:
-            raise unreadable(beside.path, problem, name=beside.name) from None
+            raise unreadable(sidecar.path, problem, name=sidecar.name) from None

@@ -1,1 +1,1 @@
-"""Where bytes are: list, stat, read; names are checked here, once."""
+"""Local files and the Hub: paths, descriptors, reads and writes; names are checked here, once."""

@@ -1,4 +1,4 @@
-"""Open files in bounded number: closed while nobody reads them, opened again when needed."""
+"""A bounded pool of open files: idle ones are closed and opened again when needed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-# for a file of the caller's, a directory to be synced, what a library opens for a moment
+# for files of the caller, directories to be synced, what a library opens for a moment
 _SPARE: Final = 12
 _TOO_MANY: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 def descriptors_left(wanted: int) -> int:
-    """How many more files this process may open, besides a few that are left for other uses.
+    """How many more files this process may open, less a few that are reserved for other uses.
 
     The soft limit is raised, up to the hard one, as far as `wanted` files need; never lowered.
     """
@@ -43,8 +43,8 @@ def _open_now() -> int:
 class DescriptorPool:
     """Descriptors of numbered files, at most `most` of them, shared by threads.
 
-    A descriptor that somebody holds is never closed; of the others the one that was held least
-    recently is, when another file needs its place.
+    A descriptor in use is never closed. Of the others, the least recently used one is closed when
+    another file needs its place.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Lease:
         return self.descriptor
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Give back the held descriptor, if any."""
         if self.number >= 0:
             number, self.number, self.descriptor = self.number, -1, -1
             self._pool.give_back(number)

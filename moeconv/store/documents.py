@@ -1,4 +1,4 @@
-"""Opening input: regular files only, never waiting for a pipe, never more memory than the file."""
+"""Open and read input files: regular files only, without blocking on pipes, bounded in size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LFS_MARK = b"version https://git-lfs.github.com/spec/"
 
 @contextmanager
 def opened(path: Path, *, name: str) -> Iterator[tuple[int, os.stat_result]]:
-    """A descriptor of a regular file, and its facts. Raises IoFailed, UnsafePath."""
+    """A descriptor of a regular file, and its `fstat`. Raises IoFailed, UnsafePath."""
     try:
         descriptor = open_regular(path, name=name)
     except OSError as problem:
@@ -40,7 +40,7 @@ def open_regular(path: Path, *, name: str) -> int:
                 f"{quoted(name)} is not a regular file",
                 at=quoted(str(path)),
                 cause="pipes, devices and directories are not read",
-                fix="put the file itself there",
+                fix="put a regular file there",
             )
     except BaseException:
         os.close(descriptor)

@@ -1,8 +1,8 @@
-"""Reads and writes that are whole, or raise: the only calls of `os` that move the bytes of a file.
+"""Complete reads and writes: the only calls of `os` that move the bytes of a file.
 
 A system call may transfer less than it was asked to: at the end of a file, on a full disk, at a
-limit, before a bad sector, or for no reason. What it returns is looked at here and nowhere else.
-`engine.syscalls` has the copies inside the kernel, whose rest goes through these functions.
+limit, before a bad sector, or for no reason. The count it returns is checked here only.
+`engine.copy.syscalls` has the copies inside the kernel, whose rest goes through these functions.
 """
 
 from __future__ import annotations
@@ -98,4 +98,4 @@ def append(descriptor: int, data: bytes | memoryview) -> None:
 
 def _refuse_none(count: int) -> None:
     if count <= 0:
-        raise OSError(errno.EIO, "the system wrote none of the bytes, and named no error")
+        raise OSError(errno.EIO, "the system wrote none of the bytes and reported no error")

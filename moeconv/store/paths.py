@@ -10,7 +10,7 @@ from typing import Final
 from moeconv.core.names import relative_path_problem
 from moeconv.errors import MissingShard, UnsafePath, quoted
 
-# of git, of huggingface_hub, and of the file system that SRC may be mounted as
+# directories of git, of huggingface_hub, and of a file system that SRC may be the root of
 NEVER_COPIED: Final = frozenset({".git", ".cache", "lost+found"})
 
 
@@ -29,7 +29,7 @@ def resolve_inside(root: Path, name: str) -> Path:
         f"{quoted(name)} is a link out of the checkpoint",
         at=quoted(str(link)),
         cause=f"it leads to {quoted(str(real))}",
-        fix="replace the link by the file it should stand for",
+        fix="replace the link with the file itself",
     )
 
 
@@ -45,7 +45,7 @@ def existing_file(root: Path, name: str, *, named_by: str) -> Path:
         raise MissingShard(
             f"{quoted(name)} is not there",
             at=quoted(named_by),
-            cause=f"{quoted(named_by)} names it, the directory lacks it",
+            cause=f"{quoted(named_by)} names it, but the directory does not have it",
             fix="download the shard, then `moeconv inspect SRC`",
         )
     return path
@@ -74,7 +74,7 @@ def files_below(
     """Relative paths of everything below a folder that is not a folder, in no order.
 
     exclude: globs; where one leaves out all that a folder may hold, it is not entered.
-    Second, folders that cannot be listed, with what the system says. Raises OSError for `root`.
+    Second, folders that cannot be listed, each with the system's reason. Raises OSError for `root`.
     """
     whole = tuple(glob for glob in exclude if glob.endswith("*"))
     found: list[str] = []

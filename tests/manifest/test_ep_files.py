@@ -215,8 +215,8 @@ def test_a_source_that_is_a_file(virtual: Path):
 
 def test_a_virtual_set_of_itself(virtual: Path):
     edit_root(virtual, lambda doc: doc["source"].update(directory=str(virtual)))
-    reported(virtual, SourceChanged, "virtual set itself")
-    _opened(virtual, SourceChanged, "virtual set itself")
+    reported(virtual, SourceChanged, "itself a virtual output")
+    _opened(virtual, SourceChanged, "itself a virtual output")
 
 
 @pytest.mark.parametrize("directory", ["/\0", "/\ud800", "/x\x1b[2J", "/" + "d" * 5000])
