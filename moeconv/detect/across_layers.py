@@ -1,4 +1,4 @@
-"""What layers say of each other: a stack or a layer that was lost leaves its fellows."""
+"""Cross-layer checks: detect stacks, layers and components that are missing entirely."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ _NUMBER = re.compile(r"([0-9]{1,9})\.")
 def lost_stacks(
     stacks: Iterable[Stack], others: Iterable[StoredTensor], known: Iterable[str]
 ) -> Iterator[MoeconvError]:
-    """Layers that hold what every layer with experts holds beside them, but no experts.
+    """Yield the layers that have a router but no experts.
 
-    That is: a router's tensor, under the same name in all layers that have a stack. It is told by
-    its name, or by E rows in the experts' own block. known: names of stacks that were reported
-    already.
+    A router's tensor has the same name in all layers that have a stack. It is recognised by its
+    name, or by E rows in the experts' own block. known: names of stacks that need no report.
     """
     groups: dict[str, dict[str, dict[int, Stack]]] = defaultdict(lambda: defaultdict(dict))
     for stack in stacks:
@@ -55,7 +54,7 @@ def lost_stacks(
             name = f"{head}{layer}.{tail}".removesuffix(".")
             there = [tensors[layer] for tensors in routers if layer in tensors]
             instead = [other for other in kinds if layer in other]
-            # another kind of stacks has routers of its own: all of both must be there
+            # another kind of stacks has its own routers: all of both must be there
             alike = all(layers.keys() <= other.keys() for other in instead)
             if instead and not (alike and len(there) == len(routers)):
                 continue
@@ -67,11 +66,11 @@ def lost_stacks(
 def lost_layers(
     stacks: tuple[Stack, ...], others: Iterable[StoredTensor], config: Config
 ) -> list[MoeconvError]:
-    """Layers that config.json counts and that have no tensor at all: a shard that is not there.
+    """Return the problem of layers that config.json counts but that have no tensor at all.
 
-    Of the kind with most stacks, where a model has one row of layers: an encoder and a decoder are
-    counted under keys of their own. Experts alone, or MTP alone, are no whole model anyway, and the
-    last layers that are counted may be those of MTP, which stand elsewhere.
+    Checked for the kind with most stacks, in models with one sequence of layers: an encoder and a
+    decoder are counted under keys of their own. Not checked where there are only experts or only
+    MTP layers, nor for last layers that may be MTP's, which are stored under other names.
     """
     main = main_kind(stacks)
     kind = kind_and_layer(main[0].name) if main else None
@@ -89,25 +88,25 @@ def lost_layers(
         return []
     return [
         ConfigMismatch(
-            f"there is nothing of layer {lost[0]}, and config.json says that there are {stated}",
+            f"layer {lost[0]} has no tensor, but config.json states {stated} layers",
             at=f"{quoted(f'{head}{lost[0]}')}, beside {quoted(main[0].name)}",
-            cause=f"{len(lost)} of {stated} layers have no tensor: {spans(tuple(lost))}",
+            cause=f"{len(lost)} of {stated} layers have none: {spans(tuple(lost))}",
             fix="download the shards that hold them, or use the config.json of these tensors",
         )
     ]
 
 
 def _numbers(head: str, names: Iterable[str]) -> set[int]:
-    """The numbers that follow `head` in these names."""
+    """Return the numbers that follow `head` in these names."""
     found = (_NUMBER.match(name, len(head)) for name in names if name.startswith(head))
     return {int(match[1]) for match in found if match}
 
 
 def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[MoeconvError]:
-    """Stacks of one kind with different numbers of experts, where config.json states none.
+    """Return the problems of stacks of one kind with different numbers of experts.
 
-    A lost last expert leaves no gap: among its fellows it shows. stated: the stacks whose number
-    config.json says, which were held against it already.
+    A missing last expert leaves no gap in the ids; only other layers show it. stated: names of the
+    stacks whose number config.json states, which have been checked against it.
     """
     groups: dict[tuple[str, str], list[Stack]] = defaultdict(list)
     for stack in stacks:
@@ -132,7 +131,7 @@ def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[Moec
 
 
 def bare_stacks(stacks: Iterable[Stack]) -> Iterator[MoeconvError]:
-    """Stacks without companions that others of their kind, of the same dtype, all have."""
+    """Yield the stacks that lack components which others of their kind and dtype have."""
     groups: dict[tuple[str, str, str, str, str], list[tuple[Stack, frozenset[str]]]]
     groups = defaultdict(list)
     for stack in stacks:
@@ -146,7 +145,7 @@ def bare_stacks(stacks: Iterable[Stack]) -> Iterator[MoeconvError]:
     reported: set[str] = set()
     for (*_, projection, weight, dtype), alike in groups.items():
         sets = Counter(rest for _, rest in alike)
-        # what few have is not what all have: the rest need not be compared each with each
+        # only the most frequent sets are compared, so that the work stays linear
         usual = [held for held, _ in sets.most_common(_MAX_KINDS)]
         fullest = {rest: next((s for s in usual if rest < s), None) for rest in sets}
         for stack, rest in alike:
@@ -181,5 +180,5 @@ def _lost(name: str, router: StoredTensor, count: int) -> MoeconvError:
     return MissingExpert(
         f"{quoted(name)} has no experts at all",
         at=quoted(router.name),
-        cause=f"this tensor is there, as beside the experts of {count} other layers",
+        cause=f"it has this tensor, as do {count} other layers with experts",
     )

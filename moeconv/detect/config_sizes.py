@@ -1,4 +1,4 @@
-"""What config.json says of a stack's sizes, for all layers or for one, and where it lies."""
+"""The sizes that config.json states for a stack, and where the tensors contradict them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _Hit = tuple[str, object]  # a key, and what it says
 def quantisation_values(
     config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...]
 ) -> list[Json]:
-    """All that is at these keys, in the first section for the stack that has any.
+    """Return all values at these keys, from the first section for the stack that has any.
 
-    The root is one of them for every stack: a `quantization_config` there is the whole model's.
+    The root is a section of every stack: a `quantization_config` there is the whole model's.
     """
     for section in (*recipe.config.sections_of(stack), ""):
         full = (recipe.config.path(section, path) for path in paths)
@@ -42,9 +42,9 @@ def quantisation_values(
 
 
 def states_scales(config: Config, recipe: Recipe, stack: str) -> bool:
-    """Whether config.json says that a stack is quantised by a method whose weights have scales.
+    """Whether config.json states a quantisation method whose weights have scales for a stack.
 
-    Not where a list of what was not converted may be of this stack: casts to fp8 have no scales.
+    False if a list of modules that were not converted may include it: casts to fp8 have no scales.
     """
     known = vocabulary()
     paths = tuple(f"quantization_config.{key}" for key in ("quant_method", *known.left_alone))
@@ -61,13 +61,13 @@ def states_quantisation(config: Config, recipe: Recipe, stack: str) -> bool:
 
 
 def layer_count(config: Config, recipe: Recipe, section: str) -> int | None:
-    """The number of layers in a section; of several the least: LongCat counts halves, too."""
-    said = [v for _, v in _in_section(config, section, LAYER_COUNTS) if type(v) is int]
-    return min((v for v in said if v > 0), default=None)
+    """Return the number of layers in a section, the least of several: LongCat counts halves."""
+    stated = [v for _, v in _in_section(config, section, LAYER_COUNTS) if type(v) is int]
+    return min((v for v in stated if v > 0), default=None)
 
 
 def mtp_layer_count(config: Config) -> int:
-    """The number of layers that predict further tokens, under any key that speaks of them."""
+    """Return the number of multi-token prediction layers, from any key with such a name."""
     parts = [config.doc, *(config.at(section) for section in SECTIONS if section)]
     items = [item for part in parts if isinstance(part, dict) for item in part.items()]
     return max((v for k, v in items if ("mtp" in k or "nextn" in k) and type(v) is int), default=0)
@@ -105,7 +105,7 @@ def config_mismatches(
                 ConfigMismatch(
                     f"config.json and the tensors of {quoted(matched.name)} disagree on the {what}",
                     at=f"config.json, key {quoted(key)}",
-                    cause=f"config.json says {printable(abridged(str(stated), 200))}, "
+                    cause=f"config.json states {printable(abridged(str(stated), 200))}, "
                     f"the tensors have {sizes[what]} {words[what]}",
                 )
             )
@@ -134,7 +134,7 @@ def _in_full(section: str, paths: tuple[str, ...]) -> tuple[str, ...]:
 def _owners(
     section: str, paths: tuple[str, ...], forms: tuple[str, ...]
 ) -> tuple[tuple[str, str], ...]:
-    """For each path of a layer, what stands before and behind the number of the layer."""
+    """Return for each path of a layer what is before and behind the layer's number."""
     keys = _in_full(section, tuple(f.replace("{key}", path) for path in paths for f in forms))
     return tuple((owner, rest) for owner, _, rest in (key.partition(".{layer}") for key in keys))
 
@@ -142,10 +142,10 @@ def _owners(
 def _sizes(
     config: Config, recipe: Recipe, stack: str, paths: tuple[str, ...], *, alike: bool
 ) -> list[_Hit]:
-    """All of these keys that are there, in the first section that has any of them.
+    """Return the keys and values that are there, from the first section that has any of them.
 
-    What is said of the one layer is what counts: beside it the rest is a default. alike: whether
-    all keys mean the same; else that goes for each of them alone.
+    A value for the stack's own layer overrides those for all layers. alike: whether all keys mean
+    the same, so that one such value overrides them all; otherwise each key is on its own.
     """
     number = _NUMBER.search(stack)
     layer_forms = recipe.config.layers_of(stack) if number else ()
@@ -166,7 +166,7 @@ def _of_layer(
     there = config.among(tuple(owner for owner, _ in owners)) if owners else {}
     for owner, rest in owners if there else ():
         value = config.at(full := f"{owner}.{number}{rest}") if owner in there else None
-        # a bare list may be of anything, of two kinds of experts for example
+        # a plain list may be of anything else, of two kinds of experts for example
         if value is not None and (rest or _of_layers(there[owner], config, recipe, section)):
             yield full, value
 

@@ -1,6 +1,6 @@
-"""The stacks of an expert-parallel set: said by its manifest, held against recipes and headers.
+"""The stacks of an expert-parallel output, from its manifest, checked against recipes and headers.
 
-Names do not tell them: each rank calls its tensors alike, and a slot is not an expert.
+Names cannot tell them: all ranks use the same tensor names, and a slot is not an expert.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe, slots_b
 from moeconv.manifest.model import ExpertEntry, Manifest, StackEntry, TensorEntry
 
 _MAX_CAUSE: Final = 2000
-_Home = tuple[Line, Component, Axes]
+_Role = tuple[Line, Component, Axes]
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """An expert tensor of a set: what its part says, and where it is."""
+class ExpertTensor:
+    """An expert tensor of an output: its entry in a manifest part, and where it is stored."""
 
     entry: TensorEntry
     expert: ExpertEntry
@@ -33,7 +33,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class _Ranks:
-    """How many ranks there are; before: as in `Line.first_slot`."""
+    """The number of ranks, and `before` as in `Line.first_slot`."""
 
     size: int
     before: int
@@ -42,12 +42,12 @@ class _Ranks:
 def detection_from_manifest(
     manifest: Manifest, stored: dict[tuple[str, str], StoredTensor], recipes: tuple[Recipe, ...]
 ) -> Detection:
-    """What an expert-parallel set holds; of each expert's replicas the one in the first slot.
+    """Return the stacks of an expert-parallel output, with each expert's replica in the first slot.
 
-    stored: the headers' facts by file and tensor name. Problems are collected, not raised.
+    stored: the headers' tensors, by file and tensor name. Problems are collected, not raised.
     """
     by_name = {r.name: r for r in recipes}
-    held, others = sorted_out(manifest, stored)
+    held, others = split_by_stack(manifest, stored)
     stacks: list[Stack] = []
     problems: list[MoeconvError] = []
     size = manifest.root.ep_size or 1
@@ -65,26 +65,26 @@ def detection_from_manifest(
     return Detection(tuple(stacks), others, tuple(problems), damaged)
 
 
-def sorted_out(
+def split_by_stack(
     manifest: Manifest, stored: dict[tuple[str, str], StoredTensor]
-) -> tuple[dict[int, list[Held]], tuple[StoredTensor, ...]]:
-    """The expert tensors of each stack, by its number, and the tensors of no expert."""
-    held: dict[int, list[Held]] = defaultdict(list)
+) -> tuple[dict[int, list[ExpertTensor]], tuple[StoredTensor, ...]]:
+    """Return the expert tensors of each stack, by its number, and the tensors of no expert."""
+    held: dict[int, list[ExpertTensor]] = defaultdict(list)
     others: list[StoredTensor] = []
     for part in manifest.parts:
         for entry in part.tensors:
             place = stored.get((part.file or str(part.rank), entry.name))
             if place is None:
-                raise _unfit(entry.name, "its part lists it, its file does not hold it")
+                raise _unfit(entry.name, "its part lists it, but its file does not have it")
             if entry.expert is None:
                 others.append(place)
             else:
-                held[entry.expert.stack].append(Held(entry, entry.expert, place))
+                held[entry.expert.stack].append(ExpertTensor(entry, entry.expert, place))
     return held, tuple(others)
 
 
-def _home(layout: Layout, recipe: Recipe, held: Held) -> tuple[Line, Component, Axes]:
-    """The line, component and axes that a tensor says it is of. Raises BadManifest."""
+def _role(layout: Layout, recipe: Recipe, held: ExpertTensor) -> tuple[Line, Component, Axes]:
+    """Return the line, component and axes that a tensor's entry states. Raises BadManifest."""
     expert = held.expert
     line = next((ln for ln in layout.lines if ln.projections == expert.projections), None)
     component = next((c for c in recipe.components if c.name == expert.component), None)
@@ -100,46 +100,46 @@ def _home(layout: Layout, recipe: Recipe, held: Held) -> tuple[Line, Component, 
         raise _unfit(held.entry.name, str(problem)) from None
     read = [component.read_as(axes) for axes in component.readings]
     for one in read:
-        if any(_is(form, said) for form in line.forms(one)):
+        if any(_binds(form, said) for form in line.forms(one)):
             return line, one, said
     forms = " or ".join(f"`{form}`" for one in read for form in line.forms(one))
     raise _unfit(held.entry.name, f"its axes are `{said}`, the recipe says {forms}")
 
 
-def _is(named: Axes, said: Axes) -> bool:
-    """Whether axes are those of a recipe, with numbers where that has names."""
+def _binds(named: Axes, said: Axes) -> bool:
+    """Whether axes are those of a recipe, with numbers in place of named block sizes."""
     return [len(d) for d in named.dims] == [len(d) for d in said.dims] and all(
         own.letter == axis.letter and bool(own.named or own.block == axis.block) and not axis.named
         for own, axis in zip(named.flat, said.flat, strict=True)
     )
 
 
-def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, held: list[Held]) -> Stack:
+def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, held: list[ExpertTensor]) -> Stack:
     layout = recipe.layout(entry.layout)
     if layout is None or not held:
-        raise _unfit(entry.name, "no tensor of the set is of this stack")
-    homes: dict[tuple[tuple[str, ...], str], tuple[_Home, list[Held]]] = {}
+        raise _unfit(entry.name, "no tensor of the output is of this stack")
+    roles: dict[tuple[tuple[str, ...], str], tuple[_Role, list[ExpertTensor]]] = {}
     block_sizes: dict[str, int] = {}
     packing: dict[PackingAxis, int] = {}
     for one in held:
-        line, component, axes = home = _home(layout, recipe, one)
-        homes.setdefault((line.projections, component.name), (home, []))[1].append(one)
-        named = next(form for form in line.forms(component) if _is(form, axes))
+        line, component, axes = role = _role(layout, recipe, one)
+        roles.setdefault((line.projections, component.name), (role, []))[1].append(one)
+        named = next(form for form in line.forms(component) if _binds(form, axes))
         block_sizes |= _block_sizes(named, axes)
         packing |= _packing(one, component)
     sizes = Sizes(entry.experts, entry.width, entry.hidden, tuple(sorted(packing.items())))
     stack = Stack(entry.name, recipe, layout, sizes, tuple(sorted(block_sizes.items())), ())
     members = tuple(
-        _member(stack, entry, ranks, *homes[line.projections, component.name])
+        _member(stack, entry, ranks, *roles[line.projections, component.name])
         for line in layout.lines
         for component in recipe.components
-        if (line.projections, component.name) in homes
+        if (line.projections, component.name) in roles
     )
     return replace(stack, members=members)
 
 
 def _block_sizes(named: Axes, said: Axes) -> dict[str, int]:
-    """The numbers that a tensor's axes have where the recipe's have names."""
+    """Return the numbers that a tensor's axes have where the recipe's have names."""
     return {
         own.named: axis.block
         for own, axis in zip(named.flat, said.flat, strict=True)
@@ -147,8 +147,8 @@ def _block_sizes(named: Axes, said: Axes) -> dict[str, int]:
     }
 
 
-def _packing(one: Held, component: Component) -> dict[PackingAxis, int]:
-    """The sizes of the packing axes, from the canonical shape of one matrix."""
+def _packing(one: ExpertTensor, component: Component) -> dict[PackingAxis, int]:
+    """Return the sizes of the packing axes, from the canonical shape of one matrix."""
     canonical = component.axes.canonical
     if len(canonical) != len(one.expert.matrix):
         raise _unfit(one.entry.name, f"a matrix `{component.axes}` has other dimensions")
@@ -165,10 +165,10 @@ def _member(
     stack: Stack,
     entry: StackEntry,
     ranks: _Ranks,
-    home: _Home,
-    group: list[Held],
+    role: _Role,
+    group: list[ExpertTensor],
 ) -> StoredComponent:
-    line, component, axes = home
+    line, component, axes = role
     row = entry.physical_to_logical
     share = len(row) // ranks.size if row else 0
     first: dict[int, tuple[int, int]] = {}
@@ -176,7 +176,7 @@ def _member(
     for number, one in enumerate(group):
         if one.entry.dtype != group[0].entry.dtype:
             raise _unfit(one.entry.name, f"it is {one.entry.dtype}, not {group[0].entry.dtype}")
-        _check(stack, home, one, share, ranks.before)
+        _check(stack, role, one, share, ranks.before)
         start = one.expert.slots[0] if one.expert.slots else one.expert.experts[0]
         for position, expert in enumerate(one.expert.experts):
             slots.add(start + position)
@@ -185,7 +185,7 @@ def _member(
     held = sum(len(one.expert.experts) for one in group)
     if not len(slots) == len({*slots, *range(wanted)}) == held or len(first) != entry.experts:
         raise MissingExpert(
-            f"{quoted(entry.name)} is not whole",
+            f"{quoted(entry.name)} is incomplete",
             at=quoted(group[0].entry.name),
             cause=f"{held} of {wanted} slots hold its {component.name} of "
             f"{' and '.join(line.projections)}, for {len(first)} of {entry.experts} experts",
@@ -202,9 +202,9 @@ def _member(
     )
 
 
-def _check(stack: Stack, home: _Home, one: Held, share: int, before: int) -> None:
-    """A tensor must be what its recipe makes of its stack. Raises BadManifest."""
-    line, component, axes = home
+def _check(stack: Stack, role: _Role, one: ExpertTensor, share: int, before: int) -> None:
+    """Check a tensor against what its recipe makes of its stack. Raises BadManifest."""
+    line, component, axes = role
     expert, slots = one.expert, one.expert.slots
     here = geometry(axes, stack.sizes.of(line, component.name, len(expert.experts)))
     number, local = None, None
@@ -231,7 +231,7 @@ def _check(stack: Stack, home: _Home, one: Held, share: int, before: int) -> Non
 
 def _unfit(name: str, cause: str) -> BadManifest:
     return BadManifest(
-        f"{quoted(name)} is not what the set's manifest says",
+        f"{quoted(name)} is not what the output's manifest says",
         at=quoted(name),
         cause=printable(abridged(cause, _MAX_CAUSE)),
     )

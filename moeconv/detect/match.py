@@ -1,4 +1,4 @@
-"""Sorting tensor names into expert stacks: each name is looked at once, whatever E is."""
+"""Sort tensor names into expert stacks. Each name is looked at once, whatever E is."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class MatchedStack:
 
 @dataclass(frozen=True, slots=True)
 class _Rest:
-    """What follows a stack's name: a known tensor of it, or (template empty) an unknown one."""
+    """What follows a stack's name: a known tensor, or one of an unknown kind (empty template)."""
 
     template: str
     component: str
@@ -85,16 +85,16 @@ class _Rest:
 
 
 class _Matcher:
-    """One recipe's names as regular expressions, with a memo: stacks repeat the same rests."""
+    """One recipe's names as regular expressions, with a memo: stacks repeat what follows them."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         lines = {line.template: line for layout in recipe.layouts for line in layout.lines}
         self._lines = lines
-        # compiled when a name gets there: mostly the first one knows it
+        # compiled on first use: most names match the first one
         self._patterns: dict[str, tuple[re.Pattern[str], dict[str, str]]] = {}
         stems = "|".join(line.stem() for line in lines.values())
-        # a stack that ends in the layer's number is told from other numbers by what follows
+        # where a stack ends in the layer's number, what follows tells it from other numbers
         self._stack = re.compile(rf"({recipe.stack_pattern})(?={stems})", re.ASCII | re.DOTALL)
         self._stem = re.compile(stems, re.ASCII)
         self._memo: dict[str, _Rest | None] = {}
@@ -124,7 +124,7 @@ class _Matcher:
             expert = int(groups["e"])
             if first <= expert and (stop is None or expert < stop):
                 return _Rest(template, component, expert - first)
-            return None  # another stack's
+            return None  # an expert of another stack
         return _Rest("", "", SHARED) if self._stem.match(rest) else None
 
     def _pattern(self, template: str, line: Line) -> tuple[re.Pattern[str], dict[str, str]]:
@@ -146,11 +146,11 @@ def match_names(
     *,
     owners: dict[str, str],
 ) -> tuple[dict[str, MatchedStack], tuple[StoredTensor, ...]]:
-    """The stacks that the names spell, and the tensors that belong to none.
+    """Return the stacks that these tensors form by their names, and the tensors of none.
 
-    A name belongs to the recipe that `owners` says for its stack, else to the first that knows it;
-    a name that only begins like an expert tensor is kept with its stack as unknown, so that
-    nothing is half understood in silence.
+    A name belongs to the recipe that `owners` has for its stack, otherwise to the first recipe that
+    knows it. A name that only begins like an expert's is kept with its stack as unknown, so that
+    it is reported.
     """
     matchers = [_Matcher(recipe) for recipe in recipes]
     stacks: dict[str, MatchedStack] = {}
@@ -177,7 +177,7 @@ def _owner(hits: list[_Hit], owners: dict[str, str]) -> _Hit:
 
 
 def in_ranges(recipes: tuple[Recipe, ...], config: Config) -> tuple[Recipe, ...]:
-    """The recipes with their ranges of ids, where config.json says them."""
+    """Return the recipes with the ranges of expert ids that config.json states for them."""
     return tuple(_in_range(recipe, config) for recipe in recipes)
 
 
@@ -192,7 +192,7 @@ def _in_range(recipe: Recipe, config: Config) -> Recipe:
 
 
 def _number(paths: tuple[str, ...], config: Config) -> int | None:
-    """The first of the keys that holds a number, at the top or in text_config."""
+    """Return the first positive number at one of the keys, in text_config or at the top."""
     for path in (f"{section}{p}" for section in ("text_config.", "") for p in paths):
         value = config.at(path)
         if type(value) is int and value > 0:
@@ -201,12 +201,12 @@ def _number(paths: tuple[str, ...], config: Config) -> int | None:
 
 
 def no_range(matched: MatchedStack) -> MoeconvError:
-    """Where one kind of experts ends is never guessed."""
+    """Return the problem that config.json does not state where one kind of experts ends."""
     ids = matched.recipe.ids
     keys = (*ids.first, *ids.stop) if ids else ()
     return ConfigMismatch(
         f"{quoted(matched.name)} shares its expert ids with another stack, "
-        "but config.json does not say where one ends",
+        "but config.json does not state where its own end",
         at=f"config.json, key {quoted(keys[0])}" if keys else "config.json",
-        cause="text and vision experts stand in one row of ids",
+        cause="text and vision experts are numbered in one sequence",
     )

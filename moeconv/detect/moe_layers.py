@@ -1,4 +1,4 @@
-"""The layers of a checkpoint that a placement map can speak of."""
+"""The layers of a checkpoint that a placement map covers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moeconv.placement.model import Layers, kind_and_layer, kinds_of
 
 
 def main_kind(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
-    """The stacks of the kind with most of them, then most bytes, in layer order."""
+    """Return the stacks of the kind with most stacks, then most bytes, in layer order."""
     by_name = {stack.name: stack for stack in stacks}
     kinds = [[by_name[kind[layer]] for layer in sorted(kind)] for kind in kinds_of(by_name)]
     main = max(kinds, key=_count_and_bytes, default=[])
@@ -19,7 +19,7 @@ def main_kind(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
 
 
 def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[Layers, tuple[str, ...]]:
-    """The MoE layers of the main kind of stacks, and those stacks' names in layer order.
+    """Return the MoE layers of the main kind of stacks, and those stacks' names in layer order.
 
     A kind is a name without its layer number; the main one has most stacks, then most bytes.
     Raises NoExperts, Unsupported (layers of unlike E), ConfigMismatch (no layer below the last).
@@ -36,7 +36,7 @@ def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[Layers, tuple[
     experts = {s.sizes.experts for s in main.values()}
     if len(experts) > 1:
         raise Unsupported(
-            "a placement map is for layers of equally many experts",
+            "a placement map is for layers that all have the same number of experts",
             at=quoted(next(iter(main.values())).name),
             cause=f"these layers have {', '.join(map(str, sorted(experts)))}",
             fix="shard this checkpoint without a map",
@@ -48,7 +48,7 @@ def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[Layers, tuple[
         raise ConfigMismatch(
             "config.json and the tensors disagree on the number of layers",
             at="config.json",
-            cause=f"it says {hidden}, but the layers with experts are {spans(tuple(main))}",
+            cause=f"it states {hidden}, but the layers with experts are {spans(tuple(main))}",
         )
     beyond = tuple(n for n in main if n >= hidden)
     layers = Layers(experts.pop(), moe, beyond, hidden, stated=stated is not None)
@@ -60,9 +60,9 @@ def _count_and_bytes(kind: list[Stack]) -> tuple[int, int]:
 
 
 def layers_stated(alike: tuple[Stack, ...], config: Config) -> int | None:
-    """The number of layers that config.json says, in the section of these stacks of one kind."""
+    """Return the number of layers that config.json states for these stacks of one kind."""
     stack = alike[0]
     for section in stack.recipe.config.sections_of(stack.name):
-        if said := layer_count(config, stack.recipe, section):
-            return said
+        if count := layer_count(config, stack.recipe, section):
+            return count
     return None

@@ -1,4 +1,4 @@
-"""Experts under the names of another family than the rest of the checkpoint: taken, or refused."""
+"""Find experts under the names of another family than the rest of the checkpoint."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from moeconv.errors import MoeconvError, UnknownExpertTensor, quoted
 from moeconv.layout.recipe import Recipe
 from moeconv.layout.shipped import vocabulary
 
-# `shared_experts.0.` and attention's `experts.input_linear` are no experts of a router's choice
+# not `shared_experts.0.`, nor attention's `experts.input_linear`: no router chooses these
 _ONE_EXPERT = re.compile(r"(?:^|\.)experts\.(?:expert_)?[0-9]+\.", re.ASCII)
 STACK_DIMENSIONS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """What there is to look at: config.json and the names of the files."""
+    """What detection needs beside the tensors: config.json and the names of the files."""
 
     config: Config
     files: tuple[str, ...]
@@ -31,19 +31,19 @@ class Headers:
 
 def with_unmatched(
     headers: Headers,
-    said: tuple[Recipe, ...],
+    stated: tuple[Recipe, ...],
     detection: Detection,
     shipped: Callable[[], Iterable[Recipe]],
 ) -> tuple[tuple[Recipe, ...], Detection]:
-    """The recipes and the detection with stacks under other names, which other recipes know.
+    """Return recipes and detection, extended by stacks whose names other families' recipes know.
 
-    said: the recipes that detection had; shipped: asked for all others, if need be. Only recipes
-    that publish experts one by one are tried: their names leave no layout open. What none knows is
-    a problem: an expert that is copied as it is would be lost to whoever reads the others.
+    stated: the recipes that `detection` was made with; shipped: returns all recipes, called only if
+    needed. Only recipes of families published per expert are tried: their names leave no layout
+    open. Experts that no recipe knows are a problem: readers of the output would not find them.
     """
-    recipes = said
+    recipes = stated
     unfit: tuple[MoeconvError, ...] = ()
-    for recipe in _candidates(said, shipped()) if _unmatched(detection) else ():
+    for recipe in _candidates(stated, shipped()) if _unmatched(detection) else ():
         if not _unmatched(detection):
             break
         untouched = set(detection.passthrough_tensors)
@@ -53,21 +53,21 @@ def with_unmatched(
             known = not any(isinstance(p, UnknownExpertTensor) for p in found.problems)
             unfit = unfit or (found.problems if known else ())
         elif all(s.layout.name == recipe.unfuse for s in found.stacks):
-            detection = _joined(detection, found, recipe, said)
+            detection = _joined(detection, found, recipe, stated)
             recipes += (recipe,) if found.stacks else ()
     left = _unmatched(detection)
     if not left and not (detection.stacks or detection.passthrough or detection.problems):
-        left = _stacked(detection)
+        left = _fused_lookalikes(detection)
     if left:
-        problems = unfit or (_unknown(left, headers, said),)
+        problems = unfit or (_unknown(left, headers, stated),)
         detection = replace(detection, problems=(*detection.problems, *problems))
-    return recipes, replace(detection, notes=(*detection.notes, *_of_stacks(detection)))
+    return recipes, replace(detection, notes=(*detection.notes, *_fused_notes(detection)))
 
 
-def _candidates(said: tuple[Recipe, ...], shipped: Iterable[Recipe]) -> Iterator[Recipe]:
-    """Other families' recipes, with the keys of the config.json that is there."""
-    names = {r.name for r in said}
-    keys = said[0].config
+def _candidates(stated: tuple[Recipe, ...], shipped: Iterable[Recipe]) -> Iterator[Recipe]:
+    """Yield other families' recipes, with the config.json keys of this one."""
+    names = {r.name for r in stated}
+    keys = stated[0].config
     for recipe in sorted(shipped, key=lambda r: -len(r.model_types)):
         layout = recipe.layout(recipe.unfuse) if recipe.unfuse else None
         if layout and layout.per_expert and recipe.name not in names and recipe.ids is None:
@@ -81,24 +81,24 @@ def _unmatched(detection: Detection) -> list[StoredTensor]:
     return [t for t in likely if t not in untouched]
 
 
-def _of_stacks(detection: Detection) -> Iterator[str]:
-    """A word on what looks like experts stored together, which stays as it is and whole."""
-    left = _stacked(detection)
+def _fused_notes(detection: Detection) -> Iterator[str]:
+    """Yield a note on tensors that look like fused experts, which are copied as they are."""
+    left = _fused_lookalikes(detection)
     if left and (detection.stacks or detection.passthrough):
         more = f" and {counted(len(left) - 1, 'tensor')} more" if left[1:] else ""
         yield (
-            f"{quoted(left[0].name)} {list(left[0].shape)}{more}: named like experts stored "
-            "together, which no recipe here knows; copied through as they are"
+            f"{quoted(left[0].name)} {list(left[0].shape)}{more}: named like fused experts "
+            "that no recipe knows; copied as they are"
         )
 
 
-def _stacked(detection: Detection) -> list[StoredTensor]:
-    likely = [t for t in detection.others if _looks_stacked(t)]
+def _fused_lookalikes(detection: Detection) -> list[StoredTensor]:
+    likely = [t for t in detection.others if _looks_fused(t)]
     untouched = set(detection.passthrough_tensors) if likely else set()
     return [t for t in likely if t not in untouched]
 
 
-def _looks_stacked(tensor: StoredTensor) -> bool:
+def _looks_fused(tensor: StoredTensor) -> bool:
     words, experts = tensor.name.split("."), vocabulary().experts
     return (
         len(tensor.shape) >= STACK_DIMENSIONS
@@ -108,14 +108,14 @@ def _looks_stacked(tensor: StoredTensor) -> bool:
 
 
 def _joined(
-    one: Detection, other: Detection, recipe: Recipe, said: tuple[Recipe, ...]
+    one: Detection, other: Detection, recipe: Recipe, stated: tuple[Recipe, ...]
 ) -> Detection:
     names = [s.name for s in other.stacks] + list(other.passthrough)
     if not names:
         return one
     note = (
         f"{counted(len(names), 'stack')} under the names of recipe {quoted(recipe.name)}, not "
-        f"{quoted(said[0].name)} as the rest: {quoted_list(names, most=3)}"
+        f"{quoted(stated[0].name)} as the rest: {quoted_list(names, most=3)}"
     )
     return Detection(
         tuple(sorted((*one.stacks, *other.stacks), key=lambda s: natural_key(s.name))),
@@ -128,11 +128,13 @@ def _joined(
     )
 
 
-def _unknown(left: list[StoredTensor], headers: Headers, said: tuple[Recipe, ...]) -> MoeconvError:
+def _unknown(
+    left: list[StoredTensor], headers: Headers, stated: tuple[Recipe, ...]
+) -> MoeconvError:
     first = left[0]
     return UnknownExpertTensor(
-        f"{quoted(first.name)} is named like an expert's, but no recipe knows it",
+        f"{quoted(first.name)} has a name like an expert's, but no recipe knows it",
         at=f"{quoted(headers.files[first.file])}, tensor {quoted(first.name)}",
-        cause=f"{counted(len(left), 'tensor')} of such names beside those that "
-        f"{' and '.join(quoted(r.name) for r in said)} knows",
+        cause=f"there are {counted(len(left), 'tensor')} with such names, not known to "
+        f"{' or '.join(quoted(r.name) for r in stated)}",
     )

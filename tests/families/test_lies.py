@@ -62,7 +62,7 @@ def test_stacks_that_no_recipe_knows_are_said(tmp_path: Path):
         planned(tmp_path / "alone", mlx, {"model_type": "qwen3_moe"})
     for name, text in (("mlx", mlx), ("step3", mlx.replace("mlp.switch_mlp", "moe"))):
         plan = planned(tmp_path / name, f"{QWEN}\n{text}", {"model_type": "qwen3_moe"}).plan
-        (note,) = (n for n in plan.notes if "named like experts" in n)
+        (note,) = (n for n in plan.notes if "named like fused experts" in n)
         assert "[4, 8, 16] and 2 tensors more" in note
 
 

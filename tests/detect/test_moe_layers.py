@@ -79,4 +79,4 @@ def test_a_config_of_fewer_layers_than_any_with_experts(tmp_path: Path):
     sparse = builders.without(TENSORS, "layers.0.", "layers.1.") | builders.dense(0, 1)
     with pytest.raises(ConfigMismatch) as caught:
         found(tmp_path, sparse, num_hidden_layers=2)
-    holds(caught.value, ConfigMismatch, "it says 2", "2-4")
+    holds(caught.value, ConfigMismatch, "it states 2", "2-4")
