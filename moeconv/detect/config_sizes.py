@@ -105,7 +105,7 @@ def config_mismatches(
                 ConfigMismatch(
                     f"config.json and the tensors of {quoted(matched.name)} disagree on the {what}",
                     at=f"config.json, key {quoted(key)}",
-                    cause=f"config.json states {printable(abridged(str(stated), 200))}, "
+                    cause=f"config.json says {printable(abridged(str(stated), 200))}, "
                     f"the tensors have {sizes[what]} {words[what]}",
                 )
             )

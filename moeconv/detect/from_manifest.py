@@ -47,7 +47,7 @@ def detection_from_manifest(
     stored: the headers' tensors, by file and tensor name. Problems are collected, not raised.
     """
     by_name = {r.name: r for r in recipes}
-    held, others = split_by_stack(manifest, stored)
+    by_stack, others = split_by_stack(manifest, stored)
     stacks: list[Stack] = []
     problems: list[MoeconvError] = []
     size = manifest.root.ep_size or 1
@@ -56,7 +56,7 @@ def detection_from_manifest(
     for number, entry in enumerate(manifest.root.stacks):
         try:
             recipe = by_name[entry.recipe]
-            stacks.append(_stack(entry, ranks, recipe, held.get(number, [])))
+            stacks.append(_stack(entry, ranks, recipe, by_stack.get(number, [])))
         except MoeconvError as problem:
             problems.append(problem)
     stacks.sort(key=lambda s: natural_key(s.name))
@@ -69,59 +69,61 @@ def split_by_stack(
     manifest: Manifest, stored: dict[tuple[str, str], StoredTensor]
 ) -> tuple[dict[int, list[ExpertTensor]], tuple[StoredTensor, ...]]:
     """Return the expert tensors of each stack, by its number, and the tensors of no expert."""
-    held: dict[int, list[ExpertTensor]] = defaultdict(list)
+    by_stack: dict[int, list[ExpertTensor]] = defaultdict(list)
     others: list[StoredTensor] = []
     for part in manifest.parts:
         for entry in part.tensors:
-            place = stored.get((part.file or str(part.rank), entry.name))
-            if place is None:
+            stored_tensor = stored.get((part.file or str(part.rank), entry.name))
+            if stored_tensor is None:
                 raise _unfit(entry.name, "its part lists it, but its file does not have it")
             if entry.expert is None:
-                others.append(place)
+                others.append(stored_tensor)
             else:
-                held[entry.expert.stack].append(ExpertTensor(entry, entry.expert, place))
-    return held, tuple(others)
+                by_stack[entry.expert.stack].append(
+                    ExpertTensor(entry, entry.expert, stored_tensor)
+                )
+    return by_stack, tuple(others)
 
 
-def _role(layout: Layout, recipe: Recipe, held: ExpertTensor) -> tuple[Line, Component, Axes]:
+def _role(layout: Layout, recipe: Recipe, one: ExpertTensor) -> tuple[Line, Component, Axes]:
     """Return the line, component and axes that a tensor's entry states. Raises BadManifest."""
-    expert = held.expert
+    expert = one.expert
     line = next((ln for ln in layout.lines if ln.projections == expert.projections), None)
     component = next((c for c in recipe.components if c.name == expert.component), None)
     if line is None or component is None:
         raise _unfit(
-            held.entry.name,
+            one.entry.name,
             f"recipe {quoted(recipe.name)} has no {expert.component} of "
             f"{' and '.join(expert.projections)} in layout {quoted(layout.name)}",
         )
     try:
-        said = parse_axes(expert.axes)
+        recorded = parse_axes(expert.axes)
     except AxesSyntax as problem:
-        raise _unfit(held.entry.name, str(problem)) from None
-    read = [component.read_as(axes) for axes in component.readings]
-    for one in read:
-        if any(_binds(form, said) for form in line.forms(one)):
-            return line, one, said
-    forms = " or ".join(f"`{form}`" for one in read for form in line.forms(one))
-    raise _unfit(held.entry.name, f"its axes are `{said}`, the recipe says {forms}")
+        raise _unfit(one.entry.name, str(problem)) from None
+    options = [component.read_as(axes) for axes in component.readings]
+    for option in options:
+        if any(_binds(form, recorded) for form in line.forms(option)):
+            return line, option, recorded
+    forms = " or ".join(f"`{form}`" for option in options for form in line.forms(option))
+    raise _unfit(one.entry.name, f"its axes are `{recorded}`, the recipe says {forms}")
 
 
-def _binds(named: Axes, said: Axes) -> bool:
+def _binds(named: Axes, recorded: Axes) -> bool:
     """Whether axes are those of a recipe, with numbers in place of named block sizes."""
-    return [len(d) for d in named.dims] == [len(d) for d in said.dims] and all(
+    return [len(d) for d in named.dims] == [len(d) for d in recorded.dims] and all(
         own.letter == axis.letter and bool(own.named or own.block == axis.block) and not axis.named
-        for own, axis in zip(named.flat, said.flat, strict=True)
+        for own, axis in zip(named.flat, recorded.flat, strict=True)
     )
 
 
-def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, held: list[ExpertTensor]) -> Stack:
+def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, tensors: list[ExpertTensor]) -> Stack:
     layout = recipe.layout(entry.layout)
-    if layout is None or not held:
+    if layout is None or not tensors:
         raise _unfit(entry.name, "no tensor of the output is of this stack")
     roles: dict[tuple[tuple[str, ...], str], tuple[_Role, list[ExpertTensor]]] = {}
     block_sizes: dict[str, int] = {}
     packing: dict[PackingAxis, int] = {}
-    for one in held:
+    for one in tensors:
         line, component, axes = role = _role(layout, recipe, one)
         roles.setdefault((line.projections, component.name), (role, []))[1].append(one)
         named = next(form for form in line.forms(component) if _binds(form, axes))
@@ -138,11 +140,11 @@ def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, held: list[ExpertTe
     return replace(stack, members=members)
 
 
-def _block_sizes(named: Axes, said: Axes) -> dict[str, int]:
+def _block_sizes(named: Axes, recorded: Axes) -> dict[str, int]:
     """Return the numbers that a tensor's axes have where the recipe's have names."""
     return {
         own.named: axis.block
-        for own, axis in zip(named.flat, said.flat, strict=True)
+        for own, axis in zip(named.flat, recorded.flat, strict=True)
         if own.named and not axis.named
     }
 
@@ -182,12 +184,12 @@ def _member(
             slots.add(start + position)
             first.setdefault(expert, (number, position if EXPERT in axes.letters else 0))
     wanted = len(row) if row and group[0].expert.slots else entry.experts
-    held = sum(len(one.expert.experts) for one in group)
-    if not len(slots) == len({*slots, *range(wanted)}) == held or len(first) != entry.experts:
+    count = sum(len(one.expert.experts) for one in group)
+    if not len(slots) == len({*slots, *range(wanted)}) == count or len(first) != entry.experts:
         raise MissingExpert(
             f"{quoted(entry.name)} is incomplete",
             at=quoted(group[0].entry.name),
-            cause=f"{held} of {wanted} slots hold its {component.name} of "
+            cause=f"{count} of {wanted} slots hold its {component.name} of "
             f"{' and '.join(line.projections)}, for {len(first)} of {entry.experts} experts",
             fix="convert the checkpoint again",
         )
@@ -217,7 +219,7 @@ def _check(stack: Stack, role: _Role, one: ExpertTensor, share: int, before: int
     if share and component.is_global == bool(slots):
         where = "in the common files" if slots else "in the files of ranks"
         raise _unfit(one.entry.name, f"ranks share its stack: a {component.name} belongs {where}")
-    said = (one.entry.name, expert.axes, expert.matrix, one.stored.shape, one.stored.dtype)
+    recorded = (one.entry.name, expert.axes, expert.matrix, one.stored.shape, one.stored.dtype)
     need = (
         line.namer(stack.name, component, slots_before=before if slots else None)(number),
         str(axes),
@@ -225,8 +227,8 @@ def _check(stack: Stack, role: _Role, one: ExpertTensor, share: int, before: int
         here.shape,
         one.entry.dtype,
     )
-    if said != need or (line.per_expert and len(expert.experts) != 1):
-        raise _unfit(one.entry.name, f"it is {said}, its recipe makes it {need}")
+    if recorded != need or (line.per_expert and len(expert.experts) != 1):
+        raise _unfit(one.entry.name, f"it is {recorded}, its recipe makes it {need}")
 
 
 def _unfit(name: str, cause: str) -> BadManifest:

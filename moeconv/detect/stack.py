@@ -50,10 +50,10 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class StoredComponent:
-    """The tensors of one line and component: one for each expert, a single one, or one a rank.
+    """The tensors of one line and component: one for each expert, a single one, or one per rank.
 
-    places: for each expert the tensor that holds it and its position along E there, where that
-    does not follow from the line.
+    places: for each expert the number of the tensor that holds it and its position along E there,
+    where these do not follow from the line.
     """
 
     line: Line
@@ -65,7 +65,7 @@ class StoredComponent:
     places: tuple[tuple[int, int], ...] | None = None
 
     def place(self, expert: int) -> tuple[StoredTensor, int]:
-        """The tensor that holds this expert, and the expert's position along E in it."""
+        """Return the tensor that holds this expert, and the expert's position along E in it."""
         if self.places is not None:
             number, position = self.places[expert]
             return self.tensors[number], position
@@ -93,20 +93,20 @@ class Stack:
     @property
     def components(self) -> tuple[str, ...]:
         """The names of the components that are there, in the recipe's order."""
-        held = {m.component.name for m in self.members}
-        return tuple(c.name for c in self.recipe.components if c.name in held)
+        present = {m.component.name for m in self.members}
+        return tuple(c.name for c in self.recipe.components if c.name in present)
 
     def member(self, projection: str, component: str) -> StoredComponent | None:
-        """The tensors that hold a projection's component."""
+        """Return the tensors that hold a projection's component, or None if it has none."""
         for m in self.members:
             if m.component.name == component and projection in m.line.projections:
                 return m
         return None
 
     def axes_in(self, line: Line, component: Component) -> Axes:
-        """The axes that a component has in a line of any of the family's layouts."""
+        """Return the axes that a component has in a line of any of the family's layouts."""
         for m in self.members:
             here = m.component.name == component.name and m.line.template == line.template
             if here and m.line.axes == line.axes:
-                return m.axes  # as it is stored, which the recipe may leave open
+                return m.axes  # the recipe may allow several; these are stored
         return line.component_axes(component).bound(dict(self.block_sizes))
