@@ -25,6 +25,7 @@ from moeconv.manifest.model import (
     StackEntry,
     TensorEntry,
     addresses,
+    append_run,
     part_bytes,
     part_name,
     part_names,
@@ -92,7 +93,7 @@ def virtual_parts(
             if isinstance(tile, PermuteTile) and not tile.is_identity:
                 raise InternalError(f"a run of {file.tensors[tile.tensor].name} would be reordered")
             source = tile if isinstance(tile, CopyTile) else tile.spans[0]
-            _append(runs[tile.tensor], Run(source.file, source.offset, tile.nbytes))
+            append_run(runs[tile.tensor], Run(source.file, source.offset, tile.nbytes))
         for tensor, its in zip(file.tensors, runs, strict=True):
             bare = entry_of(tensor, runs=tuple(its))
             found = [known.get(address) for address in addresses(bare, stacks)]
@@ -100,14 +101,6 @@ def virtual_parts(
             entry = replace(bare, digests=have if len(have) == len(found) else ())
             tensors[file.rank].append(entry)
     return tuple(Part("", 0, 0, "", tuple(its), rank) for rank, its in tensors.items())
-
-
-def _append(runs: list[Run], run: Run) -> None:
-    last = runs[-1] if runs else None
-    if last and (last.file, last.offset + last.nbytes) == (run.file, run.offset):
-        runs[-1] = Run(last.file, last.offset, last.nbytes + run.nbytes)
-    else:
-        runs.append(run)
 
 
 def grouped(plan: Plan, parts: dict[str, Part], virtual: tuple[Part, ...]) -> Grouped:

@@ -100,6 +100,15 @@ class Run:
     nbytes: int
 
 
+def append_run(runs: list[Run], run: Run) -> None:
+    """Append a run, or extend the last one if it continues that."""
+    last = runs[-1] if runs else None
+    if last and (last.file, last.offset + last.nbytes) == (run.file, run.offset):
+        runs[-1] = Run(last.file, last.offset, last.nbytes + run.nbytes)
+    else:
+        runs.append(run)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One stored tensor; `digests` run over experts, then projections (or are just one).

@@ -13,7 +13,7 @@ import torch
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.errors import NoTorchDtype, quoted
-from moeconv.manifest.model import Run
+from moeconv.manifest.model import Run, append_run
 
 _TORCH: Final = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32",
@@ -97,11 +97,8 @@ def join_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
     """The same bytes in as few runs as can be."""
     out: list[Run] = []
     for run in runs:
-        last = out[-1] if out else None
-        if last and last.file == run.file and last.offset + last.nbytes == run.offset:
-            out[-1] = Run(run.file, last.offset, last.nbytes + run.nbytes)
-        elif run.nbytes:
-            out.append(run)
+        if run.nbytes:
+            append_run(out, run)
     return tuple(out)
 
 

@@ -27,8 +27,8 @@ from moeconv.store.file_io import FileEnded, read_into
 from moeconv.store.paths import resolve_inside
 
 _MAX_HEADER: Final = 8 + 100_000_000
-_THREADS: Final = 4
-_MOST_THREADS: Final = 3 * _THREADS  # that read at once, each of them one file
+THREADS: Final = 4
+_MOST_THREADS: Final = 3 * THREADS  # that read at once, each of them one file
 PIECE_BYTES: Final = 4 * 1024 * 1024  # of one read; after a failure the other threads end as soon
 _ALIGNMENT: Final = 16  # what kernels may take for granted of a tensor
 
@@ -185,7 +185,7 @@ class Reader(ExitStack[bool | None]):
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        pool = ThreadPoolExecutor(_THREADS)
+        pool = ThreadPoolExecutor(THREADS)
         # made after the reader, so that it ends before the descriptors are closed
         self.callback(pool.shutdown, wait=True, cancel_futures=True)
         return pool
@@ -197,7 +197,7 @@ class Reader(ExitStack[bool | None]):
         thread writes into it any more then.
         """
         total = sum(r.nbytes for r in runs)
-        share = max(-(-total // _THREADS), PIECE_BYTES)
+        share = max(-(-total // THREADS), PIECE_BYTES)
         if total <= share:
             self._read(address, runs)
         else:

@@ -18,11 +18,10 @@ from moeconv.errors import Damaged, DigestsMissing, quoted
 from moeconv.layout.axes import EXPERT, PAIR, canonical_order
 from moeconv.manifest.model import Run, StackEntry, TensorEntry, addresses
 from moeconv.runtime.byte_runs import equal_part, run_chunks
-from moeconv.runtime.files import PIECE_BYTES, DataFile, Reader
+from moeconv.runtime.files import PIECE_BYTES, THREADS, DataFile, Reader
 from moeconv.runtime.open import LocatedTensor
 from moeconv.runtime.validate import sizes_of
 
-_THREADS: Final = 4
 _SHOWN: Final = 20
 
 
@@ -65,7 +64,7 @@ def check_digests(
     wrong: list[str] = []
     with Reader(files) as reader:
         reader.open(run for stored in chosen for run in stored.runs)
-        pool = ThreadPoolExecutor(_THREADS)
+        pool = ThreadPoolExecutor(THREADS)
         try:
             found = pool.map(_Read(reader), (job for _, several in jobs for job in several))
             for entry, several in jobs:
