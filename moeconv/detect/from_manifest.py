@@ -89,7 +89,7 @@ def _role(layout: Layout, recipe: Recipe, one: ExpertTensor) -> tuple[Line, Comp
     """Return the line, component and axes that a tensor's entry states. Raises BadManifest."""
     expert = one.expert
     line = next((ln for ln in layout.lines if ln.projections == expert.projections), None)
-    component = next((c for c in recipe.components if c.name == expert.component), None)
+    component = recipe.component(expert.component)
     if line is None or component is None:
         raise _unfit(
             one.entry.name,

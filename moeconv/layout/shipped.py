@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,13 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeconv.errors import BadManifest, BadRecipe, quoted
-from moeconv.layout.recipe import Component, Recipe
+from moeconv.layout.recipe import GATE, PARAMETER, Component, Recipe
 from moeconv.layout.recipe_toml import MAX_RECIPE_BYTES, parse_recipe
-from moeconv.layout.shared_tables import completed
 from moeconv.manifest.model import ROOT_NAME, Root
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
+
+
+_TABLES = re.compile(r"\n\n(?=(?:#[^\n]*\n)*\[)")
+_HEADER = re.compile(r"^\[([^\]]+)\]", re.MULTILINE)
+_SUFFIX = re.compile(r'^suffix = "([^"]*)"', re.MULTILINE)
+_TEMPLATE = re.compile(r'"(\S+): ')
 
 
 @cache
@@ -49,13 +55,60 @@ def _shared(name: str) -> str:
 
 @cache
 def _shipped(file: str) -> Recipe:
-    return completed(
-        _texts()[file],
-        gated=_shared("gated"),
-        plain=_shared("plain"),
-        components=_shared("components"),
-        where=file,
-    )
+    return _completed(_texts()[file], where=file)
+
+
+def _completed(text: str, *, where: str) -> Recipe:
+    """Parse `text` with the shared layouts and components that it lacks.
+
+    They are added as text, so that a recipe is whole wherever it goes: `moeconv recipes show`, and
+    every manifest.
+    """
+    own = tomllib.loads(text)
+    has = {(name, part.get("suffix")) for name, part in own.get("components", {}).items()}
+    taken = {word for words in has for word in words}
+    parts = [text.rstrip("\n")]
+    for key, block in _tables(_shared("components")):
+        kind, _, name = key.partition(".")
+        suffix = _SUFFIX.search(block)
+        if kind == "components" and ({name, suffix[1] if suffix else name} & taken):
+            continue
+        if key not in _headers(text):
+            parts.append(block)
+    if "fuse" in own:
+        at = own.get("targets", "{stack}")
+        layouts = {name: _templates(lines) for name, lines in own["layouts"].items()}
+        gate = any(GATE in key for lines in own["layouts"].values() for key in lines)
+        for key, block in _tables(_shared("gated" if gate else "plain")):
+            more = block.replace("{experts}", at)
+            # another one under the same tensor names is this layout, too
+            name, same = key.partition(".")[2], set(map(_plain, _TEMPLATE.findall(more)))
+            if name not in layouts and same not in layouts.values():
+                parts.append(more)
+    return parse_recipe("\n\n".join(parts) + "\n", where=where)
+
+
+def _tables(text: str) -> list[tuple[str, str]]:
+    """The tables of a file, each with the comment above it, by their first two words."""
+    found = []
+    for block in _TABLES.split(text.rstrip("\n")):
+        if header := _HEADER.search(block):
+            found.append((".".join(header[1].split(".")[:2]), block))
+    return found
+
+
+def _headers(text: str) -> set[str]:
+    return set(_HEADER.findall(text))
+
+
+def _templates(lines: dict[str, object]) -> set[str]:
+    """The tensor names of a layout, with one hole for components."""
+    texts = (text for text in lines.values() if isinstance(text, str) and ": " in text)
+    return {_plain(text.rpartition(": ")[0]) for text in texts}
+
+
+def _plain(template: str) -> str:
+    return template.replace(PARAMETER, "{component}")
 
 
 @dataclass(frozen=True, slots=True)

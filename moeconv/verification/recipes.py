@@ -56,7 +56,7 @@ def _difference(stack: Stack, entry: StackEntry, source: Stack, trusted: Recipe)
     recipe = stack.recipe
     if recipe.name != trusted.name:
         return f"its experts are of recipe {quoted(trusted.name)}, not of {quoted(recipe.name)}"
-    used = [(m, c) for m in stack.members if (c := _component(trusted, m.component.name))]
+    used = [(m, c) for m in stack.members if (c := trusted.component(m.component.name))]
     lost = {m.component.name for m in stack.members} - {c.name for _, c in used}
     if lost:
         return f"the known recipe has no component {quoted(min(lost))}"
@@ -82,10 +82,6 @@ def _difference(stack: Stack, entry: StackEntry, source: Stack, trusted: Recipe)
         if cause is not None:
             return cause
     return None
-
-
-def _component(recipe: Recipe, name: str) -> Component | None:
-    return next((c for c in recipe.components if c.name == name), None)
 
 
 def _key(line: Line) -> tuple[object, ...]:
