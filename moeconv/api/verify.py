@@ -349,17 +349,17 @@ def _contents(sides: list[Opened], options: ReadOptions, *, recorded: bool) -> l
     """The digests of each side: read, or trusted if `recorded` and its manifest has them."""
     limits = options.limits()
     known = [recorded_contents(side.checkpoint) if recorded else None for side in sides]
-    unread = [s.checkpoint for s, held in zip(sides, known, strict=True) if held is None]
+    unread = [s.checkpoint for s, digests in zip(sides, known, strict=True) if digests is None]
     foreign = [s for side in sides if side.checkpoint.origin is None for s in side.detection.stacks]
-    for side, held in zip(sides, known, strict=True):
-        if held is None:
+    for side, digests in zip(sides, known, strict=True):
+        if digests is None:
             _refuse_other_recipes(side, options.recipe, {s.name: s.recipe for s in foreign})
     meter = Meter(sum(checkpoint.tensor_bytes for checkpoint in unread), options.progress)
     return [
         contents(side.checkpoint, side.detection.checked(), limits=limits, progress=meter.advance)
-        if held is None
-        else Contents(held)
-        for side, held in zip(sides, known, strict=True)
+        if digests is None
+        else Contents(digests)
+        for side, digests in zip(sides, known, strict=True)
     ]
 
 
