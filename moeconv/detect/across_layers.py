@@ -137,16 +137,18 @@ def bare_stacks(stacks: Iterable[Stack]) -> Iterator[MoeconvError]:
     for stack in stacks:
         found = kind_and_layer(stack.name)
         for projection in stack.layout.projections if found else ():
-            held = {m.component: m.dtype for m in stack.members if projection in m.line.projections}
-            weight, dtype = next((c.name, d) for c, d in held.items() if c.weight)
-            rest = frozenset(c.name for c in held if not (c.weight or c.inputs))
+            dtypes = {
+                m.component: m.dtype for m in stack.members if projection in m.line.projections
+            }
+            weight, dtype = next((c.name, d) for c, d in dtypes.items() if c.weight)
+            rest = frozenset(c.name for c in dtypes if not (c.weight or c.inputs))
             kind = found[0] if found else ("", "")
             groups[*kind, projection, weight, dtype].append((stack, rest))
     reported: set[str] = set()
     for (*_, projection, weight, dtype), alike in groups.items():
         sets = Counter(rest for _, rest in alike)
         # only the most frequent sets are compared, so that the work stays linear
-        usual = [held for held, _ in sets.most_common(_MAX_KINDS)]
+        usual = [names for names, _ in sets.most_common(_MAX_KINDS)]
         fullest = {rest: next((s for s in usual if rest < s), None) for rest in sets}
         for stack, rest in alike:
             fuller = fullest[rest]

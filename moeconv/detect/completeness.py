@@ -106,10 +106,10 @@ def _says(experts: int | None) -> str:
 
 
 def _missing_projection(matched: MatchedStack, line: Line) -> MoeconvError:
-    held = matched.sample()
+    sample = matched.sample()
     return MissingExpert(
         f"{quoted(matched.name)} lacks {quoted(line.template.removeprefix('{stack}.'))}",
-        at=matched.where(held),
+        at=matched.where(sample),
         cause=f"it has this tensor, but none for {' and '.join(line.projections)}",
     )
 
@@ -241,10 +241,10 @@ def _across_projections(matched: MatchedStack, layout: Layout) -> list[MoeconvEr
     have another precision, but quantised weights of one dtype all have scales or none has.
     """
     problems: list[MoeconvError] = []
-    held = {line.projections: _first_of(matched, line, layout) for line in layout.weight_lines}
-    kinds = {p: [c for c in matched.recipe.weights if c in held[p]] for p in held}
-    weights = {p: held[p][kinds[p][0]] for p in held if kinds[p]}
-    two = _mixed_formats(matched, kinds, held)
+    samples = {line.projections: _first_of(matched, line, layout) for line in layout.weight_lines}
+    kinds = {p: [c for c in matched.recipe.weights if c in samples[p]] for p in samples}
+    weights = {p: samples[p][kinds[p][0]] for p in samples if kinds[p]}
+    two = _mixed_formats(matched, kinds, samples)
     if two:
         return [two]
     pair = [t for p, t in weights.items() if DOWN not in p]
@@ -262,11 +262,11 @@ def _across_projections(matched: MatchedStack, layout: Layout) -> list[MoeconvEr
     for a, b in combinations(weights, 2):
         joined = DOWN not in (*a, *b)
         alike = weights[a].dtype == weights[b].dtype and weights[a].dtype in _QUANTISED
-        for component in sorted(held[a].keys() ^ held[b].keys()):
+        for component in sorted(samples[a].keys() ^ samples[b].keys()):
             kind = matched.recipe.component(component)
             if not (joined or alike or (kind and kind.everywhere)):
                 continue
-            has, lacks = (a, b) if component in held[a] else (b, a)
+            has, lacks = (a, b) if component in samples[a] else (b, a)
             what = "one of gate and up" if joined else "some projections"
             problem = MissingScale(
                 f"{quoted(matched.name)} has {quoted(component)} for only {what}",
@@ -289,14 +289,14 @@ def _first_of(matched: MatchedStack, line: Line, layout: Layout) -> dict[str, St
 def _mixed_formats(
     matched: MatchedStack,
     kinds: dict[tuple[str, ...], list[str]],
-    held: dict[tuple[str, ...], dict[str, StoredTensor]],
+    samples: dict[tuple[str, ...], dict[str, StoredTensor]],
 ) -> MoeconvError | None:
     """Return the problem that only some projections are quantised, or in different ways."""
     pair = {c: p for p, names in kinds.items() if DOWN not in p for c in names}
     down = {c: p for p, names in kinds.items() if DOWN in p for c in names}
     for side in (pair, down):
         if len(side) > 1:
-            tensors = [held[p][c] for c, p in side.items()]
+            tensors = [samples[p][c] for c, p in side.items()]
             return ExpertDtype(
                 f"experts of {quoted(matched.name)} have two formats: {' and '.join(side)}",
                 at=matched.where(*tensors),

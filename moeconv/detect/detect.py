@@ -67,7 +67,7 @@ def detect(
     files: the names of the files, for messages.
     from_layout: decides between layouts that fit a stack equally well.
     recorded: for outputs of moeconv, what the manifest says of each stack, which is then only
-    held against the tensors; ranks: those of its matrices.
+    compared with the tensors; ranks: those of its matrices.
     """
     stacks, others = match_names(
         tensors,
@@ -89,20 +89,20 @@ def detect(
         found = judge_passthrough(passthrough[name], config)
         problems += found
         rejected += [name] if found else []
-    whole = []
+    accepted = []
     for name in sorted(stacks.keys() - passthrough.keys(), key=natural_key):
         entry = (recorded or {}).get(name)
         judged = judge(stacks[name], Evidence(config, from_layout, entry, ranks or {}))
         if isinstance(judged, Stack):
-            whole.append(judged)
+            accepted.append(judged)
         else:
             problems += judged
             rejected.append(name)
-    problems += lost_stacks(whole, others, stacks)
+    problems += lost_stacks(accepted, others, stacks)
     if recorded is None:
-        problems += _across_stacks(whole, others, config)
+        problems += _across_stacks(accepted, others, config)
     return Detection(
-        tuple(whole),
+        tuple(accepted),
         others,
         problems.all(),
         tuple(rejected),

@@ -60,9 +60,9 @@ def detection_from_manifest(
         except MoeconvError as problem:
             problems.append(problem)
     stacks.sort(key=lambda s: natural_key(s.name))
-    whole = {s.name for s in stacks}
-    damaged = tuple(s.name for s in manifest.root.stacks if s.name not in whole)
-    return Detection(tuple(stacks), others, tuple(problems), damaged)
+    accepted = {s.name for s in stacks}
+    rejected = tuple(s.name for s in manifest.root.stacks if s.name not in accepted)
+    return Detection(tuple(stacks), others, tuple(problems), rejected)
 
 
 def split_by_stack(
