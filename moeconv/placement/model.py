@@ -67,7 +67,7 @@ def trivial(experts: int, slots: int) -> tuple[int, ...]:
 
 
 def round_robin(experts: int, slots: int, ep_size: int) -> tuple[int, ...]:
-    """Rank r's s-th slot holds what stands at s * EP + r: [P]. Raises BadPlacement.
+    """Rank r's s-th slot holds item s * EP + r: [P]. Raises BadPlacement.
 
     First come the experts in order. A redundant copy is the next expert in turn, or the one after
     it where the next one's first copy is on the same rank.
@@ -97,7 +97,7 @@ def slots_for(experts: int, redundant: int, ep_size: int) -> int:
     """P = E + R. Raises BadPlacement where it does not divide, naming the nearest R that do."""
     if redundant < 0:
         raise BadPlacement(
-            f"{redundant} is no number of redundant experts", cause="below 0", fix="0 or more"
+            f"{redundant} is not a number of redundant experts", cause="below 0", fix="0 or more"
         )
     problem = slots_problem(experts, experts + redundant, ep_size)
     if problem:
@@ -113,7 +113,7 @@ def slots_for(experts: int, redundant: int, ep_size: int) -> int:
 def slots_problem(experts: int, slots: int, ep_size: int) -> str | None:
     """Why P slots cannot hold E experts on EP equal ranks, or None where they can."""
     if ep_size < 1:
-        return f"ep {ep_size} is no number of ranks"
+        return f"ep {ep_size} is not a number of ranks"
     if slots < experts:
         return f"{counted(slots, 'slot')} cannot hold {counted(experts, 'expert')}"
     if slots % ep_size == 0:
@@ -299,7 +299,7 @@ def by_stack(names: tuple[str, ...], placement: Given) -> dict[str, tuple[int, .
     if isinstance(placement, Mapping):
         if strange := [name for name in placement if name not in names]:
             raise _not_by_stack(
-                f"the placement names {quoted(str(strange[0]))}, which is no stack",
+                f"the placement names {quoted(str(strange[0]))}, which is not a stack",
                 f"{counted(len(strange), 'name')} of {len(placement)} are unknown; "
                 f"the stacks are {quoted_list(names)}",
             )
@@ -308,7 +308,9 @@ def by_stack(names: tuple[str, ...], placement: Given) -> dict[str, tuple[int, .
         return _by_layer(names, placement)
     value = placement if isinstance(placement, list | tuple) else _plain(placement)
     if not isinstance(value, list | tuple):
-        raise _not_by_stack("the placement is no list of rows", f"it is a {type(value).__name__}")
+        raise _not_by_stack(
+            "the placement is not a list of rows", f"it is a {type(value).__name__}"
+        )
     rows = [_integers(row, f"row {n}") for n, row in enumerate(value)]
     if len(rows) == len(names):
         return dict(zip(names, rows, strict=True))
@@ -376,7 +378,7 @@ def _integers(row: object, where: str) -> tuple[int, ...]:
         return tuple(map(operator.index, entries))
     except TypeError:
         raise _not_by_stack(
-            f"{where} of the placement is no row of expert ids", "a row is a list of integers"
+            f"{where} of the placement is not a row of expert ids", "a row is a list of integers"
         ) from None
 
 
