@@ -1,4 +1,4 @@
-"""Adding to a set the digests that it lacks, once its bytes have been read."""
+"""Add missing digests to an output once its bytes have been read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from moeconv.manifest.model import (
 
 
 def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Manifest:
-    """Write the parts and the root of a set anew, with digests by address from `known`.
+    """Rewrite the parts and the root of an output with digests by address from `known`.
 
     New parts wait beside the old ones until the root, replaced in one step, vouches for them: an
     interruption before that changes nothing; after it readers take those that wait, until

@@ -67,7 +67,7 @@ def refuse_collisions(plan: Plan, checkpoint: Checkpoint) -> None:
             raise NameCollision(
                 f"{quoted(sidecar.name)} of the source has the name of an output file",
                 at=quoted(sidecar.name),
-                cause="the index does not name it, so it would be copied as it is",
+                cause="the index does not name it, so it would be copied unchanged",
                 fix=f"leave it out with `--exclude '{sidecar.name}'`",
             )
 

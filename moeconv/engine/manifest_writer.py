@@ -1,4 +1,4 @@
-"""The documents of a set: parts from plans and digests, the root, the origin."""
+"""The documents of an output: parts from plans and digests, the root, the origin."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _READ_AT_ONCE: Final = 4096  # tensors: as values of JSON they take kilobytes ea
 
 
 def document_names(plan: Plan) -> list[str]:
-    """The documents that a set has beside root and index."""
+    """Return the names of the documents that an output has besides root and index."""
     if plan.restores:
         return []
     if plan.ep_size is not None:
@@ -158,10 +158,10 @@ def source_entry(checkpoint: Checkpoint) -> SourceEntry:
 
 def _unspeakable(directory: str, cause: str) -> NotVirtual:
     return NotVirtual(
-        "a virtual set cannot point into this source",
+        "a virtual output cannot refer to this source",
         at=quoted(directory),
         cause=cause,
-        fix="move or touch the source, or leave `--virtual` away",
+        fix="move or touch the source, or drop `--virtual`",
     )
 
 

@@ -83,7 +83,7 @@ def test_out_lies_inside_src(good: Path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_src_lies_inside_out(out: Path, *, overwrite: bool):
     src = write(out / "deep" / "src", qwen())
-    refused(UnsafeOutput, "OUT holds SRC", str(src), src=src, out=out, overwrite=overwrite)
+    refused(UnsafeOutput, "OUT contains SRC", str(src), src=src, out=out, overwrite=overwrite)
 
 
 def test_our_own_output_may_not_become_its_own_source(good: Path, out: Path):

@@ -120,7 +120,7 @@ def test_without_resume_it_is_named_as_such(src: Path, tmp_path: Path) -> None:
 )
 def test_another_plan_is_refused(src: Path, tmp_path: Path, other: dict[str, object]) -> None:
     out = half_done(src, tmp_path / "out")
-    with untouched(out), pytest.raises(CannotResume, match="another plan"):
+    with untouched(out), pytest.raises(CannotResume, match="different plan"):
         moeconv.shard(src, out, resume=True, **{**SAME, **other})
 
 
@@ -135,7 +135,7 @@ def test_a_finished_set_is_done_at_once(src: Path, tmp_path: Path) -> None:
     moeconv.shard(src, tmp_path / "out", **SAME)
     with untouched(tmp_path / "out"):
         moeconv.shard(src, tmp_path / "out", resume=True, **SAME)
-        with pytest.raises(CannotResume, match="finished set of another plan"):
+        with pytest.raises(CannotResume, match="finished output of another plan"):
             moeconv.shard(src, tmp_path / "out", resume=True, ep_size=4, redundant=2)
 
 

@@ -32,9 +32,9 @@ def mapped(size: int) -> mmap.mmap:
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, MemoryError):
         raise MemoryShort(
-            f"there is no memory for {human_size(size)} more",
-            cause="the system gave none: it is full, or this process has a limit",
-            fix="take fewer `--jobs` or a smaller `--max-memory`",
+            f"cannot allocate another {human_size(size)} of memory",
+            cause="memory is full, or this process has a limit",
+            fix="use fewer `--jobs` or a smaller `--max-memory`",
         ) from None
 
 

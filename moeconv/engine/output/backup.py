@@ -1,4 +1,4 @@
-"""The old output, put aside by `--overwrite`: where it waits, whose it is, and how it goes."""
+"""The backup of the output that `--overwrite` replaces: where it is, and how it is removed."""
 
 from __future__ import annotations
 
@@ -15,35 +15,34 @@ from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
 
 @dataclass(frozen=True, slots=True)
 class OldOutput:
-    """A directory to be replaced, and what in it was found to be moeconv's own."""
+    """A directory to be replaced, and which files in it moeconv made."""
 
     path: Path
     inventory: Inventory
 
 
-def beside(out: Path) -> Path:
-    """Where the old output waits until the new one stands."""
+def backup_path(out: Path) -> Path:
+    """Return where the old output is kept until the new one is complete."""
     return out.with_name(hidden_name(out.name, ".replaced"))
 
 
 def recorded_backup(out: Path, journal: Journal | None) -> Path | None:
-    """The old output that a journal's run put aside, if it is still there."""
-    if journal is None or journal.aside is None:
+    """Return the backup that a journal's run made, if it is still there."""
+    if journal is None or journal.backup is None:
         return None
-    aside = beside(out)
+    backup = backup_path(out)
     try:
-        facts = aside.lstat()
+        facts = backup.lstat()
     except OSError:
         return None
-    return aside if stat.S_ISDIR(facts.st_mode) and facts.st_ino == journal.aside else None
+    return backup if stat.S_ISDIR(facts.st_mode) and facts.st_ino == journal.backup else None
 
 
 def remove_output(old: OldOutput) -> bool:
-    """Remove what the inventory of an output names, and nothing that changed since it was taken.
+    """Remove the files in an output's inventory that have not changed since; return if all is gone.
 
-    Data files and sidecars go first, then the documents, the journal, and last the root: what is
-    left by a kill can be held against them again. Returns whether all of it is gone.
-    Raises OSError.
+    Data files and sidecars go first, then the parts, the journal, and last the root, so that an
+    interrupted removal is still recognised as ours. Raises OSError.
     """
     path, files = old.path, old.inventory.files
     for name in sorted(files, key=_last):
@@ -62,7 +61,7 @@ def remove_output(old: OldOutput) -> bool:
 
 
 def _last(name: str) -> tuple[int, str]:
-    """The order of removal."""
+    """Return the sort key of a file's removal."""
     if name in (JOURNAL_NAME, ROOT_NAME):
         return 2 + (name == ROOT_NAME), name
     return int(name.startswith(f"{PARTS_DIR}/")), name
@@ -82,7 +81,7 @@ def _removed_folder(path: Path) -> bool:
     except OSError:
         if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
             raise
-        return False  # somebody put something there
+        return False  # someone put something there
     return True
 
 

@@ -1,4 +1,4 @@
-"""How much room an output takes, how much is free, and what clones would share with the source."""
+"""Disk space that an output needs, that is free, and that clones would share with the source."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def refuse_short(out: Path, room: DiskSpace) -> None:
         return
     sharing = f", {human_size(room.shared)} of them can be clones" if room.shared else ""
     raise DiskFull(
-        f"there is not enough room for {quoted(str(out))}",
+        f"there is not enough disk space for {quoted(str(out))}",
         at=quoted(str(out)),
         cause=f"{human_size(room.needed)} are needed{sharing}, {human_size(room.free)} are free",
-        fix="make room, or give a directory on another disk",
+        fix="free some space, or give a directory on another disk",
     )
 
 

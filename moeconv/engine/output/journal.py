@@ -1,7 +1,7 @@
-"""The journal of a run: what it will make, of which plan, and which data files are finished.
+"""The journal of a run: its plan, the names of its files, and which data files are finished.
 
-A line of JSON first, then one before each file gets its name, with what tells it from a file of
-somebody else, and one for each finished data file. It stands in OUT until the manifest does.
+One line of JSON with the plan and all names; then one before each file is renamed into place, with
+its size and time, and one per finished data file. It is in OUT until the manifest is.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ Finished = dict[str, list[list[str]]]  # data file -> digests by tensor and unit
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """What a journal says; `finished` only where its lines are whole."""
+    """The contents of a journal, up to the first line that is not whole."""
 
     plan: str
     names: tuple[str, ...]
     finished: Finished
     made: dict[str, tuple[int, int]]  # size and time of the last write of each file that was made
-    aside: int | None = None  # the inode of the old output that the run put aside
+    backup: int | None = None  # the inode of the old output that the run moved away
 
 
 def plan_digest(plan: Plan, identity: Json) -> str:
-    """One digest of all that decides an output's bytes, the source's identity included."""
+    """Return a digest of all that determines an output's bytes, including the source's identity."""
     state = hasher()
     for doc in (__version__, identity, plan.restores, plan.ep_size, plan.virtual):
         state.update(dumps(doc) + b"\n")
@@ -62,7 +62,7 @@ def plan_digest(plan: Plan, identity: Json) -> str:
 
 
 def read_journal(out: Path) -> Journal | None:
-    """The journal of an unfinished run; None where there is none, or nothing to rely on."""
+    """Return the journal of an unfinished run; None if there is none that can be relied on."""
     if not (out / JOURNAL_NAME).exists():
         return None
     try:
@@ -71,7 +71,7 @@ def read_journal(out: Path) -> Journal | None:
         problems = Problems()
         head = Table(loads(next(lines, b""), where=JOURNAL_NAME), "", problems)
         plan, names = head.digest("plan"), head.texts("names")
-        aside = head.integer("aside") if head.has("aside") else None
+        backup = head.integer("aside") if head.has("aside") else None
         refused = problems.count > 0
     except MoeconvError:
         return None
@@ -92,11 +92,11 @@ def read_journal(out: Path) -> Journal | None:
             made[entry.text("made")] = entry.integer("size"), mtime_ns
             continue
         finished[entry.text("file")] = [list(row) for row in entry.text_lists("digests")]
-    return None if problems.count else Journal(plan, names, finished, made, aside)
+    return None if problems.count else Journal(plan, names, finished, made, backup)
 
 
 class JournalFile:
-    """The open journal: held locked for as long as the run lives."""
+    """The open journal, locked until the run ends."""
 
     def __init__(self, out: Path) -> None:
         self._path = out / JOURNAL_NAME
@@ -104,7 +104,7 @@ class JournalFile:
         self._appending = threading.Lock()
 
     def create(self) -> int:
-        """Make it anew and lock it; its inode. Raises IoFailed, WouldOverwrite."""
+        """Create and lock it; return its inode. Raises IoFailed, WouldOverwrite."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with writing(self._path):
             try:
@@ -116,7 +116,7 @@ class JournalFile:
 
     @property
     def held(self) -> bool:
-        """Whether this run has the lock, and OUT is still the one it was: all there is its own."""
+        """Whether this run has the lock and the journal is in place, so that OUT is its own."""
         if self._descriptor < 0:
             return False
         try:
@@ -126,18 +126,18 @@ class JournalFile:
         mine = os.fstat(self._descriptor)
         return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
-    def begin(self, plan: str, names: tuple[str, ...], aside: int | None = None) -> None:
-        """Its first line: what is to be made, of which plan, in whose place. Raises IoFailed."""
-        self._append({"plan": plan, "names": list(names), "aside": aside})
+    def begin(self, plan: str, names: tuple[str, ...], backup: int | None = None) -> None:
+        """Write the first line: plan, names, inode of the old output. Raises IoFailed."""
+        self._append({"plan": plan, "names": list(names), "aside": backup})
 
     def lock(self) -> None:
-        """Take one that another run left. Raises WouldOverwrite where that run lives, IoFailed."""
+        """Lock one that another run left. Raises WouldOverwrite if that run is alive, IoFailed."""
         with writing(self._path):
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         self._lock()
 
     def reopen(self) -> None:
-        """Go on with the locked one: a line that was being written goes. Raises IoFailed."""
+        """Continue the locked one, dropping an incomplete last line. Raises IoFailed."""
         try:
             raw = read_bytes(self._descriptor, os.fstat(self._descriptor).st_size)
         except OSError as problem:
@@ -157,43 +157,43 @@ class JournalFile:
             raise busy(self._path.parent.parent)
 
     def finished(self, file: OutputFile, digests: list[list[str]]) -> None:
-        """Note a data file that has its name and is on the disk."""
+        """Record a data file that has its name and is on the disk."""
         self._append({"file": file.name, "digests": [list(row) for row in digests]})
 
     def making(self, name: str, facts: os.stat_result) -> None:
-        """Note a complete file that is about to get its name.
+        """Record a complete file that is about to get its name.
 
-        Not brought to the disk at once: where that is lost, the file counts as somebody else's.
+        Not fsynced: if the record is lost, the file is treated as not made by moeconv.
         """
         mtime: list[Json] = list(divmod(facts.st_mtime_ns, 10**9))
-        self._append({"made": name, "size": facts.st_size, "mtime": mtime}, settle=False)
+        self._append({"made": name, "size": facts.st_size, "mtime": mtime}, durable=False)
 
-    def _append(self, doc: Json, *, settle: bool = True) -> None:
+    def _append(self, doc: Json, *, durable: bool = True) -> None:
         with self._appending, writing(self._path):
             append(self._descriptor, dumps(doc) + b"\n")
-            if settle:
+            if durable:
                 os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            with suppress(OSError):  # every note is on the disk already
+            with suppress(OSError):  # every record is on the disk already
                 os.close(descriptor)
 
 
 def busy(out: Path) -> WouldOverwrite:
-    """The error where another run holds the journal."""
+    """Return the error for an OUT that another run is writing to."""
     return WouldOverwrite(
         f"another run is writing to {quoted(str(out))}",
         at=quoted(str(out)),
-        cause=f"it holds `{JOURNAL_NAME}`",
+        cause=f"it has locked `{JOURNAL_NAME}`",
         fix="wait for it, or give another directory",
     )
 
 
 def is_bare(out: Path) -> bool:
-    """Whether a directory holds nothing, or nothing but `moeconv/` and a journal in it."""
+    """Return whether a directory contains at most `moeconv/` with a journal in it."""
     parts = out / PARTS_DIR
     names = set(os.listdir(out))  # noqa: PTH208 - names, not paths
     if not names <= {PARTS_DIR} or parts.is_symlink():
@@ -203,10 +203,10 @@ def is_bare(out: Path) -> bool:
 
 
 def clear_aborted_start(out: Path) -> bool:
-    """Clear away what a run left that was killed before it could say what it would make.
+    """Remove what a run left that was killed before it wrote its journal's first line.
 
-    That is an empty `moeconv/`, or a journal in it without a whole first line; nothing else.
-    Raises WouldOverwrite where that run lives, IoFailed.
+    That is an empty `moeconv/`, or one with an incomplete journal; return whether it was that.
+    Raises WouldOverwrite if that run is alive, IoFailed.
     """
     path, journal = out / JOURNAL_NAME, JournalFile(out)
     if not is_bare(out):
@@ -226,31 +226,20 @@ def clear_aborted_start(out: Path) -> bool:
 
 
 def resumable(out: Path, plan: str) -> Journal:
-    """The journal to go on with. Raises CannotResume."""
+    """Return the journal to continue. Raises CannotResume."""
     journal = read_journal(out)
     if journal is None:
         raise CannotResume(
             f"{quoted(str(out))} cannot be resumed",
             at=quoted(str(out)),
-            cause=f"it has no `{JOURNAL_NAME}` that says what was being made",
+            cause=f"it has no readable `{JOURNAL_NAME}`",
             fix="give another directory",
         )
     if journal.plan != plan:
         raise CannotResume(
-            f"{quoted(str(out))} was begun with another plan",
+            f"{quoted(str(out))} was started with a different plan",
             at=quoted(str(out)),
-            cause="the source, a flag, a recipe or the version of moeconv is another one now",
-            fix="use the same ones, or start anew with `--overwrite`",
+            cause="the source, a flag, a recipe or the version of moeconv has changed",
+            fix="use the same ones, or start over with `--overwrite`",
         )
     return journal
-
-
-def ours_by_journal(out: Path) -> set[str]:
-    """The names that an unfinished run announced."""
-    journal = read_journal(out)
-    return set() if journal is None else {JOURNAL_NAME, *journal.names}
-
-
-def is_partial(name: str, suffix: str) -> bool:
-    """Whether it is the name of a file that was being written."""
-    return name.startswith(f"{PARTS_DIR}/.") and name.endswith(suffix)

@@ -1,4 +1,4 @@
-"""What stands in an old output: files that moeconv wrote and nobody changed since, and others."""
+"""Tell the files of an old output that moeconv wrote, and nobody changed since, from others."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ from moeconv.plan.onto_existing import PlacedHeader, plan_rereading
 from moeconv.store.documents import file_digest
 
 NOT_MADE = "moeconv did not make it"
-_UNKNOWN = (
-    "it is newer than the set, whose digests of it are not recorded; `verify --fill` adds them"
-)
+_UNKNOWN = "it is newer than the manifest, which has no digests of it; `verify --fill` adds them"
 
 
 class Identity(NamedTuple):
@@ -312,7 +310,7 @@ def _without_part(facts: os.stat_result | None, root: os.stat_result) -> str | N
     """A data file whose part is gone: only the times can tell."""
     if facts is None or not _written_since(facts, root, same_moment=False):
         return None
-    return "it was written to after the set was made, and its part is gone"
+    return "it was written to after the output was made, and its part is missing"
 
 
 def _data_problem(out: Path, part: Part, facts: os.stat_result | None) -> str | None:

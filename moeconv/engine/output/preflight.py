@@ -1,4 +1,4 @@
-"""OUT: may it be written, and how it is put back when a run does not end well."""
+"""Checks of OUT before anything is written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moeconv.core.text import quoted_list
 from moeconv.engine.copy.pool import Limits
-from moeconv.engine.output.backup import OldOutput, beside, recorded_backup
+from moeconv.engine.output.backup import OldOutput, backup_path, recorded_backup
 from moeconv.engine.output.journal import JOURNAL_NAME, is_bare, read_journal
 from moeconv.engine.output.ownership import NOT_MADE, Inventory, take_inventory
 from moeconv.errors import IoFailed, UnsafeOutput, UsageProblem, WouldOverwrite, printable, quoted
@@ -16,7 +16,7 @@ from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
 
 
 def refuse_overlap(src: Path, out: Path) -> None:
-    """Raise UnsafeOutput where OUT is SRC, lies in it or around it; UsageProblem for no path."""
+    """Raise UnsafeOutput if OUT is, contains or is inside SRC; UsageProblem if it is not a path."""
     try:
         with suppress(OSError):
             out.lstat()
@@ -31,7 +31,7 @@ def refuse_overlap(src: Path, out: Path) -> None:
     target = Path(os.path.realpath(out))
     if target.is_relative_to(source) or source.is_relative_to(target):
         inside = target.is_relative_to(source)
-        word = "is" if target == source else "lies inside" if inside else "holds"
+        word = "is" if target == source else "is inside" if inside else "contains"
         raise UnsafeOutput(
             f"OUT {word} SRC",
             at=quoted(str(out)),
@@ -67,9 +67,9 @@ def refuse_existing(
         return None
     if overwrite and Path.cwd().is_relative_to(out):
         raise UsageProblem(
-            f"{quoted(str(out))} is where you are",
+            f"{quoted(str(out))} is the current directory or contains it",
             at=quoted(str(out)),
-            cause="the old output is put aside as a whole, and you would go with it",
+            cause="the old output is renamed as a whole, and the current directory with it",
             fix="run it from another directory",
         )
     unfinished = PARTS_DIR in names and ROOT_NAME not in names
@@ -88,9 +88,9 @@ def _refuse_waiting_backup(out: Path, limits: Limits) -> None:
     old = find_backup(out, limits)
     if old is not None:
         raise WouldOverwrite(
-            f"{quoted(str(out))} was put aside",
+            f"the old output of {quoted(str(out))} was put aside",
             at=quoted(str(old.path)),
-            cause="a run with `--overwrite` was killed there before it had begun to write",
+            cause="a run with `--overwrite` was killed before it started to write",
             fix="give `--overwrite` to replace the old output, or move it back",
         )
 
@@ -108,15 +108,15 @@ def _in_use(
         fix = "give another directory; where this is the origin already, `--resume` says so"
     if unfinished and (journal is not None or is_bare(out)):
         cause += ": a run of moeconv was killed there"
-        fix = "run the same command with `--resume`, or with `--overwrite` to start anew"
+        fix = "run the same command with `--resume`, or with `--overwrite` to start over"
     elif unfinished:
-        cause += f", and neither `{ROOT_NAME}` nor `{JOURNAL_NAME}` says what the rest is"
+        cause += f", and neither `{ROOT_NAME}` nor `{JOURNAL_NAME}` lists the other files"
         fix = fix if restores else "give another directory"
     old = recorded_backup(out, journal)
     if old is not None:
         cause += f"; the old output is at {quoted(str(old))}"
     elif not unfinished and find_backup(out, limits, finished=restores) is not None:
-        cause += f"; the rest of an old output is at {quoted(str(beside(out)))}"
+        cause += f"; the rest of an old output is at {quoted(str(backup_path(out)))}"
         fix += "; the same command with `--resume` removes the rest"
     return WouldOverwrite(
         f"{quoted(str(out))} is {'half-done' if unfinished else 'not empty'}",
@@ -147,12 +147,12 @@ def find_backup(out: Path, limits: Limits, *, finished: bool = False) -> OldOutp
     or had not made anything yet. finished: OUT is known to be whole, though it has no manifest.
     Raises OSError.
     """
-    journal, aside = read_journal(out), beside(out)
+    journal, backup = read_journal(out), backup_path(out)
     if journal is not None:
         found = recorded_backup(out, journal)
     else:
         begun = out.exists() and not is_bare(out)
-        found = aside if finished or not begun or (out / ROOT_NAME).exists() else None
+        found = backup if finished or not begun or (out / ROOT_NAME).exists() else None
     if found is None or found.is_symlink() or not found.is_dir():
         return None
     inventory = take_inventory(found, limits)

@@ -126,15 +126,15 @@ def refuse_other_set(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limi
             same = False
     if not same:
         raise CannotResume(
-            f"{quoted(str(out))} is a finished set of another plan",
+            f"{quoted(str(out))} is a finished output of another plan",
             at=quoted(ROOT_NAME),
-            cause="its stacks, layouts or files are not those that this command makes",
+            cause="its stacks, layouts or files differ from those that this command makes",
         )
     if not plan.virtual and not _of_this_source(out, plan, checkpoint, limits):
         raise CannotResume(
-            f"{quoted(str(out))} is a finished set of another source",
+            f"{quoted(str(out))} is a finished output of another source",
             at=quoted(ROOT_NAME),
-            cause="it records other digests than SRC's bytes have now, or none",
+            cause="the digests that it records, if any, differ from those of SRC's bytes",
         )
 
 

@@ -1,4 +1,4 @@
-"""OUT while it is being written: one run at a time, and only what it made is taken back."""
+"""OUT while it is written: one run at a time; a failed run removes what it made, and only that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from moeconv.core.signals import defer_signals
 from moeconv.engine.copy.pool import Limits
 from moeconv.engine.output.atomic_file import PARTIAL_SUFFIX, fsync_directory, writing
-from moeconv.engine.output.backup import OldOutput, beside, remove_output
+from moeconv.engine.output.backup import OldOutput, backup_path, remove_output
 from moeconv.engine.output.journal import (
     JOURNAL_NAME,
     Journal,
@@ -41,7 +41,7 @@ def end_run(out: Path, limits: Limits, *, restored: bool = False) -> tuple[str, 
     try:
         work.lock()
         with writing(out):
-            work.aside = find_backup(out, limits, finished=restored)
+            work.backup = find_backup(out, limits, finished=restored)
             if work.journal is not None:
                 (out / JOURNAL_NAME).unlink()
                 fsync_directory(out / PARTS_DIR)
@@ -50,9 +50,9 @@ def end_run(out: Path, limits: Limits, *, restored: bool = False) -> tuple[str, 
                 fsync_directory(out)
     finally:
         work.close()
-    if work.aside is None and os.path.lexists(beside(out)):
-        place = quoted(str(beside(out)))
-        return (f"{place} stays: not all in it is as moeconv made it",)
+    if work.backup is None and os.path.lexists(backup_path(out)):
+        place = quoted(str(backup_path(out)))
+        return (f"{place} is kept: not everything in it is as moeconv wrote it",)
     return work.drop_old()
 
 
@@ -62,18 +62,18 @@ class OutputTransaction:
 
     out: Path
     limits: Limits
-    replaced: Inventory | None = None  # what stands in OUT before the run
+    replaced: Inventory | None = None  # what is in OUT before the run
     made_files: list[tuple[Path, int]] = field(default_factory=list)
     named: dict[Path, tuple[int, int, int]] = field(default_factory=dict)  # what is in place
     made_folders: list[Path] = field(default_factory=list)
-    aside: OldOutput | None = None  # the old output, until the new one stands
+    backup: OldOutput | None = None  # the old output, until the new one is complete
     journal: JournalFile | None = None
     keeps: bool = False  # finished files stay when the run fails, to be resumed
 
     def prepare(self, plan: str, names: tuple[str, ...], *, overwrite: bool) -> None:
         """Make OUT with its `moeconv/`, the mark of an unfinished run, and a journal of `names`.
 
-        An old output is put aside, not deleted: it comes back if this run fails.
+        An old output is renamed, not deleted: it is moved back if this run fails.
         Raises WouldOverwrite where another run is at work, IoFailed, DiskFull.
         """
         if overwrite:
@@ -107,7 +107,7 @@ class OutputTransaction:
         """
         self.keeps = True
         with writing(self.out):
-            self.aside = find_backup(self.out, self.limits)
+            self.backup = find_backup(self.out, self.limits)
         if self.journal is not None:
             self.journal.reopen()
         staying = {*kept, JOURNAL_NAME}
@@ -148,29 +148,29 @@ class OutputTransaction:
     def _move_to_backup(self) -> int | None:
         """Free the place of OUT; the inode of the old output, if there is one.
 
-        Where a run was killed that had put one aside, that is still the old output.
+        If a run that had moved one was killed, that is still the old output.
         """
-        aside, left = beside(self.out), find_backup(self.out, self.limits)
+        backup, left = backup_path(self.out), find_backup(self.out, self.limits)
         there = self.out.is_dir() and any(self.out.iterdir())
         if left is not None and (self.out / ROOT_NAME).exists():
             remove_output(left)  # left by a run that came to its end all but this
         elif left is not None:
             if self.out.is_dir():
                 self._clear()
-            self.aside = left
+            self.backup = left
             return left.path.stat().st_ino
         if not there:
             return None
-        if os.path.lexists(aside):
+        if os.path.lexists(backup):
             raise WouldOverwrite(
-                f"{quoted(str(aside))} is in the way",
-                at=quoted(str(aside)),
-                cause="an old output would wait there, and it holds something else, or files of an "
-                "old output that were changed",
+                f"{quoted(str(backup))} is in the way",
+                at=quoted(str(backup)),
+                cause="the old output would be moved there, and it contains something else, or "
+                "files of an old output that have changed",
             )
-        self.out.rename(aside)
-        self.aside = OldOutput(aside, self.replaced or Inventory())
-        return aside.stat().st_ino
+        self.out.rename(backup)
+        self.backup = OldOutput(backup, self.replaced or Inventory())
+        return backup.stat().st_ino
 
     def _clear(self) -> None:
         """Remove the unfinished output that the run before left in OUT."""
@@ -181,8 +181,8 @@ class OutputTransaction:
             raise WouldOverwrite(
                 f"{quoted(str(self.out))} is in the way",
                 at=quoted(str(self.out)),
-                cause="somebody wrote to it a moment ago",
-                fix="look what is there, then run again",
+                cause="it was written to a moment ago",
+                fix="look at what is there, then run again",
             )
 
     def folder(self, path: Path) -> None:
@@ -204,8 +204,8 @@ class OutputTransaction:
                 raise IoFailed(
                     f"{quoted(final.name)} appeared in OUT while it was being written",
                     at=quoted(str(final)),
-                    cause="somebody else writes there",
-                    fix="choose a directory of its own for OUT",
+                    cause="another program is writing there",
+                    fix="give a directory that nothing else writes to",
                 )
             facts = partial.lstat()
             self.made_files.append((final, facts.st_ino))
@@ -222,12 +222,12 @@ class OutputTransaction:
                     raise IoFailed(
                         f"{quoted(path.name)} was changed in OUT before the output was complete",
                         at=quoted(str(path)),
-                        cause="somebody else writes there",
-                        fix="choose a directory of its own for OUT",
+                        cause="another program is writing there",
+                        fix="give a directory that nothing else writes to",
                     )
 
     def done(self, *, restored: bool) -> None:
-        """The output stands: forget the journal, and for a restored origin all of `moeconv/`."""
+        """Complete the output: remove the journal, and for a restored origin all of `moeconv/`."""
         with writing(self.out):
             (self.out / JOURNAL_NAME).unlink()
             if restored:
@@ -237,16 +237,16 @@ class OutputTransaction:
                     fsync_directory(folder)
 
     def drop_old(self) -> tuple[str, ...]:
-        """Remove the old output: the new one stands, so nothing here can make the run fail.
+        """Remove the old output; the new one is complete, so nothing here can make the run fail.
 
-        Returns what is to be said about it.
+        Returns notes about it.
         """
-        if self.aside is None:
+        if self.backup is None:
             return ()
-        notes, path = self.aside.inventory.notes, quoted(str(self.aside.path))
+        notes, path = self.backup.inventory.notes, quoted(str(self.backup.path))
         while True:
             try:
-                if self.aside.path.exists() and not remove_output(self.aside):
+                if self.backup.path.exists() and not remove_output(self.backup):
                     return (*notes, f"files of the old output that changed meanwhile are at {path}")
             except KeyboardInterrupt:
                 continue
@@ -256,12 +256,12 @@ class OutputTransaction:
             return notes
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         if self.journal is not None:
             self.journal.close()
 
     def roll_back(self) -> str | None:
-        """Remove what this run made and put the old output back; says where it is if it cannot."""
+        """Remove what this run made and move the old output back; return what could not be."""
         ours = self.journal is not None and self.journal.held
         if ours:  # else they are those of a run that lives
             with suppress(OSError):  # where the folder cannot be listed, they stay
@@ -270,7 +270,7 @@ class OutputTransaction:
                         path.unlink()
         if self.keeps and ours:
             old = self._where_old()
-            return "; ".join(filter(None, ("`--resume` goes on from what is finished", old)))
+            return "; ".join(filter(None, ("`--resume` continues from what is finished", old)))
         for path, inode in reversed(self.made_files):  # first what says that the output is whole
             with suppress(OSError):
                 facts = path.lstat()
@@ -279,15 +279,15 @@ class OutputTransaction:
         for folder in reversed(self.made_folders):
             with suppress(OSError):  # somebody else put something there: it stays
                 folder.rmdir()
-        if self.aside is None or not self.aside.path.exists():
+        if self.backup is None or not self.backup.path.exists():
             return None
         with suppress(OSError):
             if not os.path.lexists(self.out):
-                self.aside.path.rename(self.out)
+                self.backup.path.rename(self.out)
                 return None
         return self._where_old()
 
     def _where_old(self) -> str | None:
-        if self.aside is None or not self.aside.path.exists():
+        if self.backup is None or not self.backup.path.exists():
             return None
-        return f"the old output is at {quoted(str(self.aside.path))}"
+        return f"the old output is at {quoted(str(self.backup.path))}"
