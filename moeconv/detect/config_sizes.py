@@ -60,7 +60,7 @@ def states_quantisation(config: Config, recipe: Recipe, stack: str) -> bool:
     return any(quantisation_values(config, recipe, stack, ("quantization_config",)))
 
 
-def layer_count(config: Config, recipe: Recipe, section: str) -> int | None:
+def layer_count(config: Config, section: str) -> int | None:
     """Return the number of layers in a section, the least of several: LongCat counts halves."""
     stated = [v for _, v in _in_section(config, section, LAYER_COUNTS) if type(v) is int]
     return min((v for v in stated if v > 0), default=None)
@@ -153,7 +153,7 @@ def _sizes(
         hits: list[_Hit] = []
         for several in (paths,) if alike else ((path,) for path in paths):
             owners = _owners(section, several, layer_forms)
-            layer = list(_of_layer(config, recipe, section, number[1] if number else "", owners))
+            layer = list(_of_layer(config, section, number[1] if number else "", owners))
             hits += layer or _in_section(config, section, several)
         if hits:
             return hits
@@ -161,19 +161,19 @@ def _sizes(
 
 
 def _of_layer(
-    config: Config, recipe: Recipe, section: str, number: str, owners: tuple[tuple[str, str], ...]
+    config: Config, section: str, number: str, owners: tuple[tuple[str, str], ...]
 ) -> Iterator[_Hit]:
     there = config.among(tuple(owner for owner, _ in owners)) if owners else {}
     for owner, rest in owners if there else ():
         value = config.at(full := f"{owner}.{number}{rest}") if owner in there else None
         # a plain list may be of anything else, of two kinds of experts for example
-        if value is not None and (rest or _of_layers(there[owner], config, recipe, section)):
+        if value is not None and (rest or _of_layers(there[owner], config, section)):
             yield full, value
 
 
-def _of_layers(owner: object, config: Config, recipe: Recipe, section: str) -> bool:
+def _of_layers(owner: object, config: Config, section: str) -> bool:
     """Whether it is a list with an item for each layer."""
-    return isinstance(owner, list) and len(owner) == layer_count(config, recipe, section)
+    return isinstance(owner, list) and len(owner) == layer_count(config, section)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,6 @@ def layers_stated(alike: tuple[Stack, ...], config: Config) -> int | None:
     """Return the number of layers that config.json states for these stacks of one kind."""
     stack = alike[0]
     for section in stack.recipe.config.sections_of(stack.name):
-        if count := layer_count(config, stack.recipe, section):
+        if count := layer_count(config, section):
             return count
     return None
