@@ -1,1 +1,1 @@
-"""Module names in quantization configs: found, renamed and written back."""
+"""Find module names in quantization configs and rename them."""

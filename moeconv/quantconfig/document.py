@@ -1,8 +1,8 @@
-"""Lists of names in the quantization_config of a config.json, changed in place.
+"""Read the texts of a document about quantization, and change its lists of names in place.
 
-As text: everything else of the file keeps its bytes, whatever its spacing, floats or order. The
-keys of an object are a list too, where they are names: each with its value. So is a text alone, of
-which only one can come.
+The document is edited as text: everything else keeps its bytes, whatever its spacing, floats or
+order. Keys of an object that are names count as a list, each with its value, and so does a single
+text, which only one text can replace.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Change = Callable[[str, tuple[str, ...]], tuple[tuple[str, ...], ...] | None]
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A text of a list and how it is written; of an object's keys, `rest` is colon and value."""
+    """A text of a list and its JSON; for a key of an object, `rest` is the colon and the value."""
 
     text: str
     raw: str
@@ -37,24 +37,25 @@ class _List:
     stop: int
     items: tuple[_Item, ...]
     keys: bool = False
-    alone: bool = False  # a text that stands for a list of one
+    alone: bool = False  # a single text: a list of one
 
 
 def changed_lists(
     raw: bytes, change: Change, *, inside: bool = False
 ) -> tuple[bytes, tuple[tuple[str, str], ...]]:
-    """`raw`, a valid JSON document, with its lists of names as `change` makes them.
+    """Change the lists of names in `raw`, a valid JSON document.
 
-    change: gets a list's place and its texts, and returns what stands in the place of each, or
-    None to leave it. Keys are one list for each value. inside: whether all is about quantisation.
-    Second, place and first text of those that are left, because new words would say another thing.
+    change: gets a list's place and its texts, and returns the texts that replace each, or None to
+    leave the list. Keys are one list for each value. inside: whether all of it is about
+    quantization. Returns the document, and the place and first text of each list that is left
+    because the new names would change its meaning.
     """
     text = raw.decode("utf-8")
     pieces, at, left = [], 0, []
     for found in _walk(text, _skip(text, 0), "", inside=inside)[0]:
         try:
             new = _changed(found, change)
-        except _AnotherThing:
+        except _MeaningChanges:
             left.append((found.place, found.items[0].text))
             continue
         if new is not None:
@@ -64,16 +65,16 @@ def changed_lists(
     return "".join((*pieces, text[at:])).encode("utf-8"), tuple(left)
 
 
-class _AnotherThing(Exception):
-    """New names would say another thing, or can't be written there.
+class _MeaningChanges(Exception):
+    """New names would change the meaning of a list, or cannot be written there.
 
-    A key would stand in one object with two values, or before one that it must not precede; a text
-    alone would be several.
+    A key would have two values or precede another that must come first, or a single text would
+    become several.
     """
 
 
 def _changed(found: _List, change: Change) -> list[str] | None:
-    """The items of a list as they are written from now on; None where it stays."""
+    """The JSON of a list's new items; None where nothing changes."""
     groups: dict[str, list[int]] = {}
     for number, item in enumerate(found.items):
         groups.setdefault(item.rest.lstrip(_SPACE + ":"), []).append(number)
@@ -84,10 +85,10 @@ def _changed(found: _List, change: Change) -> list[str] | None:
     if not made:
         return None
     if found.keys and found.place.rpartition(".")[2] == "dynamic":
-        # the first that matches counts: only what all say alike can be said in other words
+        # the first match counts: keys can be renamed only where all have one value and one sign
         signs = {item.text.startswith("-:") for item in found.items}
         if len(groups) > 1 or len(signs) > 1:
-            raise _AnotherThing
+            raise _MeaningChanges
     there = {
         item.text: item.rest.lstrip(_SPACE + ":")
         for number, item in enumerate(found.items)
@@ -103,14 +104,14 @@ def _changed(found: _List, change: Change) -> list[str] | None:
                 there[text] = value
                 out.append(json.dumps(text) + item.rest)
             elif there[text] != value:
-                raise _AnotherThing
+                raise _MeaningChanges
     if found.alone and len(out) != 1:
-        raise _AnotherThing
+        raise _MeaningChanges
     return out
 
 
 def _walk(text: str, start: int, place: str, *, inside: bool) -> tuple[list[_List], int]:
-    """Every list of texts below a quantization_config, in the order of the file, and the end."""
+    """Every list of texts below a quantization_config, in file order, and the end of the value."""
     if text[start] != "{":
         value, stop = _VALUE.raw_decode(text, start)
         if inside and isinstance(value, str) and "." in value:  # a word there is a setting
@@ -133,7 +134,7 @@ def _walk(text: str, start: int, place: str, *, inside: bool) -> tuple[list[_Lis
         at = _skip(text, stop)
         if text[at] == ",":
             at = _skip(text, at + 1)
-    # names have dots; where they are keys, no list of names is among the values
+    # names have dots; where keys are names, no value holds a list of names
     lists = [found for found in inner if not found.alone]
     if inside and not lists and any("." in entry.text for entry in entries):
         inner = [_List(place, start, at + 1, tuple(entries), keys=True)]
@@ -157,7 +158,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def _like(old: str, items: list[str]) -> str:
-    """A list written with the spacing of another one."""
+    """The JSON of a list, spaced like the old one."""
     lead = old[1 : _skip(old, 1)]
     tail = old[len(old[:-1].rstrip(_SPACE)) : -1]
     gap = lead if "\n" in lead else " "
@@ -166,7 +167,7 @@ def _like(old: str, items: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text and its place; alone: whether it is a value by itself, in no list, and no key."""
+    """A text and its place; alone: whether it is a single value, neither in a list nor a key."""
 
     place: str
     text: str
@@ -174,15 +175,15 @@ class Text:
 
 
 def quant_texts(document: Json, *, inside: bool) -> Iterator[Text]:
-    """Everything that may name modules: texts, and keys that are no words.
+    """All texts that may name modules: values, and keys that are more than a word.
 
-    inside: whether all of the document is about quantisation.
+    inside: whether all of the document is about quantization.
     """
     yield from _texts(document, "", inside=inside)
 
 
 def quant_methods(document: Json, *, inside: bool) -> dict[str, str]:
-    """Who quantised, by the place of the section that says it."""
+    """Each `quant_method` in lower case, by the place of its section."""
     return dict(_methods(document, "", inside=inside))
 
 

@@ -1,4 +1,4 @@
-"""Names of modules: what a stack's are called before and after it changes its layout."""
+"""The module names of expert stacks before and after a change of layout."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SHORTER: Final = 3  # words that a reader may leave out before a name: `model.l
 
 @dataclass(frozen=True, slots=True)
 class Renamed:
-    """What some old modules are called now.
+    """The new modules for some old ones.
 
-    wanted: the new modules that hold just what these hold, None where none do; allowed: all new
-    ones that hold nothing else.
+    wanted: new modules that together hold exactly the same matrices, None where there are none;
+    allowed: all new modules that hold no other matrices.
     """
 
     wanted: tuple[str, ...] | None
@@ -33,8 +33,8 @@ class Renamed:
 class Modules:
     """The modules of stacks that are alike, by what follows a stack's name (a suffix).
 
-    Where experts are joined, the one around them is a module as well: that of the experts, which
-    engines ask for by its name. It is none where it is not called so: a router may be in it.
+    Where experts are joined, the module around them counts too: engines look it up by its name.
+    It does not count where it is not called `experts`: a router may be in it.
     """
 
     def __init__(self, stack: Stack, old: Layout, new: Layout) -> None:
@@ -47,7 +47,7 @@ class Modules:
         self._known: dict[frozenset[str], Renamed] = {}
 
     def renamed(self, named: frozenset[str]) -> Renamed:
-        """What these old modules are called now; a whole stack by the module around it."""
+        """The new modules for these old ones; for a whole stack the module around it."""
         if named not in self._known:
             self._known[named] = self._renamed(named)
         return self._known[named]
@@ -62,23 +62,23 @@ class Modules:
         return Renamed(tuple(sorted(allowed, key=natural_key)), allowed)
 
     def is_held(self, suffix: str, held: frozenset[str]) -> bool:
-        """Whether a new module is among these, or all that is in it."""
+        """Whether a new module, or everything in it, is among these."""
         return suffix in held or (suffix == self._around and self._new.keys() - {suffix} <= held)
 
     def changed(self, old: frozenset[str], new: frozenset[str]) -> bool:
-        """Whether these old modules hold other matrices than these new ones."""
+        """Whether these old modules and these new ones hold different matrices."""
         return _held(self._old, old) != _held(self._new, new)
 
     def lost(self, suffix: str) -> bool:
-        """Whether old modules are in this one, but no new ones."""
+        """Whether this module contains old modules, but no new ones."""
         return suffix in self._within[0] and suffix not in self._within[1]
 
 
 class Renamings:
-    """The stacks whose modules get other names: `changed`, in natural order."""
+    """The modules of all stacks; `changed`: stacks whose layout changes, in natural order."""
 
     def __init__(self, stacks: Iterable[Stack], entries: Iterable[StackEntry]) -> None:
-        """entries: of the plan; a stack's old names are those of its origin."""
+        """entries: of the plan; the old names of a stack are those of its origin layout."""
         by_name = {s.name: s for s in stacks}
         self._kinds: dict[str, tuple[Stack, Layout, Layout]] = {}
         self._known: dict[object, Modules] = {}
@@ -107,7 +107,7 @@ class Renamings:
         return self._of[stack]
 
     def names(self, stack: str, called: str = "") -> tuple[Names, Names]:
-        """The old and the new names of a stack's modules; called: where a reader calls it so."""
+        """The old and the new names of a stack's modules; called: another name for the stack."""
         key = (stack, called or stack)
         if key not in self._names:
             modules = self.modules(stack)
@@ -124,9 +124,9 @@ class Renamings:
         return None
 
     def near(self, text: str) -> bool:
-        """Whether a text that is no pattern can be one of these modules, around one, or its end.
+        """Whether a plain text may be one of these modules, contain one, or be the end of one.
 
-        Lists have thousands of names that are not: they need not be held against every stack.
+        Lists have thousands of names that are not: those need not be compared with every stack.
         """
         if text in self._around or any(head in self._stems for head in _heads(text)):
             return True
@@ -158,7 +158,7 @@ def _heads(name: str) -> Iterator[str]:
 
 
 def _shorter(name: str) -> Iterator[str]:
-    """A stack's name without some of its first words, down to its layer's number."""
+    """A stack's name without its first one to three words, but with its layer number."""
     for _ in range(_SHORTER):
         first, _, name = name.partition(".")
         if not name or first.isdecimal() or name.partition(".")[0].isdecimal():
@@ -167,7 +167,7 @@ def _shorter(name: str) -> Iterator[str]:
 
 
 def _nested(names: Iterable[str]) -> frozenset[str]:
-    """The names with which another one ends."""
+    """The names that another name ends with."""
     known = set(names)
     ends = (n[at:] for n in known for at in range(1, len(n)))
     return frozenset(end for end in ends if end in known)
@@ -178,12 +178,12 @@ def _held(modules: dict[str, Matrices], names: Iterable[str]) -> Matrices:
 
 
 def _within(rests: Iterable[str]) -> frozenset[str]:
-    """All names of modules in which some of these are, or which are one of these."""
+    """These modules and all that contain one of them."""
     return frozenset(head for rest in rests for head in accumulate(rest.split("."), "{}.{}".format))
 
 
 def _named(stack: Stack, layout: Layout) -> tuple[dict[str, Matrices], str | None]:
-    """The modules of a layout, and the one around them, if that is one too."""
+    """The modules of a layout, and the one around them, if it counts (see `Modules`)."""
     modules = _modules(stack, layout)
     around = _around(modules)
     joined = not all(line.per_expert for line in layout.weight_lines)
@@ -193,7 +193,7 @@ def _named(stack: Stack, layout: Layout) -> tuple[dict[str, Matrices], str | Non
 
 
 def _around(rests: Iterable[str]) -> str:
-    """The module in which all of these are."""
+    """The innermost module that contains all of these."""
     columns = zip(*(rest.split(".")[:-1] for rest in rests), strict=False)
     return ".".join(words[0] for words in takewhile(lambda w: len(set(w)) == 1, columns))
 
@@ -209,7 +209,7 @@ def _modules(stack: Stack, layout: Layout) -> dict[str, Matrices]:
 
 
 def _module(line: Line, expert: int | None) -> str:
-    """What follows the stack's name in a tensor's, without what says which component it is."""
+    """The suffix of a line's module: its tensors' names without stack and component."""
     rest = line.template.removeprefix("{stack}")
     for hole in (".{component}", "_{component}", "{component}", "_{parameter}", "{suffix}"):
         rest = rest.replace(hole, "")

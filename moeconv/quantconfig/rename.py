@@ -33,7 +33,7 @@ def renamed_document(
 ) -> tuple[bytes, list[str]]:
     """A document with the new names of modules, and notes on what changed and what did not.
 
-    first: the document with the old names; inside: whether all of it is about quantisation.
+    first: the document with the old names; inside: whether all of it is about quantization.
     """
     if not renamings.changed:
         return first, []
@@ -100,7 +100,7 @@ class _Renamer:
     """
 
     def __init__(self, renamings: Renamings, methods: Mapping[str, str]) -> None:
-        """methods: who quantised, by the place where that is said."""
+        """methods: each `quant_method`, by the place of its section."""
         self._renamings = renamings
         self._budget = Budget()
         self._methods = methods

@@ -1,4 +1,4 @@
-"""Sidecars that a conversion changes: those that name expert modules, where they do."""
+"""Rewrite the sidecars that name expert modules, in the names of the output."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from moeconv.manifest.model import StackEntry
 from moeconv.plan.model import Plan, Rewrite
 from moeconv.store.documents import read_document
 
-# the files that name modules, and whether all of a file is about quantisation
+# the files that name modules, and whether all of a file is about quantization
 _DOCUMENTS: Final = ((CONFIG_NAME, False), ("hf_quant_config.json", True))
 
 
 def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...]) -> Plan:
-    """The plan with all lists of expert modules in the names of the output.
+    """Add to a plan the sidecars with the output's module names.
 
-    They start from the first source's files, so that no conversion builds on another.
+    They are made from the first source's files, never from those of an earlier conversion.
     """
     if plan.restores:
         return _restoring(plan, checkpoint)
@@ -46,8 +46,8 @@ def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...])
         now = _read(checkpoint, name) if concerned else None
         if now is None:
             continue
-        after, said = renamed_document(name, origin.get(name, now), renamings, inside=inside)
-        notes += said
+        after, found = renamed_document(name, origin.get(name, now), renamings, inside=inside)
+        notes += found
         if after != now:
             rewrites.append(Rewrite(name, now, after))
     return replace(plan, rewrites=tuple(rewrites), notes=(*plan.notes, *notes))
@@ -61,9 +61,9 @@ def is_rewritten(name: str) -> bool:
 def rewritten(
     name: str, first: bytes, stacks: tuple[Stack, ...], entries: tuple[StackEntry, ...]
 ) -> bytes:
-    """What a sidecar of the first source becomes in an output whose manifest has these entries.
+    """A sidecar of the first source as an output with these entries has it.
 
-    stacks: all that the entries name, by the recipes to believe.
+    stacks: all that the entries name, with trusted recipes.
     """
     # a fifth of the start of a command, and most checkpoints need none of it
     from moeconv.quantconfig.modules import Renamings
@@ -74,14 +74,14 @@ def rewritten(
 
 
 def _names_some(config: bytes | None) -> bool:
-    """Whether a config.json may hold a list of modules: it would stand in one of these members."""
+    """Whether a config.json may hold a list of modules: only these members have one."""
     if config is None:
         return False
     return may_escape(config) or any(section.encode() in config for section in QUANTIZATION)
 
 
 def _restoring(plan: Plan, checkpoint: Checkpoint) -> Plan:
-    """The first source's sidecars again."""
+    """The plan with the first source's sidecars."""
     own = checkpoint.origin
     rewrites = []
     for name, raw in own.origin.sidecars if own else ():
@@ -92,7 +92,7 @@ def _restoring(plan: Plan, checkpoint: Checkpoint) -> Plan:
 
 
 def _read(checkpoint: Checkpoint, name: str) -> bytes | None:
-    """A sidecar's bytes; None where the output does not get it."""
+    """A sidecar's bytes; None where the output does not have it."""
     sidecar = next((s for s in checkpoint.sidecars if s.name == name), None)
     return None if sidecar is None else read_sidecar(sidecar)
 
