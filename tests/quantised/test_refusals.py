@@ -211,7 +211,7 @@ def test_experts_in_two_formats(tmp_path: Path):
     for e in range(2):
         del tensors[f"{STACK}.{e}.gate_proj.weight_packed"]
         tensors[f"{STACK}.{e}.gate_proj.weight"] = ("BF16", (64, 256))
-    refused(ExpertDtype, tmp_path, tensors, GROUPS, "two ways", "weight_packed")
+    refused(ExpertDtype, tmp_path, tensors, GROUPS, "two formats", "weight_packed")
 
 
 def test_down_may_be_of_another_format(tmp_path: Path):
