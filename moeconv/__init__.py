@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING
 from moeconv.version import __version__
 
 if TYPE_CHECKING:
-    from moeconv.api import fuse, open_source, unfuse
-    from moeconv.checks import diff, fingerprint, verify
+    from moeconv.api.convert import fuse, unfuse
+    from moeconv.api.open import open_source
+    from moeconv.api.shard import merge, shard
+    from moeconv.api.verify import diff, fingerprint, verify
     from moeconv.errors import MoeconvError
-    from moeconv.sharding import merge, shard
 
 # PEP 562: `import moeconv` costs nothing until something of it is used
 _HOMES = {
-    "diff": "moeconv.checks",
-    "fingerprint": "moeconv.checks",
-    "fuse": "moeconv.api",
-    "merge": "moeconv.sharding",
-    "open_source": "moeconv.api",
-    "shard": "moeconv.sharding",
-    "unfuse": "moeconv.api",
-    "verify": "moeconv.checks",
+    "diff": "moeconv.api.verify",
+    "fingerprint": "moeconv.api.verify",
+    "fuse": "moeconv.api.convert",
+    "merge": "moeconv.api.shard",
+    "open_source": "moeconv.api.open",
+    "shard": "moeconv.api.shard",
+    "unfuse": "moeconv.api.convert",
+    "verify": "moeconv.api.verify",
     "MoeconvError": "moeconv.errors",
 }
 

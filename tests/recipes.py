@@ -12,7 +12,7 @@ from tests.reference import Part, Parts, Place, companion_axes, dims_of, random_
 
 STACK = "model.layers.{n}.ffn"
 JOINED = {"gate_up": ("gate", "up"), "up_gate": ("up", "gate")}
-# name -> letters of one matrix, and the granules in which some of them count
+# name -> letters of one matrix, and the block sizes in which some of them count
 COMPONENTS: dict[str, tuple[str, dict[str, str]]] = {
     "bias": ("O", {}),
     "scale": ("OK", {"O": "2", "K": "block.1"}),
@@ -21,7 +21,7 @@ COMPONENTS: dict[str, tuple[str, dict[str, str]]] = {
     "packed": ("OKb", {}),
     "meta": ("", {}),
 }
-GRANULES = {"2": 2, "3": 3, "block.1": 2}
+BLOCK_SIZES = {"2": 2, "3": 3, "block.1": 2}
 _SAFE_DTYPES = tuple(d for d in DTYPES if d != "F4")
 
 
@@ -106,7 +106,7 @@ class Case:
         return companion_axes(self.components[component], line.axes)
 
     def straddles(self) -> bool:
-        """Whether a granule would lie across two matrices in a tensor of either layout."""
+        """Whether a block would lie across two matrices in a tensor of either layout."""
         return any(
             _straddles(self.axes_in(line, component), parts, line, component)
             for parts in self.stacks.values()
@@ -118,14 +118,14 @@ class Case:
 
 
 def _straddles(axes: str, parts: Parts, line: Line, component: str) -> bool:
-    """A counted axis beside others must be the fastest of them, and fill its last granule."""
+    """A counted axis beside others must be the fastest of them, and fill its last block."""
     weight = parts[line.projections[0], "weight"]
     size = dict(zip(weight.letters, weight.items.shape[1:], strict=True))
-    granules = COMPONENTS.get(component, ("", {}))[1]
+    block_sizes = COMPONENTS.get(component, ("", {}))[1]
     return any(
-        letter in granules
+        letter in block_sizes
         and len(dim) > 1
-        and (letter != dim[-1] or size[letter] % GRANULES[granules[letter]] != 0)
+        and (letter != dim[-1] or size[letter] % BLOCK_SIZES[block_sizes[letter]] != 0)
         for dim in dims_of(axes)
         for letter in dim
     )
@@ -176,7 +176,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         layouts=(first, second),
         components=components,
-        config={**sizes, "block": [3, GRANULES["block.1"]]},
+        config={**sizes, "block": [3, BLOCK_SIZES["block.1"]]},
         stacks={
             STACK.format(n=n): draw(
                 _parts(
@@ -195,8 +195,8 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def _counted(letters: str, granules: dict[str, str]) -> list[str]:
-    return [f"{c}/{granules[c]}" if c in granules else c for c in letters]
+def _counted(letters: str, block_sizes: dict[str, str]) -> list[str]:
+    return [f"{c}/{block_sizes[c]}" if c in block_sizes else c for c in letters]
 
 
 @st.composite
@@ -254,9 +254,11 @@ def _parts(
             biased = "bias" in next(iter(alike.values()), drawn)  # so would biases on one side
             alike[weights] = [n for n in names if (biased if n == "bias" else n in drawn)]
         for component in ("weight", *alike[weights]):
-            letters, granules = COMPONENTS.get(component, ("OK" + packed, {}))
+            letters, block_sizes = COMPONENTS.get(component, ("OK" + packed, {}))
             full = {"O": rows, "K": columns, "b": draw(st.integers(1, 3))}
-            lengths = {c: -(-full[c] // GRANULES.get(granules.get(c, ""), 1)) for c in letters}
+            lengths = {
+                c: -(-full[c] // BLOCK_SIZES.get(block_sizes.get(c, ""), 1)) for c in letters
+            }
             dtype = weights if component == "weight" else draw(st.sampled_from(_SAFE_DTYPES))
             for p in side:
                 part = random_part(rng, dtype, letters, sizes["E"], lengths)

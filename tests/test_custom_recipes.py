@@ -132,7 +132,7 @@ def test_a_companion_whose_experts_are_not_outermost(tmp_path: Path):
     [
         ("E O K b", None),  # the weight has a packing axis in one layout only
         ("E O K", "E O"),  # zeros lose their K
-        ("E O K", "E K/2 O"),  # zeros count K in granules in one layout only
+        ("E O K", "E K/2 O"),  # zeros count K in blocks in one layout only
     ],
 )
 def test_layouts_that_describe_different_matrices_are_refused(
@@ -145,7 +145,7 @@ def test_layouts_that_describe_different_matrices_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_granules_beside_a_packing_axis_lie_in_one_matrix(tmp_path: Path):
+def test_blocks_beside_a_packing_axis_lie_in_one_matrix(tmp_path: Path):
     """`(O/2 b) K`: no other matrix is in that dimension, so nothing straddles."""
     (tmp_path / "r.toml").write_text(small_recipe("E O K", zeros="(O/2 b) K"))
     src = small_checkpoint(tmp_path, zeros=(4, 3))

@@ -12,7 +12,7 @@ import pytest
 
 from moeconv import errors
 from moeconv.cli.main import app
-from moeconv.library import fitting, parts, shared_layouts, shipped_recipes
+from moeconv.layout.shipped import fitting, parts, shared_layouts, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -59,7 +59,7 @@ def recipes_table() -> str:
         own = [la.name for la in recipe.layouts if not la.read_only and la.name not in shared]
         layouts = ", ".join(f"`{name}`" for name in own)
         lines.append(f"| `{recipe.title}` | {layouts} | {', '.join(recipe.model_types)} |")
-    lines += ["", "| part | of | axes of one matrix |", "|---|---|---|"]
+    lines += ["", "| component | of | axes of one matrix |", "|---|---|---|"]
     for component, _ in parts(shipped_recipes()):
         if component.of:
             axes = ", ".join(f"`{a}`" if str(a) else "one number" for a in component.readings)
@@ -72,7 +72,7 @@ def error_classes() -> list[type[errors.MoeconvError]]:
     found, queue = [], [errors.MoeconvError]
     while queue:
         queue += (subclasses := queue.pop().__subclasses__())
-        found += [c for c in subclasses if c.__module__.startswith(f"{errors.__name__}.")]
+        found += [c for c in subclasses if c.__module__ == errors.__name__]
     return found
 
 

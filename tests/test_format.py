@@ -14,7 +14,7 @@ import pytest
 import xxhash
 
 import moeconv
-from moeconv.demo import make_checkpoint
+from moeconv.cli.demo_checkpoint import make_checkpoint
 from tests.helpers import tree_sha256, write_checkpoint
 from tests.test_docs import ROOT, block
 

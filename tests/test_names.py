@@ -8,8 +8,8 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeconv.errors import quoted
-from moeconv.names import abridged, natural_key
+from moeconv.core.names import natural_key
+from moeconv.errors import abridged, quoted
 
 NAMES = st.text(st.sampled_from("0019ab.-\0\1\x7f\x80\xff\u0663\U0010ffff"), max_size=12)
 

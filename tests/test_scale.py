@@ -129,7 +129,7 @@ def test_published_indexes_are_detected(
     tmp_path: Path, name: str, recipe: str, stacks: int, wanted: tuple[int, int, int]
 ) -> None:
     phantom_of_index(tmp_path / name, name)
-    found = moeconv.open_source(tmp_path / name).detection.whole()
+    found = moeconv.open_source(tmp_path / name).detection.checked()
     assert len(found.stacks) == stacks
     for stack in found.stacks:
         assert (stack.recipe.name, stack.layout.name) == (recipe, "per-expert")

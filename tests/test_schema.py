@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeconv.jsonvalue import Json
-from moeconv.schema import MAX_COUNT, MAX_KEPT, SHOWN, Problems, Table
+from moeconv.core.json_value import Json
+from moeconv.core.schema import MAX_COUNT, MAX_KEPT, SHOWN, Problems, Table
 
 ODD: list[Json] = [-1, MAX_COUNT + 1, 1.0, True, None, "1", [1], {}]
 
@@ -86,4 +86,4 @@ def test_a_long_key_is_not_repeated_below_it() -> None:
 def test_a_number_of_any_length_can_be_said() -> None:
     problems = Problems()
     Table({"size": 1 << 100_000}, "", problems).integer("size")
-    assert problems.found == ["size: must lie between 0 and 2^53-1, not a far larger one"]
+    assert problems.found == ["size: must be between 0 and 2^53-1, not a far larger one"]

@@ -192,6 +192,6 @@ def test_a_shared_tensor_of_several_items(recipe: Path, tmp_path: Path):
 def test_the_ledger_says_what_is_shared(recipe: Path, tmp_path: Path):
     src = write_checkpoint(tmp_path / "src", weights() | scales(b"aaa", b"aaa", b"zzz"), {})
     done = moeconv.fuse(src, tmp_path / "out", recipe=recipe, layout="stack", dry_run=True)
-    verbs = {fate.source: fate.verb for fate in done.plan.ledger}
+    verbs = {entry.source: entry.verb for entry in done.plan.ledger}
     assert verbs[f"{STACK}.1.gate.weight"] == "fused"
     assert verbs[f"{STACK}.1.gate.scale"] == "shared"

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeconv.core.json_value import Json
+from moeconv.core.strict_json import loads
 from moeconv.errors import BadJson, DuplicateKey, MoeconvError
-from moeconv.jsonvalue import Json
-from moeconv.strictjson import loads
 
 KEYS = st.sampled_from(["a", "b", ":", 'a":', "é", "a.b"])
 LEAVES = st.none() | st.booleans() | st.integers(-9, 9) | KEYS

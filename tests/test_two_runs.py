@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.demo import make_checkpoint
+from moeconv.cli.demo_checkpoint import make_checkpoint
 from moeconv.errors import ConfigMismatch, IoFailed, NoCheckpoint, UsageProblem, WouldOverwrite
 from tests.helpers import tree_sha256
 

@@ -1,1 +1,1 @@
-"""What is on disk: safetensors headers, index, sidecars. Knows nothing of experts."""
+"""What a checkpoint stores: headers, index, sidecars, config; knows nothing of experts."""

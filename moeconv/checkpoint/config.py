@@ -1,4 +1,4 @@
-"""config.json as nested values; which keys matter is the recipes' business."""
+"""config.json as nested values; recipes decide which keys matter."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint.reading import read_document
+from moeconv.core.json_value import Json
+from moeconv.core.strict_json import loads
 from moeconv.errors import BadConfig, quoted
-from moeconv.jsonvalue import Json
-from moeconv.strictjson import loads
+from moeconv.store.documents import read_document
 
 CONFIG_NAME: Final = "config.json"
 MAX_CONFIG_BYTES: Final = 64 * 1024 * 1024
@@ -32,9 +32,9 @@ class Config:
         return _below(self.doc, path)
 
     def among(self, paths: tuple[str, ...]) -> dict[str, Json]:
-        """Of these paths those at which there is something, in their order, with what it is.
+        """The values at those of these paths that exist, in order.
 
-        Kept: each of very many stacks asks for the same paths.
+        Cached: each of very many stacks asks for the same paths.
         """
         found = self._among.get(paths)
         if found is None:
@@ -53,13 +53,13 @@ class Config:
 
     @property
     def model_type(self) -> str | None:
-        """The family's own name for itself."""
+        """The family's name in transformers."""
         value = self.doc.get("model_type")
         return value if isinstance(value, str) else None
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """The model classes it names."""
+        """The names of the model classes."""
         value = self.doc.get("architectures")
         return tuple(a for a in value if isinstance(a, str)) if isinstance(value, list) else ()
 
@@ -76,7 +76,7 @@ def _below(value: Json, path: str) -> Json:
 
 
 def read_config(path: Path) -> Config:
-    """Read a config.json; an absent file is a Config that says so. Raises BadConfig, BadJson."""
+    """Read a config.json; `present` is False where there is none. Raises BadConfig, BadJson."""
     if not path.exists():
         return Config()
     raw = read_document(path, MAX_CONFIG_BYTES, name=CONFIG_NAME)

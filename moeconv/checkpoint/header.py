@@ -1,4 +1,4 @@
-"""The safetensors header: 8 bytes of length, JSON, data; every rule checked before any use.
+"""The safetensors header: 8 bytes of length, JSON, data; every rule is checked before use.
 
 Source of the format: huggingface/safetensors, README "Format". Stricter than the reference
 reader, which takes duplicate names, unknown members and leading spaces, and never names the file.
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final, TypeAlias, TypeGuard
 
 from moeconv.checkpoint.dtypes import BITS
-from moeconv.checkpoint.reading import LFS_MARK, opened, read_start, refuse_lfs, unreadable
+from moeconv.core.json_value import Json
+from moeconv.core.strict_json import Pairs, encodable, loads_records, may_escape
 from moeconv.errors import (
     BadHeader,
     HeaderTooLong,
@@ -23,8 +24,7 @@ from moeconv.errors import (
     TruncatedFile,
     quoted,
 )
-from moeconv.jsonvalue import Json
-from moeconv.strictjson import Pairs, encodable, loads_records, may_escape
+from moeconv.store.documents import LFS_MARK, opened, read_start, refuse_lfs, unreadable
 
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -67,9 +67,9 @@ class Header:
 
 
 def read_header(path: Path, *, name: str, file: int) -> tuple[Header, os.stat_result]:
-    """Read and check one shard's header, and what `stat` said of the open file.
+    """Read and check one shard's header; with the `fstat` of the open file.
 
-    name: what the checkpoint calls it; in the Hub's cache the file itself is called otherwise.
+    name: its name in the checkpoint; in the Hub's cache the file itself has another one.
     Raises BadHeader or one of its classes, LfsPointer, IoFailed.
     """
     with opened(path, name=name) as (descriptor, facts):
@@ -90,16 +90,14 @@ def header_length(start: bytes, *, file_size: int, where: str) -> int:
             f"{quoted(where)} is too short to be a safetensors file",
             at=quoted(where),
             cause=f"it has {file_size} bytes; the header's length alone takes {LENGTH_BYTES}",
-            fix="download the file again",
         )
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     limit = min(MAX_HEADER_BYTES, file_size - LENGTH_BYTES)
     if length > limit:
         raise HeaderTooLong(
-            f"the header of {quoted(where)} claims {length:,} bytes",
+            f"the header of {quoted(where)} claims to have {length:,} bytes",
             at=quoted(where),
-            cause=f"the file has {file_size:,} bytes, and headers end at {MAX_HEADER_BYTES:,}",
-            fix="download the file again; if it is the same, it is no safetensors file",
+            cause=f"the file has {file_size:,} bytes, a header at most {MAX_HEADER_BYTES:,}",
         )
     return length
 
@@ -149,7 +147,7 @@ class _Entries:
 
 def _metadata(entry: _Entry | Json, where: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
-        raise _bad(where, "`__metadata__` must map texts to texts")
+        raise _bad(where, "`__metadata__` must map strings to strings")
     return tuple((key, str(value)) for key, value in entry.items())
 
 
@@ -158,7 +156,6 @@ def _bad(where: str, cause: str, *, tensor: str | None = None) -> BadHeader:
         f"the header of {quoted(where)} breaks the safetensors format",
         at=_place(where, tensor),
         cause=cause,
-        fix="download the file again; if it is the same, report it to whoever wrote it",
     )
 
 
@@ -182,14 +179,14 @@ def _tensor(
         raise _bad(where, _entry_problem(entry), tensor=name)
     dtype, shape, begin, end = entry
     if escaped and not encodable(name):
-        raise _bad(where, "the name holds a lone surrogate", tensor=name)
+        raise _bad(where, "the name contains a lone surrogate", tensor=name)
     if len(name) > MAX_NAME_BYTES // 4 and len(name.encode()) > MAX_NAME_BYTES:
         raise _bad(where, f"the name is longer than {MAX_NAME_BYTES:,} bytes", tensor=name[:100])
     if len(shape) > MAX_RANK:
         raise _bad(where, _SHAPE_RULE, tensor=name)
     nbytes = _nbytes(shape, dtype, where, name)
     if max(shape, default=0) > MAX_COUNT:
-        raise _bad(where, "a size lies beyond 2^53-1", tensor=name)
+        raise _bad(where, "a size is beyond 2^53-1", tensor=name)
     if end - begin != nbytes:
         cause = f"{dtype} {list(shape)} takes {nbytes:,} bytes, its offsets span {end - begin:,}"
         raise _bad(where, cause, tensor=name)
@@ -199,10 +196,12 @@ def _tensor(
 def _entry_problem(entry: Json) -> str:
     """Why an entry is not of the right form."""
     if not isinstance(entry, dict) or entry.keys() != _KEYS:
-        return "an entry needs `dtype`, `shape`, `data_offsets`, no more"
+        return "an entry must have `dtype`, `shape` and `data_offsets`, nothing else"
     dtype = entry["dtype"]
-    if not isinstance(dtype, str) or dtype not in BITS:
-        return f"unknown dtype {quoted(dtype) if isinstance(dtype, str) else 'that is not a text'}"
+    if not isinstance(dtype, str):
+        return "`dtype` must be a string"
+    if dtype not in BITS:
+        return f"unknown dtype {quoted(dtype)}"
     if not _are_sizes(entry["shape"]):
         return _SHAPE_RULE
     return "`data_offsets` must be two integers of 0 or more"
@@ -215,7 +214,7 @@ def _nbytes(shape: tuple[int, ...], dtype: str, where: str, name: str) -> int:
         if bits > MAX_BITS:
             raise _bad(where, "its size overflows 63 bits", tensor=name)
     if bits % 8:
-        raise _bad(where, f"{dtype} {list(shape)} does not fill whole bytes", tensor=name)
+        raise _bad(where, f"{dtype} {list(shape)} is not a whole number of bytes", tensor=name)
     return bits // 8
 
 
@@ -235,14 +234,12 @@ def _check_cover(
             f"{quoted(where)} is shorter than its header says",
             at=_place(where, culprit.name),
             cause=f"the file ends at {file_size:,}, its header needs {end:,} bytes",
-            fix="download the shard again",
         )
     if end < file_size:
         raise TrailingBytes(
             f"{quoted(where)} is longer than its header says",
             at=quoted(where),
-            cause=f"{file_size - end:,} bytes after the last tensor belong to nothing",
-            fix="download the shard again",
+            cause=f"{file_size - end:,} bytes after the last tensor belong to no tensor",
         )
 
 
@@ -253,5 +250,4 @@ def _refuse_gap(where: str, tensor: StoredTensor, expected: int) -> None:
         f"{quoted(tensor.name)} {what}",
         at=_place(where, tensor.name),
         cause=f"it starts at byte {tensor.offset:,} of the file, not at {expected:,}",
-        fix="download the shard again",
     )

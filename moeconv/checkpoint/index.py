@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
+from moeconv.core.json_value import Json
+from moeconv.core.names import file_name_problem
+from moeconv.core.strict_json import encodable, loads, may_escape
 from moeconv.errors import BadIndex, MoeconvError, UnsafePath, quoted
-from moeconv.jsonvalue import Json
-from moeconv.names import file_name_problem
-from moeconv.strictjson import encodable, loads, may_escape
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_INDEX_BYTES: Final = 512 * 1024 * 1024
@@ -18,7 +18,7 @@ _MAX_REPORTED: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """A parsed index. `total_size` is what it says, which real files get wrong or leave out."""
+    """A parsed index. `total_size` is as stored; real files get it wrong or omit it."""
 
     name: str
     raw: bytes
@@ -42,10 +42,10 @@ def parse_index(raw: bytes, *, name: str) -> Index:
         raise _bad(name, "it needs a `weight_map` object")
     escaped = may_escape(raw)
     checked: dict[str, str] = {}
-    files: dict[str, str] = {}  # one text for each, however many tensors it has
+    files: dict[str, str] = {}  # one string object for each file, however many tensors it has
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or (escaped and not encodable(tensor + file)):
-            raise _bad(name, f"the entry of {quoted(tensor)} is not a text")
+            raise _bad(name, f"the entry of {quoted(tensor)} is not a string")
         checked[tensor] = files.setdefault(file, file)
     unsafe = (
         _unsafe(name, file, problem) for file in files if (problem := file_name_problem(file))
@@ -69,7 +69,6 @@ def _bad(name: str, cause: str) -> BadIndex:
         f"{quoted(name)} is not an index of safetensors files",
         at=quoted(name),
         cause=cause,
-        fix="download the index again",
     )
 
 
@@ -77,6 +76,6 @@ def _unsafe(name: str, file: str, problem: str) -> MoeconvError:
     return UnsafePath(
         f"the index names a file {quoted(file)}, which {problem}",
         at=f"{quoted(name)}, `weight_map`",
-        cause="a checkpoint may only name files that lie beside its index",
+        cause="a checkpoint may only name files next to its index",
         fix="do not use this checkpoint unless you know who wrote it and why",
     )

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from moeconv.checkpoint.header import Header, parse_header
 from moeconv.checkpoint.index import Index, parse_index
+from moeconv.core.json_value import Json
+from moeconv.core.schema import Problems, Table
+from moeconv.core.strict_json import dumps, loads
 from moeconv.errors import BadManifest, quoted
-from moeconv.jsonvalue import Json
-from moeconv.manifest import ORIGIN_NAME
-from moeconv.schema import Problems, Table
-from moeconv.strictjson import dumps, loads
+from moeconv.manifest.model import ORIGIN_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class OriginFile:
 class Origin:
     """The first foreign source: data files in natural order, and its index if it had one.
 
-    sidecars: those that were rewritten, as they were.
+    sidecars: the original bytes of those that were rewritten.
     """
 
     files: tuple[OriginFile, ...]
@@ -69,22 +69,21 @@ def parse_origin(raw: bytes) -> Origin:
         index = (entry.file_name("name"), entry.integer("size"))
         entry.finish()
     top.raw("index")
-    beside = [_sidecar(t) for t in top.tables("sidecars")] if top.has("sidecars") else []
+    entries = [_sidecar(t) for t in top.tables("sidecars")] if top.has("sidecars") else []
     top.finish()
     names = [name for name, *_ in named]
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
-        problems.add("files", f"{quoted(twice)} is named twice")
+        problems.add("files", f"{quoted(twice)} appears twice")
     announced = sum(length for *_, length in named) + (index[1] if index else 0)
-    announced += sum(size for _, size in beside)
+    announced += sum(size for _, size in entries)
     if announced != len(raw) - start:
-        problems.add("", f"announces {announced:,} bytes, holds {len(raw) - start:,}")
+        problems.add("", f"announces {announced:,} bytes, but has {len(raw) - start:,}")
     if problems.count:
         raise BadManifest(
             f"`{ORIGIN_NAME}` breaks the rules of its format",
             at=f"`{ORIGIN_NAME}`",
             cause="; ".join(problems.shown()),
-            fix="convert the checkpoint again",
         )
     files, at = [], start
     for number, (name, size, length) in enumerate(named):
@@ -96,7 +95,7 @@ def parse_origin(raw: bytes) -> Origin:
         first = parse_index(raw[at : at + index[1]], name=index[0])
         at += index[1]
     sidecars = []
-    for name, size in beside:
+    for name, size in entries:
         sidecars.append((name, raw[at : at + size]))
         at += size
     return Origin(tuple(files), first, tuple(sidecars))

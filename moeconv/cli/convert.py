@@ -1,95 +1,77 @@
-"""`moeconv fuse` and `moeconv unfuse`: two verbs, one way to carry them out."""
+"""The commands that write an output: `moeconv fuse`, `unfuse`, `shard` and `merge`."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from moeconv.cli import options
-from moeconv.cli.ui import Ui, checked_color, handled
+from moeconv.cli.options import (
+    OutputFlags,
+    PrintFlags,
+    RestoreFlags,
+    ShardFlags,
+    SourceFlags,
+    WorkFlags,
+    WriteFlags,
+    keywords,
+    signature,
+)
+from moeconv.cli.ui import Ui, command_ui
 
 if TYPE_CHECKING:
-    from moeconv.api import Result
-
-# to the end of the process: taking half a million tensors apart one by one helps nobody
-_HELD: Final[list[Result]] = []
+    from moeconv.api.run import Result
 
 
-def _command(verb: str, help_text: str) -> Callable[..., None]:
-    """The command of a verb: both take the same flags, so they are written once."""
+def _writing(verb: str, help_text: str, *groups: type) -> Callable[..., None]:
+    """The command that calls the library's function `verb`; groups: flags that not all share."""
 
-    def command(
-        src: options.Source,
-        output: options.Output,
-        layout: options.Layout = None,
-        from_layout: options.FromLayout = None,
-        recipe: options.RecipeFile = None,
-        without: options.Without = None,
-        max_shard_size: options.ShardSize = "5GB",
-        align: options.Align = "page",
-        digests: options.Digests = "now",
-        max_memory: options.Memory = "512MiB",
-        jobs: options.Jobs = None,
-        dry_run: options.DryRun = False,
-        overwrite: options.Overwrite = False,
-        resume: options.Resume = False,
-        unchecked: options.Unchecked = False,
-        as_json: options.AsJson = False,
-        quiet: options.Quiet = False,
-        verbose: options.Verbose = False,
-        color: options.Color = "auto",
-    ) -> None:
-        with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
-            checked_color(color)
-            from moeconv import api
-            from moeconv.units import parse_size
+    def command(**flags: object) -> None:
+        with command_ui(flags) as ui:
+            import moeconv
 
-            run = api.fuse if verb == "fuse" else partial(api.unfuse, unchecked=unchecked)
-            shard_size, memory = parse_size(max_shard_size), parse_size(max_memory)
+            given = keywords(flags)
             with ui.progress(verb) as progress:
-                result = run(
-                    src,
-                    output,
-                    layout=layout,
-                    from_layout=from_layout,
-                    recipe=recipe,
-                    without=tuple(without or ()),
-                    max_shard_size=shard_size,
-                    align=align,
-                    digests=digests,
-                    max_memory=memory,
-                    jobs=jobs,
-                    overwrite=overwrite,
-                    resume=resume,
-                    dry_run=dry_run,
-                    progress=progress,
-                )
-            if result.source.checkpoint.origin and (recipe or from_layout):
+                result: Result = getattr(moeconv, verb)(**given, progress=progress)
+            if result.source.checkpoint.origin and (
+                flags.get("recipe") or flags.get("from_layout")
+            ):
                 ui.warn("SRC carries its own recipes; --recipe and --from-layout were not used")
-            if result.plan.restores and without:
-                ui.warn("what --without left out is missing from the restored origin")
-            show_result(ui, verb, result)
+            if result.plan.restores and flags["exclude"]:
+                ui.warn("what --exclude left out is missing from the restored files")
+            _show(ui, verb, result)
 
     command.__name__ = verb
     command.__doc__ = help_text
-    if verb == "fuse":  # it never restores; typer asks the signature for the flags
-        signature = inspect.signature(command, eval_str=True)
-        flags = [p for p in signature.parameters.values() if p.name != "unchecked"]
-        command.__dict__["__signature__"] = signature.replace(parameters=flags)
+    command.__dict__["__signature__"] = signature(
+        OutputFlags, *groups, WriteFlags, WorkFlags, PrintFlags
+    )
     return command
 
 
-fuse = _command("fuse", "Write every expert stack in its family's fused layout.")
-unfuse = _command("unfuse", "Write experts one by one; our own outputs go back to their origin.")
+fuse = _writing("fuse", "Write every expert stack in its family's fused layout.", SourceFlags)
+unfuse = _writing(
+    "unfuse",
+    "Write experts one by one; an output of moeconv goes back to its original files.",
+    SourceFlags,
+    RestoreFlags,
+)
+shard = _writing(
+    "shard",
+    "Write what each expert-parallel rank needs: its slots in its own files, the rest once.",
+    ShardFlags,
+    SourceFlags,
+)
+merge = _writing(
+    "merge",
+    "Write a sharded output back as the checkpoint it was made from; SRC is not needed.",
+    RestoreFlags,
+)
 
 
-def show_result(ui: Ui, verb: str, result: Result) -> None:
-    """What a writing verb did, or in a dry run would do: notes, warnings, and the result."""
+def _show(ui: Ui, verb: str, result: Result) -> None:
+    """What a command did, or in a dry run would do: notes, warnings, and the result."""
     from moeconv.cli.show import copying_lines, plan_document, plan_summary, plan_table
 
-    _HELD.append(result)
     for stack in result.source.detection.stacks if ui.verbose else ():
         ui.debug(f"{stack.name}: {stack.layout.name} by recipe {stack.recipe.name}, {stack.sizes}")
     for tensor in result.plan.ledger if ui.verbose else ():

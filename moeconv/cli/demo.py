@@ -1,4 +1,4 @@
-"""`moeconv demo`: a small checkpoint fused, verified, taken back and loaded, in a few seconds."""
+"""`moeconv demo`: fuse, verify, restore, shard and load a small checkpoint, in a few seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moeconv.cli import options
 from moeconv.cli.ui import Ui, checked_color, handled
 
 if TYPE_CHECKING:
-    from moeconv.api import Result
+    from moeconv.api.run import Result
 
 _RANKS: Final = 8
 
@@ -26,19 +26,19 @@ def demo(
     ] = None,
     color: options.Color = "auto",
 ) -> None:
-    """Make a small checkpoint; fuse, verify, unfuse, shard, merge and load it: see it work."""
+    """Make a small checkpoint; fuse, verify, unfuse, shard, merge and load it."""
     with handled(Ui(color=color)) as ui:
         checked_color(color)
-        from moeconv.api import DEFAULT_MEMORY_BYTES
-        from moeconv.engine.crew import Limits
-        from moeconv.engine.output import refuse_existing
+        from moeconv.engine.copy.pool import Limits
+        from moeconv.engine.options import DEFAULT_MEMORY_BYTES
+        from moeconv.engine.output.preflight import refuse_existing
 
         if output is not None:
             refuse_existing(output, limits=Limits(1, DEFAULT_MEMORY_BYTES), overwrite=False)
             output.mkdir(parents=True, exist_ok=True)
             _run(ui, output)
             return
-        import tempfile  # of all commands only this one needs it
+        import tempfile  # slow to import, and no other command needs it
 
         folder = Path(tempfile.mkdtemp(prefix="moeconv-demo-"))
         try:
@@ -48,38 +48,38 @@ def demo(
 
 
 def _run(ui: Ui, folder: Path) -> None:
-    from moeconv import api, checks, sharding
-    from moeconv.demo import make_checkpoint
-    from moeconv.units import counted, human_size
+    import moeconv
+    from moeconv.cli.demo_checkpoint import make_checkpoint
+    from moeconv.core.text import counted, human_size
 
     source, fused, back = folder / "source", folder / "fused", folder / "back"
     make_checkpoint(source)
-    opened = api.open_source(source)
+    opened = moeconv.open_source(source)
     stack = opened.detection.stacks[0]
     ui.data(
         f"made      a Qwen3-MoE checkpoint: {counted(len(opened.checkpoint.files), 'file')}, "
         f"{counted(len(opened.checkpoint.tensors), 'tensor')}, "
         f"{human_size(opened.checkpoint.tensor_bytes)}, {stack.sizes.experts} experts a layer"
     )
-    result = api.fuse(source, fused)
+    result = moeconv.fuse(source, fused)
     ui.data(
         f"fused     to {counted(result.plan.tensor_count, 'tensor')}: "
         f"{stack.name}.gate_up_proj is {_shape(result, stack.name)}"
     )
-    report = checks.verify(fused, level="source", source=source)
-    ui.data(f"verified  every byte of the source found again: {'yes' if report.ok else 'NO'}")
-    prints = {checks.fingerprint(source), checks.fingerprint(fused)}
-    ui.data(f"printed   one fingerprint for both layouts: {', '.join(sorted(prints))}")
-    api.unfuse(fused, back)
+    report = moeconv.verify(fused, level="source", source=source)
+    ui.data(f"verified  every byte of the source is in the output: {'yes' if report.ok else 'NO'}")
+    prints = {moeconv.fingerprint(source), moeconv.fingerprint(fused)}
+    ui.data(f"hashed    both layouts have the fingerprint {', '.join(sorted(prints))}")
+    moeconv.unfuse(fused, back)
     same = _same_tree(source, back)
     ui.data(f"unfused   back to the original files, bit for bit: {'yes' if same else 'NO'}")
     ranks, merged = folder / "ranks", folder / "merged"
-    shared = sharding.shard(source, ranks, ep_size=_RANKS, redundant=_RANKS).plan
+    shared = moeconv.shard(source, ranks, ep_size=_RANKS, redundant=_RANKS).plan
     ui.data(
         f"sharded   for {_RANKS} ranks of {(stack.sizes.experts + _RANKS) // _RANKS} slots each; "
         f"the {_RANKS} redundant experts of a layer add {human_size(shared.replica_bytes)}"
     )
-    sharding.merge(ranks, merged)
+    moeconv.merge(ranks, merged)
     again = _same_tree(source, merged)
     ui.data(f"merged    back to the original files, bit for bit: {'yes' if again else 'NO'}")
     loaded = _load(source, fused, stack.name, stack.sizes.experts)
@@ -125,7 +125,7 @@ def _load(source: Path, fused: Path, stack: str, experts: int) -> str | None:
 
 
 def _load_rank(source: Path, ranks: Path, stack: str) -> str:
-    """Load the last rank with our own loader, and hold each slot against its expert."""
+    """Load the last rank with `moeconv.runtime` and compare each slot with its expert."""
     import torch
     from safetensors.torch import load_file
 

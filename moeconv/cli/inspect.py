@@ -1,4 +1,4 @@
-"""`moeconv inspect`: what a checkpoint is, from headers only."""
+"""`moeconv inspect`: show what a checkpoint holds, from headers only."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def inspect(
     verbose: options.Verbose = False,
     color: options.Color = "auto",
 ) -> None:
-    """Show stacks, layouts, dtypes, sizes, gaps and oddities; reads headers only."""
+    """Show stacks, layouts, dtypes, sizes, gaps and warnings; reads headers only."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
         checked_color(color)
-        from moeconv.api import open_source
+        from moeconv.api.open import open_source
         from moeconv.cli import show
 
         opened = open_source(src, recipe=recipe, from_layout=from_layout)
@@ -48,7 +48,7 @@ def inspect(
                 ui.data(line)
             if opened.detection.stacks:
                 ui.table(*show.stack_table(opened.detection.stacks))
-            elif not problems and not opened.detection.passed:
+            elif not problems and not opened.detection.passthrough:
                 ui.data("no routed experts")
             for line in show.other_lines(opened):
                 ui.data(line)

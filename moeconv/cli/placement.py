@@ -11,11 +11,11 @@ from moeconv.cli import options
 from moeconv.cli.ui import Ui, checked_color, handled
 
 if TYPE_CHECKING:
-    from moeconv.jsonvalue import Json
-    from moeconv.placement.documents import RawMap
-    from moeconv.placement.placement import Layers, Placement
+    from moeconv.core.json_value import Json
+    from moeconv.placement.foreign_map import RawMap
+    from moeconv.placement.model import Layers, Placement
 
-_SOURCE_HELP = "The checkpoint that the map is for: a directory, or all else that SRC may be."
+_SOURCE_HELP = "The checkpoint that the map is for: a directory, or anything else SRC may be."
 Map: TypeAlias = Annotated[
     str,
     typer.Argument(
@@ -24,14 +24,11 @@ Map: TypeAlias = Annotated[
 ]
 Ranks: TypeAlias = Annotated[
     int | None,
-    typer.Option("--ep", min=1, metavar="N", help="Expert-parallel ranks, to check the map for."),
-]
-Duplicates: TypeAlias = Annotated[
-    bool, typer.Option("--allow-duplicates", help="Let a rank hold the same expert twice.")
+    typer.Option("--ep", min=1, metavar="N", help="Check the map for N expert-parallel ranks."),
 ]
 
 placement = typer.Typer(
-    help="Expert placement maps: look at one, translate it for another system.",
+    help="Expert placement maps: show one, or convert it for another system.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -45,28 +42,28 @@ def show(
     ] = None,
     map_layers: options.MapLayers = None,
     ep: Ranks = None,
-    allow_duplicates: Duplicates = False,
+    allow_duplicates: options.AllowDuplicates = False,
     as_json: options.AsJson = False,
     color: options.Color = "auto",
 ) -> None:
-    """Show a map's format, sizes and ranks; fail with all that is wrong with it."""
+    """Show a map's format, sizes and ranks; report every problem that it has."""
     with handled(Ui(json=as_json, color=color)) as ui:
         checked_color(color)
         from moeconv.errors import BadPlacement, UsageProblem
-        from moeconv.mapfiles import read_map
-        from moeconv.placement.formats import ep_size_of, resolve
-        from moeconv.placement.placement import check
+        from moeconv.placement.files import read_map
+        from moeconv.placement.model import check
+        from moeconv.placement.resolve import ep_size_of, resolve
 
         if map_layers is not None and source is None:
             raise UsageProblem(
                 "`--map-layers` needs `--source SRC`",
-                cause="without a checkpoint a map's rows are shown by their own numbers",
-                fix="say `--source SRC` too, or drop `--map-layers`",
+                cause="without a checkpoint the rows of a map are shown by their own numbers",
+                fix="add `--source SRC`, or drop `--map-layers`",
             )
         raw = read_map(map_)
         if source is None:
             layers, found = _alone(raw)
-            assumed = f"{layers.experts} experts, from the largest id; `--source SRC` would tell"
+            assumed = f"{layers.experts} experts, from the largest id; `--source SRC` would say"
         else:
             layers, _ = _layers(source)
             found, assumed = resolve(raw, layers, map_layers=map_layers)
@@ -108,19 +105,20 @@ def convert(
     ],
     map_layers: options.MapLayers = None,
     ep: Ranks = None,
-    allow_duplicates: Duplicates = False,
+    allow_duplicates: options.AllowDuplicates = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     color: options.Color = "auto",
 ) -> None:
-    """Write a map in another system's format; systems count layers differently, so SRC tells."""
+    """Write a map in another system's format. Systems count layers differently: SRC says how."""
     with handled(Ui(json=as_json, quiet=quiet, color=color)) as ui:
         checked_color(color)
-        from moeconv.engine.output import refuse_overlap
-        from moeconv.engine.single import refuse_file, write_single
-        from moeconv.mapfiles import read_map
-        from moeconv.placement.formats import ep_size_of, resolve, written
-        from moeconv.placement.placement import check
+        from moeconv.engine.output.atomic_file import refuse_file, write_single
+        from moeconv.engine.output.preflight import refuse_overlap
+        from moeconv.placement.files import read_map
+        from moeconv.placement.formats import write_map
+        from moeconv.placement.model import check
+        from moeconv.placement.resolve import ep_size_of, resolve
 
         refuse_file(output)
         raw = read_map(map_)
@@ -129,25 +127,25 @@ def convert(
         refuse_overlap(place, output)
         found, assumed = resolve(raw, layers, map_layers=map_layers)
         check(found, layers, ep_size=ep_size, allow_duplicates=allow_duplicates)
-        write_single(output, written(to, found, layers, ep_size=ep_size))
+        write_single(output, write_map(to, found, layers, ep_size=ep_size))
         ui.say(f"{raw.format}, {assumed}")
         doc = _document(to, found, ep_size, assumed)
         ui.result(str(output), lambda: {**doc, "source_format": raw.format, "output": str(output)})
 
 
 def _layers(source: str) -> tuple[Layers, Path]:
-    """The checkpoint's layers, and where it is."""
-    from moeconv.api import open_source
-    from moeconv.layout.moelayers import layers_of
+    """The checkpoint's layers and its local path."""
+    from moeconv.api.open import open_source
+    from moeconv.detect.moe_layers import layers_of
 
     opened = open_source(source)
-    layers, _ = layers_of(opened.detection.whole().stacks, opened.checkpoint.config)
+    layers, _ = layers_of(opened.detection.checked().stacks, opened.checkpoint.config)
     return layers, opened.path
 
 
 def _alone(raw: RawMap) -> tuple[Layers, Placement]:
-    """A map without its checkpoint: its own indices and ids are all there is."""
-    from moeconv.placement.placement import Layers, Placement
+    """Layers and placement of a map alone, from its own indices and ids."""
+    from moeconv.placement.model import Layers, Placement
 
     indices = tuple(index for index, _ in raw.rows)
     rows = tuple(row for _, row in raw.rows)
@@ -174,12 +172,12 @@ def _document(name: str, found: Placement, ep_size: int | None, assumed: str) ->
 
 
 def _redundant(found: Placement) -> int | None:
-    """R, the slots beyond the experts; None where there are fewer slots than experts."""
+    """R, the slots beyond the experts; None if there are fewer slots than experts."""
     return found.slots - found.experts if found.slots >= found.experts else None
 
 
 def _describe(ui: Ui, raw: RawMap, found: Placement, assumed: str) -> None:
-    from moeconv.units import counted
+    from moeconv.core.text import counted
 
     redundant = _redundant(found)
     more = "too few" if redundant is None else f"{redundant} redundant"

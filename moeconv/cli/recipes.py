@@ -10,11 +10,11 @@ from moeconv.cli import options
 from moeconv.cli.ui import Ui, checked_color, handled
 
 if TYPE_CHECKING:
-    from moeconv.jsonvalue import Json
+    from moeconv.core.json_value import Json
     from moeconv.layout.recipe import Recipe
 
 recipes = typer.Typer(
-    help="The families and layouts it knows: `list`, or no word; one of them; a file of your own.",
+    help="Recipes of families and layouts: list them, print one, check your own.",
     invoke_without_command=True,
     rich_markup_mode=None,
 )
@@ -22,17 +22,17 @@ recipes = typer.Typer(
 
 @recipes.callback()
 def _all(context: typer.Context) -> None:
-    """The families and layouts it knows: `list`, or no word; one of them; a file of your own."""
+    """Recipes of families and layouts: list them, print one, check your own."""
     if context.invoked_subcommand is None:
         list_()
 
 
 @recipes.command("list")
 def list_(as_json: options.AsJson = False, color: options.Color = "auto") -> None:
-    """List the recipes: tensor names, layouts, model types; and the parts of quantised experts."""
+    """List all recipes, and the components of quantised experts."""
     with handled(Ui(json=as_json, color=color)) as ui:
         checked_color(color)
-        from moeconv.library import parts, shipped_recipes
+        from moeconv.layout.shipped import parts, shipped_recipes
 
         found = shipped_recipes()
         if as_json:
@@ -59,7 +59,7 @@ def list_(as_json: options.AsJson = False, color: options.Color = "auto") -> Non
             ]
             for component, names in parts(found)
         ]
-        ui.table(["part", "of", "axes of one matrix", "fused suffix", "recipes"], rows)
+        ui.table(["component", "of", "axes of one matrix", "fused suffix", "recipes"], rows)
 
 
 def _document(recipe: Recipe) -> Json:
@@ -79,10 +79,10 @@ def show(
     name: Annotated[str, typer.Argument(help="A recipe's name.", show_default=False)],
     color: options.Color = "auto",
 ) -> None:
-    """Print a recipe as TOML: a start for one of your own."""
+    """Print a recipe as TOML, to start your own from."""
     with handled(Ui(color=color)) as ui:
         checked_color(color)
-        from moeconv.library import load_recipe
+        from moeconv.layout.shipped import load_recipe
 
         ui.data(load_recipe(name).toml.rstrip("\n"))
 
@@ -96,7 +96,7 @@ def check(
     """Check a recipe of your own; every problem is reported at once."""
     with handled(Ui(json=as_json, color=color)) as ui:
         checked_color(color)
-        from moeconv.library import load_recipe
+        from moeconv.layout.shipped import load_recipe
 
         recipe = load_recipe(file)
         ui.result(f"ok: {recipe.name}", lambda: {"type": "recipe", "ok": True, **_as_dict(recipe)})

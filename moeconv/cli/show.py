@@ -1,4 +1,4 @@
-"""Plans and checkpoints as tables and JSON: pure, so that every verb says things alike."""
+"""Plans and checkpoints as tables, lines and JSON; nothing here prints."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from moeconv.api import Opened, Result
+from moeconv.api.open import Opened
+from moeconv.api.run import Result
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.engine.methods import REFLINK
-from moeconv.jsonvalue import Json
-from moeconv.layout.stack import Stack
-from moeconv.manifest import Root
-from moeconv.names import natural_key, printable
-from moeconv.units import counted, human_size
+from moeconv.core.json_value import Json, error_json
+from moeconv.core.names import natural_key
+from moeconv.core.text import LISTED, counted, human_size, listed
+from moeconv.detect.stack import Stack
+from moeconv.errors import printable
+from moeconv.layout.shipped import vocabulary
+from moeconv.manifest.model import Root
 
 _LAYER = re.compile(r"(.*?)([0-9]+)((?:\.[^.0-9][^.]*)*)")
-_COUPLED = re.compile(
-    r"[._](?:gate|router|moe_statics|tid2eid|shared_mlp|e_score_correction_bias|router_bias)(?:[._]|$)"
-    r"|expert"
-)
 Rows = list[list[str]]
 
 
 # --- plans -------------------------------------------------------------------------------------
 def plan_table(result: Result) -> tuple[list[str], Rows]:
-    """One row an output file."""
+    """One row per output file."""
     rows = [
         [printable(f.name), f"{len(f.tensors):,}", f"{len(f.tiles):,}", human_size(f.size)]
         for f in result.plan.files
@@ -34,28 +32,26 @@ def plan_table(result: Result) -> tuple[list[str], Rows]:
 
 
 def plan_summary(result: Result) -> list[str]:
-    """What happens, in a few lines; the last one is about the disk."""
+    """Source, output and fingerprint, one line each; the last line is about disk space."""
     plan, source = result.plan, result.source.checkpoint
-    verbs = Counter(fate.verb for fate in plan.ledger)
-    fates = ", ".join(f"{count:,} {verb}" for verb, count in sorted(verbs.items()))
+    verbs = Counter(entry.verb for entry in plan.ledger)
+    counts = ", ".join(f"{count:,} {verb}" for verb, count in sorted(verbs.items()))
     lines = [
         f"source: {counted(len(source.files), 'file')}, "
-        f"{counted(len(source.tensors), 'tensor')}, {human_size(source.tensor_bytes)} ({fates})",
+        f"{counted(len(source.tensors), 'tensor')}, {human_size(source.tensor_bytes)} ({counts})",
         f"output: {counted(len(plan.files), 'file')}, "
         f"{counted(plan.tensor_count, 'tensor')}, {human_size(plan.tensor_bytes)}"
-        + (", none of it written" if plan.virtual else "")
+        + (", not written" if plan.virtual else "")
         + f"; {counted(len(source.sidecars), 'sidecar')} copied",
     ]
     if plan.ep_size is not None:
-        lines.append(
-            f"redundant experts: {human_size(plan.replica_bytes)} beyond the source's bytes"
-        )
+        lines.append(f"redundant experts: {human_size(plan.replica_bytes)} more than the source")
     if result.manifest is not None:
         value = result.manifest.root.fingerprint
         lines.append(f"fingerprint: {value or 'unknown until the data is read'}")
     room = result.room
     short = "" if room.enough else ": NOT ENOUGH"
-    sharing = f" ({human_size(room.shared)} of it can be clones)" if room.shared else ""
+    sharing = f" ({human_size(room.shared)} of it can be cloned)" if room.shared else ""
     lines.append(
         f"disk: {human_size(room.needed)} needed{sharing}, {human_size(room.free)} free{short}"
     )
@@ -133,13 +129,13 @@ def plan_document(verb: str, result: Result) -> Json:
 
 
 def _copying(result: Result) -> Json:
-    """How the bytes went, for those who count them."""
+    """How many bytes each copy method copied; None if nothing was."""
     methods = result.methods
     if methods is None:
         return None
     tally = methods.tally
     return {
-        "methods": [*sorted(set(methods.found.values()))],
+        "methods": [*methods.names],
         "cloned": tally.cloned,
         "copied_in_kernel": tally.copied,
         "written": tally.written,
@@ -148,24 +144,24 @@ def _copying(result: Result) -> Json:
 
 
 def copying_lines(result: Result) -> list[str]:
-    """The same in words, and what would have copied less."""
+    """How many bytes each copy method copied, and a flag that would have copied fewer."""
     methods = result.methods
     if methods is None or not methods.found:
         return []
     tally, total = methods.tally, result.plan.tensor_bytes
     lines = [
-        f"{' and '.join(sorted(set(methods.found.values())))}: {human_size(tally.cloned)} cloned, "
+        f"{' and '.join(methods.names)}: {human_size(tally.cloned)} cloned, "
         f"{human_size(tally.copied)} copied in the kernel, {human_size(tally.written)} written, "
         f"{human_size(tally.direct)} written past the page cache"
     ]
-    if REFLINK in methods.found.values() and tally.cloned < total // 2 and result.aligned_to_page:
-        lines.append("this file system can clone: `--align source` may copy next to nothing")
+    if methods.share_blocks and tally.cloned < total // 2 and result.aligned_to_page:
+        lines.append("this file system can clone: `--align source` may copy almost nothing")
     return lines
 
 
 # --- checkpoints -------------------------------------------------------------------------------
 def checkpoint_lines(opened: Opened) -> list[str]:
-    """The checkpoint as a whole."""
+    """The checkpoint as a whole: type, sizes, who wrote it."""
     checkpoint = opened.checkpoint
     config = checkpoint.config
     kind = printable(config.model_type) if config.model_type else "no model_type"
@@ -195,35 +191,40 @@ def _sharding_lines(root: Root) -> list[str]:
 
 
 def other_lines(opened: Opened) -> list[str]:
-    """What belongs to no stack."""
+    """The tensors and files that belong to no stack."""
     others = opened.detection.others
     size = sum(t.nbytes for t in others)
     sidecars = opened.checkpoint.sidecars
-    lines = [f"beside the experts: {counted(len(others), 'tensor')}, {human_size(size)}"]
+    lines = [f"not experts: {counted(len(others), 'tensor')}, {human_size(size)}"]
     coupled = coupled_names(opened)
     if coupled:
-        more = f" and {len(coupled) - 12} more" if len(coupled) > 12 else ""
-        lines.append(f"routers and shared experts, left alone: {', '.join(coupled[:12])}{more}")
+        lines.append(f"routers and shared experts, copied as they are: {listed(coupled, most=12)}")
     if sidecars:
-        names = ", ".join(printable(s.name) for s in sidecars[:6])
-        more = f" and {len(sidecars) - 6} more" if len(sidecars) > 6 else ""
-        lines.append(f"sidecars: {names}{more}")
+        names = [printable(s.name) for s in sidecars[:LISTED]]
+        lines.append(f"sidecars: {listed(names, count=len(sidecars))}")
     return lines
 
 
 def coupled_names(opened: Opened) -> list[str]:
-    """What belongs to a layer's experts without being one, each name once for all layers."""
+    """Routers, shared experts and the like; each name once for all layers."""
     layers = {_split_layer(s.name)[:2] for s in opened.detection.stacks}
     found: dict[str, None] = {}
+    beside = _beside_experts()
     for tensor in opened.detection.others:
         head, layer, tail = _split_layer(tensor.name)
-        if (head, layer) in layers and _COUPLED.search(tail):
+        if (head, layer) in layers and beside.search(tail):
             found[printable(tail.removeprefix("."))] = None
     return sorted(found, key=natural_key)
 
 
+def _beside_experts() -> re.Pattern[str]:
+    names = vocabulary().beside
+    words = "|".join(sorted(map(re.escape, names.words)))
+    return re.compile("|".join([rf"[._](?:{words})(?:[._]|$)", *map(re.escape, names.parts)]))
+
+
 def stack_table(stacks: tuple[Stack, ...]) -> tuple[list[str], Rows]:
-    """One row for stacks that are alike but for their layer."""
+    """One row for all stacks that differ only in their layer."""
     groups: dict[tuple[str, ...], list[tuple[int, Stack]]] = {}
     for stack in stacks:
         head, layer, tail = _split_layer(stack.name)
@@ -243,12 +244,12 @@ def stack_table(stacks: tuple[Stack, ...]) -> tuple[list[str], Rows]:
 
 def _traits(stack: Stack) -> list[str]:
     sizes = stack.sizes
-    held: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     for member in stack.members:
-        dtypes = held.setdefault(member.component.name, [])
+        dtypes = found.setdefault(member.component.name, [])
         if member.dtype not in dtypes:
             dtypes.append(member.dtype)
-    components = ", ".join(f"{name} {'/'.join(dtypes)}" for name, dtypes in held.items())
+    components = ", ".join(f"{name} {'/'.join(dtypes)}" for name, dtypes in found.items())
     return [
         str(sizes.experts),
         str(sizes.width),
@@ -276,7 +277,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def tensor_table(tensors: Iterable[StoredTensor], files: tuple[str, ...]) -> tuple[list[str], Rows]:
-    """One row a tensor, in natural order."""
+    """One row per tensor, in natural order."""
     rows = [
         [
             printable(t.name),
@@ -333,7 +334,7 @@ def checkpoint_document(opened: Opened, tensors: Iterable[StoredTensor] | None) 
         "notes": list(detection.notes),
         "sidecars": [{"name": s.name, "size": s.size} for s in checkpoint.sidecars],
         "warnings": list(checkpoint.warnings),
-        "problems": [p.as_json() for p in detection.problems],
+        "problems": [error_json(p) for p in detection.problems],
         "fingerprint": checkpoint.manifest.root.fingerprint if checkpoint.manifest else None,
     }
     if tensors is not None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one line, an exit code, and time to take back what was made."""
+"""SIGINT and SIGTERM: print one line, exit with a code, and remove what was written."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from typing import Final, NoReturn
 
 EXIT_INTERRUPTED: Final = 130
 EXIT_TERMINATED: Final = 143  # as if SIGTERM had ended us
-ENDED: Final = frozenset({EXIT_INTERRUPTED, EXIT_TERMINATED})
+SIGNAL_EXITS: Final = frozenset({EXIT_INTERRUPTED, EXIT_TERMINATED})
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: schedulers send it, and it must end a run as cleanly as Ctrl-C does."""
+    """SIGTERM, which schedulers send; it ends a run as cleanly as Ctrl-C does."""
 
 
 _PROBLEMS: Final = {int(signal.SIGINT): KeyboardInterrupt, int(signal.SIGTERM): Terminated}
 
 
-def end_when_told() -> None:
-    """SIGINT and SIGTERM end the process with their line, until a verb is at work."""
-    _answer(_end)
+def install_handlers() -> None:
+    """Exit with one line on SIGINT and SIGTERM, until a command is running."""
+    _handle_with(_exit)
 
 
-def hear_no_more() -> None:
-    """What is done is done: no signal turns it into something else on the way out."""
+def ignore_signals() -> None:
+    """Ignore further signals: the exit code is decided."""
     for number in _PROBLEMS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end(problem: KeyboardInterrupt) -> NoReturn:
-    # not the exception itself: typer would take it, and end without a word
-    raise SystemExit(interrupted(problem))
+def _exit(problem: KeyboardInterrupt) -> NoReturn:
+    # not the exception itself: typer would catch it and exit without a message
+    raise SystemExit(report_interrupt(problem))
 
 
 def _raise(problem: KeyboardInterrupt) -> NoReturn:
@@ -44,12 +44,12 @@ def _raise(problem: KeyboardInterrupt) -> NoReturn:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, both signals are raised as they are: what was made can be taken back."""
+    """Raise both signals as exceptions within the block, so that outputs can be removed."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is ever interrupted
         return
     before = [(number, signal.getsignal(number)) for number in _PROBLEMS]
-    _answer(_raise)
+    _handle_with(_raise)
     try:
         yield
     finally:
@@ -57,20 +57,20 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _answer(what: Callable[[KeyboardInterrupt], NoReturn]) -> None:
-    """What to do when a signal comes; those that are ignored, as under `nohup`, stay so."""
+def _handle_with(action: Callable[[KeyboardInterrupt], NoReturn]) -> None:
+    """Call `action` on a signal; signals that are ignored, as under `nohup`, stay ignored."""
 
-    def told(number: int, frame: FrameType | None) -> NoReturn:
-        what(_PROBLEMS[number]())
+    def handler(number: int, frame: FrameType | None) -> NoReturn:
+        action(_PROBLEMS[number]())
 
     for number in _PROBLEMS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, told)
+            signal.signal(number, handler)
 
 
-def interrupted(problem: KeyboardInterrupt) -> int:
-    """Say in one line that a run was ended, and what became of its files; the exit code."""
+def report_interrupt(problem: KeyboardInterrupt) -> int:
+    """Print in one line that a run was ended and what became of its files; the exit code."""
     terminated = isinstance(problem, Terminated)
-    said = ["terminated" if terminated else "interrupted", *getattr(problem, "__notes__", [])]
-    sys.stderr.write(f"{'; '.join(said)}\n")
+    words = ["terminated" if terminated else "interrupted", *getattr(problem, "__notes__", [])]
+    sys.stderr.write(f"{'; '.join(words)}\n")
     return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED

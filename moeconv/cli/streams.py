@@ -1,4 +1,4 @@
-"""The two streams: what is said must be printed or fail in words, talk may be lost."""
+"""stdout and stderr: a result that cannot be printed is an error, a message may be lost."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from moeconv.errors import IoFailed
 
 EXIT_PIPE: Final = 141  # as if the closed pipe's signal had ended us
 _LAST_STREAM: Final = 2
-_ERRORS: Final = "moeconv"  # the name of our own answer to what an encoding lacks
+_ERRORS: Final = "moeconv"  # the name of our codec error handler
 
 
-def _as_it_was_given(problem: UnicodeError) -> tuple[str | bytes, int]:
-    """Paths that are not text are printed as the bytes that they are, all else as escapes."""
+def _encode_anyway(problem: UnicodeError) -> tuple[str | bytes, int]:
+    """Print the bytes of paths that are not valid text as they are, all else as escapes."""
     try:
         return codecs.lookup_error("surrogateescape")(problem)
     except UnicodeError:
         return codecs.backslashreplace_errors(problem)
 
 
-codecs.register_error(_ERRORS, _as_it_was_given)
+codecs.register_error(_ERRORS, _encode_anyway)
 
 
-class Data(io.TextIOWrapper):
-    """Standard output. Raises IoFailed; SystemExit where whoever read it has left."""
+class ResultStream(io.TextIOWrapper):
+    """Standard output. Raises IoFailed, or SystemExit if the reader closed the pipe."""
 
-    def give_up(self) -> None:
-        """What still waits to be written would fail once more at the end, or wait for ever."""
+    def discard(self) -> None:
+        """Drop what is still buffered: it would fail again at exit, or block for ever."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
 
     def write(self, text: str) -> int:
-        """As any stream's."""
+        """As in the base class."""
         with self._printing():
             return super().write(text)
 
     def flush(self) -> None:
-        """As any stream's."""
+        """As in the base class."""
         with self._printing():
             super().flush()
 
@@ -52,45 +52,45 @@ class Data(io.TextIOWrapper):
         try:
             yield
         except BrokenPipeError:
-            self.give_up()
+            self.discard()
             raise SystemExit(EXIT_PIPE) from None
         except OSError as problem:
-            self.give_up()
+            self.discard()
             raise IoFailed(
                 "cannot print the result",
                 at="standard output",
                 cause=problem.strerror,
-                fix="what is on the disk is as it should be; send the output elsewhere",
+                fix="the files on disk are complete; send stdout somewhere else",
             ) from None
 
 
-class Talk(io.TextIOWrapper):
-    """Standard error: a run does not fail for want of somebody who listens."""
+class MessageStream(io.TextIOWrapper):
+    """Standard error. Errors are ignored: a closed stderr must not fail the run."""
 
     def write(self, text: str) -> int:
-        """As any stream's, or nothing."""
+        """As in the base class; errors are ignored."""
         with suppress(OSError):
             super().write(text)
         return len(text)
 
     def flush(self) -> None:
-        """As any stream's, or nothing."""
+        """As in the base class; errors are ignored."""
         with suppress(OSError):
             super().flush()
 
 
 def open_streams() -> None:
-    """Make both what they are here; one that was closed (`>&-`) is silence."""
-    # a file of ours must not get the number of a stream, to which others may print
+    """Replace both streams by ours; one that was closed (`>&-`) goes to /dev/null."""
+    # no file of ours may get the descriptor of a closed stream: others print to it
     while (number := os.open(os.devnull, os.O_RDWR)) <= _LAST_STREAM:
         continue
     os.close(number)
-    sys.stdout = _like(Data, sys.stdout)
-    sys.stderr = _like(Talk, sys.stderr)
+    sys.stdout = _rewrap(ResultStream, sys.stdout)
+    sys.stderr = _rewrap(MessageStream, sys.stderr)
 
 
-def _like(kind: type[io.TextIOWrapper], stream: TextIO | None) -> TextIO:
-    """The same stream as such a kind; one that a host put there is left as it is."""
+def _rewrap(kind: type[io.TextIOWrapper], stream: TextIO | None) -> TextIO:
+    """The same stream as a `kind`; a stream that is not a plain text file stays as it is."""
     if stream is None:
         return kind(io.FileIO(os.devnull, "w"), encoding="utf-8", errors=_ERRORS)
     if not isinstance(stream, io.TextIOWrapper):
@@ -98,9 +98,9 @@ def _like(kind: type[io.TextIOWrapper], stream: TextIO | None) -> TextIO:
     try:
         stream.flush()
         number = stream.fileno()
-    except OSError:  # of no file
+    except OSError:  # it has no descriptor
         return stream
-    # with a buffer of its own: a raw file may take a part of what it is given and say so to nobody
+    # buffered: a raw file may write only a part of what it is given, and report that to nobody
     return kind(
         io.BufferedWriter(io.FileIO(number, "w", closefd=False)),
         encoding=stream.encoding,

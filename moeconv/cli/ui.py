@@ -1,4 +1,4 @@
-"""The one sink: data to stdout, talk to stderr, and nothing else in moeconv prints."""
+"""Everything that is printed: results to stdout, messages to stderr."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol, TextIO
 
 import typer
 
-from moeconv.cli.signals import interrupted, interruptible
-from moeconv.errors import InternalError, MoeconvError, UsageProblem, quoted
-from moeconv.errors.system import system_failure
-from moeconv.jsonvalue import Json
-from moeconv.names import printable
-from moeconv.units import human_size
+from moeconv.cli.signals import interruptible, report_interrupt
+from moeconv.core.json_value import Json, error_json
+from moeconv.core.system_errors import system_failure
+from moeconv.core.text import human_size
+from moeconv.errors import InternalError, MoeconvError, UsageProblem, printable, quoted
 
 HEARTBEAT_SECONDS: Final = 10.0
 EXIT_NO: Final = 1
@@ -32,7 +31,7 @@ _STYLES: Final = {"error": "31;1", "warning": "33;1", "note": "36"}
 
 @dataclass(frozen=True, slots=True)
 class Ui:
-    """How one command talks: its flags, and whether its two streams are screens."""
+    """What one command prints, and how: by its `PrintFlags`."""
 
     json: bool = False
     quiet: bool = False
@@ -47,18 +46,18 @@ class Ui:
     def document(self, doc: Json) -> None:
         """The one JSON document of a `--json` run."""
         text = json.dumps(doc, indent=2, ensure_ascii=False)
-        # halves of characters, of paths that are not text, are no UTF-8, but may stand as escapes
+        # lone surrogates, from paths that are not valid text, cannot be UTF-8: escape them
         self.data(_SURROGATES.sub(lambda half: f"\\u{ord(half[0]):04x}", text))
 
     def result(self, path: str, doc: Callable[[], Json]) -> None:
-        """What a writing verb leaves behind: its path, or the whole document with `--json`."""
+        """The result: a path or a value, or the whole document with `--json`."""
         if self.json:
             self.document(doc())
         else:
             self.data(path)
 
     def table(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Columns, or on a screen too narrow for them a block a row. Rows hold escaped text."""
+        """Columns, or one block per row on a narrow terminal. Rows are escaped text."""
         # imported here, as everything slow: `moeconv --help` must not pay for it
         from rich.cells import cell_len
         from rich.console import Console
@@ -83,26 +82,26 @@ class Ui:
         for line in captured.get().splitlines():
             self.data(line.rstrip())
 
-    # --- talk ----------------------------------------------------------------------------------
+    # --- messages ------------------------------------------------------------------------------
     def say(self, text: str) -> None:
-        """A line for people."""
+        """A message; not with `--quiet` or `--json`."""
         if not self.quiet and not self.json:
             sys.stderr.write(f"{text}\n")
 
     def debug(self, text: str) -> None:
-        """A line for those who asked with `-v`."""
+        """A message for `--verbose`."""
         if self.verbose:
             sys.stderr.write(f"{printable(text)}\n")
 
     def warn(self, text: str) -> None:
-        """Something odd that does not stop the run."""
+        """A warning; not with `--quiet`."""
         if not self.quiet:
             sys.stderr.write(f"{self._styled('warning')}: {text}\n")
 
     def error(self, problem: MoeconvError) -> None:
         """An error, as text or as the last JSON object on stderr."""
         if self.json:
-            sys.stderr.write(json.dumps(problem.as_json(), ensure_ascii=False) + "\n")
+            sys.stderr.write(json.dumps(error_json(problem), ensure_ascii=False) + "\n")
             return
         text = str(problem)
         if self._colored():
@@ -121,7 +120,7 @@ class Ui:
     # --- progress ------------------------------------------------------------------------------
     @contextmanager
     def progress(self, what: str) -> Iterator[Progress | None]:
-        """A callback for bytes done: one bar on a screen, a line every ten seconds elsewhere."""
+        """A callback for bytes done: a bar on a terminal, else a line every ten seconds."""
         if self.quiet:
             yield None
             return
@@ -224,18 +223,32 @@ def handled(ui: Ui) -> Iterator[Ui]:
         ui.error(failure)
         raise typer.Exit(failure.exit_code) from None
     except KeyboardInterrupt as problem:
-        raise typer.Exit(interrupted(problem)) from None
-    except Exception as problem:  # noqa: BLE001 - the one place that turns bugs into words
+        raise typer.Exit(report_interrupt(problem)) from None
+    except Exception as problem:  # noqa: BLE001 - the one place that reports bugs
         ui.error(_bug(problem))
         if ui.verbose:
             traceback.print_exc()
         raise typer.Exit(InternalError.exit_code) from None
 
 
+@contextmanager
+def command_ui(flags: Mapping[str, object]) -> Iterator[Ui]:
+    """The frame of a command's body, from its `PrintFlags`. Raises typer.Exit."""
+    printer = Ui(
+        json=bool(flags.get("as_json")),
+        quiet=bool(flags.get("quiet")),
+        verbose=bool(flags.get("verbose")),
+        color=str(flags.get("color", "auto")),
+    )
+    with handled(printer) as ui:
+        checked_color(printer.color)
+        yield ui
+
+
 def _bug(problem: Exception) -> MoeconvError:
     last = traceback.extract_tb(problem.__traceback__)[-1]
     return InternalError(
-        f"moeconv failed in a way it should not: {type(problem).__name__}: {problem}",
+        f"unexpected {type(problem).__name__}: {problem}",
         at=f"{last.name}, line {last.lineno}",
         fix="report it with the output of the same command and `-v`",
     )
@@ -245,6 +258,6 @@ def checked_color(value: str) -> str:
     """`auto`, `always` or `never`. Raises UsageProblem."""
     if value not in ("auto", "always", "never"):
         raise UsageProblem(
-            f"{quoted(value)} is no choice for `--color`", fix="auto, always or never"
+            f"{quoted(value)} is not a value of `--color`", fix="auto, always or never"
         )
     return value

@@ -7,38 +7,42 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from moeconv.checkpoint.file_io import append, read_available
-from moeconv.checkpoint.reading import opened, read_document, unreadable
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
-from moeconv.digest import digest, hasher
-from moeconv.engine.crew import Limits, Progress, run_tiles
-from moeconv.engine.files import new_file, partial_path, write_new, writing
-from moeconv.engine.gather import BUFFER_BYTES
-from moeconv.engine.inventory import Inventory
-from moeconv.engine.journal import barely_begun, plan_digest, resumable
-from moeconv.engine.methods import REFLINK, Methods
-from moeconv.engine.papers import (
+from moeconv.core.digest import digest, hasher
+from moeconv.core.signals import defer_signals
+from moeconv.engine.copy.digests import Digests
+from moeconv.engine.copy.disk_sink import DiskSink
+from moeconv.engine.copy.methods import CopyMethods
+from moeconv.engine.copy.pool import Limits, Progress, run_tiles
+from moeconv.engine.copy.write_buffer import BUFFER_BYTES
+from moeconv.engine.manifest_writer import (
     document,
-    entry_of,
+    document_names,
     grouped,
     origin_of,
-    paper_names,
     part_of,
     read_back,
     source_entry,
     virtual_parts,
 )
-from moeconv.engine.recorded import recorded
-from moeconv.engine.resume import finished_before, identity
-from moeconv.engine.room import Room, refuse_short
-from moeconv.engine.target import DiskTarget
-from moeconv.engine.tiles import Digests, Promised
-from moeconv.engine.undisturbed import undisturbed
-from moeconv.engine.workplace import Workplace, fsync_directory
+from moeconv.engine.options import LATER, RunOptions
+from moeconv.engine.output.atomic_file import (
+    fsync_directory,
+    new_file,
+    partial_path,
+    write_new,
+    writing,
+)
+from moeconv.engine.output.disk_space import DiskSpace, refuse_short
+from moeconv.engine.output.journal import clear_aborted_start, plan_digest, resumable
+from moeconv.engine.output.ownership import Inventory
+from moeconv.engine.output.resume import finished_before, identity
+from moeconv.engine.output.transaction import OutputTransaction
+from moeconv.engine.recorded_digests import DigestPolicy, recorded
 from moeconv.errors import MoeconvError, NameCollision, SourceChanged, quoted
-from moeconv.manifest import (
-    MAX_PAPER_BYTES,
+from moeconv.manifest.model import (
+    MAX_DOCUMENT_BYTES,
     ORIGIN_NAME,
     PARTS_DIR,
     ROOT_NAME,
@@ -46,11 +50,12 @@ from moeconv.manifest import (
     Manifest,
     Part,
     Root,
-    addresses,
     root_bytes,
 )
-from moeconv.manifestreader import parse_root
-from moeconv.plan.values import OutputFile, Plan, Rewrite
+from moeconv.manifest.reader import parse_root
+from moeconv.plan.model import OutputFile, Plan, Rewrite
+from moeconv.store.documents import opened, read_document, unreadable
+from moeconv.store.file_io import append, read_available
 from moeconv.version import __version__
 
 
@@ -62,8 +67,8 @@ def refuse_collisions(plan: Plan, checkpoint: Checkpoint) -> None:
             raise NameCollision(
                 f"{quoted(sidecar.name)} of the source has the name of an output file",
                 at=quoted(sidecar.name),
-                cause="the index does not name it, so it would be copied as it is",
-                fix=f"leave it out with `--without '{sidecar.name}'`",
+                cause="the index does not name it, so it would be copied unchanged",
+                fix=f"leave it out with `--exclude '{sidecar.name}'`",
             )
 
 
@@ -71,35 +76,30 @@ def commit(
     plan: Plan,
     checkpoint: Checkpoint,
     out: Path,
+    options: RunOptions,
     *,
     limits: Limits,
-    methods: Methods,
-    room: Room,
-    overwrite: bool,
-    resume: bool,
-    later: bool,
-    unchecked: bool = False,
+    methods: CopyMethods,
+    space: DiskSpace,
     progress: Progress,
     replaced: Inventory | None = None,
 ) -> tuple[Manifest | None, tuple[str, ...]]:
-    """Carry out a plan. OUT is as it was before if anything goes wrong, unless it is to be resumed.
+    """Write the plan's output; if anything fails, OUT is as it was before.
 
-    methods: to be filled with how bytes went. room: counts on clones, where there seem to be any;
-    they are asked for before anything is copied. later: take no digests of data now. resume: go on
-    where an earlier run of the same plan ended, and if this one fails, keep what is finished.
-    replaced: what stands in an OUT that is to be overwritten. unchecked: restore an origin without
-    reading what need not be read for it. Otherwise a restore reads every byte and holds it against
-    what the set records, whatever `later` says and however the bytes get there: after it nothing
-    else could tell.
-    Returns the manifest that was written, or None for a restored origin, which has none; and notes.
-    Raises IoFailed, DiskFull, SourceChanged, Damaged (a set of ours whose bytes are not its own).
+    With `options.resume` it continues an earlier run of the same plan, and what is finished is kept
+    if this one fails. methods: receives how bytes were copied. space: counts on clones; checked
+    again without them if the file systems turn out not to clone. replaced: what is in an OUT that
+    is to be overwritten.
+    Returns the manifest that was written, None for a restored origin, which has none; and notes.
+    Raises IoFailed, DiskFull, SourceChanged, Damaged (an output of moeconv whose bytes differ from
+    its manifest).
     """
-    work = Workplace(out, limits, replaced, keeps=resume)
+    work = OutputTransaction(out, limits, replaced, keeps=options.resume)
     mark = plan_digest(plan, identity(checkpoint))
     kept: dict[str, Digests] = {}
     journal = None
     try:
-        if resume and out.exists() and not barely_begun(out) and any(out.iterdir()):
+        if options.resume and out.exists() and not clear_aborted_start(out) and any(out.iterdir()):
             work.lock()
             journal = resumable(out, mark)
             work.refuse_appeared(journal)
@@ -108,23 +108,22 @@ def commit(
             if journal is not None:
                 work.reopen(journal, kept)
             else:
-                work.prepare(mark, _names(plan, checkpoint), overwrite=overwrite)
+                work.prepare(mark, _names(plan, checkpoint), overwrite=options.overwrite)
             manifest = _Commit(
                 plan,
                 checkpoint,
                 work,
+                options,
                 limits=limits,
                 methods=methods,
-                room=room,
+                space=space,
                 progress=progress,
-                later=later,
-                unchecked=unchecked,
                 kept=kept,
                 resumed=journal is not None,
             ).run()
             work.done(restored=plan.restores)
         except BaseException as problem:
-            _take_back(work, problem)
+            _roll_back(work, problem)
             raise
     finally:
         work.close()
@@ -134,18 +133,18 @@ def commit(
 def _names(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Every file that the run will make, for the journal."""
     data = [] if plan.virtual else [f.name for f in plan.files]
-    papers = paper_names(plan)
+    papers = document_names(plan)
     index = [plan.index_name] if plan.index_name else []
     return (*data, *papers, *index, *(s.name for s in checkpoint.sidecars))
 
 
-def _take_back(work: Workplace, problem: BaseException) -> None:
-    with undisturbed():  # Ctrl-C once more does not make it wish for less
-        left = work.take_back()
+def _roll_back(work: OutputTransaction, problem: BaseException) -> None:
+    with defer_signals():  # a second Ctrl-C must not interrupt the cleanup
+        left = work.roll_back()
         if left and isinstance(problem, MoeconvError):
             problem.cause = f"{problem.cause}; {left}" if problem.cause else left
         elif left or isinstance(problem, KeyboardInterrupt):
-            problem.add_note(left or "what was written is taken back")
+            problem.add_note(left or "what was written has been removed")
 
 
 class _Commit:
@@ -153,14 +152,13 @@ class _Commit:
         self,
         plan: Plan,
         checkpoint: Checkpoint,
-        work: Workplace,
+        work: OutputTransaction,
+        options: RunOptions,
         *,
         limits: Limits,
-        methods: Methods,
-        room: Room,
+        methods: CopyMethods,
+        space: DiskSpace,
         progress: Progress,
-        later: bool,
-        unchecked: bool,
         kept: dict[str, Digests],
         resumed: bool,
     ) -> None:
@@ -170,16 +168,17 @@ class _Commit:
         self.out = work.out
         self.limits = limits
         self.methods = methods
-        self.room = room
-        self.later = later
-        self.unchecked = unchecked
+        self.space = space
+        self.later = options.digests == LATER
         self.kept = kept
         self.resumed = resumed
         self.progress = progress
         self.parts: dict[str, Part] = {}
         self.virtual: tuple[Part, ...] = ()
         self.recorded = recorded(checkpoint)
-        self.compares = not unchecked if plan.restores else not later
+        self.policy = DigestPolicy(
+            plan, self.recorded, later=self.later, unchecked=options.unchecked
+        )
         # without an index nothing else marks a restored set as whole: names come all at the end
         self.late = plan.restores and plan.index_name is None
         self.waiting: list[tuple[Path, Path]] = []
@@ -191,10 +190,10 @@ class _Commit:
             known = self.recorded.matrices
             self.virtual = virtual_parts(self.plan.files, self.plan.stacks, known)
         else:
-            self.methods.ask(f.path for f in self.checkpoint.files)
-            # a resumed run has freed room since, and what it still needs each file will ask for
-            if not self.resumed and REFLINK not in self.methods.found.values():
-                refuse_short(self.out, replace(self.room, shared=0))
+            self.methods.probe(f.path for f in self.checkpoint.files)
+            # a resumed run has freed space since; each file asks for what it still needs
+            if not self.resumed and not self.methods.share_blocks:
+                refuse_short(self.out, replace(self.space, shared=0))
             for file in self.plan.files:
                 if file.name in self.kept:
                     self.parts[file.name] = self._checked(file, self.kept[file.name])
@@ -202,49 +201,26 @@ class _Commit:
             run_tiles(
                 tuple(f for f in self.plan.files if f.name not in self.kept),
                 self.checkpoint.files,
-                lambda file: DiskTarget(file, self.out, self.methods, self._finished),
+                lambda file: DiskSink(file, self.out, self.methods, self._finished),
                 limits=self.limits,
                 progress=self.progress,
-                promised=self._promised,
+                policy=self.policy.of_file,
             )
         sidecars = tuple(self._sidecar(s) for s in self.checkpoint.sidecars)
-        manifest = None if self.plan.restores else self._papers(sidecars)
+        manifest = None if self.plan.restores else self._documents(sidecars)
         for partial, final in self.waiting:
             self.work.rename(partial, final)
-        self._settle()
+        self._fsync_out()
         self.work.refuse_changed()
         if self.plan.index_name is not None:
             self._write(self.plan.index_name, self.plan.index)
-            self._settle()
+            self._fsync_out()
         if manifest is not None:
             self._write(ROOT_NAME, root_bytes(manifest.root))
-            self._settle()
+            self._fsync_out()
         return manifest
 
-    def _promised(self, file: OutputFile) -> Promised:
-        """Which digests need not be taken of bytes that need not be read.
-
-        Those that the source's manifest has, or all of them if they are to come later; none that
-        a restore is held against.
-        """
-        if self.unchecked or (self.later and not self.plan.restores):
-            return lambda tensor, unit: ""
-        known: dict[int, tuple[str | None, ...]] = {}
-
-        def promise(tensor: int, unit: int) -> str | None:
-            if not self.recorded.matrices:
-                return "" if self.later else None
-            if tensor not in known:
-                held = addresses(entry_of(file.tensors[tensor]), self.plan.stacks)
-                known[tensor] = tuple(map(self.recorded.matrices.get, held))
-            value = known[tensor][unit]
-            if not self.plan.restores:
-                return value
-            return "" if self.later and value is None else None
-
-        return promise
-
-    def _settle(self) -> None:
+    def _fsync_out(self) -> None:
         with writing(self.out):
             fsync_directory(self.out)
 
@@ -255,7 +231,7 @@ class _Commit:
             self.waiting.append((partial, final))
         else:
             self.work.rename(partial, final)
-            self._settle()
+            self._fsync_out()
             if self.work.journal is not None:
                 with self.noting:
                     self.work.journal.finished(file, digests)
@@ -263,11 +239,11 @@ class _Commit:
     def _checked(self, file: OutputFile, digests: Digests) -> Part:
         """The part of a file whose bytes are those that the source's manifest records."""
         part = part_of(file, digests)
-        if self.compares:
+        if self.policy.compares:
             self.recorded.check_file(part, digests, self.plan.stacks)
         return part
 
-    def _papers(self, sidecars: tuple[FileEntry, ...]) -> Manifest:
+    def _documents(self, sidecars: tuple[FileEntry, ...]) -> Manifest:
         """Parts and origin; the manifest is returned, to be written last."""
         groups = grouped(self.plan, self.parts, self.virtual)
         entries = tuple(
@@ -325,7 +301,7 @@ class _Commit:
         return FileEntry(sidecar.name, sidecar.size, value)
 
     def _rewritten(self, sidecar: Sidecar, rewrite: Rewrite) -> FileEntry:
-        now = read_document(sidecar.path, MAX_PAPER_BYTES, name=sidecar.name)
+        now = read_document(sidecar.path, MAX_DOCUMENT_BYTES, name=sidecar.name)
         if now != rewrite.before:
             raise _changed(sidecar, f"it is {len(now):,} other bytes now")
         self.recorded.check_sidecar(sidecar, digest(now))
@@ -360,7 +336,6 @@ def _changed(sidecar: Sidecar, now: str) -> SourceChanged:
         f"{quoted(sidecar.name)} changed while SRC was being converted",
         at=quoted(str(sidecar.path)),
         cause=f"it had {sidecar.size:,} bytes when the plan was made, {now}",
-        fix="wait until nothing writes to the source, then run again",
     )
 
 

@@ -1,1 +1,1 @@
-"""What the tensors mean: axes, recipes, expert stacks and their logical matrices. Pure."""
+"""How experts are stored: the axes notation, and recipes that use it. Pure: no disk but recipes."""

@@ -1,13 +1,14 @@
-"""The axes notation: where each logical matrix lies inside a stored tensor.
+"""The axes notation: where each logical matrix is inside a stored tensor.
 
 Axes: E expert, G the projections one tensor joins, O output features, K input features; lower-case
-letters are packing axes. `(G O)` flattens, left slowest; `O/128` counts granules of 128; `1` is a
+letters are packing axes. `(G O)` flattens, left slowest; `O/128` counts blocks of 128; `1` is a
 dimension of one. Sizes and strides below count elements of the stored dtype.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -22,18 +23,27 @@ _AXIS = re.compile(r"([EGOK]|[a-z])(?:/([A-Za-z0-9_.]+))?")
 
 
 class AxesSyntax(ValueError):
-    """A text that is not in the axes notation; the recipe that holds it says where."""
+    """A text is not in the axes notation. The reader of the document that holds it says where."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis, counted in granules of `granule` elements: a number, or a name to be bound."""
+    """One axis, counted in blocks of `block` elements.
+
+    named: the name of a block size that config.json states; empty once it is bound to a number.
+    """
 
     letter: str
-    granule: int | str = 1
+    block: int = 1
+    named: str = ""
 
     def __str__(self) -> str:
-        return self.letter if self.granule == 1 else f"{self.letter}/{self.granule}"
+        return f"{self.letter}/{self.named or self.block}" if self.in_blocks else self.letter
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it counts more than single elements."""
+        return self.block != 1 or self.named != ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +69,67 @@ class Axes:
         return frozenset(axis.letter for axis in self.flat)
 
     @property
-    def granules(self) -> frozenset[str]:
-        """The named granules that still need a number."""
-        return frozenset(a.granule for a in self.flat if isinstance(a.granule, str))
+    def canonical(self) -> tuple[str, ...]:
+        """The letters of one matrix in canonical order: O, K, then packing axes sorted."""
+        return canonical_order(axis.letter for axis in self.flat)
 
-    def bound(self, granules: dict[str, int]) -> Axes:
-        """With named granules replaced by the numbers given for all of `granules`."""
-        return Axes(
-            tuple(
-                tuple(
-                    Axis(a.letter, granules[a.granule] if isinstance(a.granule, str) else a.granule)
-                    for a in dim
-                )
-                for dim in self.dims
-            )
+    @property
+    def packing(self) -> tuple[str, ...]:
+        """The packing letters, sorted."""
+        return tuple(letter for letter in self.canonical if is_packing(letter))
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether some axis counts more than single elements."""
+        return any(axis.in_blocks for axis in self.flat)
+
+    @property
+    def block_names(self) -> frozenset[str]:
+        """The names of block sizes that still need a number."""
+        return frozenset(axis.named for axis in self.flat if axis.named)
+
+    def bound(self, block_sizes: dict[str, int]) -> Axes:
+        """With the numbers given for all of `block_names`."""
+        return self._each(
+            lambda axis: Axis(axis.letter, block_sizes[axis.named]) if axis.named else axis
         )
+
+    def without_blocks(self) -> Axes:
+        """The same axes for sizes that are counted in blocks already, as in a manifest."""
+        return self._each(lambda axis: Axis(axis.letter))
+
+    def _each(self, change: Callable[[Axis], Axis]) -> Axes:
+        return Axes(tuple(tuple(map(change, dim)) for dim in self.dims))
+
+
+def is_packing(letter: str) -> bool:
+    """Whether an axis is one of values packed together; the others are E, G, O and K."""
+    return letter.islower()
+
+
+def canonical_order(letters: Iterable[str]) -> tuple[str, ...]:
+    """Those letters that are axes of one matrix, in canonical order: O, K, packing axes sorted."""
+    known = set(letters)
+    packing = sorted(letter for letter in known if is_packing(letter))
+    return (*(letter for letter in (OUT, IN) if letter in known), *packing)
+
+
+def stored_sizes(
+    axes: Axes, matrix: tuple[int, ...], *, experts: int, projections: int
+) -> dict[str, int]:
+    """The size of each axis, slowest first, of a tensor of matrices with canonical shape `matrix`.
+
+    As a manifest has them: in blocks where the axes count so. Raises ValueError where matrices of
+    these axes have another number of dimensions.
+    """
+    canonical = axes.canonical
+    sizes = {EXPERT: experts, PAIR: projections, **dict(zip(canonical, matrix, strict=True))}
+    return {axis.letter: sizes[axis.letter] for axis in axes.flat}
 
 
 @cache
 def parse_axes(text: str) -> Axes:
-    """`"E (G O) K"` as a value. Raises AxesSyntax."""
+    """Parse axes such as `"E (G O) K"`. Raises AxesSyntax."""
     if _TOKEN.sub("", text).strip():
         raise AxesSyntax(f"`{text}` has an unmatched parenthesis")
     dims: list[tuple[Axis, ...]] = []
@@ -101,23 +152,25 @@ def parse_axes(text: str) -> Axes:
 def _axis(word: str, text: str) -> Axis:
     match = _AXIS.fullmatch(word)
     if match is None:
-        raise AxesSyntax(f"`{word}` in `{text}` is no axis: E, G, O, K, a-z, with `/granule`")
-    letter, granule = match.groups()
-    if granule is None:
+        raise AxesSyntax(f"`{word}` in `{text}` is not an axis: E, G, O, K, a-z, with `/block`")
+    letter, block = match.groups()
+    if block is None:
         return Axis(letter)
-    if granule.isdecimal() and int(granule) < 1:
-        raise AxesSyntax(f"`{word}` in `{text}` has a granule below 1")
-    return Axis(letter, int(granule) if granule.isdecimal() else granule)
+    if not block.isdecimal():
+        return Axis(letter, named=block)
+    if int(block) < 1:
+        raise AxesSyntax(f"`{word}` in `{text}` has a block below 1")
+    return Axis(letter, int(block))
 
 
 @cache
 def derived(own: Axes, line: Axes) -> Axes:
-    """A companion's axes in a layout, from its own axes and those of the layout's weight.
+    """Derive a companion's axes in a layout, from its own axes and those of the layout's weight.
 
     It keeps its own order; an axis that the layout flattens into a group takes the whole group
     with it (`O` becomes `(G O)`); E and G, where still unplaced, come in front (`E G`), and so
     does an E that would not be outermost (`K O` beside `(E O) K` is `E K O`). A grid of one block
-    (`1 1`) is like any grid: G stands where its rows are (`E G 1`).
+    (`1 1`) is like any grid: G is where its rows are (`E G 1`).
     """
     if own.dims == ((), ()) and PAIR in line.letters:
         rows = derived(Axes(()), line)
@@ -150,9 +203,10 @@ def derived(own: Axes, line: Axes) -> Axes:
 
 @cache
 def shared_by_pair(own: Axes, line: Axes) -> Axes | None:
-    """The axes of a companion that says one thing of gate and up; None where it must be two.
+    """The axes of a companion that gate and up share; None where each must have its own.
 
-    Only of what is one number: half a list of rows is a list of rows, half a shape is none.
+    Only single numbers can be shared: half of a list of rows is a list of rows, half a shape is not
+    a shape.
     """
     if own.letters or PAIR not in line.letters:
         return None
@@ -166,14 +220,14 @@ def _without_expert(dim: tuple[Axis, ...]) -> tuple[Axis, ...]:
 
 @cache
 def recounted(line: Axes, own: Axes) -> Axes:
-    """`line` with its axes counted in the granules of `own`, where that has them."""
+    """`line` with its axes counted in the blocks of `own`, where that has them."""
     counted = {axis.letter: axis for axis in own.flat}
     return Axes(tuple(tuple(counted.get(a.letter, a) for a in dim) for dim in line.dims))
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Where the logical matrices of one stored tensor lie, in elements.
+    """Where the logical matrices of one stored tensor are, in elements.
 
     Matrix (e, g) starts at `e * expert_stride + g * pair_stride` (a stride of 0: shared along
     that axis) and has `matrix` = ((size, stride), ...) in canonical order: O, K, packing axes.
@@ -206,9 +260,8 @@ class Geometry:
 
 
 def axis_size(axis: Axis, sizes: dict[str, int]) -> int:
-    """The size of an axis in granules: 1,408 in granules of 128 is 11."""
-    granule = axis.granule if isinstance(axis.granule, int) else 1
-    return -(-sizes[axis.letter] // granule)
+    """The size of an axis in blocks: 1,408 in blocks of 128 is 11."""
+    return -(-sizes[axis.letter] // axis.block)
 
 
 def geometry(axes: Axes, sizes: dict[str, int]) -> Geometry:
@@ -220,11 +273,9 @@ def geometry(axes: Axes, sizes: dict[str, int]) -> Geometry:
         strides[axis.letter] = step
         step *= size
     by_letter = {axis.letter: size for axis, size in flat}
-    canonical: list[str] = [c for c in (OUT, IN) if c in by_letter]
-    canonical += sorted(c for c in by_letter if c.islower())
     return Geometry(
         shape=tuple(prod(axis_size(a, sizes) for a in dim) for dim in axes.dims),
         expert_stride=strides.get(EXPERT, 0),
         pair_stride=strides.get(PAIR, 0),
-        matrix=tuple((by_letter[c], strides[c]) for c in canonical),
+        matrix=tuple((by_letter[c], strides[c]) for c in axes.canonical),
     )

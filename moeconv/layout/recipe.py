@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
+from moeconv.core.names import slot_hole
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, derived, recounted, shared_by_pair
-from moeconv.names import slot_hole
 
 GATE: Final = "gate"
 UP: Final = "up"
@@ -18,6 +18,10 @@ WEIGHT: Final = "weight"
 WEIGHTS: Final = "weights"
 COMPANIONS: Final = "companions"
 HALF_APART: Final = "half-apart"
+ANYTHING: Final = "anything"
+MATRICES: Final = "matrices"  # weights with axes O and K only
+PLAIN: Final = "plain"  # nothing packed, nothing counted in blocks
+TAKES: Final = (ANYTHING, MATRICES, PLAIN)
 SUFFIX: Final = "{suffix}"
 PARAMETER: Final = "{parameter}"
 _COMPONENT_HOLES: Final = ("{component}", PARAMETER, SUFFIX)
@@ -26,10 +30,14 @@ _ID = r"(?:0|[1-9][0-9]{0,9})"  # ids of more digits are no ids
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One part of a projection: its own axes, and its suffix where names join projections.
+    """One component of a projection, such as `weight` or `weight_scale`, for one expert.
 
+    axes: of one matrix, without E and G. suffix: what follows a name that joins projections.
     readings: all axes that it may have, where a name alone does not tell; `axes` is one of them.
-    weight: whether it is the matrix itself, not a companion of one. of: the formats that have it.
+    weight: it is the matrix itself, not a companion of one.
+    scales: quantised weights cannot be used without it. inputs: it describes an expert's inputs,
+    so calibration may have skipped some layers. everywhere: all projections have it, or none.
+    of: the formats that have it, for people.
     parameter: its name where names are those of an engine's parameters, if that is another one.
     note: what to say where it is fused; unequal: where gate's and up's differ in value.
     """
@@ -39,6 +47,9 @@ class Component:
     suffix: str
     readings: tuple[Axes, ...]
     weight: bool = False
+    scales: bool = False
+    inputs: bool = False
+    everywhere: bool = False
     of: str = ""
     note: str | None = None
     unequal: str | None = None
@@ -54,18 +65,13 @@ class Component:
         return not self.axes.letters & {OUT, IN}
 
 
-def of_inputs(component: str) -> bool:
-    """Whether it says something of an expert's inputs: only some layers may be calibrated so."""
-    return component.startswith(("input_", "activation_"))
-
-
 @dataclass(frozen=True, slots=True)
 class Line:
     """One stored tensor of a layout: name template, the projections it joins, the weight's axes.
 
     template: begins with `{stack}`; may hold `{expert}`, and `{component}`, `{parameter}` or
     `{suffix}`.
-    projections: in the order in which they stand along G.
+    projections: in their order along G.
     overrides: axes of components that do not follow from the weight's; of several, the first is
     written and all are read.
     first: the number in the names of expert 0, where a stack takes a range of ids.
@@ -125,17 +131,17 @@ class Line:
 
     @property
     def hole(self) -> str:
-        """The hole of the template that says which component a tensor is; empty: there is none."""
+        """The hole of the template that says which component a tensor is; empty if it has none."""
         return next((hole for hole in _COMPONENT_HOLES if hole in self.template), "")
 
     def word(self, component: Component) -> str:
-        """What stands in that hole for a component."""
+        """What fills that hole for a component."""
         if self.hole == SUFFIX:
             return component.suffix
         return (self.hole == PARAMETER and component.parameter) or component.name
 
     def component_axes(self, component: Component) -> Axes:
-        """The axes in which a component's tensor is written, granules still by name."""
+        """The axes in which a component's tensor is written, block sizes still by name."""
         return self.forms(component)[0]
 
     def forms(self, component: Component) -> tuple[Axes, ...]:
@@ -188,15 +194,17 @@ def matrix_axes(axes: Axes) -> set[object]:
 class Layout:
     """One way to store a stack: a line for every stored tensor.
 
-    square: for mixed-up files only; the layout is thought of only where that line's tensor is
-    square, because only there has a program written it. ask: why names like these are not enough
-    to take a foreign file for it.
+    takes: which experts may be written so, one of `TAKES`.
+    square: for mixed-up files only; the layout is considered only where that line's tensor is
+    square, because only there has a program written it.
+    ask: why names like these are not enough to take a foreign file for it.
     """
 
     name: str
     lines: tuple[Line, ...]
     square: str | None = None
     ask: str | None = None
+    takes: str = ANYTHING
 
     @property
     def per_expert(self) -> bool:
@@ -254,15 +262,15 @@ class ConfigKeys:
     """Where config.json says the sizes: dotted paths, the first that is there counts.
 
     sections: for stacks whose name starts with the key, the objects of config.json to look in.
-    granules: name -> dotted path of a granule.
-    layers: for stacks whose name starts with the key, where a size of one layer is said: paths
-    with `{layer}` and `{key}`.
+    block_sizes: name -> dotted paths of a block size.
+    layers: for stacks whose name starts with the key, where sizes of single layers are stated:
+    paths with `{layer}` and `{key}`.
     """
 
     experts: tuple[str, ...] = ()
     width: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
-    granules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    block_sizes: tuple[tuple[str, tuple[str, ...]], ...] = ()
     sections: tuple[tuple[str, tuple[str, ...]], ...] = (("", SECTIONS),)
     layers: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -278,7 +286,7 @@ class ConfigKeys:
     def layers_of(self, stack: str) -> tuple[str, ...]:
         """The paths to sizes of a stack's layer alone."""
         prefix, paths = _longest(self.layers, stack)
-        # the layers of MTP count from 0 again: what is said of the main ones is not of them
+        # the layers of MTP count from 0 again: sizes stated for the main layers are not theirs
         again = any(word.startswith("mtp") for word in stack.split("."))
         return () if again and not prefix else paths
 
@@ -330,6 +338,10 @@ class Recipe:
     def layout(self, name: str) -> Layout | None:
         """The layout of that name."""
         return next((layout for layout in self.layouts if layout.name == name), None)
+
+    def component(self, name: str) -> Component | None:
+        """The component of that name."""
+        return next((c for c in self.components if c.name == name), None)
 
     @property
     def weights(self) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""From one layout to another, as a value: output files, tiles, ledger. Pure."""
+"""Plan conversions: output files, the tiles that fill them, and a ledger. Touches no disk."""

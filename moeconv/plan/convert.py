@@ -1,12 +1,15 @@
-"""Planning a conversion: every stack to a target layout, or the whole set back to its origin."""
+"""Plan a conversion of every stack to a target layout, and check that a plan loses nothing."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from math import prod
-from typing import Final
 
 from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.index import INDEX_NAME
+from moeconv.core.text import counted
+from moeconv.detect.detect import Detection
+from moeconv.detect.stack import Stack
 from moeconv.errors import (
     InternalError,
     NoExperts,
@@ -15,20 +18,14 @@ from moeconv.errors import (
     quoted,
 )
 from moeconv.layout.axes import OUT
-from moeconv.layout.detect import Detection
-from moeconv.layout.recipe import Layout
-from moeconv.layout.stack import Stack
-from moeconv.manifest import RecipeText, StackEntry
-from moeconv.plan.draft import copied, fates, laid_out, matrix_bytes
+from moeconv.layout.recipe import MATRICES, PLAIN, Layout
+from moeconv.manifest.model import Manifest, RecipeText, StackEntry
+from moeconv.plan.model import LedgerEntry, Plan
 from moeconv.plan.pack import Packing, index_bytes, pack
-from moeconv.plan.values import Fate, Plan
-from moeconv.units import counted
+from moeconv.plan.tensors import copied, laid_out, ledger_entries, matrix_bytes
 
 FUSE = "fuse"
 UNFUSE = "unfuse"
-VERBS = (FUSE, UNFUSE)
-_TURNED: Final = frozenset({"kn", "megablocks"})
-_SGLANG: Final = "sglang"
 
 
 def plan_conversion(
@@ -39,20 +36,20 @@ def plan_conversion(
     packing: Packing,
     origin_layouts: dict[str, str],
 ) -> Plan:
-    """Every stack to `layout`, or to the one its family's recipe names for `verb`.
+    """Plan to convert every stack to `layout`, or to the one its recipe names for `verb`.
 
-    origin_layouts: for stacks of our own sets, the layout of their first foreign source.
+    origin_layouts: for stacks of an output, the layout of its first foreign source.
     Raises NoExperts, UnknownLayout, NoPerExpertForm, StraddlingBlock, NameCollision, SubByteAxis.
     """
     refuse_no_experts(detection)
     stacks = detection.stacks
     targets = [target_of(stack, verb, layout) for stack in stacks]
-    drafts = [copied(t) for t in detection.others]
-    ledger = copied_fates(detection)
+    planned_tensors = [copied(t) for t in detection.others]
+    ledger = copied_entries(detection)
     for number, (stack, target) in enumerate(zip(stacks, targets, strict=True)):
-        drafts += laid_out(stack, number, target)
-        ledger += fates(stack, target)
-    files = pack(drafts, packing)
+        planned_tensors += laid_out(stack, number, target)
+        ledger += ledger_entries(stack, target)
+    files = pack(planned_tensors, packing)
     plan = Plan(
         files=files,
         index_name=INDEX_NAME,
@@ -71,34 +68,34 @@ def plan_conversion(
 
 def refuse_no_experts(detection: Detection) -> None:
     """Raise NoExperts where there is nothing to convert."""
-    if detection.stacks or detection.passed:
+    if detection.stacks or detection.passthrough:
         return
     likely = next((t.name for t in detection.others if ".experts." in t.name), None)
-    hint = f"; {quoted(likely)} may be one under a name no recipe has" if likely else ""
+    hint = f"; {quoted(likely)} may be one, under a name that no recipe has" if likely else ""
     raise NoExperts(
         "there are no routed experts in this checkpoint",
-        cause=f"none of its {counted(len(detection.others), 'tensor')} is an expert's{hint}",
-        fix="give a Mixture-of-Experts checkpoint, or a recipe with `--recipe FILE`",
+        cause=f"none of its {counted(len(detection.others), 'tensor')} belongs to an expert{hint}",
+        fix="pass a Mixture-of-Experts checkpoint, or a recipe with `--recipe FILE`",
     )
 
 
-def copied_fates(detection: Detection) -> list[Fate]:
-    """The ledger's lines for tensors of no expert."""
-    return [Fate(t.name, "copied", (t.name,), t.nbytes) for t in detection.others]
+def copied_entries(detection: Detection) -> list[LedgerEntry]:
+    """The ledger entries of tensors that belong to no expert."""
+    return [LedgerEntry(t.name, "copied", (t.name,), t.nbytes) for t in detection.others]
 
 
 def target_of(stack: Stack, verb: str, layout: str | None) -> Layout:
-    """The layout that a verb gives a stack. Raises UnknownLayout, NoPerExpertForm."""
+    """The target layout of a stack under a verb. Raises UnknownLayout, NoPerExpertForm."""
     recipe = stack.recipe
     name = layout or (recipe.fuse if verb == FUSE else recipe.unfuse)
     if name is None and (verb == FUSE or stack.layout.per_expert):
         return stack.layout  # nothing of that kind exists, or it is there already
     if name is None:
         raise NoPerExpertForm(
-            f"the family of {quoted(stack.name)} is published fused only",
+            f"the family of {quoted(stack.name)} is published only fused",
             at=f"recipe {quoted(recipe.name)}",
             cause="no program is known to read its experts one by one",
-            fix="`--layout per-expert` writes them all the same",
+            fix="pass `--layout per-expert` to write them anyway",
         )
     target = recipe.layout(name)
     if target is None or target.read_only:
@@ -107,7 +104,7 @@ def target_of(stack: Stack, verb: str, layout: str | None) -> Layout:
             f"recipe {quoted(recipe.name)} has no layout {quoted(name)} to write",
             at=quoted(stack.name),
             cause=f"it has {', '.join(map(quoted, names))}",
-            fix=f"give one of these to `--layout`, {quoted(names[0])} for example",
+            fix=f"pass one of these to `--layout`, for example {quoted(names[0])}",
         )
     reason = _unwritable(stack, target)
     if reason is None:
@@ -122,21 +119,18 @@ def target_of(stack: Stack, verb: str, layout: str | None) -> Layout:
 
 
 def _unwritable(stack: Stack, target: Layout) -> str | None:
-    """Why a layout, one that all families have, cannot hold what a stack has."""
+    """Why a layout cannot hold a stack's components; None where it can."""
     if target.name == stack.layout.name:
         return None
-    for component, flat in ((m.component, m.axes.flat) for m in stack.members):
-        odd = any(axis.granule != 1 for axis in flat) or (
-            component.weight and component.axes.flat[0].letter != OUT
-        )
-        if target.name in _TURNED and odd:
-            what = "packed" if component.weight else "one for a block or group"
-            return (
-                f"its {quoted(component.name)} is {what}: a kernel that wants turned weights "
-                "cannot take it, transposed or not"
-            )
-        if target.name == _SGLANG and component.weight and any(a.letter.islower() for a in flat):
-            return f"its {quoted(component.name)} has no parameter of that kind in sglang"
+    for member in stack.members:
+        component, axes = member.component, member.axes
+        name = quoted(component.name)
+        packed = component.weight and component.axes.flat[0].letter != OUT
+        if target.takes == PLAIN and (packed or axes.in_blocks):
+            what = "is packed" if component.weight else "has one value for a block or group"
+            return f"its {name} {what}; kernels for transposed weights do not support that"
+        if target.takes == MATRICES and component.weight and axes.packing:
+            return f"its {name} has packing axes, which this layout has no parameter for"
     return None
 
 
@@ -146,7 +140,7 @@ def stack_entry(
     origin_layouts: dict[str, str],
     row: tuple[int, ...] | None = None,
 ) -> StackEntry:
-    """A stack as the manifest has it; row: physical_to_logical [P], where ranks share it."""
+    """The manifest entry of a stack; row: physical_to_logical [P], if it is split among ranks."""
     return StackEntry(
         name=stack.name,
         recipe=stack.recipe.name,
@@ -160,13 +154,13 @@ def stack_entry(
 
 
 def recipes_of(stacks: tuple[Stack, ...]) -> tuple[RecipeText, ...]:
-    """The recipes that the set must carry."""
+    """The recipes that the output must carry."""
     used = {s.recipe.name: s.recipe.toml for s in stacks}
     return tuple(RecipeText(name, toml) for name, toml in sorted(used.items()))
 
 
 def notes_of(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str, ...]:
-    """What is worth a word: stacks that are in their target layout already."""
+    """Notes on stacks that are already in their target layout, and on formats."""
     kept: dict[str, int] = {}
     for stack, target in zip(stacks, targets, strict=True):
         if stack.layout.name == target.name:
@@ -179,7 +173,7 @@ def notes_of(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str, ...
 
 
 def format_notes(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str, ...]:
-    """What the recipes say of formats that get their family's fused names here."""
+    """The recipes' notes on components that get their family's fused names here."""
     said = {
         f"{member.component.name}: {member.component.note}": None
         for stack, target in zip(stacks, targets, strict=True)
@@ -191,7 +185,10 @@ def format_notes(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str,
 
 
 def prove(plan: Plan, detection: Detection) -> None:
-    """The plan's own proof: tiles cover every data byte once, nothing is lost on the way."""
+    """Check that tiles cover every data byte exactly once and that no tensor is lost.
+
+    Raises InternalError: only a fault of ours can fail it.
+    """
     for file in plan.files:
         at = len(file.header)
         for tile in file.tiles:
@@ -203,10 +200,10 @@ def prove(plan: Plan, detection: Detection) -> None:
                 f"the plan of {quoted(file.name)} ends at {at:,}, not {file.size:,}"
             )
     made = {t.name for f in plan.files for t in f.tensors}
-    for fate in plan.ledger:
-        lost = not fate.into and fate.verb != "replica"
-        if lost or not made.issuperset(fate.into):
-            raise InternalError(f"the plan loses {quoted(fate.source)}")
+    for entry in plan.ledger:
+        lost = not entry.into and entry.verb != "replica"
+        if lost or not made.issuperset(entry.into):
+            raise InternalError(f"the plan loses {quoted(entry.source)}")
     read, written = _logical_source(detection), _logical_output(plan)
     if written != read + plan.replica_bytes:
         raise InternalError(
@@ -233,3 +230,30 @@ def _logical_output(plan: Plan) -> int:
         else:
             total += tensor.units * prod(expert.matrix) * BITS[tensor.dtype] // 8
     return total
+
+
+def unequal_notes(stacks: tuple[Stack, ...], manifest: Manifest) -> tuple[str, ...]:
+    """A line for each component whose gate and up differ, where its recipe asks for one.
+
+    A plan knows headers only; the digests of a finished output tell equal values without a read.
+    """
+    asked = {
+        (stack.name, m.component.name): m.component.unequal
+        for stack in stacks
+        for m in stack.members
+        if m.component.unequal
+    }
+    differ: dict[tuple[str, str], int] = defaultdict(int)
+    for tensor in (t for part in manifest.parts for t in part.tensors):
+        expert = tensor.expert
+        if expert is None or len(expert.projections) != 2 or not tensor.digests:
+            continue
+        why = asked.get((manifest.root.stacks[expert.stack].name, expert.component))
+        if why:
+            pairs = zip(tensor.digests[::2], tensor.digests[1::2], strict=True)
+            differ[expert.component, why] += sum(gate != up for gate, up in pairs)
+    return tuple(
+        f"{component} of gate and up differ in {counted(count, 'expert')}, kept apart: {why}"
+        for (component, why), count in differ.items()
+        if count
+    )

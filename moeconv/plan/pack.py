@@ -1,4 +1,4 @@
-"""Giving drafts a place: which file, in which order, at which offset, under which header.
+"""Assign planned tensors to files: in which order, at which offset, under which header.
 
 FORMAT.md §3: shards by natural order of names; within a file page multiples first, then larger
 dtypes, then natural order; data starts on a page. With `--align source` the source's order and
@@ -15,15 +15,22 @@ from typing import Final
 
 from moeconv.checkpoint.dtypes import alignment
 from moeconv.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
+from moeconv.core.json_value import Json
+from moeconv.core.names import natural_key
+from moeconv.core.strict_json import dumps
 from moeconv.errors import NameCollision, quoted
-from moeconv.jsonvalue import Json
-from moeconv.manifest import numbered
-from moeconv.names import natural_key
-from moeconv.plan.align import PAGE, PAGE_ALIGNED, by_home, file_phase, home, misplaced
-from moeconv.plan.draft import Draft
-from moeconv.plan.tiles import tiles_of
-from moeconv.plan.values import OutputFile, OutputTensor, Tile
-from moeconv.strictjson import dumps
+from moeconv.manifest.model import numbered
+from moeconv.plan.align import (
+    PAGE,
+    PAGE_ALIGNED,
+    by_source_position,
+    file_phase,
+    misplaced,
+    source_position,
+)
+from moeconv.plan.copies import tiles_of
+from moeconv.plan.model import OutputFile, OutputTensor, Tile
+from moeconv.plan.tensors import PlannedTensor
 
 METADATA: Final = {"format": "pt"}
 # an entry's JSON beside name and shape: keys, dtype, two offsets of up to 16 digits
@@ -33,7 +40,7 @@ _BATCH: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How tensors are cut into files: bytes of the largest one, and where data sections start.
+    """How tensors are split into files: the largest size in bytes, and where data sections start.
 
     align: `page`, or `source` (see `align.py`).
     """
@@ -43,24 +50,28 @@ class Packing:
 
 
 def pack(
-    drafts: Iterable[Draft], packing: Packing, *, prefix: str = "model", rank: int | None = None
+    planned_tensors: Iterable[PlannedTensor],
+    packing: Packing,
+    *,
+    prefix: str = "model",
+    rank: int | None = None,
 ) -> tuple[OutputFile, ...]:
-    """Output files of at most the packing's size; a larger single tensor stands alone.
+    """Output files of at most the packing's size; a larger single tensor gets a file of its own.
 
-    prefix: how their names begin; rank: whose they are, in an expert-parallel set.
+    prefix: of their names; rank: whose they are, in an expert-parallel output.
     Raises NameCollision where two output tensors would have one name.
     """
-    ordered = _natural(drafts)
+    ordered = _natural(planned_tensors)
     _refuse_collisions(ordered)
     if packing.align == PAGE_ALIGNED:
         shards = [_ordered(shard) for shard in _filled(ordered, packing.max_shard_size)]
         phases = [0] * len(shards)
     else:
-        homes = {d.name: home(d) for d in ordered}
-        groups = by_home(ordered, homes)
+        positions = {d.name: source_position(d) for d in ordered}
+        groups = by_source_position(ordered, positions)
         found = [shard for group in groups for shard in _filled(group, packing.max_shard_size)]
         shards = [_ordered(_natural(shard)) if misplaced(shard) else shard for shard in found]
-        phases = [file_phase(shard, homes) for shard in shards]
+        phases = [file_phase(shard, positions) for shard in shards]
     names = numbered(prefix, len(shards))
     out = [
         placed(shard, name, rank=rank, phase=phase)
@@ -69,94 +80,96 @@ def pack(
     return tuple(out)
 
 
-def _filled(ordered: list[Draft], max_shard_size: int) -> list[list[Draft]]:
+def _filled(ordered: list[PlannedTensor], max_shard_size: int) -> list[list[PlannedTensor]]:
     """Cut into shards, in the order given."""
-    shards: list[list[Draft]] = [[]]
+    shards: list[list[PlannedTensor]] = [[]]
     size = header = PAGE
-    for draft in ordered:
-        entry = _ENTRY_BYTES + len(json.dumps(draft.name)) + 8 * len(draft.shape)
+    for planned in ordered:
+        entry = _ENTRY_BYTES + len(json.dumps(planned.name)) + 8 * len(planned.shape)
         grown = header + entry
-        too_large = size + draft.nbytes + entry > max_shard_size or grown > MAX_HEADER_BYTES
+        too_large = size + planned.nbytes + entry > max_shard_size or grown > MAX_HEADER_BYTES
         if shards[-1] and too_large:
             shards.append([])
             size, grown = PAGE, PAGE + entry
-        shards[-1].append(draft)
-        size += draft.nbytes + entry
+        shards[-1].append(planned)
+        size += planned.nbytes + entry
         header = grown
     return shards
 
 
-def _refuse_collisions(ordered: list[Draft]) -> None:
-    seen: dict[str, Draft] = {}
-    for draft in ordered:
-        if draft.name in seen:
+def _refuse_collisions(ordered: list[PlannedTensor]) -> None:
+    seen: dict[str, PlannedTensor] = {}
+    for planned in ordered:
+        if planned.name in seen:
             raise NameCollision(
-                f"two tensors would both be called {quoted(draft.name)}",
-                at=quoted(draft.name),
+                f"two tensors would both be called {quoted(planned.name)}",
+                at=quoted(planned.name),
                 cause="one is an expert tensor's new name, the other was there before",
                 fix="choose another `--layout`",
             )
-        seen[draft.name] = draft
+        seen[planned.name] = planned
 
 
-def _natural(drafts: Iterable[Draft]) -> list[Draft]:
-    return sorted(drafts, key=lambda d: natural_key(d.name))
+def _natural(planned_tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
+    return sorted(planned_tensors, key=lambda d: natural_key(d.name))
 
 
-def _ordered(shard: list[Draft]) -> list[Draft]:
-    """Page multiples first, then larger dtypes; the sort is stable, so else as they came."""
+def _ordered(shard: list[PlannedTensor]) -> list[PlannedTensor]:
+    """Page multiples first, then larger dtypes; otherwise (the sort is stable) as given."""
     return sorted(shard, key=lambda d: (d.nbytes % PAGE != 0, -alignment(d.dtype)))
 
 
 def placed(
-    drafts: list[Draft], name: str, *, rank: int | None = None, phase: int = 0
+    planned_tensors: list[PlannedTensor], name: str, *, rank: int | None = None, phase: int = 0
 ) -> OutputFile:
-    """One output file with its drafts in the order given; its data starts `phase` into a page."""
-    header = header_bytes(drafts, phase)
+    """One output file, tensors in the order given; its data starts `phase` bytes into a page."""
+    header = header_bytes(planned_tensors, phase)
     offsets = []
     at = len(header)
-    for draft in drafts:
+    for planned in planned_tensors:
         offsets.append(at)
-        at += draft.nbytes
-    places = list(zip(drafts, offsets, strict=True))
+        at += planned.nbytes
+    places = list(zip(planned_tensors, offsets, strict=True))
     return output_file(name, header, places, size=at, rank=rank)
 
 
 def output_file(
     name: str,
     header: bytes,
-    places: list[tuple[Draft, int]],
+    places: list[tuple[PlannedTensor, int]],
     *,
     size: int,
     rank: int | None = None,
 ) -> OutputFile:
-    """An output file from drafts at known offsets, in offset order."""
+    """An output file from planned tensors at known offsets, in offset order."""
     tensors: list[OutputTensor] = []
     tiles: list[Tile] = []
-    for draft, offset in places:
-        expert = draft.woven.expert if draft.woven else None
+    for planned, offset in places:
+        expert = planned.matrices.expert if planned.matrices else None
         units = 1 if expert is None else expert.units
-        tiles += tiles_of(draft, tensor=len(tensors), offset=offset)
+        tiles += tiles_of(planned, tensor=len(tensors), offset=offset)
         tensors.append(
-            OutputTensor(draft.name, draft.dtype, draft.shape, offset, draft.nbytes, units, expert)
+            OutputTensor(
+                planned.name, planned.dtype, planned.shape, offset, planned.nbytes, units, expert
+            )
         )
     return OutputFile(name, header, size, tuple(tensors), tuple(tiles), rank)
 
 
-def header_bytes(drafts: list[Draft], phase: int = 0) -> bytes:
+def header_bytes(planned_tensors: list[PlannedTensor], phase: int = 0) -> bytes:
     """Length and JSON, padded with spaces so that the data starts `phase` bytes into a page."""
     metadata: Json = {"__metadata__": dict(METADATA)}
     pieces = [_header_text(metadata)]
-    at, rest = 0, iter(drafts)
+    at, rest = 0, iter(planned_tensors)
     while batch := list(islice(rest, _BATCH)):  # a million entries take a gigabyte as values
         doc: dict[str, Json] = {}
-        for draft in batch:
-            doc[draft.name] = {
-                "dtype": draft.dtype,
-                "shape": list(draft.shape),
-                "data_offsets": [at, at + draft.nbytes],
+        for planned in batch:
+            doc[planned.name] = {
+                "dtype": planned.dtype,
+                "shape": list(planned.shape),
+                "data_offsets": [at, at + planned.nbytes],
             }
-            at += draft.nbytes
+            at += planned.nbytes
         pieces.append(_header_text(doc))
     text = b"{" + b",".join(pieces) + b"}"
     text += b" " * ((phase - LENGTH_BYTES - len(text)) % PAGE)

@@ -1,4 +1,4 @@
-"""Planning an expert-parallel set: each rank's slots in its own files, everything else once.
+"""Plan an expert-parallel output: each rank's slots in its own files, everything else once.
 
 Slot p of a stack's P slots is on rank p // (P / ep_size). Source of the rule: sglang's expert
 location, and every engine that follows DeepSeek's EPLB.
@@ -10,14 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
+from moeconv.core.text import counted, human_size, quoted_list
+from moeconv.detect.detect import Detection
+from moeconv.detect.stack import Stack
 from moeconv.errors import NameCollision, NotVirtual, quoted
-from moeconv.layout.detect import Detection
 from moeconv.layout.recipe import Layout, slots_before
-from moeconv.layout.stack import Stack
-from moeconv.manifest import files_name
+from moeconv.manifest.model import files_name
 from moeconv.plan.convert import (
     FUSE,
-    copied_fates,
+    copied_entries,
     format_notes,
     prove,
     recipes_of,
@@ -25,15 +26,14 @@ from moeconv.plan.convert import (
     stack_entry,
     target_of,
 )
-from moeconv.plan.draft import Draft, Kind, copied, fates, kinds_of
+from moeconv.plan.model import LedgerEntry, OutputFile, PermuteTile, Plan
 from moeconv.plan.pack import Packing, pack
-from moeconv.plan.values import Fate, OutputFile, Plan, WeaveTile
-from moeconv.units import counted, human_size
+from moeconv.plan.tensors import OutputGroup, PlannedTensor, copied, ledger_entries, output_groups
 
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """How stacks are shared out among ranks.
+    """How stacks are split among ranks.
 
     rows: physical_to_logical [P] by stack name; a stack without a row stays in the common files.
     """
@@ -52,7 +52,7 @@ def plan_shards(
     virtual: bool,
     notes: tuple[str, ...] = (),
 ) -> Plan:
-    """One set of files a rank and one for all ranks, stacks in `layout` or the family's fused one.
+    """Plan files for each rank and common files; stacks in `layout` or the family's fused one.
 
     Raises NoExperts, UnknownLayout, StraddlingBlock, NameCollision, SubByteAxis, NotVirtual.
     """
@@ -68,7 +68,7 @@ def plan_shards(
         notes=notes,
     )
     if virtual:
-        refuse_woven(plan.files)
+        refuse_permuted(plan.files)
     return plan
 
 
@@ -84,16 +84,16 @@ def shards_in(
 ) -> Plan:
     """`plan_shards` with a layout for each stack by name."""
     stacks = detection.stacks
-    common, ranks = drafts_of(detection, sharding, targets)
+    common, ranks = tensors_by_rank(detection, sharding, targets)
     _refuse_two_meanings(common, ranks)
     before = _slots_before(detection, sharding)
     files: list[OutputFile] = []
-    for rank, drafts in ((None, common), *enumerate(ranks)):
+    for rank, planned_tensors in ((None, common), *enumerate(ranks)):
         prefix = files_name(rank, sharding.ep_size)
-        files += pack(drafts, packing, prefix=prefix, rank=rank)
-    ledger = copied_fates(detection)
+        files += pack(planned_tensors, packing, prefix=prefix, rank=rank)
+    ledger = copied_entries(detection)
     for stack in stacks:
-        ledger += _fates(stack, targets[stack.name], sharding, before)
+        ledger += _ledger_entries(stack, targets[stack.name], sharding, before)
     plan = Plan(
         files=tuple(files),
         index_name=None,
@@ -118,36 +118,36 @@ def shards_in(
 
 
 def _not_shared(detection: Detection) -> list[str]:
-    if not detection.passed:
+    if not detection.passthrough:
         return []
     return [
-        f"{counted(len(detection.passed), 'stack')} copied through "
-        f"({human_size(sum(t.nbytes for t in detection.untouched))}): "
+        f"{counted(len(detection.passthrough), 'stack')} copied through "
+        f"({human_size(sum(t.nbytes for t in detection.passthrough_tensors))}): "
         "not shared among ranks: every rank reads all of it"
     ]
 
 
-def drafts_of(
+def tensors_by_rank(
     detection: Detection, sharding: Sharding, targets: dict[str, Layout]
-) -> tuple[list[Draft], list[list[Draft]]]:
+) -> tuple[list[PlannedTensor], list[list[PlannedTensor]]]:
     """The tensors of the common files, and those of each rank's."""
     common = [copied(t) for t in detection.others]
-    ranks: list[list[Draft]] = [[] for _ in range(sharding.ep_size)]
+    ranks: list[list[PlannedTensor]] = [[] for _ in range(sharding.ep_size)]
     before = _slots_before(detection, sharding)
     for number, stack in enumerate(detection.stacks):
         row = sharding.rows.get(stack.name)
-        for kind in kinds_of(stack, number, targets[stack.name]):
+        for group in output_groups(stack, number, targets[stack.name]):
             if row is None:
-                common += kind.for_all()
+                common += group.for_all()
                 continue
-            if kind.component.is_global:
-                local = kind.line.slot_template(stack.name, kind.component, before)
-                common += kind.for_all(local=local)
+            if group.component.is_global:
+                local = group.line.slot_template(stack.name, group.component, before)
+                common += group.for_all(local=local)
                 continue
             share = len(row) // sharding.ep_size
-            name = kind.line.namer(stack.name, kind.component, slots_before=before)
+            name = group.line.namer(stack.name, group.component, slots_before=before)
             for rank in range(sharding.ep_size):
-                ranks[rank] += _slots(kind, name, row, rank * share, share)
+                ranks[rank] += _slots(group, name, row, rank * share, share)
     return common, ranks
 
 
@@ -157,74 +157,79 @@ def _slots_before(detection: Detection, sharding: Sharding) -> int:
 
 
 def _slots(
-    kind: Kind, name: Callable[[int | None], str], row: tuple[int, ...], first: int, share: int
-) -> list[Draft]:
-    """A rank's tensors of one kind: one for each slot, or one with all of them."""
-    if not kind.line.per_expert:
+    group: OutputGroup,
+    name: Callable[[int | None], str],
+    row: tuple[int, ...],
+    first: int,
+    share: int,
+) -> list[PlannedTensor]:
+    """A rank's tensors of one group: one per slot, or one with all slots."""
+    if not group.line.per_expert:
         slots = (first, first + share)
         experts = row[first : first + share]
-        return [kind.draft(name(None), kind.geometry(share), experts, slots=slots)]
-    geometry = kind.geometry(1)
+        return [group.plan_tensor(name(None), group.geometry(share), experts, slots=slots)]
+    geometry = group.geometry(1)
     return [
-        kind.draft(name(s), geometry, (row[first + s],), slots=(first + s, first + s + 1))
+        group.plan_tensor(name(s), geometry, (row[first + s],), slots=(first + s, first + s + 1))
         for s in range(share)
     ]
 
 
-def _refuse_two_meanings(common: list[Draft], ranks: list[list[Draft]]) -> None:
-    """Raise NameCollision where a rank would have a name that the common files have, too."""
-    shared = {draft.name for draft in common}
-    for draft in chain.from_iterable(ranks):
-        if draft.name in shared:
+def _refuse_two_meanings(common: list[PlannedTensor], ranks: list[list[PlannedTensor]]) -> None:
+    """Raise NameCollision where a rank would have a name that the common files also have."""
+    shared = {planned.name for planned in common}
+    for planned in chain.from_iterable(ranks):
+        if planned.name in shared:
             raise NameCollision(
-                f"the common files and a rank's would both have a {quoted(draft.name)}",
-                at=quoted(draft.name),
-                cause="one is a slot of this rank, the other something that all ranks have",
+                f"the common files and a rank's would both have a {quoted(planned.name)}",
+                at=quoted(planned.name),
+                cause="one is a slot of this rank, the other is common to all ranks",
                 fix="choose a `--layout` without names for each expert, such as `fused`, "
                 "or fewer redundant experts",
             )
 
 
-def _fates(stack: Stack, layout: Layout, sharding: Sharding, before: int) -> list[Fate]:
+def _ledger_entries(
+    stack: Stack, layout: Layout, sharding: Sharding, before: int
+) -> list[LedgerEntry]:
     row = sharding.rows.get(stack.name)
     if row is None:
-        return fates(stack, layout)
+        return ledger_entries(stack, layout)
     share = len(row) // sharding.ep_size
     numbers: list[list[int]] = [[] for _ in range(stack.sizes.experts)]
     for slot, expert in enumerate(row):
         numbers[expert].append(slot % share)
     replicated = not_global(stack)
-    return fates(stack, layout, numbers=numbers, replicated=replicated, before=before)
+    return ledger_entries(stack, layout, numbers=numbers, replicated=replicated, before=before)
 
 
 def not_global(stack: Stack) -> frozenset[str]:
-    """The components that stand once in every slot, by name."""
+    """The names of components that every slot has one of."""
     return frozenset(m.component.name for m in stack.members if not m.component.is_global)
 
 
 def refuse_tensor_sidecars(names: tuple[str, ...]) -> None:
-    """Raise NotVirtual where files of tensors would be copied after all."""
+    """Raise NotVirtual where a file that holds tensors would be copied as a sidecar."""
     found = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))]
     if found:
-        more = f" and {len(found) - 1} more" if found[1:] else ""
         raise NotVirtual(
-            f"{quoted(found[0])}{more} would be copied into a set without tensors of its own",
+            f"{quoted_list(found, most=1)} would be copied into a virtual output",
             at=quoted(found[0]),
-            cause="the index does not name it, so it counts as a file beside the checkpoint",
-            fix=f"leave it out with `--without '{found[0]}'`",
+            cause="the index does not name it, so it counts as a sidecar",
+            fix=f"leave it out with `--exclude '{found[0]}'`",
         )
 
 
-def refuse_woven(files: tuple[OutputFile, ...]) -> None:
-    """Raise NotVirtual where a tensor's values would stand in another order."""
+def refuse_permuted(files: tuple[OutputFile, ...]) -> None:
+    """Raise NotVirtual where a tensor's values would be in another order."""
     for file in files:
         for tile in file.tiles:
-            if isinstance(tile, WeaveTile) and not tile.straight:
+            if isinstance(tile, PermuteTile) and not tile.is_identity:
                 name = file.tensors[tile.tensor].name
                 raise NotVirtual(
-                    f"{quoted(name)} cannot be a run of the source's bytes",
+                    f"{quoted(name)} is not a run of the source's bytes",
                     at=quoted(name),
-                    cause="in this layout its values stand in another order than in the source",
+                    cause="in this layout its values are in another order than in the source",
                     fix="choose the layout that the source has with `--layout`, "
-                    "or leave `--virtual` away",
+                    "or drop `--virtual`",
                 )

@@ -1,4 +1,4 @@
-"""The data files of a set: known again before use, mapped or read straight into memory."""
+"""The data files of an output: checked before use, and mapped or read directly into memory."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from typing import Final, cast
 
 import torch
 
-from moeconv.checkpoint.descriptors import DescriptorPool, Lease, descriptors_left
-from moeconv.checkpoint.file_io import FileEnded, read_into
 from moeconv.checkpoint.header import parse_header
-from moeconv.checkpoint.papers import damaged, differing_tensor, inside
-from moeconv.checkpoint.reading import open_regular, opened, read_start, unreadable
-from moeconv.digest import digest
-from moeconv.errors import IoFailed, MissingShard, SourceChanged, quoted
-from moeconv.manifest import ROOT_NAME, Part, Run, SourceFile
-from moeconv.names import printable
-from moeconv.runtime.tensors import LocalTensor, portions
+from moeconv.checkpoint.output_files import damaged, differing_tensor
+from moeconv.core.digest import digest
+from moeconv.errors import IoFailed, MissingShard, SourceChanged, printable, quoted
+from moeconv.manifest.model import ROOT_NAME, Part, Run, SourceFile
+from moeconv.runtime.byte_runs import LocalTensor, run_chunks
+from moeconv.store.descriptors import DescriptorPool, Lease, descriptors_left
+from moeconv.store.documents import open_regular, opened, read_start, unreadable
+from moeconv.store.file_io import FileEnded, read_into
+from moeconv.store.paths import resolve_inside
 
 _MAX_HEADER: Final = 8 + 100_000_000
-_THREADS: Final = 4
-_MOST_THREADS: Final = 3 * _THREADS  # that read at once, each of them one file
+THREADS: Final = 4
+_MOST_THREADS: Final = 3 * THREADS  # that read at once, each of them one file
 PIECE_BYTES: Final = 4 * 1024 * 1024  # of one read; after a failure the other threads end as soon
 _ALIGNMENT: Final = 16  # what kernels may take for granted of a tensor
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file that was found to be the right one; `identity` tells whether it still is."""
+    """A file that was checked; `identity` shows later whether it has changed."""
 
     name: str
     path: Path
@@ -43,12 +43,12 @@ class DataFile:
     identity: tuple[int, int, int, int]  # device, inode, size, mtime_ns
 
 
-def own_file(home: Path, part: Part) -> DataFile:
-    """A data file of the set, its header held against its part.
+def check_data_file(output: Path, part: Part) -> DataFile:
+    """Check a data file of the output against its part.
 
     Raises MissingShard, Damaged, BadHeader, UnsafePath, IoFailed.
     """
-    path = _existing(home, part.file, ROOT_NAME)
+    path = _existing(output, part.file, ROOT_NAME)
     with opened(path, name=part.file) as (descriptor, facts):
         if facts.st_size != part.size:
             cause = f"it has {facts.st_size:,} bytes, its part says {part.size:,}"
@@ -58,38 +58,38 @@ def own_file(home: Path, part: Part) -> DataFile:
             raise damaged(part.file, "its header is not the one that was written")
     header = parse_header(raw, file_size=part.size, file=0, where=part.file)
     if (name := differing_tensor(header, part)) is not None:
-        raise damaged(part.file, f"its part says something else of {quoted(name)}")
+        raise damaged(part.file, f"its part does not describe {quoted(name)} as its header does")
     return DataFile(part.file, path, facts.st_size, _identity(facts))
 
 
-def source_file(home: Path, entry: SourceFile, *, copied: bool) -> DataFile:
-    """A file that a virtual set points into. Raises MissingShard, SourceChanged, UnsafePath.
+def check_source_file(output: Path, entry: SourceFile, *, copied: bool) -> DataFile:
+    """Check a file that a virtual output refers to. Raises MissingShard, SourceChanged, UnsafePath.
 
     copied: the caller says that it is here, so that its time may be another.
     """
-    path = _existing(home, entry.name, str(home))
+    path = _existing(output, entry.name, str(output))
     with opened(path, name=entry.name) as (descriptor, facts):
         found = digest(_header(descriptor, facts, path, entry.name, entry.header_size))
         if (facts.st_size, found) != (entry.size, entry.header_digest):
-            raise _changed(entry.name, "since the virtual set was made")
+            raise _changed(entry.name, "since the virtual output was made")
         if facts.st_mtime_ns != entry.mtime_ns and not copied:
             raise SourceChanged(
-                f"{quoted(entry.name)} has another time than when the virtual set was made",
-                at=quoted(str(home)),
+                f"{quoted(entry.name)} was modified since the virtual output was made",
+                at=quoted(str(output)),
                 cause="it was written to, or copied; its size and header are the same",
-                fix="make the virtual set again; if it is a copy, name its directory as `source=`",
+                fix="make it again; if the file is a copy, give its directory as `source=`",
             )
     return DataFile(entry.name, path, facts.st_size, _identity(facts))
 
 
-def _existing(home: Path, name: str, named_in: str) -> Path:
-    path = inside(home, name)
+def _existing(output: Path, name: str, named_in: str) -> Path:
+    path = resolve_inside(output, name)
     if not path.exists():
         raise MissingShard(
             f"{quoted(name)} is not there",
             at=quoted(named_in),
             cause="this rank needs it",
-            fix="fetch that file of the set",
+            fix="fetch that file again, or convert again",
         )
     return path
 
@@ -109,8 +109,8 @@ def _changed(name: str, when: str) -> SourceChanged:
     return SourceChanged(
         f"{quoted(name)} has changed {when}",
         at=quoted(name),
-        cause="its size, time or header is another",
-        fix="open the set again, or make it again where it is virtual",
+        cause="its size, time or header differs",
+        fix="open the output again, or make it again if it is virtual",
     )
 
 
@@ -185,7 +185,7 @@ class Reader(ExitStack[bool | None]):
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        pool = ThreadPoolExecutor(_THREADS)
+        pool = ThreadPoolExecutor(THREADS)
         # made after the reader, so that it ends before the descriptors are closed
         self.callback(pool.shutdown, wait=True, cancel_futures=True)
         return pool
@@ -197,12 +197,12 @@ class Reader(ExitStack[bool | None]):
         thread writes into it any more then.
         """
         total = sum(r.nbytes for r in runs)
-        share = max(-(-total // _THREADS), PIECE_BYTES)
+        share = max(-(-total // THREADS), PIECE_BYTES)
         if total <= share:
             self._read(address, runs)
         else:
             # one thread is as fast as one core copies; the page cache and most disks are faster
-            shares = portions(runs, share)
+            shares = run_chunks(runs, share)
             parts = [self._threads.submit(self._read, address + at, part) for at, part in shares]
             try:
                 wait(parts)

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from moeconv.core.system_errors import system_errors
 from moeconv.errors import GeometryMismatch, UsageProblem, quoted
-from moeconv.errors.system import system_errors
-from moeconv.placement.placement import Given, by_stack
-from moeconv.runtime.complete import Rows, check_complete
-from moeconv.runtime.files import DataFile
-from moeconv.runtime.fill import loaded
-from moeconv.runtime.fit import Rename, patterns_of
-from moeconv.runtime.moves import Catalog, Moves, changed_slots, new_rows, placed_anew
-from moeconv.runtime.opening import (
+from moeconv.placement.model import Given, by_stack
+from moeconv.runtime.bind import Rename, bind, patterns_of
+from moeconv.runtime.expert_catalog import changed_slots
+from moeconv.runtime.open import (
     Files,
-    Home,
-    Stored,
+    LocatedTensor,
+    OpenOutput,
     find,
     is_global,
+    parts_of_rank,
     plain,
     rank_tensors,
-    wanted_parts,
 )
-from moeconv.runtime.tensors import LocalTensor
-from moeconv.runtime.update import Report, Updater, make_updater
-from moeconv.runtime.verified import check_digests
+from moeconv.runtime.rank_view import RankView
+from moeconv.runtime.rebalance import Moves
+from moeconv.runtime.transfer import checked_device, load_tensors
+from moeconv.runtime.updater import Report, Updater
+from moeconv.runtime.validate import validate_rank
 
 
 def ep_rank_of(rank: int, world: int, ep: int, order: str = "sglang", *, moe_tp: int = 1) -> int:
@@ -47,13 +46,13 @@ def ep_rank_of(rank: int, world: int, ep: int, order: str = "sglang", *, moe_tp:
     [0, 0, 1, 1]
     """
     if order not in ("sglang", "twinkle"):
-        raise UsageProblem(f"{quoted(order)} is no order of ranks", fix='"sglang" or "twinkle"')
+        raise UsageProblem(f"{quoted(order)} is not an order of ranks", fix='"sglang" or "twinkle"')
     if order != "sglang" and moe_tp != 1:
-        raise UsageProblem("only sglang splits experts", fix="leave `moe_tp=` out")
+        raise UsageProblem("only sglang splits experts", fix="drop `moe_tp=`")
     least = min(ep, world, moe_tp)
     if least < 1 or world % (ep * moe_tp) or not 0 <= rank < world:
         raise GeometryMismatch(
-            f"process {rank} of {world} has no place in {ep} expert-parallel ranks",
+            f"process {rank} of {world} does not fit into {ep} expert-parallel ranks",
             cause="ep (times moe_tp) must divide the number of processes; ranks count from 0",
             fix="start as many processes as a multiple of it",
         )
@@ -91,34 +90,36 @@ def open_shard(
     (2, 0, 1)
     """
     if verify not in (None, "digest"):
-        raise UsageProblem(f"{quoted(str(verify))} is nothing to verify", fix='"digest", or None')
+        raise UsageProblem(
+            f"{quoted(str(verify))} is not a kind of verification", fix='"digest", or None'
+        )
     ep_rank, ep_size = _number(ep_rank, "ep_rank"), _number(ep_size, "ep_size")
     where, root, data = find(Path(path).absolute(), source=None if source is None else Path(source))
-    home = Home(where, root, data, ep_rank, copied=source is not None)
-    if ep_size != home.ep_size or not 0 <= ep_rank < ep_size:
+    output = OpenOutput(where, root, data, ep_rank, copied=source is not None)
+    if ep_size != output.ep_size or not 0 <= ep_rank < ep_size:
         raise GeometryMismatch(
-            f"rank {ep_rank} of {ep_size} was asked for, the set is for {home.ep_size}",
+            f"rank {ep_rank} of {ep_size} was requested, the output is for {output.ep_size}",
             at=quoted(str(path)),
-            cause=f"it was written with `--ep {home.ep_size}`",
-            fix=f"start {home.ep_size} expert-parallel ranks, or shard again",
+            cause=f"it was written with `--ep {output.ep_size}`",
+            fix=f"start {output.ep_size} expert-parallel ranks, or shard again",
         )
     files: Files = {}
-    common: list[Stored] = []
-    own: list[Stored] = []
-    for part in wanted_parts(root, ep_rank):
-        for stored in home.read_part(part, files):
+    common: list[LocatedTensor] = []
+    own: list[LocatedTensor] = []
+    for part in parts_of_rank(root, ep_rank):
+        for stored in output.read_part(part, files):
             expert = stored.entry.expert
             (own if expert is not None and expert.slots is not None else common).append(stored)
-    check_complete(
+    validate_rank(
         root,
-        home.rows,
+        output.rows,
         [s.entry for s in common],
         [s.entry for s in own],
         rank=ep_rank,
         ep_size=ep_size,
     )
-    tensors = rank_tensors(home, common, own, home.rows)
-    shard = Shard(home, tuple(common), tuple(own), home.rows, tensors, files)
+    tensors = rank_tensors(output, common, own, output.rows)
+    shard = Shard(output, tuple(common), tuple(own), output.rows, tensors, files)
     if placement is not None:
         shard.check_placement(placement)
     return shard if verify is None else shard.verified()
@@ -132,94 +133,8 @@ def _number(value: int, option: str) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Shard:
-    """One rank's part of a set. Immutable: it knows where bytes are, and keeps no file open.
-
-    verify: whether every byte that is read through it was held against the manifest before.
-    """
-
-    home: Home
-    common: tuple[Stored, ...]
-    own: tuple[Stored, ...]
-    rows: Rows
-    tensors: Mapping[str, LocalTensor]
-    files: Mapping[int, DataFile]
-    verify: bool = False
-
-    def __repr__(self) -> str:
-        size = f"{len(self.tensors):,} tensors"
-        return f"<Shard {self.ep_rank} of {self.ep_size}: {size}, {str(self.home.path)!r}>"
-
-    @property
-    def ep_rank(self) -> int:
-        """Which rank it is, from 0."""
-        return self.home.rank
-
-    @property
-    def ep_size(self) -> int:
-        """How many ranks share the experts."""
-        return self.home.ep_size
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of what `load()` gives."""
-        return tuple(self.tensors)
-
-    @property
-    def stacks(self) -> tuple[str, ...]:
-        """The names of the expert stacks."""
-        return tuple(s.name for s in self.home.root.stacks)
-
-    @property
-    def placement(self) -> dict[str, tuple[int, ...]]:
-        """The expert in each slot, [P], of each stack that the ranks share."""
-        return {self.stacks[number]: row for number, row in self.rows.items()}
-
-    def logical_experts(self, stack: str) -> tuple[int, ...]:
-        """The expert in each of this rank's slots: [S]; all of a stack that every rank has whole.
-
-        Raises UsageProblem.
-        """
-        if stack not in self.stacks:
-            raise UsageProblem(f"{quoted(stack)} is no stack of the set", fix="see `Shard.stacks`")
-        number = self.stacks.index(stack)
-        row = self.rows.get(number)
-        if row is None:
-            return tuple(range(self.home.root.stacks[number].experts))
-        share = len(row) // self.ep_size
-        return row[self.ep_rank * share : (self.ep_rank + 1) * share]
-
-    def check_placement(self, placement: Given) -> None:
-        """Hold a caller's placement against the set's. Raises GeometryMismatch, BadPlacement."""
-        have = self.placement
-        other = []
-        for name, row in by_stack(self.stacks, placement).items():
-            experts = self.logical_experts(name)
-            # a stack that is not shared is in the trivial placement of one rank
-            if row != have.get(name, experts if self.ep_size == 1 else None):
-                other.append(name)
-        if other:
-            raise GeometryMismatch(
-                f"the set is in another placement than yours, in {len(other):,} stack(s)",
-                at=quoted(str(self.home.path)),
-                cause=f"{quoted(other[0])} is one of them",
-                fix="shard again with your placement, or take the set's from `Shard.placement`",
-            )
-
-    @property
-    def weights(self) -> object:
-        """What tells its weights from those of another set: a digest of all, or the files."""
-        if (fingerprint := self.home.root.fingerprint) is not None:
-            return fingerprint
-        used = {run.file for s in (*self.common, *self.own) for run in s.runs}
-        return frozenset(self.files[number].identity for number in used)
-
-    def verified(self) -> Shard:
-        """The same, its bytes held against their digests. Raises what `open` raises for it."""
-        if self.verify:
-            return self
-        check_digests((*self.common, *self.own), self.home.root.stacks, self.files)
-        return replace(self, verify=True)
+class Shard(RankView):
+    """One rank's part of an output, to be loaded. Immutable, and keeps no file open."""
 
     # --- tensors -------------------------------------------------------------------------------
     def load(
@@ -248,9 +163,9 @@ class Shard:
         chosen = self.names if names is None else patterns_of(names, "names")
         if unknown := [name for name in chosen if name not in self.tensors]:
             raise UsageProblem(
-                f"{quoted(unknown[0])} is no tensor of this rank", fix="see `Shard.names`"
+                f"{quoted(unknown[0])} is not a tensor of this rank", fix="see `Shard.names`"
             )
-        return loaded([self.tensors[name] for name in chosen], self.files, device, copy=copy)
+        return load_tensors([self.tensors[name] for name in chosen], self.files, device, copy=copy)
 
     def global_tensors(self, *, copy: bool = False) -> dict[str, torch.Tensor]:
         """The small tensors (scales) of all experts, as the common files have them: [E, ...].
@@ -263,7 +178,7 @@ class Shard:
         tensor([0., 1., 2., 3., 4.])
         """
         kept = [plain(s) for s in self.common if is_global(s, self.rows)]
-        return loaded(kept, self.files, None, copy=copy)
+        return load_tensors(kept, self.files, None, copy=copy)
 
     def load_into(
         self,
@@ -292,9 +207,9 @@ class Shard:
         `model.to_empty()` is no way out: it leaves buffers that no checkpoint has, such as the
         `inv_freq` of rotary embeddings, as whatever was in memory.
 
-        Which experts the model's slots hold is noted with its modules, and `Moves.load_into` and
+        Which experts the model's slots hold is recorded with its modules, and `Moves.load_into` and
         `Updater.load` go by it; here all slots are filled as this shard has them, whatever they
-        held. What is copied by hand is not noted.
+        held. What you copy yourself is not recorded.
 
         What has no plain memory of its own is refused: views that overlap others or themselves
         (two names of the same view are tied, disjoint views are fine), wrapper subclasses, sparse
@@ -329,9 +244,12 @@ class Shard:
         >>> updater.load(shard).bytes_read == updater.load(shard).bytes_read
         True
         """
-        return make_updater(self, model, rename=rename, ignore=ignore, cast=cast, device=device)
+        where = checked_device(device)
+        with torch.no_grad():
+            binding = bind(model, self.tensors, rename=rename, ignore=ignore, cast=cast)
+        return Updater(self, binding, where)
 
-    def replace(self, placement: Given) -> Moves:
+    def replace(self, placement: Given) -> Moves[Shard]:
         """What changes on this rank under a new placement of as many slots: to be read and filled.
 
         placement: as for `open`; stacks that it does not name stay. Experts that this rank's files
@@ -345,13 +263,6 @@ class Shard:
         >>> moves.load_into(model).tensors
         3
         """
-        rows = new_rows(self.home, self.rows, placement)
-        catalog = Catalog(self.home, dict(self.files))
-        own = placed_anew(catalog, self.own, rows)
-        tensors = rank_tensors(self.home, self.common, own, rows)
-        # `own` stays as the files have it: the next placement is found from there too
-        if self.verify:
-            check_digests(catalog.fetched.values(), self.home.root.stacks, catalog.files)
-        shard = replace(self, rows=rows, tensors=tensors, files=catalog.files)
+        newer = self.rearranged(placement)
         named = frozenset(by_stack(self.stacks, placement))
-        return Moves(shard, changed_slots(self.home, self.rows, rows), named)
+        return Moves(newer, changed_slots(self.output, self.rows, newer.rows), named)

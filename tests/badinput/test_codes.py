@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from moeconv.core.json_value import error_json
 from moeconv.errors import MoeconvError
 from tests.badinput.checks import CODES
 
@@ -30,7 +31,7 @@ def test_an_error_prints_its_code_place_cause_and_fix():
 
 def test_an_error_as_json_has_the_same_fields():
     problem = MoeconvError("it broke", at="here", cause="because", fix="mend it")
-    assert problem.as_json() == {
+    assert error_json(problem) == {
         "type": "error",
         "code": "error",
         "exit_code": 4,

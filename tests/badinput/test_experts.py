@@ -38,25 +38,25 @@ FP8 = qwen(dtype="F8_E4M3", block=8)
 
 def test_a_gap_in_the_expert_ids(src: Path, out: Path):
     write(src, without(qwen(), ".experts.2."))
-    refused(ExpertGap, STACK, "expert 2", "up to 3", "there are 4", src=src, out=out)
+    refused(ExpertGap, STACK, "expert 2", "up to 3", "states 4 experts", src=src, out=out)
 
 
 def test_a_gap_of_many_ids_is_shortened(src: Path, out: Path):
     tensors = qwen(30)
     tensors = without(tensors, *(f".experts.{e}." for e in range(5, 25)))
     write(src, tensors, config=config(experts=30))
-    refused(ExpertGap, "expert 5", "5, 6, 7", "12 more", "there are 30", src=src, out=out)
+    refused(ExpertGap, "expert 5", "5, 6, 7", "14 more", "states 30 experts", src=src, out=out)
 
 
 def test_an_expert_id_at_the_number_of_experts(src: Path, out: Path):
     write(src, qwen(5))
-    refused(ExpertOutOfRange, STACK, "expert 4", "only 4", "config.json", src=src, out=out)
+    refused(ExpertOutOfRange, STACK, "expert 4", "states only 4", "config.json", src=src, out=out)
 
 
 def test_an_expert_id_far_beyond_the_number_of_experts(src: Path, out: Path):
     write(src, added(qwen(), f"{STACK}.9000000000.up_proj.weight"))
     with within(5):
-        refused(ExpertOutOfRange, STACK, "9000000000", "only 4", src=src, out=out)
+        refused(ExpertOutOfRange, STACK, "9000000000", "states only 4", src=src, out=out)
 
 
 def test_one_projection_of_one_expert_is_missing(src: Path, out: Path):
@@ -66,7 +66,7 @@ def test_one_projection_of_one_expert_is_missing(src: Path, out: Path):
         STACK,
         "expert 3's `up_proj.weight`",
         "3 of 4",
-        "there are 4",
+        "states 4 experts",
         src=src,
         out=out,
     )
@@ -102,7 +102,7 @@ def test_the_same_stack_in_both_layouts(src: Path, out: Path):
         f"{STACK}.gate_up_proj",
         "`per-expert`, `fused`",
         "two layouts",
-        "keep one of the two",
+        "keep only one of the two",
         src=src,
         out=out,
     )
@@ -112,7 +112,7 @@ def test_one_stack_half_fused(src: Path, out: Path):
     tensors = added(without(qwen(), "down_proj"), f"{STACK}.down_proj", shape=(4, 24, 8))
     write(src, tensors)
     # who was told to keep one of the two would lose the other's experts
-    said = ("`per-expert`, `fused`", "nothing is there twice", "remove nothing")
+    said = ("`per-expert`, `fused`", "nothing is in both", "remove nothing")
     refused(MixedLayouts, f"{STACK}.down_proj", *said, src=src, out=out)
 
 

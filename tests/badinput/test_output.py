@@ -8,7 +8,7 @@ import pytest
 
 import moeconv
 from moeconv.engine import commit
-from moeconv.engine.workplace import Workplace
+from moeconv.engine.output.transaction import OutputTransaction
 from moeconv.errors import IoFailed, MoeconvError, UnsafeOutput, WouldOverwrite
 from tests.badinput.builders import SHARD, qwen, shard_bytes, write
 from tests.badinput.checks import refused, tree, untouched
@@ -83,7 +83,7 @@ def test_out_lies_inside_src(good: Path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_src_lies_inside_out(out: Path, *, overwrite: bool):
     src = write(out / "deep" / "src", qwen())
-    refused(UnsafeOutput, "OUT holds SRC", str(src), src=src, out=out, overwrite=overwrite)
+    refused(UnsafeOutput, "OUT contains SRC", str(src), src=src, out=out, overwrite=overwrite)
 
 
 def test_our_own_output_may_not_become_its_own_source(good: Path, out: Path):
@@ -172,7 +172,7 @@ def test_overwrite_replaces_an_unfinished_output(
     good: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # a killed run leaves all but the manifest, at worst, and the journal of what it would make
-    monkeypatch.setattr(Workplace, "take_back", lambda _: None)
+    monkeypatch.setattr(OutputTransaction, "roll_back", lambda _: None)
     with monkeypatch.context() as killed:
         killed.setattr(commit, "root_bytes", lambda _: sys.exit("killed"))
         with pytest.raises(SystemExit):

@@ -7,7 +7,7 @@ import pytest
 
 import moeconv
 from moeconv.errors import BadRecipe
-from moeconv.layout.recipefile import parse_recipe
+from moeconv.layout.recipe_toml import parse_recipe
 from tests.badinput.builders import qwen, write
 from tests.badinput.checks import holds, refused, untouched
 
@@ -151,10 +151,10 @@ def test_a_stack_without_its_holes(stack: str):
 
 
 def test_a_verb_that_names_no_layout():
-    _refused(_with('fuse = "fused"', 'fuse = "fsued"'), "fuse: `fsued` is no layout", "fused")
+    _refused(_with('fuse = "fused"', 'fuse = "fsued"'), "fuse: `fsued` is not a layout", "fused")
 
 
-def test_a_granule_that_config_does_not_name():
+def test_a_block_size_that_config_does_not_name():
     _refused(_with("[config.granules]\nblock", "[config.granules]\nblok"), "lacks `block.0`")
 
 
@@ -176,7 +176,7 @@ def test_where_a_size_of_one_layer_is_said_takes_both_holes(path: str):
         ("E (G O) () K", "empty group"),
         ("E (G O) K K", "names an axis twice"),
         ("E (G O) Q", "`Q`"),
-        ("E (G O) K/0", "granule below 1"),
+        ("E (G O) K/0", "block below 1"),
         ("E (G O) K/", "`K/`"),
         ("E (G O) K/-3", "`K/-3`"),
         ("(G O) K", "neither `{expert}` in its name nor an axis E"),
@@ -205,7 +205,7 @@ def test_a_component_with_axes_of_the_layout():
     _refused(_with('axes = "O K"', 'axes = "E O K"'), "components.weight.axes: ", "E and G")
 
 
-def test_a_granule_of_a_million_digits():
+def test_a_block_size_of_a_million_digits():
     _refused(_with("E (G O) K", "E (G O) K/" + "9" * 5000), "layouts.fused.gate_up: ")
 
 
@@ -260,7 +260,7 @@ def test_two_lines_with_one_template():
 
 def test_no_layouts():
     text = GOOD[: GOOD.index("[layouts.per-expert]")] + GOOD[GOOD.index("[components]") :]
-    _refused(text, "layouts: there is none")
+    _refused(text, "layouts: must have at least one layout")
 
 
 def test_no_weight_among_the_components():
@@ -275,7 +275,12 @@ def test_two_components_with_one_suffix():
 def test_all_problems_are_reported_at_once():
     text = _with("stack =", "stak =").replace("E (G O) K", "E (G O K")
     text = text.replace('fuse = "fused"', 'fuse = "x"', 1).replace('suffix = ""', 'sufix = ""')
-    facts = ("stak: unknown key", "stack: is missing", "unmatched parenthesis", "`x` is no layout")
+    facts = (
+        "stak: unknown key",
+        "stack: is missing",
+        "unmatched parenthesis",
+        "`x` is not a layout",
+    )
     _refused(text, *facts, "components.weight.suffix: is missing", "did you mean `stack`?")
 
 
@@ -292,7 +297,7 @@ def test_nothing_of_a_recipe_is_printed_raw(where: str):
 
 
 def test_control_characters_in_axes_are_not_printed_raw():
-    _refused(_with("E (G O) K", "E (G O) \\u001b[2J"), "is no axis")
+    _refused(_with("E (G O) K", "E (G O) \\u001b[2J"), "is not an axis")
 
 
 # --- what would take for ever ------------------------------------------------------------------
@@ -356,5 +361,5 @@ def test_parts_that_can_be_read_in_too_many_ways(src: Path, out: Path, tmp_path:
             stem = name.removesuffix("weight")
             tensors |= {f"{stem}x{n}": ("U8", shape) for n in range(20)}
     write(src, tensors)
-    facts = ("`mine`", "ways together", "under `axes`")
+    facts = ("`mine`", "combinations of axes", "under `axes`")
     refused(BadRecipe, *facts, src=src, out=out, recipe=tmp_path / "mine.toml")

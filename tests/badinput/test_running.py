@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.engine import crew
+from moeconv.engine.copy import pool
 from moeconv.errors import Damaged, IoFailed, MoeconvError, SourceChanged
 from tests.badinput.builders import SHARD, Tensors, qwen, two_files, write
 from tests.badinput.checks import holds, tree, untouched
@@ -229,7 +229,7 @@ def test_ctrl_c_while_the_workers_start(src: Path, out: Path, monkeypatch: pytes
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(threading, "Thread", Interrupted)
-    monkeypatch.setattr(crew, "BATCH_BYTES", 1)
+    monkeypatch.setattr(pool, "BATCH_BYTES", 1)
     with untouched(src, out), pytest.raises(KeyboardInterrupt):
         moeconv.fuse(src, out, jobs=4, progress=lambda *_: time.sleep(0.2))
     assert not any(thread.is_alive() for thread in started)

@@ -15,11 +15,11 @@ import pytest
 
 import moeconv
 import moeconv.runtime
-from moeconv.checkpoint.papers import filled_name, hidden_name
-from moeconv.checkpoint.sidecars import files_below
-from moeconv.engine.single import write_single
+from moeconv.checkpoint.output_files import filled_name, hidden_name
+from moeconv.core.system_errors import system_errors
+from moeconv.engine.output.atomic_file import write_single
 from moeconv.errors import IoFailed, MoeconvError, SourceMissing, UsageProblem
-from moeconv.errors.system import system_errors
+from moeconv.store.paths import files_below
 from tests.badinput.builders import qwen, write
 from tests.badinput.checks import holds, refused, tree, untouched
 from tests.calls import around
@@ -69,8 +69,8 @@ def test_a_folder_that_may_not_be_read(good: Path, out: Path, closed: Callable[[
     done = plain_user("fuse", good, "-o", out)
     assert done.code == 3
     assert "error[not-found]: cannot list `runs`" in done.err
-    assert "--without 'runs/*'" in done.err
-    assert plain_user("fuse", good, "-o", out, "--without", "runs/*").code == 0
+    assert "--exclude 'runs/*'" in done.err
+    assert plain_user("fuse", good, "-o", out, "--exclude", "runs/*").code == 0
 
 
 def test_a_folder_of_the_file_system_is_never_a_sidecar(
@@ -89,7 +89,7 @@ def test_a_folder_in_a_set_that_may_not_be_read_is_named(
     closed(out / "runs")
     done = plain_user("unfuse", out, "-o", out.with_name("back"))
     assert done.code == 0
-    assert "`runs/` is not of this set" in done.err
+    assert "`runs/` is not part of this output" in done.err
 
 
 @pytest.mark.parametrize("verb", ["verify", "inspect"])
@@ -127,7 +127,7 @@ def test_folders_of_which_nothing_is_wanted_are_not_entered(
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    found, unread = files_below(good, without=(glob,))
+    found, unread = files_below(good, exclude=(glob,))
     assert ("runs" in listed) == entered == ("runs/log" in found)
     assert not unread
 
@@ -154,7 +154,7 @@ def test_folders_that_are_thousands_deep(good: Path, out: Path, levels: int, cod
             return
         with pytest.raises(SourceMissing, match="too long") as caught:
             moeconv.fuse(good, out)
-        assert "--without" in str(caught.value)
+        assert "--exclude" in str(caught.value)
     finally:
         subprocess.run(["rm", "-rf", good / "d"], check=True)
 
@@ -316,10 +316,10 @@ def test_any_question_about_a_file_may_be_refused(
 def test_an_error_without_a_name_has_a_fix_all_the_same():
     with pytest.raises(IoFailed) as caught, system_errors():
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")
-    assert "the directory you are in" in str(caught.value)
+    assert "the current directory" in str(caught.value)
 
 
 def test_links_in_a_circle(good: Path, out: Path):
     (good / "a").symlink_to("b")
     (good / "b").symlink_to("a")
-    refused(SourceMissing, "symbolic links", "--without", src=good, out=out)
+    refused(SourceMissing, "symbolic links", "--exclude", src=good, out=out)

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from moeconv.engine.syscalls import clone_range
+from moeconv.engine.copy.syscalls import clone_range
 from tests.bench.bench_fuse import COPY, Commands, ours, rounds, say
 from tests.bench.make_checkpoint import write_phantom
 from tests.bench.measured import HEAD, row

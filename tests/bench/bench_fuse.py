@@ -54,7 +54,7 @@ save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 IN_PYTHON = """
 import json, sys, time, moeconv
-from moeconv.units import parse_size
+from moeconv.core.text import parse_size
 verb, source, out, size = getattr(moeconv, sys.argv[1]), *sys.argv[2:4], parse_size(sys.argv[4])
 options = json.loads(sys.argv[5])
 started = time.perf_counter()

@@ -27,9 +27,9 @@ from typing import Final
 import numpy as np
 
 import moeconv
-from moeconv.engine.memory import Memory, Take, mapped
-from moeconv.engine.weave import memory_of, view, weave
-from moeconv.plan.values import Span, WeaveTile
+from moeconv.engine.copy.buffers import Allocate, BufferPool, mapped
+from moeconv.engine.copy.permute import memory_of, permute, view
+from moeconv.plan.model import PermuteTile, Span
 
 EXPERTS: Final = 2
 LIMIT: Final = 4 << 30
@@ -98,14 +98,14 @@ def write(folder: Path, model: Turned) -> None:
     (folder / "config.json").write_text(json.dumps(model.config))
 
 
-def permuting(source: Path, layout: str, out: Path) -> list[WeaveTile]:
+def permuting(source: Path, layout: str, out: Path) -> list[PermuteTile]:
     """The tiles of a conversion whose matrices change their order, one of each kind."""
     plan = moeconv.fuse(source, out, layout=layout).plan
     tiles = [
         tile
         for file in plan.files
         for tile in file.tiles
-        if isinstance(tile, WeaveTile) and len(tile.pieces[0].shape) == 2 and not tile.straight
+        if isinstance(tile, PermuteTile) and len(tile.pieces[0].shape) == 2 and not tile.is_identity
     ]
     kinds = {
         (tile.nbytes, *((p.shape, p.src_strides, p.dst_strides) for p in tile.pieces)): tile
@@ -114,7 +114,7 @@ def permuting(source: Path, layout: str, out: Path) -> list[WeaveTile]:
     return list(kinds.values())
 
 
-def ways(tile: WeaveTile, pool: memoryview, memory: Memory) -> Ways:
+def ways(tile: PermuteTile, pool: memoryview, memory: BufferPool) -> Ways:
     """The contenders, on spans that all begin where the pool does."""
 
     def read(span: Span, into: memoryview) -> memoryview:
@@ -123,7 +123,7 @@ def ways(tile: WeaveTile, pool: memoryview, memory: Memory) -> Ways:
 
     def engine() -> None:
         with memory.hold(memory_of(tile)) as take:
-            weave(tile, read, take)
+            permute(tile, read, take)
 
     items = np.frombuffer(pool, dtype=f"u{tile.itemsize}")
     out = np.frombuffer(mapped(tile.nbytes), dtype=items.dtype)
@@ -137,8 +137,8 @@ def ways(tile: WeaveTile, pool: memoryview, memory: Memory) -> Ways:
     def copy() -> None:
         out[...] = items[: len(out)]
 
-    def whole(take: Take) -> bytes:
-        return bytes(weave(tile, read, take)[0])
+    def whole(take: Allocate) -> bytes:
+        return bytes(permute(tile, read, take)[0])
 
     plain()
     with memory.hold(memory_of(tile)) as take:
@@ -165,12 +165,12 @@ def main() -> None:
                 (f"{model.model} from per-expert", permuting(apart, model.layout, again)),
             ):
                 for tile in tiles:
-                    _measure(label, ways(tile, pool, Memory(LIMIT)), tile, rounds)
+                    _measure(label, ways(tile, pool, BufferPool(LIMIT)), tile, rounds)
             for used in (source, apart, again):
                 shutil.rmtree(used)
 
 
-def _measure(label: str, found: Ways, tile: WeaveTile, rounds: int) -> None:
+def _measure(label: str, found: Ways, tile: PermuteTile, rounds: int) -> None:
     """One row: a tile's contenders in turn."""
     times: dict[str, list[float]] = {way: [] for way in found}
     for _ in range(rounds):

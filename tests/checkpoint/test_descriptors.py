@@ -15,16 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeconv.checkpoint import descriptors
-from moeconv.checkpoint.descriptors import (
+from moeconv.checkpoint.source import open_checkpoint
+from moeconv.core.system_errors import explained
+from moeconv.engine.copy.sources import Sources
+from moeconv.errors import IoFailed, SourceChanged
+from moeconv.store import descriptors
+from moeconv.store.descriptors import (
     DescriptorPool,
     Lease,
     descriptors_left,
 )
-from moeconv.checkpoint.source import open_checkpoint
-from moeconv.engine.sources import Sources
-from moeconv.errors import IoFailed, SourceChanged
-from moeconv.errors.system import explained
 from tests.badinput.builders import config, qwen, two_files, write
 
 FILES = 12
@@ -167,7 +167,7 @@ def test_the_limit_in_words(limits: list[int]) -> None:
     cause, fix = explained(reached, otherwise="")
     assert "64 open files" in cause
     assert "hard limit" in fix
-    assert "as many files open" in explained(OSError(errno.ENFILE, ""), otherwise="")[0]
+    assert "limit of open files" in explained(OSError(errno.ENFILE, ""), otherwise="")[0]
     assert explained(OSError(errno.EIO, "said"), otherwise="")[0] == "said"
 
 

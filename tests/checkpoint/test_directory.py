@@ -75,17 +75,17 @@ def test_a_link_to_a_file_that_everybody_may_read(good: Path, out: Path):
 def test_a_link_to_a_directory(good: Path, out: Path):
     (good / "more").mkdir()
     (good / "again").symlink_to("more")
-    refused(UnsafePath, "`again`", "not a regular file", "--without", src=good, out=out)
+    refused(UnsafePath, "`again`", "not a regular file", "--exclude", src=good, out=out)
 
 
 def test_a_link_to_nowhere(good: Path, out: Path):
     (good / "notes.txt").symlink_to("nowhere")
-    refused(SourceMissing, "`notes.txt`", "--without", src=good, out=out)
+    refused(SourceMissing, "`notes.txt`", "--exclude", src=good, out=out)
 
 
 def test_a_link_to_itself(good: Path, out: Path):
     (good / "notes.txt").symlink_to("notes.txt")
-    refused(SourceMissing, "`notes.txt`", "--without", src=good, out=out)
+    refused(SourceMissing, "`notes.txt`", "--exclude", src=good, out=out)
 
 
 def test_config_beside_a_single_file_that_is_a_link_out(good: Path, out: Path):
@@ -155,13 +155,13 @@ def test_a_directory_that_is_itself_a_link_is_fine(good: Path, out: Path):
 def test_a_sidecar_that_is_a_pipe(good: Path, out: Path):
     os.mkfifo(good / "pipe")
     with within(5):
-        refused(UnsafePath, "`pipe`", "not a regular file", "--without", src=good, out=out)
+        refused(UnsafePath, "`pipe`", "not a regular file", "--exclude", src=good, out=out)
 
 
 def test_a_sidecar_that_is_a_pipe_can_be_left_out(good: Path, out: Path):
     os.mkfifo(good / "pipe")
     with within(5):
-        moeconv.fuse(good, out, without=("pipe",))
+        moeconv.fuse(good, out, exclude=("pipe",))
 
 
 @pytest.mark.parametrize("name", [SHARD, "config.json", INDEX])
@@ -193,7 +193,7 @@ def test_a_file_of_the_checkpoint_that_is_a_directory(good: Path, out: Path, nam
 @pytest.mark.parametrize("name", ["a\\b.txt", "a:b", "con", "x\x1b[2J", "\u202etxt.exe", b"\xff"])
 def test_a_sidecar_with_a_name_that_is_not_safe(good: Path, out: Path, name: str | bytes):
     (good / os.fsdecode(name)).write_text("x")
-    refused(UnsafePath, "--without", src=good, out=out)
+    refused(UnsafePath, "--exclude", src=good, out=out)
 
 
 @pytest.mark.parametrize("name", ["a\\b", "a:b", "con", "x\x1b[2J", "\u202ex", b"\xff"])
@@ -229,14 +229,14 @@ def test_a_sidecar_with_the_name_of_an_output_file(src: Path, out: Path):
     stale = "model-00001-of-00001.safetensors"
     write(src, {SHARD: qwen()}, index=index_doc({SHARD: qwen()}))
     (src / stale).write_bytes(shard_bytes(EXTRA))
-    refused(NameCollision, f"`{stale}`", f"--without '{stale}'", src=src, out=out)
+    refused(NameCollision, f"`{stale}`", f"--exclude '{stale}'", src=src, out=out)
 
 
 def test_a_sidecar_with_the_name_of_an_output_file_can_be_left_out(src: Path, out: Path):
     stale = "model-00001-of-00001.safetensors"
     write(src, {SHARD: qwen()}, index=index_doc({SHARD: qwen()}))
     (src / stale).write_bytes(shard_bytes(EXTRA))
-    moeconv.fuse(src, out, without=(stale,))
+    moeconv.fuse(src, out, exclude=(stale,))
     assert moeconv.verify(out).ok
 
 
@@ -277,7 +277,7 @@ def test_one_of_several_shards_and_no_index(src: Path, out: Path, *, alone: bool
     (src / SHARD).rename(src / name)
     found = moeconv.fuse(src / name if alone else src, out, dry_run=True).source.checkpoint
     (said,) = (w for w in found.warnings if "shards" in w)
-    assert said.startswith("1 of the 3 shards that the names of `model` speak of")
+    assert said.startswith("`model` has 1 of the 3 shards")
     (src / name).rename(src / "model-00001-of-00001.safetensors")
     again = moeconv.fuse(src, out, dry_run=True).source.checkpoint
     assert not any("shards" in w for w in again.warnings)

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moeconv
-from moeconv.checkpoint import file_io
-from moeconv.checkpoint.file_io import FileEnded
-from moeconv.checkpoint.reading import file_digest, read_document
-from moeconv.digest import digest
-from moeconv.engine.single import write_single
+from moeconv.core.digest import digest
+from moeconv.engine.output.atomic_file import write_single
 from moeconv.errors import IoFailed
+from moeconv.store import file_io
+from moeconv.store.documents import file_digest, read_document
+from moeconv.store.file_io import FileEnded
 from tests.badinput.builders import qwen, write
 from tests.badinput.checks import holds, tree
 
@@ -29,12 +29,12 @@ RAW: Final = frozenset(
 WHOLE_FILES: Final = frozenset({"read_bytes", "write_bytes", "write_text"})
 # the demo makes its own source, with a stock writer: nothing of it may rest on this code
 ALLOWED: Final = {
-    ("checkpoint/file_io.py", "pread"),
-    ("checkpoint/file_io.py", "preadv"),
-    ("checkpoint/file_io.py", "pwrite"),
-    ("checkpoint/file_io.py", "write"),
-    ("engine/syscalls.py", "copy_file_range"),
-    ("demo.py", "write_text"),
+    ("store/file_io.py", "pread"),
+    ("store/file_io.py", "preadv"),
+    ("store/file_io.py", "pwrite"),
+    ("store/file_io.py", "write"),
+    ("engine/copy/syscalls.py", "copy_file_range"),
+    ("cli/demo_checkpoint.py", "write_text"),
     ("cli/demo.py", "read_bytes"),
 }
 

@@ -9,11 +9,12 @@ from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor, header_length, parse_header
 from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import Origin, OriginFile, origin_bytes, parse_origin
-from moeconv.digest import digest
+from moeconv.core.digest import digest
+from moeconv.core.json_value import error_json
+from moeconv.detect.detect import detect
 from moeconv.errors import MoeconvError
-from moeconv.layout.detect import detect
-from moeconv.layout.recipefile import parse_recipe
-from moeconv.manifestreader import parse_part, parse_root
+from moeconv.layout.recipe_toml import parse_recipe
+from moeconv.manifest.reader import parse_part, parse_root
 from tests.badinput.builders import entries, framed, index_doc, nbytes, qwen, two_files
 from tests.badinput.test_recipes import GOOD
 from tests.checkpoint.mutations import broken, flipped
@@ -34,7 +35,7 @@ def _said(problem: MoeconvError) -> None:
     """Whatever is wrong can be said, printably, and as JSON."""
     raw = [line for line in str(problem).splitlines() if not line.isprintable()]
     assert not raw, f"written raw: {raw}"
-    dump(problem.as_json())
+    dump(error_json(problem))
 
 
 def _origin() -> bytes:
@@ -145,7 +146,7 @@ def test_recipes(raw: bytes, use: bool):
     if use:
         # a recipe that is accepted can be used, for better or worse
         with contextlib.suppress(MoeconvError):
-            detect(STORED, Config(), (recipe,), files=("x",)).whole()
+            detect(STORED, Config(), (recipe,), files=("x",)).checked()
 
 
 @st.composite
@@ -176,4 +177,4 @@ def test_recipes_in_their_own_words(text: str):
         _said(problem)
         return
     with contextlib.suppress(MoeconvError):
-        detect(STORED, Config(), (recipe,), files=("x",)).whole()
+        detect(STORED, Config(), (recipe,), files=("x",)).checked()

@@ -177,7 +177,7 @@ def test_tensors_without_bytes_may_stand_anywhere_in_order(src: Path, out: Path)
         ({"data_offsets": [0, 32, 32]}, "`data_offsets`"),
         ({"data_offsets": [0]}, "`data_offsets`"),
         ({"data_offsets": None}, "`data_offsets`"),
-        ({"comment": "hello"}, "no more"),
+        ({"comment": "hello"}, "nothing else"),
     ],
 )
 def test_an_entry_that_breaks_a_rule(src: Path, out: Path, changes: dict[str, object], fact: str):
@@ -201,7 +201,7 @@ def test_an_entry_that_is_none(src: Path, out: Path, entry: object):
 
 def test_four_bit_values_that_do_not_fill_a_byte(src: Path, out: Path):
     _src(src, _entry(dtype="F4", shape=[63]))
-    refused(BadHeader, SHARD, f"`{A}`", "F4 [63]", "whole bytes", src=src, out=out)
+    refused(BadHeader, SHARD, f"`{A}`", "F4 [63]", "whole number of bytes", src=src, out=out)
 
 
 def test_sizes_beyond_what_the_manifest_can_hold(src: Path, out: Path):
@@ -352,4 +352,4 @@ def test_a_git_lfs_pointer(src: Path, out: Path):
 
 def test_a_file_that_is_something_else_altogether(src: Path, out: Path):
     _src(src, b"PK\x03\x04" + bytes(1000))
-    refused(HeaderTooLong, SHARD, "no safetensors file", src=src, out=out)
+    refused(HeaderTooLong, SHARD, "not a safetensors file", src=src, out=out)

@@ -98,7 +98,7 @@ def test_a_tensor_in_two_files_without_an_index(src: Path, out: Path):
     twice: Tensors = {NAME: qwen()[NAME]}
     files = {FIRST: {**FILES[FIRST], **twice}, SECOND: FILES[SECOND]}
     write(src, files, index=False)
-    refused(DuplicateTensor, f"`{NAME}`", FIRST, SECOND, "--without", src=src, out=out)
+    refused(DuplicateTensor, f"`{NAME}`", FIRST, SECOND, "--exclude", src=src, out=out)
 
 
 def test_several_files_without_an_index_are_fine(src: Path, out: Path):
@@ -113,7 +113,7 @@ def test_two_indexes_of_which_none_has_the_usual_name(src: Path, out: Path):
     (src / INDEX).unlink()
     for name in ("a", "b"):
         (src / f"{name}.safetensors.index.json").write_bytes(raw)
-    refused(BadIndex, "2 indexes", "`a.safetensors.index.json`", str(src), src=src, out=out)
+    refused(BadIndex, "2 index files", "`a.safetensors.index.json`", str(src), src=src, out=out)
 
 
 @pytest.mark.parametrize("total", [None, 0, 1, "many", 1.5, [], 10**18])

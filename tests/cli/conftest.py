@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.demo import make_checkpoint
+from moeconv.cli.demo_checkpoint import make_checkpoint
 
 
 @pytest.fixture(scope="session")

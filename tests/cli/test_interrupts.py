@@ -15,12 +15,12 @@ from tests.cli.run import environment, moeconv
 
 SLOW = """
 import sys, time
-import moeconv.engine.tiles as tiles
-real = tiles.TileRunner._small
+import moeconv.engine.copy.worker as tiles
+real = tiles.TileRunner._copy_small
 def slow(self, *rest):
     time.sleep(0.05)
     return real(self, *rest)
-tiles.TileRunner._small = slow
+tiles.TileRunner._copy_small = slow
 from moeconv.cli.main import main
 sys.argv = ["moeconv", *sys.argv[1:]]
 main()
@@ -74,7 +74,7 @@ def test_interrupt_leaves_out_as_it_was(
     process.send_signal(number)
     _, talk = process.communicate(timeout=30)
     assert process.returncode == code
-    assert talk.endswith(f"{said}; what was written is taken back\n")
+    assert talk.endswith(f"{said}; what was written has been removed\n")
     assert out.exists() == existed
     assert not existed or not list(out.iterdir())
 
@@ -108,8 +108,8 @@ def test_demo_can_be_kept(tmp_path: Path) -> None:
     [
         ("typer.main", "get_command"),  # before the command line is read
         ("typer.core", "TyperGroup.parse_args"),
-        ("moeconv.cli.verify", "Ui"),  # before the verb has begun
-        ("moeconv.checks", "verify"),
+        ("moeconv.cli.ui", "Ui"),  # before the verb has begun
+        ("moeconv.api.verify", "verify"),
         ("moeconv.cli.ui", "Ui.data"),
     ],
     ids=lambda place: place[1],
@@ -134,7 +134,7 @@ def test_signals_that_are_ignored_stay_so(source: Path, tmp_path: Path) -> None:
     """As under `nohup`, and for what a shell runs in the background."""
     assert moeconv("fuse", source, "-o", tmp_path / "out").code == 0
     ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{AT_A_CALL}"
-    place = ("moeconv.checks", "verify", str(int(signal.SIGINT)))
+    place = ("moeconv.api.verify", "verify", str(int(signal.SIGINT)))
     done = subprocess.run(
         [sys.executable, "-c", ignoring, *place, "verify", tmp_path / "out"],
         capture_output=True,

@@ -15,7 +15,7 @@ from moeconv.version import __version__
 from tests.cli.run import environment, moeconv
 
 CONVERT = {
-    "--output", "--layout", "--from-layout", "--recipe", "--without", "--max-shard-size",
+    "--output", "--layout", "--from-layout", "--recipe", "--exclude", "--max-shard-size",
     "--align", "--digests", "--max-memory", "--jobs", "--dry-run", "--overwrite", "--resume",
     "--json", "--quiet", "--verbose",
     "--color", "--help",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moeconv.api import Result
+from moeconv.api.run import Result
 from tests.badinput.builders import config, qwen, write
 from tests.filesystems import MAKE, mounted
 

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 import moeconv
-from moeconv.api import default_jobs
-from moeconv.engine import methods
-from moeconv.engine.syscalls import open_direct
+from moeconv.engine.copy import methods
+from moeconv.engine.copy.syscalls import open_direct
+from moeconv.engine.options import default_jobs
 from moeconv.errors import DiskFull
 from tests.badinput.builders import config, qwen, write
 from tests.calls import around

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import pytest
 
 import moeconv
-from moeconv.engine.journal import JOURNAL_NAME
+from moeconv.engine.output.journal import JOURNAL_NAME
 from tests.badinput.builders import config, qwen, write
 from tests.calls import watched
 

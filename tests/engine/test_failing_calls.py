@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 
 import moeconv
-from moeconv.engine import crew, methods, syscalls, target, tiles
-from moeconv.engine.journal import read_journal
+from moeconv.engine.copy import disk_sink, methods, pool, syscalls, worker
+from moeconv.engine.output.journal import read_journal
 from moeconv.errors import DiskFull, IoFailed
 from tests.badinput.checks import holds, tree
 from tests.calls import watched
@@ -87,7 +87,7 @@ def test_blocks_that_are_not_given(
         ctypes.set_errno(code if made == turn else errno.EOPNOTSUPP)
         return -1  # what cannot give blocks ahead is no failure
 
-    monkeypatch.setattr(target, "REFLINK", "none here")
+    monkeypatch.setattr(methods.Reflink, "probe", lambda *_: False)
     calls = {"statfs": real.statfs, "sync_file_range": real.sync_file_range}
     monkeypatch.setattr(syscalls, "_libc", SimpleNamespace(fallocate=fallocate, **calls))
     fails_as_the_disk_does(code, lambda: moeconv.shard(src, tmp_path / "out", ep_size=2, jobs=1))
@@ -102,7 +102,8 @@ def test_early_writeback_is_not_asked_for_on_btrfs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(target, "start_writeback", lambda _fd, _at, nbytes: asked.append(nbytes))
+    monkeypatch.setattr(disk_sink, "start_writeback", lambda _fd, _at, nbytes: asked.append(nbytes))
+    monkeypatch.setattr(disk_sink.Writeback, "begin", lambda *_: None)  # its own thread asks
     result = moeconv.fuse(big(tmp_path / "src"), cloning / "out")
     xfs = cloning.parent.name.startswith("XFS")
     assert sum(asked) >= result.plan.tensor_bytes if xfs else not asked
@@ -128,8 +129,9 @@ def test_resumed_by_another_way_and_with_other_workers(
     assert journal is not None
     kept = {name: (out / name).stat().st_mtime_ns for name in journal.finished}
     assert kept
-    for name, fake in WAYS[way].items():
-        monkeypatch.setattr(target, name, fake or (lambda *_: 0))
+    monkeypatch.setattr(disk_sink, "open_direct", lambda _: None)
+    if way != "kernel":
+        monkeypatch.setattr(methods.KernelCopy, "copy", lambda *_: 0)
     if way == "buffer":
         monkeypatch.setattr(methods, "copy_in_kernel", lambda *_: 0)
     result = moeconv.shard(src, out, resume=True, jobs=jobs[1], **same)
@@ -144,13 +146,13 @@ def test_a_file_that_cannot_be_made_is_tried_once(
     """Whoever waited for its opening would find a half-made one, and say that instead."""
     opened: list[int] = []
 
-    def fail(_: target.DiskTarget) -> None:
+    def fail(_: disk_sink.DiskSink) -> None:
         opened.append(1)
         time.sleep(0.2)
         raise IoFailed("no space")
 
-    monkeypatch.setattr(crew, "BATCH_BYTES", 1)
-    monkeypatch.setattr(target.DiskTarget, "open", fail)
+    monkeypatch.setattr(pool, "BATCH_BYTES", 1)
+    monkeypatch.setattr(disk_sink.DiskSink, "open", fail)
     big(tmp_path / "src")
     with pytest.raises(IoFailed, match="no space"):
         moeconv.fuse(tmp_path / "src", tmp_path / "out", jobs=4)
@@ -210,8 +212,8 @@ class Kernel:
         monkeypatch.setattr(os, "copy_file_range", self.copy)
         monkeypatch.setattr(os, "preadv", self.read)
         monkeypatch.setattr(fcntl, "ioctl", self.ioctl)
-        monkeypatch.setattr(target, "open_direct", lambda _: None)
-        monkeypatch.setattr(tiles, "LARGE_TILE_BYTES", 16 * 1024)
+        monkeypatch.setattr(disk_sink, "open_direct", lambda _: None)
+        monkeypatch.setattr(worker, "LARGE_TILE_BYTES", 16 * 1024)
 
     def _turn(self) -> None:
         self.calls += 1

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import moeconv
 from moeconv.engine import commit
-from moeconv.engine.crew import Limits
-from moeconv.engine.inventory import take_inventory
+from moeconv.engine.copy.pool import Limits
+from moeconv.engine.output.ownership import take_inventory
 from moeconv.errors import WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree, untouched
@@ -317,7 +317,7 @@ def test_newer_files_without_digests_are_refused(
     os.utime(out / DATA)
     with untouched(out), pytest.raises(WouldOverwrite, match=DATA) as caught:
         moeconv.fuse(src, out, overwrite=True)
-    assert "digests of it are not recorded" in str(caught.value)
+    assert "has no digests of it" in str(caught.value)
 
 
 def test_sets_without_digests_are_replaced_at_once(src: Path, tmp_path: Path) -> None:

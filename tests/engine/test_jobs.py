@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.engine import crew
-from moeconv.engine.crew import MAX_JOBS, Limits
+from moeconv.engine.copy import pool
+from moeconv.engine.copy.pool import MAX_JOBS, Limits
 from moeconv.errors import IoFailed, UsageProblem
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import holds, tree
@@ -34,7 +34,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
             super().start()
             found.append(self)
 
-    monkeypatch.setattr(crew.threading, "Thread", Counted)
+    monkeypatch.setattr(pool.threading, "Thread", Counted)
     return found
 
 
@@ -53,7 +53,7 @@ def test_no_more_workers_than_work(  # noqa: PLR0917 - parameters
 ) -> None:
     moeconv.fuse(src, tmp_path / "plain", jobs=1)
     assert len(started) == 1
-    monkeypatch.setattr(crew, "BATCH_BYTES", batch)
+    monkeypatch.setattr(pool, "BATCH_BYTES", batch)
     moeconv.fuse(src, tmp_path / "out", jobs=jobs)
     assert len(started) == 1 + most
     assert tree_sha256(tmp_path / "out") == tree_sha256(tmp_path / "plain")
@@ -76,7 +76,7 @@ def test_a_system_that_has_few_threads(
         real(self)
 
     moeconv.fuse(src, tmp_path / "plain")
-    monkeypatch.setattr(crew, "BATCH_BYTES", 1)
+    monkeypatch.setattr(pool, "BATCH_BYTES", 1)
     monkeypatch.setattr(threading.Thread, "start", start)
     if many:
         moeconv.fuse(src, tmp_path / "out", jobs=8)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api import Result
+from moeconv.api.run import Result
+from moeconv.engine.copy import methods
 from tests.engine.cloning import big, mounted_if_can_be, share, used
 from tests.filesystems import MAKE
 from tests.helpers import tree_sha256
@@ -45,7 +46,7 @@ def test_large_blocks_make_the_same_bytes(
     ways(tmp_path)
     for result in found:
         assert result.methods is not None
-        assert used(result) == {"reflink"}
+        assert used(result) == {methods.REFLINK}
         assert result.methods.block == os.statvfs(place).f_bsize
         assert result.room.shared <= result.methods.tally.cloned
     # the same places in both files, so all whole blocks; elsewhere it is luck

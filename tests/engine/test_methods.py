@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.engine import crew, methods, target, writeback
+from moeconv.engine.copy import disk_sink, methods, pool
 from tests.calls import around, watched
 from tests.engine.cloning import MATRICES_BYTES, big, phased, share, source, used
 from tests.helpers import tree_sha256
@@ -77,11 +77,12 @@ def test_the_edges_of_two_clones_are_one_write(
         writes.append(len(data))
 
     monkeypatch.setattr(os, "pwrite", watched(os.pwrite, seen))
-    monkeypatch.setattr(target, "start_writeback", lambda *_: settled.append(1))
+    monkeypatch.setattr(disk_sink, "start_writeback", lambda *_: settled.append(1))
     monkeypatch.setattr(
-        target, "clone_range", watched(target.clone_range, lambda *call: clones.append(call[4]))
+        methods, "clone_range", watched(methods.clone_range, lambda *call: clones.append(call[4]))
     )
     result = moeconv.fuse(src, cloning / "out", align="source", digests="later")
+    clones.pop(0)  # the probe
     assert len(clones) >= 8 * 2 * 2 - 2  # experts, layers, stacks; some meet in the source, too
     assert len(writes) <= len(clones) + 2  # beside them a header, and what is too small
     assert result.methods is not None
@@ -99,19 +100,15 @@ def test_clones_that_nobody_reads_are_not_shared_out(
     """They wait for one another; a batch of them is as long as it takes, not as it is large."""
     src = phased(cloning / "src", big)
     jobs: list[int] = []
-    monkeypatch.setattr(crew, "BATCH_BYTES", 2 << 20)
-    monkeypatch.setattr(crew, "_job", around(crew._job, after=lambda job: jobs.append(job.pending)))
+    monkeypatch.setattr(pool, "BATCH_BYTES", 2 << 20)
+    monkeypatch.setattr(pool, "_job", around(pool._job, after=lambda job: jobs.append(job.pending)))
     moeconv.fuse(src, cloning / "out", align="source", digests=digests)
     assert jobs == [batches]
     for out in ("src", "out"):
         shutil.rmtree(cloning / out)
 
 
-WAYS = {
-    "kernel": {"open_direct": lambda _: None},
-    "buffer": {"open_direct": lambda _: None, "copy_in_kernel": lambda *_: 0},
-    "short": {"open_direct": lambda _: None, "copy_in_kernel": None},
-}
+WAYS = ("kernel", "buffer", "short")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -121,14 +118,15 @@ def test_the_same_bytes_by_every_way_and_any_number_of_workers(
 ) -> None:
     src = big(tmp_path / "src")
     moeconv.shard(src, tmp_path / "plain", ep_size=2)
-    real = target.copy_in_kernel
+    real = methods.copy_in_kernel
 
     def short(source: int, offset: int, at_file: int, at: int, nbytes: int) -> int:
         """A kernel that copies a part of what it is asked for, as it may."""
         return real(source, offset, at_file, at, max(nbytes // 3, 1))
 
-    for name, fake in WAYS[way].items():
-        monkeypatch.setattr(target, name, fake or short)
+    monkeypatch.setattr(disk_sink, "open_direct", lambda _: None)
+    if way == "short":
+        monkeypatch.setattr(methods, "copy_in_kernel", short)
     if way == "buffer":
         monkeypatch.setattr(methods, "copy_in_kernel", lambda *_: 0)
     result: Any = moeconv.shard(src, tmp_path / "out", ep_size=2, jobs=jobs)
@@ -145,7 +143,7 @@ def test_large_writes_go_past_the_page_cache_where_that_pays(
     assert result.methods is not None
     xfs = cloning.parent.name.startswith("XFS")
     assert result.methods.tally.direct == (MATRICES_BYTES if xfs else 0)
-    monkeypatch.setattr(target, "open_direct", lambda _: None)
+    monkeypatch.setattr(disk_sink, "open_direct", lambda _: None)
     moeconv.fuse(src, tmp_path / "plain")
     assert tree_sha256(cloning / "out") == tree_sha256(tmp_path / "plain")
     shutil.rmtree(cloning / "out")
@@ -174,7 +172,7 @@ def test_a_disk_that_takes_less_than_whole_pages_gets_the_rest_through_the_cache
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(descriptor, data[: 12288 if answer == "short" else 5000], offset)
 
-    monkeypatch.setattr(target, "open_direct", open_direct)
+    monkeypatch.setattr(disk_sink, "open_direct", open_direct)
     monkeypatch.setattr(os, "pwrite", pwrite)
     result: Any = moeconv.shard(src, tmp_path / "out", ep_size=2, jobs=jobs)
     assert opened
@@ -198,12 +196,11 @@ def test_btrfs_gets_a_file_in_order_and_begins_on_it_meanwhile(
         threads[file].add(threading.get_ident())
         offsets[file].append(at)
 
-    monkeypatch.setattr(crew, "BATCH_BYTES", 1 << 20)
-    monkeypatch.setattr(target, "SETTLED_BYTES", 0)
+    monkeypatch.setattr(pool, "BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(disk_sink, "MIN_WRITEBACK_BYTES", 0)
     monkeypatch.setattr(os, "pwrite", watched(os.pwrite, wrote))
-    for room in (target, writeback):
-        look = watched(room.start_writeback, lambda *_: begun.add(threading.get_ident()))
-        monkeypatch.setattr(room, "start_writeback", look)
+    look = watched(disk_sink.start_writeback, lambda *_: begun.add(threading.get_ident()))
+    monkeypatch.setattr(disk_sink, "start_writeback", look)
     moeconv.fuse(src, cloning / "out", layout=layout, jobs=4)
     if cloning.parent.name.startswith("btrfs"):
         (file,) = threads
@@ -231,7 +228,7 @@ def test_who_is_left_alone_on_btrfs(  # noqa: PLR0917
 ) -> None:  # fmt: skip
     src = phased(cloning / "src")
     jobs: list[bool] = []
-    monkeypatch.setattr(crew, "_job", around(crew._job, after=lambda job: jobs.append(job.alone)))
+    monkeypatch.setattr(pool, "_job", around(pool._job, after=lambda job: jobs.append(job.alone)))
     moeconv.fuse(src, cloning / "out", align=align, digests=digests, layout=layout)
     assert jobs == [alone and cloning.parent.name.startswith("btrfs")]
     for out in ("src", "out"):
@@ -254,13 +251,13 @@ def test_what_stands_in_a_row_is_cloned_at_once(
     src = source(tmp_path / "src")
     moeconv.fuse(src, cloning / "fused")
     asked: list[int] = []
-    real = target.clone_range
+    real = methods.clone_range
 
     def clone_range(source: int, offset: int, at_file: int, at: int, nbytes: int) -> bool:
         asked.append(nbytes)
         return real(source, offset, at_file, at, nbytes)
 
-    monkeypatch.setattr(target, "clone_range", clone_range)
+    monkeypatch.setattr(methods, "clone_range", clone_range)
     result = moeconv.shard(cloning / "fused", cloning / "out", ep_size=4, digests=digests)
     assert share(result) >= 0.99
     matrices = [size for size in asked if size >= 2 * 64 * 512 * 2]

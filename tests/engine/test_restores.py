@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api import Result
+from moeconv.api.run import Result
 from moeconv.checkpoint.sidecars import Sidecar
-from moeconv.engine import commit, target
-from moeconv.engine.recorded import Recorded
+from moeconv.engine import commit
+from moeconv.engine.copy import disk_sink
+from moeconv.engine.recorded_digests import Recorded
 from moeconv.errors import Damaged, UsageProblem
 from tests.badinput.builders import config, qwen, two_files, write
 from tests.badinput.checks import untouched
 from tests.cli.run import moeconv as command
 from tests.engine.cloning import big, share, source
 from tests.helpers import tree_sha256
-from tests.proof.forged import flip
+from tests.verification.forged import flip
 
 VERBS = [moeconv.unfuse, moeconv.merge]
 Verb = Callable[..., Result]
@@ -61,7 +62,7 @@ def test_damage_is_not_restored(verb: Verb, digests: str, layout: str, tmp_path:
 def test_what_the_kernel_copies_is_read_for_it(
     digests: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target, "open_direct", lambda _: None)
+    monkeypatch.setattr(disk_sink, "open_direct", lambda _: None)
     moeconv.fuse(big(tmp_path / "src"), tmp_path / "made")
     flip(next((tmp_path / "made").glob("*.safetensors")), -300_000)
     for verb in VERBS:
@@ -149,10 +150,10 @@ def test_unchecked_is_said(tmp_path: Path) -> None:
     moeconv.fuse(small(tmp_path / "src"), tmp_path / "made")
     done = command("unfuse", tmp_path / "made", "-o", tmp_path / "a", "--unchecked")
     assert done.code == 0
-    assert "not held against the recorded digests" in done.err
+    assert "not compared with the recorded digests" in done.err
     assert "bit for bit" not in done.err
     done = command("merge", tmp_path / "made", "-o", tmp_path / "b", "--unchecked", "--json")
-    assert any("not held against" in note for note in json.loads(done.out)["notes"])
+    assert any("not compared with" in note for note in json.loads(done.out)["notes"])
 
 
 def test_unchecked_is_for_restoring_alone(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api import Result
-from moeconv.engine.tiles import CLONED_TILE_BYTES
+from moeconv.api.run import Result
+from moeconv.engine.copy.worker import CLONED_TILE_BYTES
 from tests.engine.cloning import phased, source
 
 BLOCK = 4096

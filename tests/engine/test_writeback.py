@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import moeconv
-from moeconv.engine import crew, syscalls, target, writeback
+from moeconv.engine.copy import disk_sink, pool, syscalls
 from moeconv.errors import IoFailed
 from tests.badinput.builders import config, qwen, write
 from tests.calls import watched
@@ -33,11 +33,11 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         assert os.fstat(descriptor).st_size
         found.append(offset)
 
-    monkeypatch.setattr(target, "is_btrfs", lambda _: True)
-    monkeypatch.setattr(target, "open_direct", lambda _: None)
-    monkeypatch.setattr(target, "SETTLED_BYTES", 0)
-    monkeypatch.setattr(crew, "BATCH_BYTES", 1)
-    monkeypatch.setattr(writeback, "start_writeback", slow)
+    monkeypatch.setattr(disk_sink, "is_btrfs", lambda _: True)
+    monkeypatch.setattr(disk_sink, "open_direct", lambda _: None)
+    monkeypatch.setattr(disk_sink, "MIN_WRITEBACK_BYTES", 0)
+    monkeypatch.setattr(pool, "BATCH_BYTES", 1)
+    monkeypatch.setattr(disk_sink, "start_writeback", slow)
     write(tmp_path / "src", qwen(4, 256, 1024), config=config(width=256, hidden=1024))
     return found
 
@@ -102,11 +102,11 @@ def test_what_the_disk_has_had_for_a_while_leaves_the_page_cache(
     steps: list[int | str],
 ) -> None:
     calls: list[int | str] = []
-    monkeypatch.setattr(writeback, "BEHIND_BYTES", 100)
-    monkeypatch.setattr(writeback, "start_writeback", lambda _, at, __: calls.append(at))
-    monkeypatch.setattr(writeback, "let_go", lambda _, nbytes: calls.append(f"-{nbytes}"))
+    monkeypatch.setattr(disk_sink, "BEHIND_BYTES", 100)
+    monkeypatch.setattr(disk_sink, "start_writeback", lambda _, at, __: calls.append(at))
+    monkeypatch.setattr(disk_sink, "drop_cached", lambda _, nbytes: calls.append(f"-{nbytes}"))
     with (tmp_path / "file").open("wb") as stream:
-        begun = writeback.Writeback(stream.fileno(), 10)
+        begun = disk_sink.Writeback(stream.fileno(), 10)
         for at in order:
             begun.begin(at, 60)
         while len(calls) < len(steps):
@@ -120,10 +120,10 @@ def test_only_what_is_on_the_disk_is_let_go(tmp_path: Path) -> None:
     with path.open("wb") as stream:
         stream.write(b"x" * 100_000)
         stream.flush()
-        syscalls.let_go(stream.fileno(), 1 << 20)
+        syscalls.drop_cached(stream.fileno(), 1 << 20)
     assert path.read_bytes() == b"x" * 100_000
     reader, writer = os.pipe()
-    syscalls.let_go(writer, 4096)  # what has no pages is no failure
+    syscalls.drop_cached(writer, 4096)  # what has no pages is no failure
     os.close(reader)
     os.close(writer)
 
@@ -148,7 +148,7 @@ def test_ctrl_c_while_files_are_closed_closes_them_all(
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(os, "pwrite", watched(os.pwrite, work))
-    monkeypatch.setattr(writeback.Writeback, "end", watched(writeback.Writeback.end, close))
+    monkeypatch.setattr(disk_sink.Writeback, "end", watched(disk_sink.Writeback.end, close))
     with pytest.raises(KeyboardInterrupt):
         moeconv.fuse(tmp_path / "src", tmp_path / "out", jobs=3, max_shard_size=1_000_000)
     assert closing
@@ -163,8 +163,8 @@ def test_without_a_thread_more_it_goes_on_without_early_writeback(
         def start(self) -> None:
             raise RuntimeError("can't start new thread")
 
-    fewer = SimpleNamespace(Event=threading.Event, Thread=Refused)
-    monkeypatch.setattr(writeback, "threading", fewer)
+    fewer = SimpleNamespace(Event=threading.Event, Lock=threading.Lock, Thread=Refused)
+    monkeypatch.setattr(disk_sink, "threading", fewer)
     moeconv.fuse(tmp_path / "src", tmp_path / "out")
     assert begun == []
     monkeypatch.undo()

@@ -19,8 +19,8 @@ from random import Random
 from hypothesis import strategies as st
 
 import moeconv
+from moeconv.detect.stack import Stack
 from moeconv.layout.recipe import COMPANIONS, Layout
-from moeconv.layout.stack import Stack
 from tests.families.test_tiny import family, shapes
 from tests.phantoms import phantom
 

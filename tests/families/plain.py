@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import moeconv
-from moeconv.api import Result
+from moeconv.api.run import Result
 from tests.phantoms import phantom, rows
 
 QWEN = """model.layers.0.mlp.experts.{0-11}.gate_proj.weight BF16 8,16

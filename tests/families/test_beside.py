@@ -30,7 +30,7 @@ BESIDE = {
 def test_what_stands_beside_experts_is_copied(what: str, tmp_path: Path):
     src = phantom(tmp_path / "src", rows(f"{QWEN}\n{BESIDE[what]}"), {"model_type": "qwen3_moe"})
     plan = moeconv.fuse(src, tmp_path / "out").plan
-    made = {fate.source: fate.into for fate in plan.ledger if fate.verb == "copied"}
+    made = {entry.source: entry.into for entry in plan.ledger if entry.verb == "copied"}
     for name, (dtype, shape) in rows(BESIDE[what]).items():
         assert made[name] == (name,)
         assert read_tensors(tmp_path / "out")[name][:2] == (dtype, shape)
@@ -46,7 +46,7 @@ model.layers.0.block_sparse_moe.mlp.w1.weight BF16 8,16
 model.layers.{0-1}.residual_mlp.w1.weight BF16 8,16"""
     plan = planned(tmp_path, text, {"model_type": "arctic"}).plan
     assert [s.name for s in plan.stacks] == ["model.layers.1.block_sparse_moe.experts"]
-    assert sum(fate.verb == "copied" for fate in plan.ledger) == 4
+    assert sum(entry.verb == "copied" for entry in plan.ledger) == 4
 
 
 def test_grok_1_has_names_of_its_own(tmp_path: Path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import moeconv
-from moeconv.library import shipped_recipes
+from moeconv.layout.shipped import shipped_recipes
 from tests.helpers import Spec, read_tensors, write_checkpoint
 
 E, I, H = 2, 3, 5  # noqa: E741 - the letters of the notation

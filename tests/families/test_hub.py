@@ -34,6 +34,6 @@ def test_found_planned_and_accounted_for(name: str, tmp_path: Path):
     left = {t.name for t in result.source.detection.others}
     assert left == {n for n in tensors if model["alone"] and re.search(model["alone"], n)}
     assert made.items() >= {n: tensors[n] for n in left}.items()
-    assert {fate.source for fate in result.plan.ledger} == tensors.keys()
-    verbs = {fate.source: fate.verb for fate in result.plan.ledger}
+    assert {entry.source for entry in result.plan.ledger} == tensors.keys()
+    verbs = {entry.source: entry.verb for entry in result.plan.ledger}
     assert {verbs[n] for n in left} <= {"copied"}

@@ -62,7 +62,7 @@ def test_stacks_that_no_recipe_knows_are_said(tmp_path: Path):
         planned(tmp_path / "alone", mlx, {"model_type": "qwen3_moe"})
     for name, text in (("mlx", mlx), ("step3", mlx.replace("mlp.switch_mlp", "moe"))):
         plan = planned(tmp_path / name, f"{QWEN}\n{text}", {"model_type": "qwen3_moe"}).plan
-        (note,) = (n for n in plan.notes if "named like experts" in n)
+        (note,) = (n for n in plan.notes if "named like fused experts" in n)
         assert "[4, 8, 16] and 2 tensors more" in note
 
 
@@ -77,7 +77,7 @@ def test_a_layer_that_is_not_there_at_all(there: tuple[int, ...], tmp_path: Path
     text = "\n".join(QWEN.replace("layers.0", f"layers.{n}") for n in there)
     config = {"model_type": "qwen3_moe", "num_hidden_layers": 3}
     lost = next(n for n in range(3) if n not in there)
-    with pytest.raises(ConfigMismatch, match=rf"nothing of layer {lost}.* there are 3"):
+    with pytest.raises(ConfigMismatch, match=rf"layer {lost} has no tensor.* states 3 layers"):
         planned(tmp_path / "lost", text, config)
     dense = "\n".join(f"model.layers.{n}.input_layernorm.weight BF16 16" for n in range(3))
     assert len(planned(tmp_path / "dense", f"{text}\n{dense}", config).plan.stacks) == len(there)
@@ -109,7 +109,7 @@ def test_layers_that_nobody_misses(text: str, config: dict[str, object], tmp_pat
 
 def test_more_layers_than_those_of_mtp_are_missed(tmp_path: Path):
     config = {"model_type": "qwen3_moe", "num_hidden_layers": 6, "num_nextn_predict_layers": 1}
-    with pytest.raises(ConfigMismatch, match="nothing of layer 4"):
+    with pytest.raises(ConfigMismatch, match="layer 4 has no tensor"):
         planned(tmp_path, f"{QWEN}\n{LAYERS}", config)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api import Result
+from moeconv.api.run import Result
 from tests.phantoms import phantom, rows
 
 STACK = "model.layers.{}.mlp.experts"
@@ -111,22 +111,22 @@ def test_a_name_that_means_nothing_yet_is_said(tmp_path: Path):
 
 @pytest.mark.parametrize("place", ["modules_to_not_convert", "llm_int8_skip_modules"])
 @pytest.mark.parametrize(
-    ("texts", "layout", "added"),
+    ("texts", "layout", "left"),
     [
-        (["down_proj"], "sglang", [f"{STACK.format(n)}.w2" for n in (0, 1)]),
-        (["gate_proj", "up_proj"], "kn", [f"{STACK.format(n)}.gate_up_kn" for n in (0, 1)]),
-        (["gate_proj", "up_proj"], "fused", []),  # which `up_proj` ends
-        ([f"{STACK.format(0)}.{e}" for e in range(3)], "fused", [STACK.format(0)]),
-        (["model.layers.0"], "fused", []),
-        ([r"model.layers.0.mlp.experts.\d+"], "fused", [STACK.format(0)]),
+        (["down_proj"], "sglang", "`down_proj` left as written"),
+        (["gate_proj", "up_proj"], "kn", "`gate_proj` and 1 more left as written"),
+        (["gate_proj", "up_proj"], "fused", ""),  # which `up_proj` ends
+        ([f"{STACK.format(0)}.{e}" for e in range(3)], "fused", "and 2 more left as written"),
+        (["model.layers.0"], "fused", ""),
+        ([r"model.layers.0.mlp.experts.\d+"], "fused", "left as written"),
     ],
 )
 def test_transformers_takes_ends_of_names_and_all_that_is_in_a_module(
-    place: str, texts: list[str], layout: str, added: list[str], tmp_path: Path
+    place: str, texts: list[str], layout: str, left: str, tmp_path: Path
 ):
     result = converted(tmp_path, ALONE, {"quant_method": "fp8", place: texts}, layout=layout)
-    assert [t for t in texts_now(result, place) if t not in texts] == added
-    assert [t for t in texts_now(result, place) if t not in added] == texts
+    assert texts_now(result, place) == texts
+    assert [left in note for note in notes(result)] == [True] * bool(left)
 
 
 def test_an_end_that_half_a_new_name_has_is_said(tmp_path: Path):
@@ -136,46 +136,42 @@ def test_an_end_that_half_a_new_name_has_is_said(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("texts", "wanted"),
+    ("texts", "left"),
     [
-        (["down"], [f"{STACK.format(n)}.w2" for n in (0, 1)]),
-        (["0.mlp.experts.1."], None),
-        (["experts.0.down", "experts.1.down", "experts.2"], None),
-        (["layers.0.mlp"], []),
-        (["s.0.", "s.1.", "s.2."], [STACK.format(0), STACK.format(1)]),  # `layers.0.` as well
+        (["down"], "`down` left as written"),
+        (["0.mlp.experts.1."], "names some experts"),
+        (["experts.0.down", "experts.1.down", "experts.2"], "names some experts"),
+        (["layers.0.mlp"], ""),
+        (["s.0.", "s.1.", "s.2."], ""),  # `layers.0.` as well
     ],
 )
-def test_awq_takes_parts_of_names(texts: list[str], wanted: list[str] | None, tmp_path: Path):
+def test_awq_takes_parts_of_names(texts: list[str], left: str, tmp_path: Path):
     quantization = {"quant_method": "awq", "modules_to_not_convert": texts}
     result = converted(tmp_path, ALONE, quantization, layout="sglang")
-    found = texts_now(result, "modules_to_not_convert")
-    if wanted is None:
-        assert found == texts
-        assert "names some experts" in notes(result)[0]
-    else:
-        held = [w for w in wanted if not any(t in w for t in texts)]
-        assert [t for t in found if t not in texts] == held
+    assert texts_now(result, "modules_to_not_convert") == texts
+    assert [left in note for note in notes(result)[:1]] == [True] * bool(left)
 
 
-def test_the_name_of_a_block_that_moves_gets_the_new_one_beside_it(tmp_path: Path):
+def test_the_name_of_a_block_that_moves_is_left_and_said(tmp_path: Path):
     """Step 3's experts are in `moe` on the Hub, in `mlp.experts` where they are joined."""
     lists = {"modules_to_not_convert": ["model.layers.3.moe"]}
     result = converted(tmp_path, STEP, lists, {"model_type": "step3p5"})
-    found = texts_now(result, "modules_to_not_convert")
-    assert found == ["model.layers.3.moe", "model.layers.3.mlp.experts"]
+    assert texts_now(result, "modules_to_not_convert") == ["model.layers.3.moe"]
+    assert "`model.layers.3.moe` left as written" in notes(result)[0]
 
 
 def test_ends_of_names_without_the_word_experts(tmp_path: Path):
     lists = {"llm_int8_skip_modules": ["input_linear", "output_linear"]}
     result = converted(tmp_path, GRANITE, lists, {"model_type": "granitemoe"})
-    assert "model.layers.0.block_sparse_moe.experts" in texts_now(result, "llm_int8_skip_modules")
+    assert texts_now(result, "llm_int8_skip_modules") == ["input_linear", "output_linear"]
+    assert "`input_linear` and 1 more left as written" in notes(result)[0]
 
 
 def test_a_glob_with_a_class(tmp_path: Path):
     lists = {"exclude_modules": ["model.layers.[!1].block_sparse_moe.input_*"]}
     result = converted(tmp_path, GRANITE, lists, {"model_type": "granitemoe"})
-    experts = "model.layers.0.block_sparse_moe.experts"
-    assert texts_now(result, "exclude_modules")[1:] == [f"{experts}.gate_up_proj"]
+    assert texts_now(result, "exclude_modules") == lists["exclude_modules"]
+    assert "left as written" in notes(result)[0]
 
 
 def test_a_text_where_a_list_is_usual(tmp_path: Path):
@@ -187,9 +183,9 @@ def test_a_text_where_a_list_is_usual(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "model_type", "quantization", "told"),
     [
-        # not regular, whatever words are in it
+        # understood, but of no new name
         (ALONE, "", {"ignore": [r"re:^(?!.*self_attn).*\d+\.(gate|up|down)_proj$"]}, "(?!.*self"),
-        (ALONE, "", {"dynamic": {r"-:^(?!.*self_attn).*": {}}}, "(?!.*self"),
+        (ALONE, "", {"dynamic": {r"-:^(?!.*self_attn).*experts\.\d+": {}}}, "(?!.*self"),
         (STEP, "step3p5", {"ignore": [r"re:.*moe\.(?!gate\b).*"]}, "moe"),
         # a text would have to be a list
         (STEP, "step3p5", {"targets": r"re:.*\.moe\..*"}, "moe"),

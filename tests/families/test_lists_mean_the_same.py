@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import moeconv
-from moeconv.engine.rewording import reworded
-from moeconv.manifest import StackEntry
-from moeconv.plan.modules import Renamings
+from moeconv.manifest.model import StackEntry
+from moeconv.quantconfig.modules import Renamings
+from moeconv.quantconfig.rename import renamed_document
 from tests.families.listed import PLACES, TYPES, Place, document, layouts_of, stacks_of, texts
 from tests.families.listed import universe as modules_in
 from tests.families.test_tiny import family, shapes
@@ -52,7 +52,9 @@ def test_a_list_means_the_same_matrices(model_type: str, data: st.DataObject, pl
     names = data.draw(st.sampled_from([before, before, after]))  # a list may speak of no module yet
     found = data.draw(texts(place, sorted(names), heads))
     raw = document(place, found)
-    made, notes = reworded("config.json", raw, renamings(model_type, old, new), inside=False)
+    made, notes = renamed_document(
+        "config.json", raw, renamings(model_type, old, new), inside=False
+    )
     now = list(json.loads(made)["quantization_config"][place.key])
     same = place.meant(found, before) == place.meant(now, after)
     event("said" if said(place, notes) else "changed" if made != raw else "as it was")

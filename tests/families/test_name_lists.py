@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.checkpoint.quantlists import changed_lists
-from moeconv.jsonvalue import Json
+from moeconv.core.json_value import Json
+from moeconv.quantconfig.document import changed_lists
 from tests.families.listing import checkpoint, config_of, modules
 from tests.phantoms import phantom
 from tests.quantised.test_half_apart import CONFIG, HALVES, rows

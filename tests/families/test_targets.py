@@ -7,7 +7,7 @@ import pytest
 
 import moeconv
 from moeconv.errors import AmbiguousLayout, UnknownLayout
-from moeconv.library import shared_layouts, shipped_recipes
+from moeconv.layout.shipped import shared_layouts, shipped_recipes
 from tests.helpers import Spec, read_tensors, tree_sha256, write_checkpoint
 from tests.phantoms import phantom, rows
 

@@ -62,8 +62,8 @@ def test_found_planned_and_accounted_for(model_type: str, form: str, tmp_path: P
                 moeconv.fuse(src, tmp_path / "out", dry_run=True)
         return
     plan = moeconv.fuse(src, tmp_path / "out", dry_run=True).plan
-    assert not any("named like experts" in note for note in plan.notes)
-    held = {fate.source for fate in plan.ledger if fate.verb != "copied"}
+    assert not any("named like fused experts" in note for note in plan.notes)
+    held = {entry.source for entry in plan.ledger if entry.verb != "copied"}
     made = {t.name for f in plan.files for t in f.tensors}
     experts = {name for name in tensors if routed(name)}
     already = {t.name for f in plan.files for t in f.tensors if t.expert}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from moeconv.engine.journal import read_journal
+from moeconv.engine.output.journal import read_journal
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree
 from tests.cli.run import environment, moeconv
@@ -38,7 +38,7 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(src: Path) -> tuple[dict[str, str], float]:
-    """What an undisturbed run leaves, and how many seconds it takes."""
+    """What an defer_signals run leaves, and how many seconds it takes."""
     out = src.parent / "whole"
     began = time.monotonic()
     assert moeconv("shard", src, "-o", out, *OPTIONS).code == 0
@@ -196,7 +196,7 @@ def test_a_disk_that_somebody_else_fills(
                 full += 1
                 assert process.returncode == 3, talk
                 assert "error[disk-full]" in talk
-                assert "fix: make room" in talk
+                assert "fix: free some space" in talk
                 assert tree(out) is None
             other.unlink()
             shutil.rmtree(out, ignore_errors=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.engine.workplace import Workplace
+from moeconv.engine.output.transaction import OutputTransaction
 from moeconv.errors import DiskFull, IoFailed
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree
@@ -150,7 +150,7 @@ def test_what_says_that_an_output_is_whole_goes_first(
         monkeypatch.setattr(Path, "unlink", unlink)
         raise IoFailed("cannot write", cause="Input/output error", fix="check the disk")
 
-    monkeypatch.setattr(Workplace, "done", late)
+    monkeypatch.setattr(OutputTransaction, "done", late)
     with pytest.raises(IoFailed):
         moeconv.shard(src, tmp_path / "out", ep_size=2)
     assert gone[0] == "moeconv.json"

@@ -12,9 +12,9 @@ import pytest
 
 import moeconv
 import moeconv.runtime
-from moeconv.engine.crew import Limits
-from moeconv.engine.inventory import take_inventory
-from moeconv.engine.single import write_single
+from moeconv.engine.copy.pool import Limits
+from moeconv.engine.output.atomic_file import write_single
+from moeconv.engine.output.ownership import take_inventory
 from moeconv.errors import WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree, untouched

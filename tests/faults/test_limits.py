@@ -17,7 +17,7 @@ import torch
 
 import moeconv
 from moeconv import runtime
-from moeconv.engine.single import write_single
+from moeconv.engine.output.atomic_file import write_single
 from moeconv.errors import IoFailed
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import holds, tree

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.engine.aside import OldOutput, remove_output
-from moeconv.engine.crew import Limits
-from moeconv.engine.inventory import take_inventory
+from moeconv.engine.copy.pool import Limits
+from moeconv.engine.output.backup import OldOutput, remove_output
+from moeconv.engine.output.ownership import take_inventory
 from moeconv.errors import IoFailed, WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree, untouched
@@ -127,7 +127,7 @@ def test_a_resumed_run_that_fails_says_so_too_and_the_next_one_ends_it(
     fail_after(monkeypatch, 1)
     with pytest.raises(IoFailed) as caught:
         moeconv.shard(src, out, resume=True, jobs=1, **SAME)
-    assert "`--resume` goes on" in str(caught.value)
+    assert "`--resume` continues" in str(caught.value)
     assert str(aside(out)) in str(caught.value)
     assert tree(aside(out)) == tree(tmp_path / "old")
     monkeypatch.undo()
@@ -236,7 +236,7 @@ def test_what_somebody_put_where_old_outputs_wait_is_not_called_ours(
     with untouched(aside(out).parent), pytest.raises(WouldOverwrite, match="something else"):
         moeconv.fuse(src, out, overwrite=True)
     done = moeconv.fuse(src, out, resume=True)
-    assert "stays" in done.plan.notes[-1]
+    assert "is kept" in done.plan.notes[-1]
     assert os.path.lexists(aside(out))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.engine.journal import JOURNAL_NAME, JournalFile, read_journal
+from moeconv.engine.output.journal import JOURNAL_NAME, JournalFile, read_journal
 from moeconv.errors import CannotResume, IoFailed, UsageProblem, WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import untouched
@@ -33,7 +33,7 @@ def src(tmp_path: Path) -> Path:
 
 
 def killed(src: Path, out: Path, times: int, seed: int = 7) -> list[Path]:
-    """What so many runs left that were killed at some moment; `whole` beside is undisturbed."""
+    """What so many runs left that were killed at some moment; `whole` beside is defer_signals."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.killed", src, out, str(seed), str(times)],
         cwd=ROOT,
@@ -120,7 +120,7 @@ def test_without_resume_it_is_named_as_such(src: Path, tmp_path: Path) -> None:
 )
 def test_another_plan_is_refused(src: Path, tmp_path: Path, other: dict[str, object]) -> None:
     out = half_done(src, tmp_path / "out")
-    with untouched(out), pytest.raises(CannotResume, match="another plan"):
+    with untouched(out), pytest.raises(CannotResume, match="different plan"):
         moeconv.shard(src, out, resume=True, **{**SAME, **other})
 
 
@@ -135,7 +135,7 @@ def test_a_finished_set_is_done_at_once(src: Path, tmp_path: Path) -> None:
     moeconv.shard(src, tmp_path / "out", **SAME)
     with untouched(tmp_path / "out"):
         moeconv.shard(src, tmp_path / "out", resume=True, **SAME)
-        with pytest.raises(CannotResume, match="finished set of another plan"):
+        with pytest.raises(CannotResume, match="finished output of another plan"):
             moeconv.shard(src, tmp_path / "out", resume=True, ep_size=4, redundant=2)
 
 
@@ -229,19 +229,19 @@ def test_a_failing_run_keeps_what_can_be_resumed(src: Path, tmp_path: Path) -> N
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, files: int) -> None:
     """The disk fills up when so many data files are finished."""
-    from moeconv.engine import target
+    from moeconv.engine.copy import disk_sink
 
-    real: Callable[..., None] = target.DiskTarget.open
+    real: Callable[..., None] = disk_sink.DiskSink.open
     opened = 0
 
-    def open_(self: target.DiskTarget) -> None:
+    def open_(self: disk_sink.DiskSink) -> None:
         nonlocal opened
         opened += 1
         if opened > files:
             raise IoFailed("cannot write", cause="No space left on device", fix="make room")
         real(self)
 
-    monkeypatch.setattr(target.DiskTarget, "open", open_)
+    monkeypatch.setattr(disk_sink.DiskSink, "open", open_)
 
 
 def test_a_journal_of_tensors_without_digests_is_read(tmp_path: Path):

@@ -16,9 +16,9 @@ import torch
 
 import moeconv
 from moeconv import runtime
-from moeconv.engine import target, tiles
+from moeconv.engine.copy import disk_sink, worker
 from moeconv.errors import MoeconvError
-from moeconv.proof.report import Report
+from moeconv.verification.report import VerifyReport
 from tests.badinput.builders import config, qwen, two_files, write
 from tests.badinput.checks import tree
 from tests.faults.short import READS, ShortCalls
@@ -63,15 +63,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ShortCalls]:
     """Small copies go the ways of large ones, and nothing waits for the disk."""
-    monkeypatch.setattr(tiles, "LARGE_TILE_BYTES", 3000)
-    monkeypatch.setattr(target, "KERNEL_BYTES", 1000)
+    monkeypatch.setattr(worker, "LARGE_TILE_BYTES", 3000)
+    monkeypatch.setattr(disk_sink, "KERNEL_BYTES", 1000)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     found = ShortCalls(monkeypatch)
     yield found
     found.stop()
 
 
-def _proven(report: Report) -> bool:
+def _proven(report: VerifyReport) -> bool:
     """That all is well; what is not is raised."""
     if not report.ok:
         raise report.problems[0]

@@ -17,19 +17,20 @@ import torch
 from moeconv.checkpoint.header import header_length, parse_header
 from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import parse_origin
-from moeconv.checkpoint.quantlists import changed_lists
-from moeconv.digest import digest
+from moeconv.core.digest import digest
+from moeconv.core.json_value import error_json
+from moeconv.core.strict_json import loads
 from moeconv.errors import MoeconvError
-from moeconv.layout.recipefile import parse_recipe
-from moeconv.library import shipped_recipes
-from moeconv.manifestreader import parse_part, parse_parts, parse_root
-from moeconv.mapfiles import read_map
-from moeconv.placement.documents import EPLB_KEY, FORMATS
-from moeconv.placement.formats import resolve, written
-from moeconv.placement.placement import Layers, Placement, trivial
-from moeconv.plan.automaton import Budget, Mode, Unsupported
-from moeconv.plan.patterns import glob, regular
-from moeconv.strictjson import loads
+from moeconv.layout.recipe_toml import parse_recipe
+from moeconv.layout.shipped import shipped_recipes
+from moeconv.manifest.reader import parse_part, parse_parts, parse_root
+from moeconv.placement.eplb import KEY as EPLB_KEY
+from moeconv.placement.files import read_map
+from moeconv.placement.formats import FORMATS, write_map
+from moeconv.placement.model import Layers, Placement, trivial
+from moeconv.placement.resolve import resolve
+from moeconv.quantconfig.document import changed_lists
+from moeconv.quantconfig.match_rules import Budget, MatchRules, Names, UnsupportedPattern
 from tests.badinput.builders import entries, framed, index_doc, nbytes, qwen, two_files
 from tests.badinput.test_recipes import GOOD
 from tests.checkpoint.test_fuzz import ORIGIN
@@ -39,7 +40,7 @@ TENSORS = qwen(1, 4, 8)
 DATA_BYTES = sum(map(nbytes, TENSORS.values()))
 HEAD = framed(dump({"__metadata__": {"format": "pt"}, **entries(TENSORS)}))
 LAYERS = Layers(experts=4, moe=(1, 2), beyond=(3,), hidden=3)
-MODES: Final[dict[bytes, Mode]] = {b"p": "prefix", b"w": "whole", b"m": "modules"}
+RULES: Final = {b"g": ("exclude", "modelopt"), b"p": ("dynamic", "gptq")}
 PATTERNS: Final = (b"re:.*mlp\\.experts\\.\\d+\\.(gate|up)_proj$", b"model.layers.*.experts.*")
 LISTS: Final = dump(
     {
@@ -91,15 +92,12 @@ def _recipe(raw: bytes) -> None:
 
 
 def _pattern(raw: bytes) -> None:
-    """Of the three ways to read one, or a glob; the budget is a fraction of a run's."""
+    """By each reader's rules; the budget is a fraction of a run's."""
     budget, text = Budget(100_000), raw[1:].decode("utf-8", "replace")
-    with contextlib.suppress(Unsupported):
-        pattern = (
-            glob(text, budget)
-            if raw[:1] == b"g"
-            else regular(text, MODES.get(raw[:1], "whole"), budget)
-        )
-        pattern.matches("model.layers.0.mlp.experts.11.gate_proj")
+    rules = MatchRules(*RULES.get(raw[:1], ("modules_to_not_convert", "")))
+    with contextlib.suppress(UnsupportedPattern):
+        if matcher := rules.matcher(text, budget):
+            matcher.suffixes(Names("model.layers.0.mlp.experts", frozenset({".11.gate_proj"})))
 
 
 def _lists(raw: bytes) -> None:
@@ -127,7 +125,7 @@ def _inline(raw: bytes) -> None:
 
 def _maps() -> dict[str, bytes]:
     placement = Placement(4, LAYERS.moe, (trivial(4, 4), (3, 2, 1, 0)))
-    return {name: written(name, placement, LAYERS, ep_size=2) for name in FORMATS}
+    return {name: write_map(name, placement, LAYERS, ep_size=2) for name in FORMATS}
 
 
 def _array() -> bytes:
@@ -155,7 +153,7 @@ TARGETS: Final = {
     "recipe": Target(
         _recipe, (GOOD.encode(), *(r.toml.encode() for r in shipped_recipes()[:3])), 160
     ),
-    "pattern": Target(_pattern, tuple(mode + text for mode in (*MODES, b"g") for text in PATTERNS)),
+    "pattern": Target(_pattern, tuple(mode + text for mode in (*RULES, b"m") for text in PATTERNS)),
     "quantization-lists": Target(_lists, (LISTS,)),
     "map-json": Target(_map(".json"), _JSON_MAPS),
     "map-yaml": Target(_map(".yaml"), tuple(_MAPS.values())),
@@ -173,6 +171,6 @@ def tried(target: Target, raw: bytes) -> bool:
     except MoeconvError as problem:
         unprintable = [line for line in str(problem).splitlines() if not line.isprintable()]
         assert not unprintable, f"written raw: {unprintable}"
-        json.dumps(problem.as_json())
+        json.dumps(error_json(problem))
         return False
     return True

@@ -175,13 +175,13 @@ def test_parts_of_a_group_that_a_companion_lacks_stay_away():
     assert str(derived(parse_axes("K"), parse_axes("E (G O K)"))) == "E (G K)"
 
 
-def test_granules():
+def test_blocks():
     named = parse_axes("E (G O/block.0) K/block.1")
-    assert named.granules == {"block.0", "block.1"}
+    assert named.block_names == {"block.0", "block.1"}
     bound = named.bound({"block.0": 2, "block.1": 3})
     assert str(bound) == "E (G O/2) K/3"
-    assert bound.granules == frozenset()
-    # the last granule of K is not a full one: 5 in granules of 3 are 2
+    assert bound.block_names == frozenset()
+    # the last block of K is not a full one: 5 in blocks of 3 are 2
     assert geometry(bound, SIZES).shape == (E, G * O // 2, 2)
     assert [axis_size(Axis("O", 128), {"O": n}) for n in (1, 128, 129, 1408)] == [1, 1, 2, 11]
 
@@ -223,7 +223,7 @@ def test_writing_is_the_inverse_of_reading(text: str):
         ("2", "`2`"),
         ("(1 O)", "`1`"),
         ("O/", "`O/`"),
-        ("O/0", "granule below 1"),
+        ("O/0", "block below 1"),
         ("O/-1", "`O/-1`"),
         ("O/2/2", "`O/2/2`"),
         ("É", "`É`"),

@@ -187,7 +187,7 @@ ROOTS: Final = (
     root("another ep size", put(*SIZE, 3), "parts", expressed=False),
     # --- placement ---
     row("slots that do not divide", [3, 1, 0, 2, 1], "5 slots", "2 ranks"),
-    row("an id beyond the experts", [3, 1, 0, 4, 1, 2], "an expert 4 of 4"),
+    row("an id beyond the experts", [3, 1, 0, 4, 1, 2], "names expert 4, there are only 4"),
     row("an expert in no slot", [3, 1, 0, 1, 1, 3], "3 of 4"),
     row("a slot of none", [3, 1, 0, -1, 1, 2], expressed=True),
     row("a slot that is no number", [3, 1, 0, "2", 1, 2], expressed=True),
@@ -253,7 +253,7 @@ PARTS: Final = (
     part("tensors of a whole set", RANK_1, put("tensors", []), "tensors: unknown key"),
     part("runs in no virtual set", RANK_1, put("virtual", []), "virtual: unknown key"),
     # --- tensors ---
-    part("two of one name", COMMON, _repeat_tensor, "is there twice", "down_scale",
+    part("two of one name", COMMON, _repeat_tensor, "appears twice", "down_scale",
          expressed=False),
     part("no expert in a rank's file", RANK_1, first(lambda t: t.pop("expert")), "expert",
          "common files"),
@@ -341,8 +341,8 @@ PARTS: Final = (
          "capital letters"),
     part("a dtype of two words", RANK_1, first(lambda t: t.update(dtype="F32 [4]")), "dtype"),
     part("runs of another expert", RANK_1, first(lambda t: t["runs"].reverse()), RANK_1, "down",
-         "other bytes", kind="virtual", error=Damaged, by=VERIFY, expressed=False),
-    part("runs of another projection", RANK_1, _exchanged, RANK_1, "gate", "other bytes",
+         "bytes that are not", kind="virtual", error=Damaged, by=VERIFY, expressed=False),
+    part("runs of another projection", RANK_1, _exchanged, RANK_1, "gate", "bytes that are not",
          kind="virtual-per-expert", error=Damaged, by=VERIFY, expressed=False),
     part("digests of wrong count", RANK_1, first(lambda t: t.update(digests=["0" * 32])),
          "digests: must be 3", kind="virtual", expressed=False),
@@ -350,7 +350,7 @@ PARTS: Final = (
          "digests: must be", kind="virtual"),
     part("a common tensor of a rank's name", COMMON, first(
         lambda t: t.update(name="model.layers.0.mlp.experts.down"), of="norm"), RANK_0,
-         "mlp.experts.down", "common, too", kind="virtual", error=Damaged, by=VERIFY,
+         "mlp.experts.down", "common files too", kind="virtual", error=Damaged, by=VERIFY,
          expressed=False),
     part("a slot missing", RANK_1, _without_first, "5 of 6 slots", kind="virtual-per-expert",
          error=MissingExpert, by=VERIFY, expressed=False),

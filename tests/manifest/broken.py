@@ -6,7 +6,7 @@ import pytest
 
 import moeconv
 from moeconv.errors import MoeconvError
-from moeconv.proof.report import DIGEST, STRUCTURE
+from moeconv.verification.report import DIGEST, STRUCTURE
 from tests.badinput.checks import holds, untouched, within
 
 

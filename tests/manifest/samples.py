@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import moeconv
-from moeconv.digest import digest
+from moeconv.core.digest import digest
 from tests.badinput.builders import config, qwen, write
 
 DATA: Final = "model-00001-of-00001.safetensors"

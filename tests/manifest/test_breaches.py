@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.api import open_source
+from moeconv.api.open import open_source
 from moeconv.errors import MoeconvError
-from moeconv.manifestreader import parse_parts, parse_root
+from moeconv.manifest.reader import parse_parts, parse_root
 from tests.badinput.checks import holds, untouched, within
 from tests.manifest.breaches import OPENING, PARTS, READER, ROOTS, Breach
 from tests.manifest.broken import reported
@@ -53,7 +53,7 @@ def test_a_breach_is_refused(tmp_path: Path, breach: Breach):
         _refused(_read, made, breach)
         _refused(open_source, made, breach)
     if breach.by in (READER, OPENING):
-        _refused(lambda place: open_source(place).detection.whole(), made, breach)
+        _refused(lambda place: open_source(place).detection.checked(), made, breach)
         out = made.with_name("out")
         with within(10), untouched(made, out):
             _refused(lambda place: moeconv.merge(place, out, jobs=1), made, breach)

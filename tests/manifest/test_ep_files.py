@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.api import open_source
-from moeconv.digest import digest
+from moeconv.api.open import open_source
+from moeconv.core.digest import digest
 from moeconv.errors import (
     BadManifest,
     Damaged,
@@ -161,12 +161,12 @@ def test_a_file_beside_the_source_s_is_none_of_it(virtual: Path, name: str):
 
 def test_a_virtual_set_of_one_file_among_others(virtual: Path, tmp_path: Path):
     shutil.copy(_source(virtual) / SOURCE_FILE, _source(virtual) / "other.safetensors")
-    for number, (src, without) in enumerate(
+    for number, (src, exclude) in enumerate(
         [(_source(virtual) / SOURCE_FILE, ()), (_source(virtual), ("other*",))]
     ):
         out = tmp_path / f"set{number}"
         moeconv.shard(
-            src, out, ep_size=1, layout="per-expert", virtual=True, without=without,
+            src, out, ep_size=1, layout="per-expert", virtual=True, exclude=exclude,
             recipe=tmp_path / "tiny.toml", jobs=1,
         )  # fmt: skip
         assert moeconv.verify(out, level="structure", jobs=1).ok
@@ -215,8 +215,8 @@ def test_a_source_that_is_a_file(virtual: Path):
 
 def test_a_virtual_set_of_itself(virtual: Path):
     edit_root(virtual, lambda doc: doc["source"].update(directory=str(virtual)))
-    reported(virtual, SourceChanged, "virtual set itself")
-    _opened(virtual, SourceChanged, "virtual set itself")
+    reported(virtual, SourceChanged, "itself a virtual output")
+    _opened(virtual, SourceChanged, "itself a virtual output")
 
 
 @pytest.mark.parametrize("directory", ["/\0", "/\ud800", "/x\x1b[2J", "/" + "d" * 5000])
@@ -232,7 +232,7 @@ def test_the_source_is_never_fetched(virtual: Path, monkeypatch: pytest.MonkeyPa
     def fetch(_address: str) -> Path:
         pytest.fail("a manifest must not make anybody connect")
 
-    monkeypatch.setattr("moeconv.checkpoint.hub.fetch", fetch)
+    monkeypatch.setattr("moeconv.store.hub.fetch", fetch)
     edit_root(virtual, lambda doc: doc["source"].update(directory="hf://org/name"))
     reported(virtual, BadManifest, "source.directory")
 

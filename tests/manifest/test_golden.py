@@ -5,12 +5,13 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 import moeconv
-from moeconv.digest import digest
+from moeconv.core.digest import digest
 from moeconv.version import __version__
 from tests.badinput.builders import Tensors, config, entries, framed, nbytes
 from tests.manifest.samples import DATA, INDEX_NAME, ORIGIN_NAME, PART_NAME, ROOT_NAME, signed
@@ -91,3 +92,11 @@ def test_the_way_back_gives_the_source(made: Path):
     assert sorted(p.name for p in back.iterdir()) == sorted(p.name for p in src.iterdir())
     for path in src.iterdir():
         assert (back / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_golden_files_are_opened_and_verified(made: Path, tmp_path: Path):
+    """Their recipe lacks the fields that recipes have had since: the defaults must do."""
+    shutil.copytree(GOLDEN / "smallest", tmp_path / "set")
+    shutil.copy(made / "config.json", tmp_path / "set")
+    assert moeconv.verify(tmp_path / "set").problems == ()
+    assert moeconv.fingerprint(tmp_path / "set") == moeconv.fingerprint(made)

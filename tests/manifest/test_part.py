@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.digest import digest, fingerprint
+from moeconv.core.digest import digest, fingerprint
 from moeconv.errors import BadJson, BadManifest, Damaged, DuplicateKey, MissingExpert, MissingShard
-from moeconv.manifest import MAX_EXPERTS, Manifest, part_bytes
-from moeconv.manifestreader import parse_part, parse_root
+from moeconv.manifest.model import MAX_EXPERTS, Manifest, part_bytes
+from moeconv.manifest.reader import parse_part, parse_root
 from tests.badinput.checks import within
 from tests.manifest.broken import refused_everywhere, reported
 from tests.manifest.samples import (
@@ -58,7 +58,7 @@ def test_long_lists_of_experts_in_tensors_that_are_wrong():
     bad["expert"] |= {"stack": 0, "experts": [0, MAX_EXPERTS]}
     doc["tensors"] = [bad] * 500
     began = time.process_time()
-    with pytest.raises(BadManifest, match="lies before `start`"):
+    with pytest.raises(BadManifest, match="is before `start`"):
         parse_part(dump(doc), root, where="p")
     assert time.process_time() - began < 4
 
@@ -159,7 +159,7 @@ def test_a_stop_before_its_start(made: Path):
         first = doc["tensors"][0]
         first["start"], first["stop"] = first["stop"], first["start"]
 
-    _refused(made, edit, "tensors[0].stop: lies before `start`")
+    _refused(made, edit, "tensors[0].stop: is before `start`")
 
 
 @pytest.mark.parametrize("digests", [[], ["0" * 32] * 2, ["x"], [0], "0" * 32, ["F" * 32]])
@@ -206,7 +206,7 @@ def test_all_problems_are_reported_at_once(made: Path):
         doc["tensors"][1]["digests"] = []
         doc["sizee"] = 1
 
-    _refused(made, edit, "3 place(s)", "tensors[0].start", "tensors[1].digests", "sizee")
+    _refused(made, edit, "3 places", "tensors[0].start", "tensors[1].digests", "sizee")
 
 
 # --- well-formed, but not true -----------------------------------------------------------------

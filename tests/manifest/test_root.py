@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.digest import digest
+from moeconv.core.digest import digest
 from moeconv.errors import BadJson, BadManifest, Damaged, DuplicateKey, UnsupportedVersion
-from moeconv.manifest import root_bytes
-from moeconv.manifestreader import parse_root
+from moeconv.manifest.model import root_bytes
+from moeconv.manifest.reader import parse_root
 from tests.badinput.checks import within
 from tests.manifest.broken import refused_everywhere, reported
 from tests.manifest.samples import (
@@ -349,4 +349,4 @@ def test_all_problems_are_reported_at_once(made: Path):
         doc["sizee"] = 1
         del doc["generator"]
 
-    _refused(made, edit, "4 place(s)", "stacks[0].experts", "parts[0].name", "sizee", "generator")
+    _refused(made, edit, "4 places", "stacks[0].experts", "parts[0].name", "sizee", "generator")

@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import moeconv
-from moeconv.manifest import FORMAT, MAX_EP_SIZE, MINOR, PARTS_DIR
+from moeconv.manifest.model import FORMAT, MAX_EP_SIZE, MINOR, PARTS_DIR
 from tests.badinput.builders import config, qwen, write
 from tests.manifest import samples
 from tests.manifest.breaches import PARTS, ROOTS, Breach

@@ -186,7 +186,7 @@ def test_a_sidecar_of_another_size(made: Path):
 
 def test_a_stray_safetensors_file(made: Path):
     (made / "model-00002-of-00002.safetensors").write_bytes(shard_bytes(qwen()))
-    reported(made, Damaged, "`model-00002-of-00002.safetensors`", "does not belong", "glob")
+    reported(made, Damaged, "`model-00002-of-00002.safetensors`", "does not belong", "by pattern")
 
 
 def test_a_stray_file_of_another_kind_is_fine(made: Path):

@@ -326,7 +326,7 @@ def test_what_is_not_certain_is_refused(
 @pytest.mark.usefixtures("fused_fp8")
 def test_fp8_experts_without_a_rule_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """transformers would cast them as they are, and name the scales as unexpected."""
-    monkeypatch.setattr("moeconv.runtime.fused_fp8._stacks", lambda _: [])
+    monkeypatch.setattr("moeconv.integrations.transformers_fp8._stacks", lambda _: [])
     model_class = with_scales("openai_privacy_filter", {"down_proj": (8, 6, 4)}, tmp_path)
     with pytest.raises(ValueError, match="unfuse --layout per-expert"):
         model_class.from_pretrained(tmp_path, **DEQUANTISE)
@@ -369,7 +369,7 @@ def test_transformers_alone_leaves_the_scales_of_stacks_out(tmp_path: Path):
 
 
 def test_another_transformers_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delitem(sys.modules, "moeconv.runtime.fused_fp8", raising=False)
+    monkeypatch.delitem(sys.modules, "moeconv.integrations.transformers_fp8", raising=False)
     monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
     with pytest.raises(UnsupportedTransformers, match="per-expert") as caught:
         moeconv.runtime.dequantize_fused_fp8()

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import strategies as st
 
 from moeconv.errors import BadPlacement
-from moeconv.placement.documents import RawMap
-from moeconv.placement.formats import resolve
-from moeconv.placement.placement import Layers, Placement, trivial
+from moeconv.placement.foreign_map import RawMap
+from moeconv.placement.model import Layers, Placement, trivial
+from moeconv.placement.resolve import resolve
 from tests.badinput.checks import holds
 
 # as DeepSeek-V3, in small: a dense layer, three MoE layers, one of MTP

@@ -25,7 +25,7 @@ from moeconv.errors import (
     TorchNeeded,
     UsageProblem,
 )
-from moeconv.mapfiles import read_map
+from moeconv.placement.files import read_map
 from tests.badinput.checks import holds, within
 
 ROWS = ((0, 1, 2), (2, 1, 0))
@@ -115,13 +115,13 @@ def test_json_that_is_none_or_says_a_key_twice(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "fact"),
     [
-        ("a: 1\na: 2\n", "`a` stands twice"),
-        ("initial_global_assignments: {3: [0], 3: [1]}\n", "`3` stands twice"),
-        ("initial_global_assignments: {3: [0], '3': [1]}\n", "`3` stands twice"),
+        ("a: 1\na: 2\n", "`a` is there twice"),
+        ("initial_global_assignments: {3: [0], 3: [1]}\n", "`3` is there twice"),
+        ("initial_global_assignments: {3: [0], '3': [1]}\n", "`3` is there twice"),
         ("? [1]\n: 2\n", "YAML"),
         ("a: !!python/object/apply:os.system ['true']\n", "python/object/apply"),
-        ("a: 2001-01-01\n", "a date has no place"),
-        ("1.5: 2\n", "a float has no place"),
+        ("a: 2001-01-01\n", "a date is not allowed"),
+        ("1.5: 2\n", "a float is not allowed"),
         ("a: !!int ''\n", "YAML"),
         ("a: !!timestamp x\n", "YAML"),
         ("a: [1\n", "YAML"),
@@ -169,7 +169,7 @@ def test_a_pickle_is_never_run(tmp_path: Path):
         ({"logical_count": torch.ones(2, 2, 3)}, "load record"),
         ({"phy2log": {1: 2}}, "must be a list of rows"),
         ({3: 4}, "none of the keys"),
-        ("text", "a text"),
+        ("text", "a string"),
     ],
 )
 def test_torch_files_that_hold_no_map(tmp_path: Path, value: object, fact: str):
@@ -268,14 +268,14 @@ def test_a_buffer_in_a_pickle_is_not_made(tmp_path: Path, *, zipped: bool):
             return (bytearray, (10**11,))
 
     torch.save({"phy2log": Buffer()}, tmp_path / "map.pt", _use_new_zipfile_serialization=zipped)
-    refused(tmp_path / "map.pt", BadPlacementFile, "a bytearray has no place")
+    refused(tmp_path / "map.pt", BadPlacementFile, "a bytearray is not allowed")
 
 
 @pytest.mark.parametrize(
     ("text", "fact"),
     [
         ("[[0], [], [0]]", "[1]: has no slots"),
-        ('{"phy2log": [[0, 1048576]]}', "phy2log[0]: holds expert 1048576"),
+        ('{"phy2log": [[0, 1048576]]}', "phy2log[0]: has expert 1048576"),
         (f"[{','.join(['[0]'] * 10_001)}]{' ' * 100_000}", "10,001 rows"),
         (f"[{','.join(['0'] * 1_048_577)}]", "1,048,577 slots"),
     ],
@@ -297,7 +297,7 @@ def test_yaml_is_read_as_its_values(tmp_path: Path):
         ("[" * 200 + "]" * 200, "nested more than 100 deep"),
         ("{" + "a: {" * 200 + "}" * 201, "nested more than 100 deep"),
         ("a: !!set {}\n", "tag:yaml.org,2002:set"),
-        ("true: 1\n", "neither a text nor an id"),
+        ("true: 1\n", "neither a string nor an id"),
         ("a: 0x10\n", "plain decimal"),
         ("# " + "x" * (4 * 1024 * 1024), "of YAML at most"),
     ],

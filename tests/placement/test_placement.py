@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeconv.core.text import listed, spans
 from moeconv.errors import BadPlacement
-from moeconv.placement.placement import (
+from moeconv.placement.model import (
     Layers,
     Placement,
     by_stack,
@@ -20,7 +21,6 @@ from moeconv.placement.placement import (
     slots_for,
     trivial,
 )
-from moeconv.placement.words import listed, spans
 from tests.badinput.checks import holds
 from tests.placement.maps import PLAIN, SMALL, Case, cases, placed
 
@@ -228,7 +228,7 @@ def test_the_layer_is_the_last_number_but_one():
 
 def test_a_mapping_goes_by_name():
     assert by_stack(NAMES, {NAMES[3]: [0, 1, 2], NAMES[0]: B}) == {NAMES[3]: A, NAMES[0]: B}
-    not_by_stack({"model.layers.4.mlp.experts": A}, "model.layers.4.mlp.experts", "is no stack")
+    not_by_stack({"model.layers.4.mlp.experts": A}, "model.layers.4.mlp.experts", "is not a stack")
 
 
 def test_a_placement_goes_by_layer_of_the_most_numerous_kind():

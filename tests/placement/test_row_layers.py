@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from moeconv.placement.documents import (
-    ALIKE,
-    ASCEND,
-    EPLB,
-    SGLANG,
-    TRTLLM,
-    VLLM,
-    parse_map,
-)
-from moeconv.placement.formats import resolve
-from moeconv.placement.placement import Layers, check
+from moeconv.placement.ascend import ASCEND
+from moeconv.placement.eplb import EPLB
+from moeconv.placement.foreign_map import ALIKE
+from moeconv.placement.formats import parse_map
+from moeconv.placement.model import Layers, check
+from moeconv.placement.resolve import resolve
+from moeconv.placement.sglang import SGLANG
+from moeconv.placement.trtllm import TRTLLM
+from moeconv.placement.vllm import VLLM
 from tests.placement.maps import (
     DEEPSEEK,
     SMALL,

@@ -12,13 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeconv import sharding
+from moeconv.api import shard
+from moeconv.core.json_value import Json
 from moeconv.errors import BadPlacement, UsageProblem
-from moeconv.jsonvalue import Json
-from moeconv.mapfiles import read_map
-from moeconv.placement.documents import ASCEND, TRTLLM, RawMap, parse_map
-from moeconv.placement.formats import resolve
-from moeconv.placement.placement import Layers
+from moeconv.placement.ascend import ASCEND
+from moeconv.placement.files import read_map
+from moeconv.placement.foreign_map import RawMap
+from moeconv.placement.formats import parse_map
+from moeconv.placement.model import Layers
+from moeconv.placement.resolve import resolve
+from moeconv.placement.trtllm import TRTLLM
 from tests.badinput.builders import write
 from tests.badinput.checks import holds
 from tests.cli.run import moeconv
@@ -162,7 +165,7 @@ def test_no_file_without_a_key_is_taken_by_its_number(tmp_path: Path):
     for which in maps(tmp_path):
         assert not read_map(which).keyed
         with pytest.raises(BadPlacement) as caught:
-            sharding.shard(src, tmp_path / "out", ep_size=2, placement=which, dry_run=True)
+            shard.shard(src, tmp_path / "out", ep_size=2, placement=which, dry_run=True)
         holds(caught.value, BadPlacement, "fit two readings")
     assert not (tmp_path / "out").exists()
 
@@ -194,7 +197,7 @@ def test_the_flag_without_a_map_is_refused(tmp_path: Path):
     src = checkpoint(tmp_path / "src")
     for placement in ("trivial", "round-robin", {}):
         with pytest.raises(UsageProblem) as caught:
-            sharding.shard(src, tmp_path / "out", ep_size=2, placement=placement, map_layers="moe")
+            shard.shard(src, tmp_path / "out", ep_size=2, placement=placement, map_layers="moe")
         holds(caught.value, UsageProblem, "`--map-layers`")
     refused = moeconv("placement", "show", json.dumps(ROWS), "--map-layers", "moe")
     assert (refused.code, "`--source SRC`" in refused.err) == (2, True)

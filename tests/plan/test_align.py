@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.plan.align import Home, by_home
-from moeconv.plan.draft import Draft
-from moeconv.plan.values import CopyTile, OutputFile
+from moeconv.plan.align import SourcePosition, by_source_position
+from moeconv.plan.model import CopyTile, OutputFile
+from moeconv.plan.tensors import PlannedTensor
 from tests.badinput.builders import config, qwen, two_files, write
 from tests.bench.make_checkpoint import write_phantom
 
@@ -77,40 +77,57 @@ def test_small_files_share_one_of_ours(tmp_path: Path) -> None:
 MIB = 1 << 20
 
 
-def grouped(*homes: tuple[float, Home]) -> list[int]:
-    """The number of tensors in each file, of tensors of so many MiB at these homes."""
-    return [len(group) for group in groups(*homes)]
+def grouped(*positions: tuple[float, SourcePosition]) -> list[int]:
+    """The number of tensors in each file, of tensors of so many MiB at these positions."""
+    return [len(group) for group in groups(*positions)]
 
 
-def groups(*homes: tuple[float, Home]) -> list[list[int]]:
+def groups(*positions: tuple[float, SourcePosition]) -> list[list[int]]:
     """The numbers of the tensors in each file."""
-    sizes = [int(size * MIB) for size, _ in homes]
-    drafts = [Draft(f"t{n}", "U8", (size,), size, None, None) for n, size in enumerate(sizes)]
-    found = by_home(drafts, {f"t{n}": home for n, (_, home) in enumerate(homes)})
-    return [[int(draft.name[1:]) for draft in group] for group in found]
+    sizes = [int(size * MIB) for size, _ in positions]
+    planned = [
+        PlannedTensor(f"t{n}", "U8", (size,), size, None, None) for n, size in enumerate(sizes)
+    ]
+    found = by_source_position(
+        planned, {f"t{n}": source_position for n, (_, source_position) in enumerate(positions)}
+    )
+    return [[int(tensor.name[1:]) for tensor in group] for group in found]
 
 
 def test_another_file_begins_only_where_it_pays_for_both() -> None:
-    turned, here, there = Home(0, 0), Home(0, 70 * MIB, 8), Home(1, 0, 16)
+    turned, here, there = (
+        SourcePosition(0, 0),
+        SourcePosition(0, 70 * MIB, 8),
+        SourcePosition(1, 0, 16),
+    )
     assert grouped((70, here), (70, there)) == [1, 1]
     assert grouped((70, turned), (70, here)) == [2]  # what wants no start agrees with any
     assert grouped((63, here), (70, there)) == [2]
     assert grouped((70, here), (63, there)) == [2]
     # bytes that want nothing pay for nothing
-    assert grouped((1, here), (70, Home(0, 71 * MIB)), (1, there), (70, Home(1, MIB))) == [4]
-    assert grouped((70, here), (1, there), (70, Home(1, MIB, 8)), (70, Home(2, 0, 16))) == [3, 1]
+    assert grouped(
+        (1, here), (70, SourcePosition(0, 71 * MIB)), (1, there), (70, SourcePosition(1, MIB))
+    ) == [4]
+    assert grouped(
+        (70, here), (1, there), (70, SourcePosition(1, MIB, 8)), (70, SourcePosition(2, 0, 16))
+    ) == [3, 1]
     # and a file that ends as a later part wants to begin goes on with it
-    assert grouped((70, here), (70, there), (70, Home(2, 0, 8)), (70, Home(3, 0, 16))) == [2, 2]
+    assert grouped(
+        (70, here), (70, there), (70, SourcePosition(2, 0, 8)), (70, SourcePosition(3, 0, 16))
+    ) == [2, 2]
     # an odd size between two source files keeps nobody from a file of its own
-    assert grouped((70, here), (4 / MIB, Home(0, 70 * MIB)), (70, there)) == [2, 1]
+    assert grouped((70, here), (4 / MIB, SourcePosition(0, 70 * MIB)), (70, there)) == [2, 1]
     # but no file can start at 4 mod 8
-    assert grouped((70, here), (70, Home(1, 0, 12))) == [2]
+    assert grouped((70, here), (70, SourcePosition(1, 0, 12))) == [2]
 
 
 def test_of_two_files_that_end_alike_the_first_goes_on() -> None:
     eight = 8 / MIB
     rows = groups(
-        (70, Home(0, 0, 8)), (70 + eight, Home(1, 0, 0)), (70, Home(2, 0, 800)), (70, Home(3, 0, 8))
+        (70, SourcePosition(0, 0, 8)),
+        (70 + eight, SourcePosition(1, 0, 0)),
+        (70, SourcePosition(2, 0, 800)),
+        (70, SourcePosition(3, 0, 8)),
     )
     assert rows == [[0, 3], [1], [2]]
 

@@ -50,7 +50,7 @@ def test_a_block_structure_may_be_a_text(block: object, tmp_path: Path):
 def test_two_sizes_that_both_fit_are_not_chosen_from(tmp_path: Path):
     parts = {"qweight": "I32 K//8 N", "qzeros": "I32 1 N//8", "scales": "F16 1 N"}
     said = config(group_0={"group_size": 512}, group_1={"group_size": 256})
-    facts = ("several sizes", "`K/512 O/8` or `K/256 O/8`")
+    facts = ("several block or group sizes", "`K/512 O/8` or `K/256 O/8`")
     refused(ConfigMismatch, tmp_path, per_expert(parts, width=64), said, *facts)
 
 

@@ -133,7 +133,7 @@ def test_unfusing_a_scale_that_straddles(
     src = phantom(tmp_path / "src", tensors, FP8)
     with pytest.raises(kind) as caught:
         moeconv.unfuse(src, tmp_path / "out")
-    facts = ("needs 4 where 3 stands",)
+    facts = ("needs 4 instead of 3",)
     if rows_of_scales == 4:
         facts = ("blocks of 128", "192 rows", "the checkpoint that this one was joined from")
     assert all(fact in str(caught.value) for fact in facts)
@@ -211,7 +211,7 @@ def test_experts_in_two_formats(tmp_path: Path):
     for e in range(2):
         del tensors[f"{STACK}.{e}.gate_proj.weight_packed"]
         tensors[f"{STACK}.{e}.gate_proj.weight"] = ("BF16", (64, 256))
-    refused(ExpertDtype, tmp_path, tensors, GROUPS, "two ways", "weight_packed")
+    refused(ExpertDtype, tmp_path, tensors, GROUPS, "two formats", "weight_packed")
 
 
 def test_down_may_be_of_another_format(tmp_path: Path):

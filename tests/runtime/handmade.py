@@ -14,8 +14,8 @@ from typing import Final
 import torch
 from safetensors.torch import save
 
-from moeconv.digest import digest
-from moeconv.manifest import (
+from moeconv.core.digest import digest
+from moeconv.manifest.model import (
     COMMON_PART,
     ORIGIN_NAME,
     ExpertEntry,

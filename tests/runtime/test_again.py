@@ -28,8 +28,8 @@ def test_updater(opened: Opened, monkeypatch: pytest.MonkeyPatch):
     def never(*_: object, **__: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("moeconv.runtime.update.fit", never)
-    monkeypatch.setattr("moeconv.runtime.fit._renamed", never)
+    monkeypatch.setattr("moeconv.runtime.shard.bind", never)
+    monkeypatch.setattr("moeconv.runtime.bind._renamed", never)
     monkeypatch.setattr(torch, "empty", never)
     report = updater.load(second)
     assert {n: t.data_ptr() for n, t in model.state_dict().items()} == pointers
@@ -125,7 +125,7 @@ def test_updater_sees_that_the_model_changed(opened: Opened, value: torch.Tensor
     updater.load(opened(made))
     model.model.layers[0].mlp.gate.weight.data.zero_()
     model.model.embed.weight = nn.Parameter(value)
-    with pytest.raises(DoesNotFit, match="is not what it was"):
+    with pytest.raises(DoesNotFit, match="has changed"):
         updater.load(opened(checkpoint(start=50)))
     assert not value.any()
     expected = made.expected(0) | {
@@ -139,7 +139,7 @@ def test_updater_sees_that_the_model_changed(opened: Opened, value: torch.Tensor
 def test_ties_are_compared_to_their_end_and_counted(
     opened: Opened, where: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("moeconv.runtime.update.BLOCK_BYTES", 100)
+    monkeypatch.setattr("moeconv.runtime.updater.BLOCK_BYTES", 100)
     made, model = checkpoint(), TinyMoe(3)
     model.again = nn.Module()
     model.again.down = model.model.layers[0].mlp.experts.down_proj

@@ -10,10 +10,10 @@ import torch
 
 import moeconv.runtime
 from moeconv.errors import Damaged, IoFailed, SourceChanged
-from moeconv.manifest import Run
+from moeconv.manifest.model import Run
 from moeconv.runtime import files
+from moeconv.runtime.byte_runs import LocalTensor
 from moeconv.runtime.files import DataFile, Reader
-from moeconv.runtime.tensors import LocalTensor
 from tests.runtime.handmade import all_same, checkpoint, write_set
 from tests.runtime.models import TinyMoe, state
 

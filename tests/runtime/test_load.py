@@ -8,8 +8,8 @@ import torch
 
 import moeconv.runtime
 from moeconv.errors import MissingShard, NoTorchDtype, SourceChanged, UsageProblem
-from moeconv.runtime.fill import loaded
-from moeconv.runtime.tensors import LocalTensor, cut, joined, portions
+from moeconv.runtime.byte_runs import LocalTensor, join_runs, run_chunks, slice_runs
+from moeconv.runtime.transfer import load_tensors
 from tests.runtime.handmade import (
     _NAMES,
     STACK,
@@ -134,7 +134,7 @@ def test_a_misaligned_run_is_copied(tmp_path: Path):
     all_same(shard.load(), made.expected(0))
     for at in (4097, 4104):
         odd = LocalTensor("x", "F32", (2,), (Run(0, at, 8),))
-        value = loaded([odd], shard.files, None)["x"]
+        value = load_tensors([odd], shard.files, None)["x"]
         assert raw(value) == (tmp_path / "source/model.safetensors").read_bytes()[at : at + 8]
         assert not value.data_ptr() % 16
 
@@ -178,11 +178,11 @@ def test_dtypes_that_torch_lacks(dtype: str, shape: tuple[int, ...]):
 
 # --- runs --------------------------------------------------------------------------------------
 def test_runs_are_joined_and_cut():
-    runs = joined([Run(0, 0, 4), Run(0, 4, 4), Run(1, 8, 0), Run(1, 8, 8), Run(0, 16, 8)])
+    runs = join_runs([Run(0, 0, 4), Run(0, 4, 4), Run(1, 8, 0), Run(1, 8, 8), Run(0, 16, 8)])
     assert runs == (Run(0, 0, 8), Run(1, 8, 8), Run(0, 16, 8))
-    assert cut(runs, [(6, 18)]) == (Run(0, 6, 2), Run(1, 8, 8), Run(0, 16, 2))
-    assert cut(runs, [(20, 24), (0, 0), (2, 4), (4, 6)]) == (Run(0, 20, 4), Run(0, 2, 4))
-    assert list(portions(runs, 10)) == [
+    assert slice_runs(runs, [(6, 18)]) == (Run(0, 6, 2), Run(1, 8, 8), Run(0, 16, 2))
+    assert slice_runs(runs, [(20, 24), (0, 0), (2, 4), (4, 6)]) == (Run(0, 20, 4), Run(0, 2, 4))
+    assert list(run_chunks(runs, 10)) == [
         (0, (Run(0, 0, 8), Run(1, 8, 2))),
         (10, (Run(1, 10, 6), Run(0, 16, 4))),
         (20, (Run(0, 20, 4),)),
@@ -192,7 +192,7 @@ def test_runs_are_joined_and_cut():
 # --- another device ----------------------------------------------------------------------------
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moeconv.runtime.fill.RING_BYTES", 256)
+    monkeypatch.setattr("moeconv.runtime.transfer.RING_BYTES", 256)
     made = checkpoint(layers=3)
     shard = moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=1, ep_size=2)
     loaded = shard.load(device="cuda")
@@ -247,11 +247,11 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
 ):
     from contextlib import nullcontext
 
-    from moeconv.runtime import fill
+    from moeconv.runtime import transfer
     from moeconv.runtime.files import Reader
 
     WAITED.clear()
-    monkeypatch.setattr(fill, "RING_BYTES", 64)
+    monkeypatch.setattr(transfer, "RING_BYTES", 64)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
@@ -264,7 +264,7 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
     shard = moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=0, ep_size=2)
     tensor = shard.tensors[f"{STACK}.gate_up_proj"]
     into = numbers(tensor.nbytes, dtype=torch.uint8).zero_().as_subclass(Slow)
-    ring = fill.Ring(torch.device("cpu"))
+    ring = transfer.PinnedRing(torch.device("cpu"))
     with Reader(shard.files) as reader:
         reader.open(tensor.runs)
         ring.copy(into, tensor.runs, reader)
@@ -277,7 +277,7 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
 
 
 def test_a_filler_waits_for_its_rings_each_time():
-    from moeconv.runtime.fill import Filler
+    from moeconv.runtime.transfer import TensorWriter
 
     done: list[int] = []
 
@@ -285,7 +285,7 @@ def test_a_filler_waits_for_its_rings_each_time():
         def finish(self) -> None:
             done.append(len(done))
 
-    filler = Filler()
+    filler = TensorWriter()
     filler._rings[torch.device("cpu")] = Ring()  # type: ignore[assignment]
     for _ in range(2):
         with filler:
@@ -302,15 +302,15 @@ def test_meta_holds_no_bytes(tmp_path: Path):
 
 
 def test_a_device_that_is_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from moeconv.runtime import fill
+    from moeconv.runtime import transfer
     from moeconv.runtime.files import Reader
 
-    monkeypatch.setattr(fill, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(transfer, "BLOCK_BYTES", 10)
     made = checkpoint()
     shard = moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=0, ep_size=2)
     tensor = shard.tensors[f"{STACK}.gate_up_proj"]
     flat = torch.zeros(tensor.nbytes, dtype=torch.uint8)
-    with Reader(shard.files) as reader, fill.Filler() as filler:
+    with Reader(shard.files) as reader, transfer.TensorWriter() as filler:
         reader.open(tensor.runs)
         filler.buffered(flat, tensor.runs, reader)
     assert raw(flat) == raw(made.expected(0)[tensor.name])

@@ -82,7 +82,7 @@ def test_ignore(opened: Opened):
 
 
 def test_ignoring_what_the_model_has(opened: Opened):
-    assert "not in the set (1): `model.embed.weight`" in refusal(
+    assert "not in the output (1): `model.embed.weight`" in refusal(
         opened(checkpoint()), TinyMoe(3), ignore=["model.embed.*"]
     )
 
@@ -132,7 +132,7 @@ def test_cast_is_for_floats_only(opened: Opened):
 
 
 def test_casts_in_blocks(opened: Opened, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moeconv.runtime.fill.BLOCK_BYTES", 100)
+    monkeypatch.setattr("moeconv.runtime.transfer.BLOCK_BYTES", 100)
     made, model = checkpoint(dtype=torch.float16), TinyMoe(3, dtype=torch.float64)
     report = opened(made, 1).load_into(model, cast=True)
     for name, value in made.expected(1).items():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import moeconv.runtime
-from moeconv.digest import digest
+from moeconv.core.digest import digest
 from moeconv.errors import (
     BadManifest,
     BadPlacement,
@@ -28,7 +28,7 @@ from moeconv.errors import (
     UnsupportedVersion,
     UsageProblem,
 )
-from moeconv.placement.placement import Placement
+from moeconv.placement.model import Placement
 from tests.runtime.handmade import (
     STACK,
     Fused,
@@ -372,7 +372,7 @@ def test_imports():
     code = (
         "import sys, moeconv; assert 'torch' not in sys.modules; import torch;"
         "before = set(sys.modules); assert moeconv.runtime.open;"
-        "bad = {'moeconv.engine', 'moeconv.plan', 'moeconv.layout', 'moeconv.cli', 'moeconv.api',"
+        "bad = {'moeconv.engine', 'moeconv.plan', 'moeconv.detect', 'moeconv.cli', 'moeconv.api',"
         "'typer', 'rich', 'tqdm', 'huggingface_hub', 'yaml', 'safetensors'};"
         "bad &= sys.modules.keys() - before; assert not bad, bad"
     )

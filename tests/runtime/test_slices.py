@@ -5,19 +5,19 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
-from moeconv.runtime.fill import _within
-from moeconv.runtime.slices import (
+from moeconv.runtime.dtensor import (
     Selection,
     blocks,
     chunk,
+    copies,
     counts,
     covering,
     local_selection,
-    moves,
     pieces,
     strided_chunk,
     whole,
 )
+from moeconv.runtime.transfer import _within
 from tests.runtime.handmade import numbers, raw
 
 
@@ -132,6 +132,6 @@ def test_blocks_and_their_moves(limit: int, wanted: Selection):
             place = out[slice(*block.rows)]
             if block.columns is not None:
                 place = place[:, slice(*block.columns)]
-            for to, source in moves(wanted, read):
+            for to, source in copies(wanted, read):
                 _within(place, to).copy_(_within(values, source))
     assert out.tolist() == taken(full, wanted).tolist()

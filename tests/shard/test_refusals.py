@@ -18,7 +18,7 @@ from moeconv.errors import (
     UsageProblem,
     WouldOverwrite,
 )
-from moeconv.placement.placement import Placement
+from moeconv.placement.model import Placement
 from tests.badinput.builders import config, fused, qwen, write
 from tests.badinput.checks import refused, untouched
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 
 import moeconv
-from moeconv.demo import make_checkpoint
+from moeconv.cli.demo_checkpoint import make_checkpoint
 from moeconv.errors import NotVirtual
 from tests.helpers import tree_sha256
 from tests.models import FAMILIES, Disk, Model, disks, models

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 import moeconv
-from moeconv.engine import fill as filling
-from moeconv.engine.papers import virtual_parts
+from moeconv.engine import add_digests as filling
+from moeconv.engine.manifest_writer import virtual_parts
 from moeconv.errors import BadPlacement, Damaged, NoExperts, NotVirtual, UsageProblem
-from moeconv.manifest import Run
-from moeconv.plan.shard import refuse_woven
-from moeconv.plan.values import CopyTile, OutputFile, OutputTensor
-from moeconv.proof.structure import check_structure
-from moeconv.proof.virtual import virtual_problems
+from moeconv.manifest.model import Run
+from moeconv.plan.model import CopyTile, OutputFile, OutputTensor
+from moeconv.plan.shard import refuse_permuted
+from moeconv.verification.structure import check_structure
+from moeconv.verification.virtual import virtual_problems
 from tests.badinput.builders import config, fused, qwen, write
 from tests.badinput.checks import refused, untouched
 from tests.helpers import tree_sha256
@@ -70,14 +70,14 @@ def test_runs_that_would_turn_values_are_found(tmp_path: Path):
     source = write(tmp_path / "vl", fused((4, 24, 16), (4, 8, 24)), config=config("qwen3_vl_moe"))
     plan = moeconv.shard(source, tmp_path / "n", ep_size=2, dry_run=True).plan
     with pytest.raises(NotVirtual):
-        refuse_woven(plan.files)
+        refuse_permuted(plan.files)
     out = tmp_path / "v"
     moeconv.shard(source, out, ep_size=2, virtual=True, layout="hub")
     manifest, _ = check_structure(out)
     assert manifest is not None
     stacks = tuple(replace(s, layout="fused") for s in manifest.root.stacks)
     turned = replace(manifest, root=replace(manifest.root, stacks=stacks))
-    detection = moeconv.open_source(source).detection.whole()
+    detection = moeconv.open_source(source).detection.checked()
     assert virtual_problems(detection, manifest) == []
     (problem,) = virtual_problems(detection, turned)
     assert isinstance(problem, Damaged)
@@ -225,12 +225,12 @@ def test_tensor_files_beside_the_index_are_not_copied_into_a_virtual_set(tmp_pat
     refused(
         NotVirtual,
         "consolidated.safetensors",
-        "--without",
+        "--exclude",
         src=src,
         out=out,
         verb=moeconv.shard,
         ep_size=2,
         virtual=True,
     )
-    moeconv.shard(src, out, ep_size=2, virtual=True, without=("consolidated.safetensors",))
+    moeconv.shard(src, out, ep_size=2, virtual=True, exclude=("consolidated.safetensors",))
     assert not list(out.glob("*.safetensors"))

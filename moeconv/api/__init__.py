@@ -1,0 +1,1 @@
+"""The library: open a checkpoint, convert, shard, merge, verify."""

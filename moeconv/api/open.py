@@ -1,0 +1,58 @@
+"""Open a checkpoint: read its headers and find its expert stacks."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
+from moeconv.core.system_errors import system_errors
+from moeconv.detect.detect import Detection
+from moeconv.detect.identify import identify
+from moeconv.layout.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint with its detected experts; `path` is the local SRC."""
+
+    path: Path
+    checkpoint: Checkpoint
+    recipes: tuple[Recipe, ...]
+    detection: Detection
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """Switch the garbage collector off: plans of half a million tensors have no cycles to find."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@system_errors()
+@gc_paused()
+def open_source(
+    src: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    from_layout: str | None = None,
+    exclude: tuple[str, ...] = (),
+) -> Opened:
+    """Read headers and detect the expert stacks; problems stay in `detection.problems`.
+
+    An output of moeconv carries its own recipes and layouts: `recipe` and `from_layout` are not
+    used for it. exclude: globs of sidecars to leave out.
+    Raises UnknownFamily, BadRecipe, and what `open_checkpoint` raises.
+    """
+    path = locate(src)
+    checkpoint = open_checkpoint(path, exclude=exclude)
+    recipes, detection = identify(checkpoint, recipe=recipe, from_layout=from_layout)
+    return Opened(path, checkpoint, recipes, detection)

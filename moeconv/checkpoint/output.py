@@ -1,0 +1,102 @@
+"""Read what moeconv wrote: root, parts, origin and index, all checked against their digests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from moeconv.checkpoint.header import Header
+from moeconv.checkpoint.index import parse_index
+from moeconv.checkpoint.origin import Origin, parse_origin
+from moeconv.checkpoint.output_files import (
+    FILLED_ROOT,
+    damaged,
+    differing_tensor,
+    filled_name,
+    read_entry,
+    read_root,
+)
+from moeconv.checkpoint.sidecars import Sidecar
+from moeconv.core.digest import digest
+from moeconv.core.names import natural_key
+from moeconv.errors import quoted
+from moeconv.manifest.model import MAX_PART_BYTES, PARTS_DIR, ROOT_NAME, Manifest, Part
+from moeconv.manifest.reader import parse_parts
+from moeconv.manifest.rules import contradictions
+from moeconv.store.paths import files_below, resolve_inside
+
+
+@dataclass(frozen=True)
+class OutputDocuments:
+    """The documents of an output, already checked against the root's digests."""
+
+    manifest: Manifest
+    origin_raw: bytes
+    sidecars: tuple[Sidecar, ...]
+
+    @cached_property
+    def origin(self) -> Origin:
+        """The first foreign source; parsed on first use, since it may be large.
+
+        Raises BadManifest, BadHeader, BadJson.
+        """
+        return parse_origin(self.origin_raw)
+
+    def check_headers(self, files: tuple[tuple[str, int, Header], ...]) -> None:
+        """Check (name, size, header) of the data files against their parts. Raises Damaged."""
+        for (name, size, header), part in zip(files, self.sorted_parts(), strict=True):
+            if size != part.size or len(header.raw) != part.header_size:
+                raise damaged(name, f"it has {size:,} bytes, its part says {part.size:,}")
+            if digest(header.raw) != part.header_digest:
+                raise damaged(name, "its header is not the one that was written")
+            if differing_tensor(header, part) is not None:
+                raise damaged(f"{PARTS_DIR}/", f"it lists other tensors than {quoted(name)} has")
+
+    def sorted_parts(self) -> tuple[Part, ...]:
+        """The parts in the order in which a checkpoint lists its files."""
+        return tuple(sorted(self.manifest.parts, key=lambda p: natural_key(p.file)))
+
+
+def open_output(root: Path) -> OutputDocuments:
+    """Read root, parts, index and origin; sidecars must exist, but are not read.
+
+    Raises Damaged, BadManifest, UnsupportedVersion, MissingShard.
+    """
+    top = read_root(root)
+    parts: list[Part] = []
+    for entry in top.parts:
+        parts += parse_parts(read_entry(root, entry, limit=MAX_PART_BYTES), top, where=entry.name)
+    for cause in contradictions(Manifest(top, tuple(parts))):
+        raise damaged(ROOT_NAME, cause)
+    origin_raw = read_entry(root, top.origin)
+    if top.index is not None:
+        # loaders use it, so it must be valid; nothing here needs its content
+        parse_index(read_entry(root, top.index), name=top.index.name)
+    sidecars = []
+    for entry in top.sidecars:
+        path = resolve_inside(root, entry.name)
+        if not path.is_file():
+            raise damaged(entry.name, "it is not there")
+        stat = path.stat()
+        sidecars.append(Sidecar(entry.name, path, stat.st_size, stat.st_mtime_ns))
+    return OutputDocuments(
+        manifest=Manifest(top, tuple(parts)),
+        origin_raw=origin_raw,
+        sidecars=tuple(sidecars),
+    )
+
+
+def foreign_files(root: Path, manifest: Manifest) -> list[str]:
+    """Relative paths of files in an output's directory that its manifest does not name, sorted.
+
+    Folders that cannot be listed are among them, with a `/` at the end. Raises OSError.
+    """
+    top = manifest.root
+    named = {ROOT_NAME, f"{PARTS_DIR}/journal"}
+    named |= {e.name for e in (*top.parts, *top.sidecars, top.origin)}
+    named |= {top.index.name} if top.index else set()
+    named |= {p.file for p in manifest.parts}
+    named |= {FILLED_ROOT, *(filled_name(e.name) for e in top.parts)}
+    there, unread = files_below(root)
+    return sorted((set(there) | {f"{n}/" for n in unread}) - named, key=natural_key)

@@ -1,0 +1,134 @@
+"""The documents of an output on disk: sizes are bounded and digests checked before use."""
+
+from __future__ import annotations
+
+import os
+from itertools import zip_longest
+from pathlib import Path
+from typing import Final
+
+from moeconv.checkpoint.header import Header
+from moeconv.core.digest import digest
+from moeconv.core.names import MAX_FILE_NAME_BYTES
+from moeconv.errors import Damaged, MissingShard, quoted
+from moeconv.manifest.model import (
+    MAX_DOCUMENT_BYTES,
+    MAX_ROOT_BYTES,
+    PARTS_DIR,
+    ROOT_NAME,
+    FileEntry,
+    Part,
+    Root,
+)
+from moeconv.manifest.reader import parse_root
+from moeconv.store.documents import read_document, unreadable
+from moeconv.store.paths import resolve_inside
+
+FILLED_SUFFIX: Final = ".filled"
+FILLED_ROOT: Final = f"{PARTS_DIR}/.root{FILLED_SUFFIX}"
+
+
+def hidden_name(name: str, suffix: str) -> str:
+    """The name `.NAME` + `suffix` of a temporary file or directory in place of NAME.
+
+    Where that is too long for a file system, NAME is replaced by its digest.
+    """
+    hidden = f".{name}{suffix}"
+    if len(os.fsencode(hidden)) <= MAX_FILE_NAME_BYTES:
+        return hidden
+    return f".{digest(os.fsencode(name))}{suffix}"
+
+
+def filled_name(part: str) -> str:
+    """The temporary name of a part with added digests, until the root that names it is written."""
+    return f"{PARTS_DIR}/{hidden_name(part.rpartition('/')[2], FILLED_SUFFIX)}"
+
+
+def differing_tensor(header: Header, part: Part) -> str | None:
+    """The name of a tensor on which a file's header and its part differ; None if they agree."""
+    stored = sorted(header.tensors, key=lambda t: (t.offset, t.nbytes, t.name))
+    listed = sorted(part.tensors, key=lambda t: (t.start, t.stop, t.name))
+    for a, b in zip_longest(stored, listed):
+        if a is None or b is None:
+            return (a or b).name if a or b else None
+        if (a.name, a.dtype, a.shape, a.offset, a.offset + a.nbytes) != (
+            b.name,
+            b.dtype,
+            b.shape,
+            b.start,
+            b.stop,
+        ):
+            return b.name
+    return None
+
+
+def damaged(name: str, cause: str) -> Damaged:
+    """The error for a file of an output that is not as it was written."""
+    return Damaged(
+        f"{quoted(name)} is damaged",
+        at=quoted(name),
+        cause=cause,
+        fix="fetch that file again, or convert again",
+    )
+
+
+def missing(name: str) -> MissingShard:
+    """The error for a file of an output that does not exist."""
+    return MissingShard(
+        f"{quoted(name)} is not there",
+        at=quoted(ROOT_NAME),
+        cause="the output's manifest names it",
+        fix="fetch that file again, or convert again",
+    )
+
+
+def read_bounded(path: Path, limit: int, *, name: str) -> bytes:
+    """All bytes of an output's file, at most `limit`. Raises MissingShard, Malformed, IoFailed."""
+    try:
+        there = path.exists()
+    except OSError as problem:
+        raise unreadable(path, problem, name=name) from None
+    if not there:
+        raise missing(name)
+    return read_document(path, limit, name=name)
+
+
+def read_entry(root: Path, entry: FileEntry, *, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
+    """The bytes of a document that the root names, checked against size and digest.
+
+    Where adding digests was interrupted after the root was replaced, they are those of the new
+    document, which is not renamed yet.
+    """
+    try:
+        return _read_named(root, entry, limit=limit)
+    except (Damaged, MissingShard):
+        raw = _waiting(root, entry, limit=limit)
+        if raw is None:
+            raise
+        return raw
+
+
+def _waiting(root: Path, entry: FileEntry, *, limit: int) -> bytes | None:
+    """The new document of an interrupted addition of digests; None if the root does not name it."""
+    name = filled_name(entry.name)
+    if not (root / name).exists():
+        return None
+    try:
+        return _read_named(root, FileEntry(name, entry.size, entry.digest), limit=limit)
+    except (Damaged, MissingShard):
+        return None
+
+
+def _read_named(root: Path, entry: FileEntry, *, limit: int) -> bytes:
+    path = resolve_inside(root, entry.name)
+    if path.exists() and path.is_file() and path.stat().st_size != entry.size:
+        raise damaged(entry.name, f"its size is not the {entry.size:,} bytes in the manifest")
+    raw = read_bounded(path, limit, name=entry.name)
+    if len(raw) != entry.size or digest(raw) != entry.digest:
+        raise damaged(entry.name, "its digest is not the one in the manifest")
+    return raw
+
+
+def read_root(root: Path) -> Root:
+    """The root of an output. Raises Damaged, BadManifest, MissingShard, IoFailed."""
+    return parse_root(read_bounded(resolve_inside(root, ROOT_NAME), MAX_ROOT_BYTES, name=ROOT_NAME))

@@ -1,0 +1,74 @@
+"""Warnings about a source that do not prevent converting it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from moeconv.checkpoint.index import Index
+from moeconv.checkpoint.sidecars import Sidecar
+from moeconv.core.text import human_size
+from moeconv.errors import quoted
+from moeconv.store.documents import LFS_MARK, opened, read_start, unreadable
+
+_NUMBERED = re.compile(r"(.+)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors", re.DOTALL)
+_POINTER_BYTES: Final = 1024
+
+
+def source_warnings(
+    index: Index | None,
+    shards: tuple[str, ...],
+    tensor_bytes: int,
+    sidecars: tuple[Sidecar, ...],
+    *,
+    has_config: bool,
+) -> Iterator[str]:
+    """One sentence for each warning.
+
+    shards: names of the data files; tensor_bytes: the size of their data sections.
+    """
+    if index is None:
+        yield from missing_shards(shards)
+    elif index.total_size != tensor_bytes:
+        total = index.total_size
+        what = "has no total_size" if total is None else f"has total_size {total:,}"
+        yield f"{quoted(index.name)} {what}; the tensors have {tensor_bytes:,} bytes"
+    for sidecar in sidecars:
+        if sidecar.name.endswith(".safetensors"):
+            yield (
+                f"{quoted(sidecar.name)} ({human_size(sidecar.size)}) is not in the index; copied "
+                "as it is (`--exclude` leaves it out)"
+            )
+    for sidecar in sidecars:
+        if sidecar.size <= _POINTER_BYTES and _is_pointer(sidecar):
+            yield (
+                f"{quoted(sidecar.name)} is a Git-LFS pointer, not the file itself; copied as it is"
+            )
+    if not has_config:
+        yield "there is no config.json, so the number of experts cannot be checked"
+
+
+def missing_shards(names: Iterable[str]) -> Iterator[str]:
+    """Warn where file names give a larger number of shards than there are.
+
+    Some published names are wrong, so this is not an error.
+    """
+    rows: dict[tuple[str, int], set[int]] = {}
+    for match in map(_NUMBERED.fullmatch, names):
+        if match:
+            rows.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    for (stem, count), there in rows.items():
+        if len(there) < count:
+            yield (
+                f"{quoted(stem)} has {len(there)} of the {count} shards that its file names "
+                "announce, and no index lists them"
+            )
+
+
+def _is_pointer(sidecar: Sidecar) -> bool:
+    with opened(sidecar.path, name=sidecar.name) as (descriptor, facts):
+        try:
+            return read_start(descriptor, facts, len(LFS_MARK)) == LFS_MARK
+        except OSError as problem:
+            raise unreadable(sidecar.path, problem, name=sidecar.name) from None

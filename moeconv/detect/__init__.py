@@ -1,0 +1,1 @@
+"""Which expert stacks a checkpoint has and how they are stored."""

@@ -1,0 +1,112 @@
+"""An expert stack: its sizes, the layout it is stored in, and the tensors that hold it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moeconv.checkpoint.header import StoredTensor
+from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Geometry
+from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe
+
+
+class PackingAxis(NamedTuple):
+    """An axis of packed values: of one component, of down or of gate and up."""
+
+    component: str
+    is_down: bool
+    letter: str
+
+    def __str__(self) -> str:
+        return f"{self.letter} of {self.component}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes of a stack: E experts, I width, H hidden, and those of its packing axes."""
+
+    experts: int
+    width: int
+    hidden: int
+    packing: tuple[tuple[PackingAxis, int], ...] = ()
+
+    def of(self, line: Line, component: str, experts: int | None = None) -> dict[str, int]:
+        """Return the size of every letter in a line's tensors: gate and up are [I, H], down [H, I].
+
+        experts: how many are in the tensor, where it does not hold all of them.
+        """
+        down = line.projections == (DOWN,)
+        letters = {
+            EXPERT: self.experts if experts is None else experts,
+            PAIR: len(line.projections),
+            OUT: self.hidden if down else self.width,
+            IN: self.width if down else self.hidden,
+        }
+        for axis, size in self.packing:
+            if axis.component == component and axis.is_down == down:
+                letters[axis.letter] = size
+        return letters
+
+
+@dataclass(frozen=True, slots=True)
+class StoredComponent:
+    """The tensors of one line and component: one for each expert, a single one, or one per rank.
+
+    places: for each expert the number of the tensor that holds it and its position along E there,
+    where these do not follow from the line.
+    """
+
+    line: Line
+    component: Component
+    dtype: str
+    axes: Axes
+    geometry: Geometry
+    tensors: tuple[StoredTensor, ...]
+    places: tuple[tuple[int, int], ...] | None = None
+
+    def place(self, expert: int) -> tuple[StoredTensor, int]:
+        """Return the tensor that holds this expert, and the expert's position along E in it."""
+        if self.places is not None:
+            number, position = self.places[expert]
+            return self.tensors[number], position
+        if self.line.per_expert:
+            return self.tensors[expert], 0
+        return self.tensors[0], expert
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One stack of routed experts, found complete and consistent."""
+
+    name: str
+    recipe: Recipe
+    layout: Layout
+    sizes: Sizes
+    block_sizes: tuple[tuple[str, int], ...]
+    members: tuple[StoredComponent, ...]
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """All stored tensors of the stack."""
+        return tuple(t for m in self.members for t in m.tensors)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of the components that are there, in the recipe's order."""
+        present = {m.component.name for m in self.members}
+        return tuple(c.name for c in self.recipe.components if c.name in present)
+
+    def member(self, projection: str, component: str) -> StoredComponent | None:
+        """Return the tensors that hold a projection's component, or None if it has none."""
+        for m in self.members:
+            if m.component.name == component and projection in m.line.projections:
+                return m
+        return None
+
+    def axes_in(self, line: Line, component: Component) -> Axes:
+        """Return the axes that a component has in a line of any of the family's layouts."""
+        for m in self.members:
+            here = m.component.name == component.name and m.line.template == line.template
+            if here and m.line.axes == line.axes:
+                return m.axes  # the recipe may allow several; these are stored
+        return line.component_axes(component).bound(dict(self.block_sizes))

@@ -1,0 +1,106 @@
+"""Add missing digests to an output once its bytes have been read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from moeconv.checkpoint.output_files import (
+    FILLED_ROOT,
+    FILLED_SUFFIX,
+    damaged,
+    filled_name,
+    read_bounded,
+    read_root,
+)
+from moeconv.core.digest import digest
+from moeconv.engine.manifest_writer import document, read_back
+from moeconv.engine.output.atomic_file import fsync_directory, write_new, writing
+from moeconv.errors import quoted
+from moeconv.manifest.model import (
+    MAX_PART_BYTES,
+    PARTS_DIR,
+    ROOT_NAME,
+    FileEntry,
+    Manifest,
+    addresses,
+    part_name,
+    part_names,
+    root_bytes,
+)
+
+
+def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Manifest:
+    """Rewrite the parts and the root of an output with digests by address from `known`.
+
+    New parts wait beside the old ones until the root, replaced in one step, vouches for them: an
+    interruption before that changes nothing; after it readers take those that wait, until
+    `finish_fill` gives them their names.
+    Raises IoFailed, DiskFull, Damaged where `known` lacks a matrix.
+    """
+    root = manifest.root
+    for address in (
+        a for p in manifest.parts for t in p.tensors for a in addresses(t, root.stacks)
+    ):
+        if address not in known:
+            raise damaged(ROOT_NAME, f"its parts name {quoted(address)}, which no tensor holds")
+    parts = tuple(
+        replace(
+            part,
+            tensors=tuple(
+                replace(t, digests=tuple(known[a] for a in addresses(t, root.stacks)))
+                for t in part.tensors
+            ),
+        )
+        for part in manifest.parts
+    )
+    ranks = part_names(root.ep_size) if root.ep_size is not None else {}
+    groups = {
+        entry.name: tuple(p for p in parts if p.rank == ranks[entry.name])
+        if ranks
+        else tuple(p for p in parts if part_name(p.file) == entry.name)
+        for entry in root.parts
+    }
+    raws = {name: document(name, its, root.ep_size) for name, its in groups.items()}
+    entries = tuple(FileEntry(name, len(raw), digest(raw)) for name, raw in raws.items())
+    filled = read_back(replace(root, parts=entries, unread=False), groups)
+    for name, raw in raws.items():
+        _write(place, filled_name(name), raw)
+    with writing(place):
+        fsync_directory(place / PARTS_DIR)
+    _write(place, FILLED_ROOT, root_bytes(filled.root))
+    with writing(place):
+        (place / FILLED_ROOT).replace(place / ROOT_NAME)
+        fsync_directory(place)
+    finish_fill(place)
+    return filled
+
+
+def finish_fill(place: Path) -> None:
+    """End a fill that was interrupted: new parts that the root vouches for get their names.
+
+    Those that it does not know of are of a fill that never came to its root, and go.
+    Raises IoFailed, and what reading the root raises.
+    """
+    waiting = sorted((place / PARTS_DIR).glob(f".*{FILLED_SUFFIX}"))
+    if not waiting:
+        return
+    wanted = {filled_name(e.name): e for e in read_root(place).parts}
+    for path in waiting:
+        name = f"{PARTS_DIR}/{path.name}"
+        entry = wanted.get(name)
+        raw = b"" if entry is None else read_bounded(path, MAX_PART_BYTES, name=name)
+        with writing(path):
+            if entry is not None and digest(raw) == entry.digest:
+                path.replace(place / entry.name)
+            else:
+                path.unlink()
+    with writing(place):
+        fsync_directory(place / PARTS_DIR)
+
+
+def _write(place: Path, name: str, raw: bytes) -> None:
+    path = place / name
+    with writing(path):
+        path.unlink(missing_ok=True)  # of a fill that was interrupted
+        write_new(path, raw)

@@ -1,0 +1,1 @@
+"""Moving bytes: worker pool, copy methods, sources and sinks."""

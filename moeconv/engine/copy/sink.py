@@ -1,0 +1,70 @@
+"""Where the bytes of an output file go: a disk, a comparison, or only their digests."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from moeconv.engine.copy.digests import Digests
+from moeconv.engine.copy.sources import SourceFile
+from moeconv.plan.model import OutputFile
+
+SourcePosition: TypeAlias = tuple[SourceFile, int]  # an open source file and an offset in it
+
+
+class Sink:
+    """Base of all sinks: one that gets every byte through `write` and keeps nothing.
+
+    `open`, `finish` and `close` are called once each; the rest by several workers at once.
+    """
+
+    @property
+    def clones(self) -> bool:
+        """Whether `clone` may do anything."""
+        return False
+
+    @property
+    def serial(self) -> bool:
+        """Whether a file of copied bytes is best written in order, by one worker."""
+        return False
+
+    def can_clone(self, file: int, offset: int, at: int, nbytes: int) -> bool:
+        """Return whether some of a run of bytes of source file number `file` can be cloned."""
+        return False
+
+    def open(self) -> None:
+        """Prepare for the first byte; called by whichever worker comes first."""
+
+    def write(self, view: memoryview, offset: int, origin: SourcePosition | None = None) -> None:
+        """Take bytes that belong at `offset`.
+
+        origin: where the same bytes are in a source file, if they are there in one run.
+        """
+
+    def copy(self, source: SourceFile, offset: int, at: int, nbytes: int) -> int:
+        """Take bytes from a source file without reading them; return how many, from the first."""
+        return 0
+
+    def clone(self, source: SourceFile, offset: int, at: int, nbytes: int) -> tuple[int, int]:
+        """Take the bytes that can be had without a copy; return which: [first, last) of them."""
+        return 0, 0
+
+    def batch_written(self, offset: int, nbytes: int) -> None:
+        """Note that a batch of tiles, which is this range of the file, is written."""
+
+    def finish(self, digests: Digests) -> None:
+        """Complete the file after its last byte."""
+
+    def close(self) -> None:
+        """Release everything, whether the file was finished or not."""
+
+
+class HashSink(Sink):
+    """A sink that keeps nothing but the digests, in `found` by the file's name."""
+
+    def __init__(self, file: OutputFile, found: dict[str, Digests]) -> None:
+        self._file = file
+        self._found = found
+
+    def finish(self, digests: Digests) -> None:
+        """Keep the file's digests."""
+        self._found[self._file.name] = digests

@@ -1,0 +1,185 @@
+"""The documents of an output: parts from plans and digests, the root, the origin."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import Final, TypeAlias
+
+from moeconv.checkpoint.origin import Origin, OriginFile, origin_bytes
+from moeconv.checkpoint.source import Checkpoint
+from moeconv.core.digest import digest, fingerprint
+from moeconv.core.names import natural_key
+from moeconv.core.schema import MAX_TEXT_BYTES
+from moeconv.core.strict_json import encodable
+from moeconv.engine.copy.digests import Digests
+from moeconv.errors import InternalError, NotVirtual, quoted
+from moeconv.manifest.model import (
+    ORIGIN_NAME,
+    Manifest,
+    Part,
+    Root,
+    Run,
+    SourceEntry,
+    SourceFile,
+    StackEntry,
+    TensorEntry,
+    addresses,
+    append_run,
+    part_bytes,
+    part_name,
+    part_names,
+    rank_part_bytes,
+)
+from moeconv.manifest.reader import parse_parts
+from moeconv.plan.model import CopyTile, OutputFile, OutputTensor, PermuteTile, Plan
+
+Grouped: TypeAlias = dict[str, tuple[Part, ...]]  # by the name of the document
+_READ_AT_ONCE: Final = 4096  # tensors: as values of JSON they take kilobytes each
+
+
+def document_names(plan: Plan) -> list[str]:
+    """Return the names of the documents that an output has besides root and index."""
+    if plan.restores:
+        return []
+    if plan.ep_size is not None:
+        return [*part_names(plan.ep_size), ORIGIN_NAME]
+    return [*(part_name(f.name) for f in plan.files), ORIGIN_NAME]
+
+
+def part_of(file: OutputFile, digests: Digests) -> Part:
+    """The manifest's facts of a data file that was written with these digests, empty for none."""
+    return Part(
+        file=file.name,
+        size=file.size,
+        header_size=len(file.header),
+        header_digest=digest(file.header),
+        tensors=tuple(
+            entry_of(t, t.offset, tuple(values) if all(values) else ())
+            for t, values in zip(file.tensors, digests, strict=True)
+        ),
+        rank=file.rank,
+    )
+
+
+def entry_of(
+    t: OutputTensor, start: int = 0, digests: tuple[str, ...] = (), runs: tuple[Run, ...] = ()
+) -> TensorEntry:
+    """What the manifest says of an output tensor."""
+    return TensorEntry(
+        name=t.name,
+        dtype=t.dtype,
+        shape=t.shape,
+        start=start,
+        stop=start + t.nbytes,
+        digests=digests,
+        expert=t.expert,
+        runs=runs,
+    )
+
+
+def virtual_parts(
+    files: tuple[OutputFile, ...], stacks: tuple[StackEntry, ...], known: dict[str, str]
+) -> tuple[Part, ...]:
+    """The parts of a virtual set: for each rank, and for all, runs of the source's files.
+
+    files: planned so that no tile changes the order of the source's bytes.
+    known: digests by address, as far as the source's manifest has them.
+    """
+    tensors: dict[int | None, list[TensorEntry]] = defaultdict(list)
+    for file in files:
+        runs: list[list[Run]] = [[] for _ in file.tensors]
+        for tile in file.tiles:
+            if isinstance(tile, PermuteTile) and not tile.is_identity:
+                raise InternalError(f"a run of {file.tensors[tile.tensor].name} would be reordered")
+            source = tile if isinstance(tile, CopyTile) else tile.spans[0]
+            append_run(runs[tile.tensor], Run(source.file, source.offset, tile.nbytes))
+        for tensor, its in zip(file.tensors, runs, strict=True):
+            bare = entry_of(tensor, runs=tuple(its))
+            found = [known.get(address) for address in addresses(bare, stacks)]
+            have = tuple(value for value in found if value is not None)
+            entry = replace(bare, digests=have if len(have) == len(found) else ())
+            tensors[file.rank].append(entry)
+    return tuple(Part("", 0, 0, "", tuple(its), rank) for rank, its in tensors.items())
+
+
+def grouped(plan: Plan, parts: dict[str, Part], virtual: tuple[Part, ...]) -> Grouped:
+    """The data files that each document of a set describes, in the order of the root.
+
+    parts: by data file; virtual: of a set that has none.
+    """
+    if plan.ep_size is None:
+        return {part_name(f.name): (parts[f.name],) for f in plan.files}
+    every = [*(parts[f.name] for f in plan.files if f.name in parts), *virtual]
+    names = part_names(plan.ep_size).items()
+    return {name: tuple(p for p in every if p.rank == rank) for name, rank in names}
+
+
+def document(name: str, parts: tuple[Part, ...], ep_size: int | None) -> bytes:
+    """The bytes of one of the documents that `grouped` gives."""
+    if ep_size is None:
+        return part_bytes(parts[0])
+    return rank_part_bytes(part_names(ep_size)[name], parts)
+
+
+def read_back(root: Root, groups: Grouped) -> Manifest:
+    """The manifest of a root and its parts, with its fingerprint filled in.
+
+    The strict reader reads what is written of them, some thousand tensors at a time: what it would
+    refuse, or read as something else, must not be written in the first place. Raises InternalError.
+    """
+    for name, parts in groups.items():
+        for start in range(0, max((len(p.tensors) for p in parts), default=0), _READ_AT_ONCE):
+            few = tuple(replace(p, tensors=p.tensors[start : start + _READ_AT_ONCE]) for p in parts)
+            if parse_parts(document(name, few, root.ep_size), root, where=name) != few:
+                raise InternalError(f"{quoted(name)} would not be read as it is meant")
+    manifest = Manifest(root, tuple(p for parts in groups.values() for p in parts))
+    value = fingerprint(manifest.fingerprint_lines()) if manifest.complete else None
+    return replace(manifest, root=replace(root, fingerprint=value))
+
+
+def source_entry(checkpoint: Checkpoint) -> SourceEntry:
+    """How a virtual set finds its bytes, and knows that they are still the same.
+
+    Raises NotVirtual where the manifest has no words for it.
+    """
+    directory = str(checkpoint.root.resolve())
+    if not encodable(directory) or len(directory.encode()) > MAX_TEXT_BYTES:
+        raise _unspeakable(directory, "its path is not UTF-8, or longer than 4,096 bytes")
+    early = next((f.name for f in checkpoint.files if f.mtime_ns < 0), None)
+    if early is not None:
+        raise _unspeakable(directory, f"{quoted(early)} was last changed before 1970")
+    files = tuple(
+        SourceFile(f.name, f.size, f.mtime_ns, len(f.header.raw), digest(f.header.raw))
+        for f in checkpoint.files
+    )
+    return SourceEntry(directory, files)
+
+
+def _unspeakable(directory: str, cause: str) -> NotVirtual:
+    return NotVirtual(
+        "a virtual output cannot refer to this source",
+        at=quoted(directory),
+        cause=cause,
+        fix="move or touch the source, or drop `--virtual`",
+    )
+
+
+def origin_of(checkpoint: Checkpoint, plan: Plan) -> bytes:
+    """The origin's document: that of the set at hand, or this checkpoint itself.
+
+    With the sidecars that the plan is the first to rewrite.
+    """
+    if checkpoint.origin is not None:
+        origin = checkpoint.origin.origin
+        known = {name for name, _ in origin.sidecars}
+        first = tuple((r.name, r.before) for r in plan.rewrites if r.name not in known)
+        if not first:
+            return checkpoint.origin.origin_raw
+        return origin_bytes(replace(origin, sidecars=(*origin.sidecars, *first)))
+    files = tuple(
+        OriginFile(f.name, f.size, f.header)
+        for f in sorted(checkpoint.files, key=lambda f: natural_key(f.name))
+    )
+    beside = tuple((r.name, r.before) for r in plan.rewrites)
+    return origin_bytes(Origin(files, checkpoint.index, beside))

@@ -1,0 +1,1 @@
+"""The output directory as a transaction: preflight, journal, commit, backup, resume."""

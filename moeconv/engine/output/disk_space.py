@@ -1,0 +1,82 @@
+"""Disk space that an output needs, that is free, and that clones would share with the source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from moeconv.checkpoint.source import Checkpoint
+from moeconv.core.text import human_size
+from moeconv.engine.copy.methods import whole_blocks
+from moeconv.engine.copy.syscalls import file_system, may_clone
+from moeconv.engine.copy.worker import CLONED_TILE_BYTES
+from moeconv.errors import DiskFull, quoted
+from moeconv.plan.model import CopyTile, Plan
+
+# parts, origin and index hold names and digests: a few hundred bytes a unit, plus their headers
+DOCUMENT_BYTES_PER_UNIT: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpace:
+    """Free space against what a plan needs, in bytes.
+
+    shared: what of that takes no room where the file system clones, as it seems to.
+    """
+
+    needed: int
+    free: int
+    shared: int = 0
+
+    @property
+    def enough(self) -> bool:
+        """Whether it fits."""
+        return self.needed - self.shared <= self.free
+
+
+def space_needed(plan: Plan, checkpoint: Checkpoint, out: Path) -> DiskSpace:
+    """What the output will take, and what is free where OUT will be."""
+    needed = len(plan.index) + sum(s.size for s in checkpoint.sidecars)
+    if not plan.virtual:
+        needed += plan.file_bytes
+    if not plan.restores:
+        units = sum(t.units for f in plan.files for t in f.tensors)
+        headers = sum(f.header.data_start for f in checkpoint.files)
+        recipes = sum(len(r.toml) for r in plan.recipes)
+        names = len(plan.stacks) + len(plan.files) + len(checkpoint.sidecars)
+        needed += headers + len(checkpoint.index.raw if checkpoint.index else b"")
+        needed += (units + names) * DOCUMENT_BYTES_PER_UNIT + 2 * recipes
+    place = Path(os.path.realpath(out))
+    while not place.exists():
+        place = place.parent
+    facts = os.statvfs(place)
+    shared = sum(_clonable(plan, checkpoint, place)) if may_clone(place) else 0
+    return DiskSpace(needed, facts.f_bavail * facts.f_frsize, shared)
+
+
+def refuse_short(out: Path, room: DiskSpace) -> None:
+    """Raise DiskFull where the plan does not fit."""
+    if room.enough:
+        return
+    sharing = f", {human_size(room.shared)} of them can be clones" if room.shared else ""
+    raise DiskFull(
+        f"there is not enough disk space for {quoted(str(out))}",
+        at=quoted(str(out)),
+        cause=f"{human_size(room.needed)} are needed{sharing}, {human_size(room.free)} are free",
+        fix="free some space, or give a directory on another disk",
+    )
+
+
+def _clonable(plan: Plan, checkpoint: Checkpoint, place: Path) -> Iterator[int]:
+    """The bytes of each run that stands alike in its blocks on the same file system."""
+    if plan.virtual:
+        return
+    here, block = file_system(place), max(os.statvfs(place).f_bsize, 4096)
+    near = [file_system(file.path) == here for file in checkpoint.files]
+    for tile in (t for file in plan.files for t in file.tiles):
+        if isinstance(tile, CopyTile) and near[tile.file] and tile.nbytes >= CLONED_TILE_BYTES:
+            first, last = whole_blocks(tile.offset, tile.start, tile.nbytes, block)
+            yield last - first

@@ -1,0 +1,166 @@
+"""What an earlier run finished: taken up again only where every byte is still what it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moeconv.checkpoint.header import read_header
+from moeconv.checkpoint.output import open_output
+from moeconv.checkpoint.output_files import read_root
+from moeconv.checkpoint.sidecars import Sidecar
+from moeconv.checkpoint.source import Checkpoint, DataFile
+from moeconv.core.digest import digest
+from moeconv.core.json_value import Json
+from moeconv.engine.copy.digests import Digests
+from moeconv.engine.copy.pool import Limits, digests_of
+from moeconv.engine.manifest_writer import entry_of
+from moeconv.engine.output.journal import Journal
+from moeconv.engine.recorded_digests import recorded
+from moeconv.errors import CannotResume, MoeconvError, quoted
+from moeconv.manifest.model import PARTS_DIR, ROOT_NAME, addresses
+from moeconv.plan.model import Plan
+from moeconv.plan.onto_existing import unchanged_file
+from moeconv.store.documents import file_digest, opened, read_document
+
+
+def identity(checkpoint: Checkpoint) -> Json:
+    """How to know that a source is the same: names, sizes, times and headers of its files."""
+    files: list[Json] = [
+        [f.name, f.size, f.mtime_ns, digest(f.header.raw)] for f in checkpoint.files
+    ]
+    sidecars: list[Json] = [[s.name, s.size, s.mtime_ns] for s in checkpoint.sidecars]
+    return [files, sidecars]
+
+
+def finished_before(out: Path, plan: Plan, journal: Journal, limits: Limits) -> dict[str, Digests]:
+    """The data files that can stay as they are, with their digests; all of them are read again.
+
+    A file without digests (`--digests later`) cannot be held against anything and is made anew.
+    """
+    there: list[DataFile] = []
+    planned = []
+    for file in plan.files:
+        noted = journal.finished.get(file.name)
+        if not noted or not all(all(row) for row in noted):
+            continue
+        try:
+            header, facts = read_header(out / file.name, name=file.name, file=len(there))
+        except MoeconvError:
+            continue
+        if header.raw != file.header or facts.st_size != file.size:
+            continue
+        planned.append(unchanged_file(file, len(there)))
+        there.append(DataFile(file.name, out / file.name, facts.st_size, facts.st_mtime_ns, header))
+    found = digests_of(tuple(planned), tuple(there), limits=limits, progress=lambda _: None)
+    return {name: its for name, its in found.items() if its == journal.finished[name]}
+
+
+def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> bool:
+    """Whether OUT holds the restored origin already, whole: all of it is read.
+
+    A run that was killed after its last step leaves no more than that, or an empty `moeconv/`.
+    """
+    parts = out / PARTS_DIR
+    if (out / ROOT_NAME).exists() or (parts.is_dir() and any(parts.iterdir())):
+        return False
+    there: list[DataFile] = []
+    try:
+        for number, file in enumerate(plan.files):
+            header, facts = read_header(out / file.name, name=file.name, file=number)
+            if header.raw != file.header or facts.st_size != file.size:
+                return False
+            path = out / file.name
+            there.append(DataFile(file.name, path, facts.st_size, facts.st_mtime_ns, header))
+        if plan.index_name is not None:
+            index = read_document(out / plan.index_name, len(plan.index), name=plan.index_name)
+            if index != plan.index:
+                return False
+        if not all(_same_sidecar(out, s, plan) for s in checkpoint.sidecars):
+            return False
+        files = tuple(unchanged_file(f, n) for n, f in enumerate(plan.files))
+        found = digests_of(files, tuple(there), limits=limits, progress=lambda _: None)
+    except MoeconvError:
+        return False
+    return found == _wanted_digests(plan, checkpoint, limits)
+
+
+def _same_sidecar(out: Path, sidecar: Sidecar, plan: Plan) -> bool:
+    path = out / sidecar.name
+    rewrite = next((r for r in plan.rewrites if r.name == sidecar.name), None)
+    if rewrite is not None:
+        return read_document(path, len(rewrite.after), name=sidecar.name) == rewrite.after
+    with opened(path, name=sidecar.name) as (_, facts):
+        if facts.st_size != sidecar.size:
+            return False
+    theirs = file_digest(sidecar.path, name=sidecar.name)
+    return file_digest(path, name=sidecar.name) == theirs
+
+
+def _wanted_digests(plan: Plan, checkpoint: Checkpoint, limits: Limits) -> dict[str, Digests]:
+    """The digests that the plan's files must have: recorded, or those of the source's bytes."""
+    known, stacks = recorded(checkpoint).matrices, plan.stacks
+    wanted = {
+        f.name: [[known.get(a, "") for a in addresses(entry_of(t), stacks)] for t in f.tensors]
+        for f in plan.files
+    }
+    if all(value for rows in wanted.values() for row in rows for value in row):
+        return wanted
+    return digests_of(plan.files, checkpoint.files, limits=limits, progress=lambda _: None)
+
+
+def refuse_other_set(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> None:
+    """Raise CannotResume where the finished set in OUT is not what the plan makes.
+
+    Stacks, layouts and headers are compared, and the bytes where they may be of another source:
+    where SRC records digests, or is newer than the set.
+    """
+    root = read_root(out)
+    totals = (root.tensor_count, root.tensor_bytes, root.ep_size, root.stacks, root.recipes)
+    wanted = (plan.tensor_count, plan.tensor_bytes, plan.ep_size, plan.stacks, plan.recipes)
+    same = totals == wanted
+    for file in plan.files if same and not plan.virtual else ():
+        try:
+            header, _ = read_header(out / file.name, name=file.name, file=0)
+            same = same and header.raw == file.header
+        except MoeconvError:
+            same = False
+    if not same:
+        raise CannotResume(
+            f"{quoted(str(out))} is a finished output of another plan",
+            at=quoted(ROOT_NAME),
+            cause="its stacks, layouts or files differ from those that this command makes",
+        )
+    if not plan.virtual and not _of_this_source(out, plan, checkpoint, limits):
+        raise CannotResume(
+            f"{quoted(str(out))} is a finished output of another source",
+            at=quoted(ROOT_NAME),
+            cause="the digests that it records, if any, differ from those of SRC's bytes",
+        )
+
+
+def _of_this_source(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> bool:
+    """Whether a finished set records the digests of SRC's bytes, as far as there is any doubt."""
+    made, root = (out / ROOT_NAME).stat().st_mtime_ns, read_root(out)
+    names = {e.name: e.digest for e in root.sidecars}
+    for sidecar in checkpoint.sidecars:
+        rewrite = next((r for r in plan.rewrites if r.name == sidecar.name), None)
+        if rewrite is not None:
+            value = digest(rewrite.after)
+        elif sidecar.mtime_ns > made:
+            value = file_digest(sidecar.path, name=sidecar.name)
+        else:
+            continue
+        if names.get(sidecar.name) != value:
+            return False
+    own = checkpoint.origin
+    both = own is not None and own.manifest.complete and not root.unread
+    if not both and all(f.mtime_ns <= made for f in checkpoint.files):
+        return True
+    theirs = {a: value for a, _, _, value in open_output(out).manifest.matrices()}
+    held = {
+        f.name: [
+            [theirs.get(a, "") for a in addresses(entry_of(t), plan.stacks)] for t in f.tensors
+        ]
+        for f in plan.files
+    }
+    return held == _wanted_digests(plan, checkpoint, limits)

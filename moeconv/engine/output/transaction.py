@@ -1,0 +1,293 @@
+"""OUT while it is written: one run at a time; a failed run removes what it made, and only that."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moeconv.core.signals import defer_signals
+from moeconv.engine.copy.pool import Limits
+from moeconv.engine.output.atomic_file import PARTIAL_SUFFIX, fsync_directory, writing
+from moeconv.engine.output.backup import OldOutput, backup_path, remove_output
+from moeconv.engine.output.journal import (
+    JOURNAL_NAME,
+    Journal,
+    JournalFile,
+    busy,
+    clear_aborted_start,
+)
+from moeconv.engine.output.ownership import Inventory, made_problem
+from moeconv.engine.output.preflight import find_backup
+from moeconv.errors import IoFailed, WouldOverwrite, quoted
+from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
+
+
+def _state(facts: os.stat_result) -> tuple[int, int, int]:
+    """What changes where somebody writes to a file or puts another in its place."""
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def end_run(out: Path, limits: Limits, *, restored: bool = False) -> tuple[str, ...]:
+    """End a run that was killed after its commit: its journal goes, and the old output.
+
+    restored: OUT is the origin, of which nothing of `moeconv/` stays. Returns notes.
+    Raises WouldOverwrite where that run lives, IoFailed.
+    """
+    work = OutputTransaction(out, limits)
+    try:
+        work.lock()
+        with writing(out):
+            work.backup = find_backup(out, limits, finished=restored)
+            if work.journal is not None:
+                (out / JOURNAL_NAME).unlink()
+                fsync_directory(out / PARTS_DIR)
+            if restored and (out / PARTS_DIR).exists():
+                (out / PARTS_DIR).rmdir()
+                fsync_directory(out)
+    finally:
+        work.close()
+    if work.backup is None and os.path.lexists(backup_path(out)):
+        place = quoted(str(backup_path(out)))
+        return (f"{place} is kept: not everything in it is as moeconv wrote it",)
+    return work.drop_old()
+
+
+@dataclass(slots=True)
+class OutputTransaction:
+    """Remembers what this run made, by inode, to take back that and nothing else."""
+
+    out: Path
+    limits: Limits
+    replaced: Inventory | None = None  # what is in OUT before the run
+    made_files: list[tuple[Path, int]] = field(default_factory=list)
+    named: dict[Path, tuple[int, int, int]] = field(default_factory=dict)  # what is in place
+    made_folders: list[Path] = field(default_factory=list)
+    backup: OldOutput | None = None  # the old output, until the new one is complete
+    journal: JournalFile | None = None
+    keeps: bool = False  # finished files stay when the run fails, to be resumed
+
+    def prepare(self, plan: str, names: tuple[str, ...], *, overwrite: bool) -> None:
+        """Make OUT with its `moeconv/`, the mark of an unfinished run, and a journal of `names`.
+
+        An old output is renamed, not deleted: it is moved back if this run fails.
+        Raises WouldOverwrite where another run is at work, IoFailed, DiskFull.
+        """
+        if overwrite:
+            with writing(self.out):
+                self._refuse_busy()
+        with defer_signals(), writing(self.out):
+            old = self._move_to_backup() if overwrite or self.keeps else None
+            self.folder(self.out)
+            try:
+                (self.out / PARTS_DIR).mkdir()
+            except FileExistsError:
+                raise busy(self.out) from None
+            self.made_folders.append(self.out / PARTS_DIR)
+            self.journal = JournalFile(self.out)
+            self.made_files.append((self.out / JOURNAL_NAME, self.journal.create()))
+        self.journal.begin(plan, names, old)
+
+    def lock(self) -> None:
+        """Take the journal that another run left, if there is one.
+
+        Raises WouldOverwrite where that run lives, IoFailed.
+        """
+        if (self.out / JOURNAL_NAME).exists():
+            self.journal = JournalFile(self.out)
+            self.journal.lock()
+
+    def reopen(self, journal: Journal, kept: Collection[str]) -> None:
+        """Go on where another run was killed: everything but the `kept` files is removed.
+
+        After `lock`. Raises IoFailed.
+        """
+        self.keeps = True
+        with writing(self.out):
+            self.backup = find_backup(self.out, self.limits)
+        if self.journal is not None:
+            self.journal.reopen()
+        staying = {*kept, JOURNAL_NAME}
+        with writing(self.out):
+            for path in (self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}"):
+                path.unlink()
+            for name in journal.names:
+                if name not in staying:
+                    (self.out / name).unlink(missing_ok=True)
+            for name in kept:
+                self.named[self.out / name] = _state((self.out / name).lstat())
+
+    def refuse_appeared(self, journal: Journal) -> None:
+        """Raise WouldOverwrite for what `reopen` would remove and the run before did not make."""
+        for name in journal.names:
+            if name in journal.finished or not os.path.lexists(self.out / name):
+                continue  # a data file is read again, and made anew where it is damaged
+            reason = made_problem(journal, name, (self.out / name).lstat())
+            if reason is not None:
+                raise WouldOverwrite(
+                    f"{quoted(name)} is in the way",
+                    at=quoted(str(self.out / name)),
+                    cause=reason,
+                )
+
+    def _refuse_busy(self) -> None:
+        """Make sure that nobody is at work on the old output."""
+        journal = self.out / JOURNAL_NAME
+        if journal.exists():
+            descriptor = os.open(journal, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise busy(self.out) from None
+            finally:
+                os.close(descriptor)
+
+    def _move_to_backup(self) -> int | None:
+        """Free the place of OUT; the inode of the old output, if there is one.
+
+        If a run that had moved one was killed, that is still the old output.
+        """
+        backup, left = backup_path(self.out), find_backup(self.out, self.limits)
+        there = self.out.is_dir() and any(self.out.iterdir())
+        if left is not None and (self.out / ROOT_NAME).exists():
+            remove_output(left)  # left by a run that came to its end all but this
+        elif left is not None:
+            if self.out.is_dir():
+                self._clear()
+            self.backup = left
+            return left.path.stat().st_ino
+        if not there:
+            return None
+        if os.path.lexists(backup):
+            raise WouldOverwrite(
+                f"{quoted(str(backup))} is in the way",
+                at=quoted(str(backup)),
+                cause="the old output would be moved there, and it contains something else, or "
+                "files of an old output that have changed",
+            )
+        self.out.rename(backup)
+        self.backup = OldOutput(backup, self.replaced or Inventory())
+        return backup.stat().st_ino
+
+    def _clear(self) -> None:
+        """Remove the unfinished output that the run before left in OUT."""
+        if self.replaced is None:  # nothing but an empty `moeconv/`, if that
+            clear_aborted_start(self.out)
+            self.out.rmdir()
+        elif not remove_output(OldOutput(self.out, self.replaced)):
+            raise WouldOverwrite(
+                f"{quoted(str(self.out))} is in the way",
+                at=quoted(str(self.out)),
+                cause="it was written to a moment ago",
+                fix="look at what is there, then run again",
+            )
+
+    def folder(self, path: Path) -> None:
+        """Make a folder and its parents, remembering each."""
+        missing = []
+        while not path.exists():
+            missing.append(path)
+            path = path.parent
+        for folder in reversed(missing):
+            # two runs may make the same parent
+            with suppress(FileExistsError), defer_signals():
+                folder.mkdir()
+                self.made_folders.append(folder)
+
+    def rename(self, partial: Path, final: Path) -> None:
+        """Give a complete file its name. Raises IoFailed where somebody put something there."""
+        with writing(final):
+            if os.path.lexists(final):
+                raise IoFailed(
+                    f"{quoted(final.name)} appeared in OUT while it was being written",
+                    at=quoted(str(final)),
+                    cause="another program is writing there",
+                    fix="give a directory that nothing else writes to",
+                )
+            facts = partial.lstat()
+            self.made_files.append((final, facts.st_ino))
+            if self.journal is not None:
+                self.journal.making(final.relative_to(self.out).as_posix(), facts)
+            partial.rename(final)
+            self.named[final] = _state(facts)
+
+    def refuse_changed(self) -> None:
+        """Raise IoFailed where a file that is in place is not the one that was put there."""
+        for path, state in self.named.items():
+            with writing(path):
+                if _state(path.lstat()) != state:
+                    raise IoFailed(
+                        f"{quoted(path.name)} was changed in OUT before the output was complete",
+                        at=quoted(str(path)),
+                        cause="another program is writing there",
+                        fix="give a directory that nothing else writes to",
+                    )
+
+    def done(self, *, restored: bool) -> None:
+        """Complete the output: remove the journal, and for a restored origin all of `moeconv/`."""
+        with writing(self.out):
+            (self.out / JOURNAL_NAME).unlink()
+            if restored:
+                (self.out / PARTS_DIR).rmdir()
+            for folder in {self.out, *(f.parent for f in self.made_folders)}:
+                if folder.exists():
+                    fsync_directory(folder)
+
+    def drop_old(self) -> tuple[str, ...]:
+        """Remove the old output; the new one is complete, so nothing here can make the run fail.
+
+        Returns notes about it.
+        """
+        if self.backup is None:
+            return ()
+        notes, path = self.backup.inventory.notes, quoted(str(self.backup.path))
+        while True:
+            try:
+                if self.backup.path.exists() and not remove_output(self.backup):
+                    return (*notes, f"files of the old output that changed meanwhile are at {path}")
+            except KeyboardInterrupt:
+                continue
+            except OSError as problem:
+                left = f"the rest of the old output is at {path}: {problem.strerror}"
+                return (*notes, f"{left}; the same command with `--resume` removes it")
+            return notes
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self.journal is not None:
+            self.journal.close()
+
+    def roll_back(self) -> str | None:
+        """Remove what this run made and move the old output back; return what could not be."""
+        ours = self.journal is not None and self.journal.held
+        if ours:  # else they are those of a run that lives
+            with suppress(OSError):  # where the folder cannot be listed, they stay
+                for path in (self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}"):
+                    with suppress(OSError):
+                        path.unlink()
+        if self.keeps and ours:
+            old = self._where_old()
+            return "; ".join(filter(None, ("`--resume` continues from what is finished", old)))
+        for path, inode in reversed(self.made_files):  # first what says that the output is whole
+            with suppress(OSError):
+                facts = path.lstat()
+                if facts.st_ino == inode and self.named.get(path, _state(facts)) == _state(facts):
+                    path.unlink()  # else somebody changed it meanwhile
+        for folder in reversed(self.made_folders):
+            with suppress(OSError):  # somebody else put something there: it stays
+                folder.rmdir()
+        if self.backup is None or not self.backup.path.exists():
+            return None
+        with suppress(OSError):
+            if not os.path.lexists(self.out):
+                self.backup.path.rename(self.out)
+                return None
+        return self._where_old()
+
+    def _where_old(self) -> str | None:
+        if self.backup is None or not self.backup.path.exists():
+            return None
+        return f"the old output is at {quoted(str(self.backup.path))}"

@@ -1,0 +1,55 @@
+"""TensorRT-LLM's `initial_global_assignments`: rows by absolute layer id, in YAML."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Final
+
+from moeconv.core.schema import Problems, Table
+from moeconv.core.text import counted
+from moeconv.placement.foreign_map import BY_ID, MapFormat, RawMap
+from moeconv.placement.model import Layers, Placement
+from moeconv.placement.parse import MAX_ROWS, parse_row, too_many_rows
+
+TRTLLM: Final = "trtllm"
+KEY: Final = "initial_global_assignments"
+_LAYER_ID: Final = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
+
+
+def read(top: Table, problems: Problems) -> RawMap:
+    """Parse `{layer id: physical_to_logical [P]}` and the number of slots."""
+    given = top.raw(KEY)
+    members = given if isinstance(given, dict) else {}
+    if not members:
+        top.problem(KEY, "must be an object of rows by layer id")
+    if len(members) > MAX_ROWS:
+        top.problem(KEY, too_many_rows(len(members)))
+        members = {}
+    rows = {}
+    for key, value in members.items():
+        row = parse_row(value, f"{KEY}.{key}", problems)
+        if _LAYER_ID.fullmatch(key):
+            rows[int(key)] = row
+        else:
+            top.problem(f"{KEY}.{key}", "is not a layer id")
+    slots = top.integer("num_slots", least=1) if top.has("num_slots") else None
+    if top.has("layer_updates_per_iter"):
+        top.integer("layer_updates_per_iter")
+    top.finish()
+    for layer, row in rows.items():
+        if slots is not None and len(row) != slots:
+            text = f"has {counted(len(row), 'slot')}, `num_slots` says {slots}"
+            top.problem(f"{KEY}.{layer}", text)
+    return RawMap(TRTLLM, BY_ID, tuple(sorted(rows.items())))
+
+
+def write(placement: Placement, _layers: Layers, _ep_size: int | None) -> str:
+    """The YAML text, of the layers that the placement has."""
+    rows = zip(placement.layers, placement.physical_to_logical, strict=True)
+    lines = [f"{KEY}:", *(f"  {layer}: {json.dumps(row)}" for layer, row in rows)]
+    # no updates: the map stays as it is
+    return "\n".join([*lines, f"num_slots: {placement.slots}", "layer_updates_per_iter: 0", ""])
+
+
+FORMAT: Final = MapFormat(TRTLLM, KEY, read, write)

@@ -1,1 +1,0 @@
-"""Proofs about what is on disk: structure, digests, the source byte by byte, diff, fingerprint."""

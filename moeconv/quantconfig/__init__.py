@@ -1,0 +1,1 @@
+"""Find module names in quantization configs and rename them."""

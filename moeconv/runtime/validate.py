@@ -1,0 +1,205 @@
+"""What a reader of one rank must check of its tensors (FORMAT.md, section 9). No data is read."""
+
+from __future__ import annotations
+
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final, TypeAlias
+
+from moeconv.errors import BadManifest, quoted
+from moeconv.layout.axes import (
+    EXPERT,
+    IN,
+    OUT,
+    AxesSyntax,
+    geometry,
+    parse_axes,
+    stored_sizes,
+)
+from moeconv.manifest.model import ExpertEntry, Root, StackEntry, TensorEntry
+
+Rows: TypeAlias = Mapping[int, tuple[int, ...]]  # stack number -> [P], for stacks that ranks share
+_Spans: TypeAlias = dict[tuple[str, str], list[tuple[int, int]]]  # by projection and component
+_WEIGHT: Final = "weight"
+_NEEDED: Final = frozenset(("up", "down"))  # projections of every kind of expert
+
+
+def manifest_error(name: str, cause: str) -> BadManifest:
+    """The error for a manifest that says something impossible of a tensor."""
+    return BadManifest(
+        f"the manifest is wrong about {quoted(name)}",
+        at=quoted(name),
+        cause=cause,
+    )
+
+
+@lru_cache(maxsize=256)  # a rank has thousands of tensors and few kinds of them
+def _letters(axes: str) -> tuple[str, ...]:
+    """The letters of all axes, slowest first. Raises AxesSyntax."""
+    return tuple(axis.letter for axis in parse_axes(axes).flat)
+
+
+@lru_cache(maxsize=256)
+def _stored(
+    axes: str, matrix: tuple[int, ...], experts: int, projections: int
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The shape of a stored tensor and the sizes of its axes, slowest first. Raises ValueError."""
+    counted = parse_axes(axes).without_blocks()  # sizes of a matrix are in blocks already
+    sizes = stored_sizes(counted, matrix, experts=experts, projections=projections)
+    return geometry(counted, sizes).shape, sizes
+
+
+def letters_of(expert: ExpertEntry) -> tuple[str, ...]:
+    """The letters of a tensor's axes, slowest first. Raises BadManifest."""
+    try:
+        return _letters(expert.axes)
+    except AxesSyntax as problem:
+        raise manifest_error(f"stack {expert.stack}", str(problem)) from None
+
+
+def is_stacked(expert: ExpertEntry) -> bool:
+    """Whether experts are along dimension 0. Raises BadManifest where along another."""
+    letters = letters_of(expert)
+    if EXPERT in letters[1:]:
+        raise manifest_error(f"stack {expert.stack}", f"axes {quoted(expert.axes)} have E inside")
+    return letters[:1] == (EXPERT,)
+
+
+@dataclass(frozen=True, slots=True)
+class _StackTensors:
+    """What the common files and a rank's own hold of one stack."""
+
+    common: list[TensorEntry]
+    own: list[TensorEntry]
+
+
+def validate_rank(
+    root: Root,
+    rows: Rows,
+    common: Iterable[TensorEntry],
+    own: Iterable[TensorEntry],
+    *,
+    rank: int,
+    ep_size: int,
+) -> None:
+    """Each stack has all it must have, once, in the shapes it says. Raises BadManifest."""
+    by_stack = [_StackTensors([], []) for _ in root.stacks]
+    for entries, ours in ((common, False), (own, True)):
+        for entry in entries:
+            if entry.expert is None:
+                continue
+            sizes_of(entry, entry.expert)
+            which = by_stack[entry.expert.stack]
+            (which.own if ours else which.common).append(entry)
+    for number, stack in enumerate(root.stacks):
+        row = rows.get(number)
+        everyone = _spans(by_stack[number].common)
+        _check_once(stack.name, "expert", everyone, 0, stack.experts)
+        if row is None:
+            _check_weights(root, stack, everyone)
+            continue
+        share = len(row) // ep_size
+        slots = _spans(by_stack[number].own)
+        _check_once(stack.name, "slot", slots, rank * share, (rank + 1) * share)
+        _check_weights(root, stack, slots)
+        if twice := slots.keys() & everyone.keys():
+            raise manifest_error(
+                stack.name, f"{' '.join(min(twice))} is common and the ranks', too"
+            )
+        for entry in by_stack[number].common:
+            _check_global(entry, stack)
+        mine = row[rank * share : (rank + 1) * share]
+        if len(set(mine)) != len(mine):
+            _check_replicas(stack.name, by_stack[number].own)
+
+
+def sizes_of(entry: TensorEntry, expert: ExpertEntry) -> dict[str, int]:
+    """Of each axis of a tensor, slowest first; its shape is what they give. Raises BadManifest."""
+    try:
+        shape, sizes = _stored(
+            expert.axes, expert.matrix, len(expert.experts), len(expert.projections)
+        )
+    except AxesSyntax as problem:
+        raise manifest_error(entry.name, str(problem)) from None
+    except ValueError:
+        shape, sizes = None, {}
+    if shape != entry.shape:
+        cause = f"{quoted(expert.axes)} of {list(expert.matrix)} is not {list(entry.shape)}"
+        raise manifest_error(entry.name, cause)
+    return dict(sizes)
+
+
+def _spans(entries: Iterable[TensorEntry]) -> _Spans:
+    out: _Spans = defaultdict(list)
+    for entry in entries:
+        expert = entry.expert
+        if expert is None:
+            continue
+        span = expert.slots or (expert.experts[0], expert.experts[-1] + 1)
+        for projection in expert.projections:
+            out[projection, expert.component].append(span)
+    return out
+
+
+def _check_once(name: str, what: str, spans: _Spans, first: int, last: int) -> None:
+    """By slot and never by counting names."""
+    for (projection, component), several in spans.items():
+        at = first
+        for start, stop in sorted(several):
+            if start != at:
+                cause = f"is there twice or not at all in {projection} {component}"
+                raise manifest_error(name, f"{what} {min(at, start)} {cause}")
+            at = stop
+        if at != last:
+            raise manifest_error(name, f"{what} {at} is missing in {projection} {component}")
+
+
+def _check_weights(root: Root, stack: StackEntry, spans: _Spans) -> None:
+    lacking = {p for p, _ in spans} | _NEEDED
+    lacking -= {p for p, component in spans if component == _WEIGHT}
+    if lacking:  # the recipe is read only where weights may have other names
+        recipe = next((r.toml for r in root.recipes if r.name == stack.recipe), "")
+        names = _packed_weights(recipe)
+        lacking -= {p for p, component in spans if component in names}
+    if lacking:
+        raise manifest_error(stack.name, f"this rank has no weight of {', '.join(sorted(lacking))}")
+
+
+@lru_cache(maxsize=8)
+def _packed_weights(recipe: str) -> frozenset[str]:
+    """The components that a recipe calls a weight, such as GPTQ's `qweight`."""
+    try:
+        components = tomllib.loads(recipe).get("components")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return frozenset()
+    found = components.items() if isinstance(components, dict) else ()
+    return frozenset(n for n, c in found if isinstance(c, dict) and c.get("weight") is True)
+
+
+def _check_global(entry: TensorEntry, stack: StackEntry) -> None:
+    """What the common files have of a shared stack: of all experts, or a tensor for each."""
+    expert = entry.expert
+    if expert is None:
+        return
+    if not {OUT, IN}.isdisjoint(letters_of(expert)):
+        raise manifest_error(entry.name, "only small tensors of shared experts are common")
+    alone = not is_stacked(expert) and len(expert.experts) == 1
+    if not alone and len(expert.experts) != stack.experts:
+        raise manifest_error(entry.name, f"it must hold all {stack.experts} experts, or one")
+    if alone and expert.local is None and stack.experts > 1:
+        raise manifest_error(entry.name, "it lacks `local`, its name on a rank")
+
+
+def _check_replicas(name: str, own: Iterable[TensorEntry]) -> None:
+    known: dict[tuple[int, str, str], str] = {}
+    for entry in own:
+        expert = entry.expert
+        if expert is None or len(entry.digests) != expert.units:
+            continue
+        units = ((e, p, expert.component) for e in expert.experts for p in expert.projections)
+        for unit, digest in zip(units, entry.digests, strict=True):
+            if known.setdefault(unit, digest) != digest:
+                raise manifest_error(name, f"two slots of expert {unit[0]} differ in {entry.name}")

@@ -1,0 +1,250 @@
+"""Check that the recipes in an output place every matrix where trusted recipes place it.
+
+The bytes of an output are compared with its source's through the output's own recipes, so these
+cannot be trusted: swapping `up` and `gate` there would make wrong bytes compare equal. Only what
+decides where bytes are is compared, so that a recipe of an older version, with fewer model types,
+components or layouts, is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+from moeconv.checkpoint.source import Checkpoint
+from moeconv.core.text import counted
+from moeconv.detect.detect import Detection
+from moeconv.detect.stack import Stack, StoredComponent
+from moeconv.errors import Damaged, MoeconvError, printable, quoted
+from moeconv.layout.axes import Axes, Axis, geometry
+from moeconv.layout.recipe import Component, Layout, Line, Recipe
+from moeconv.manifest.model import ROOT_NAME, ExpertEntry, Manifest, StackEntry
+
+Trusted: TypeAlias = Callable[[Stack], Recipe]
+
+
+def recipe_problems(
+    name: str, manifest: Manifest, detection: Detection, source: Detection, trusted: Trusted
+) -> list[MoeconvError]:
+    """Where the recipes of a set, or what it says of its tensors, differ from the trusted ones.
+
+    name: of the set, for messages. detection: the set by its own recipes. source: what it was made
+    from. trusted: the recipe to believe for a stack of the source.
+    """
+    theirs = {s.name: s for s in source.stacks}
+    entries = {s.name: s for s in manifest.root.stacks}
+    causes: dict[tuple[str, str], str] = {}
+    for stack in detection.stacks:
+        if stack.name in theirs and stack.name in entries:
+            of = theirs[stack.name]
+            cause = _difference(stack, entries[stack.name], of, trusted(of))
+            if cause is not None:
+                causes.setdefault((stack.recipe.name, cause), stack.name)
+    return [
+        Damaged(
+            f"recipe {quoted(recipe)} in {quoted(name)} is not the known recipe of this name",
+            at=f"`{ROOT_NAME}`, `recipes`, for {quoted(stack)}",
+            cause=printable(cause),
+            fix="convert again; if it is a recipe of your own, give it with `--recipe FILE`",
+        )
+        for (recipe, cause), stack in causes.items()
+    ]
+
+
+def _difference(stack: Stack, entry: StackEntry, source: Stack, trusted: Recipe) -> str | None:
+    """How an output's recipe for a stack differs from the trusted one, or None."""
+    recipe = stack.recipe
+    if recipe.name != trusted.name:
+        return f"its experts are of recipe {quoted(trusted.name)}, not of {quoted(recipe.name)}"
+    used = [(m, c) for m in stack.members if (c := trusted.component(m.component.name))]
+    lost = {m.component.name for m in stack.members} - {c.name for _, c in used}
+    if lost:
+        return f"the known recipe has no component {quoted(min(lost))}"
+    for name in dict.fromkeys((entry.layout, entry.origin_layout)):
+        own, other = recipe.layout(name), trusted.layout(name)
+        if own is None or other is None:
+            return f"the known recipe has no layout {quoted(name)}"
+        if _lines(own) != _lines(other):
+            return f"layout {quoted(name)} has other lines: {_first_difference(own, other)}"
+        for member, component in used:
+            cause = _component_difference(member.component, component, own, other)
+            if cause is not None:
+                return f"layout {quoted(name)}, component {quoted(component.name)}: {cause}"
+    stored = trusted.layout(stack.layout.name) or stack.layout  # one of the two above
+    copied = stored.name == source.layout.name
+    made = trusted.layout(entry.layout)
+    if made is not None and made.read_only and not (copied and trusted.fuse is None):
+        return f"layout {quoted(made.name)} is never written: loaders read its names differently"
+    for member, component in used:
+        cause = _stored_otherwise(member, component, stored, source)
+        if cause is None and not copied:
+            cause = _not_as_written(member, component, stored, stack)
+        if cause is not None:
+            return cause
+    return None
+
+
+def _key(line: Line) -> tuple[object, ...]:
+    return line.projections, line.template, line.axes, line.first, line.part
+
+
+def _lines(layout: Layout) -> frozenset[tuple[object, ...]]:
+    return frozenset(map(_key, layout.lines))
+
+
+def _first_difference(own: Layout, other: Layout) -> str:
+    for one, two in ((own, other), (other, own)):
+        for line in one.lines:
+            if _key(line) not in _lines(two):
+                where = "the set's" if one is own else "the known recipe's"
+                words = " and ".join(line.projections)
+                return f"{where} has {words} as `{line.template}: {line.axes}`"
+    return "they are in another order"
+
+
+def _component_difference(
+    own: Component, other: Component, mine: Layout, its: Layout
+) -> str | None:
+    """How the tensors of a component differ in name or in axes; `own` as it is read in the set."""
+    if (own.suffix, own.parameter, own.weight) != (other.suffix, other.parameter, other.weight):
+        return f"its name is `{own.suffix or own.name}`, not `{other.suffix or other.name}`"
+    readings = [axes for axes in other.readings if same_axes(axes, own.axes)]
+    if not readings:
+        return f"its axes are `{own.axes}`, not `{other.axes}`"
+    there = {_key(line): line for line in its.lines}
+    for line in mine.lines:
+        wanted = [f for axes in readings for f in there[_key(line)].forms(other.read_as(axes))]
+        for form in line.forms(own):
+            if not any(same_axes(form, other_form) for other_form in wanted):
+                return f"it is stored as `{form}`, not `{wanted[0]}`"
+    return None
+
+
+def _stored_otherwise(
+    member: StoredComponent, component: Component, layout: Layout, source: Stack
+) -> str | None:
+    """How a component is stored in a way that the trusted recipe, or SRC, does not have."""
+    line = next((ln for ln in layout.lines if _key(ln) == _key(member.line)), member.line)
+    readings = [a for a in component.readings if same_axes(a, member.component.axes)]
+    forms = [form for axes in readings for form in line.forms(component.read_as(axes))]
+    if not any(same_axes(form, member.axes) for form in forms):
+        return f"{quoted(component.name)} is stored as `{member.axes}`, not `{forms[0]}`"
+    for projection in member.line.projections:
+        held = source.member(projection, component.name)
+        if held is not None and not same_axes(held.component.axes, member.component.axes):
+            return (
+                f"{quoted(component.name)} of {projection} is read as `{member.component.axes}`, "
+                f"in SRC as `{held.component.axes}`"
+            )
+    return None
+
+
+def _not_as_written(
+    member: StoredComponent, component: Component, layout: Layout, stack: Stack
+) -> str | None:
+    """Report axes that are read but never written, if those that are written fit the shape, too.
+
+    A loader would read the bytes in the written axes, and the shape would not stop it.
+    """
+    line = next((ln for ln in layout.lines if _key(ln) == _key(member.line)), member.line)
+    written = line.forms(component.read_as(member.component.axes))[0]
+    if same_axes(written, member.axes):
+        return None
+    counts = {axis.letter: axis.block for axis in member.axes.flat}
+    bound = Axes(
+        tuple(tuple(Axis(a.letter, counts.get(a.letter, 1)) for a in dim) for dim in written.dims)
+    )
+    sizes = stack.sizes.of(line, component.name, 1)  # of one expert: ranks hold some of them each
+    if geometry(bound, sizes).shape != geometry(member.axes, sizes).shape:
+        return None
+    return f"{quoted(component.name)} is stored as `{member.axes}`, loaders read it as `{written}`"
+
+
+def same_axes(one: Axes, other: Axes) -> bool:
+    """Whether axes are the same, where a named block size matches any number or name."""
+    return [len(d) for d in one.dims] == [len(d) for d in other.dims] and all(
+        a.letter == b.letter and bool(a.named or b.named or a.block == b.block)
+        for a, b in zip(one.flat, other.flat, strict=True)
+    )
+
+
+def origin_layout_problems(
+    output: Checkpoint, source: Checkpoint, detection: Detection
+) -> list[MoeconvError]:
+    """Report stacks for which OUT records another `origin_layout` than SRC has.
+
+    detection: SRC's.
+    """
+    ours, theirs = output.origin, source.origin
+    layouts = {s.name: s.layout.name for s in detection.stacks}
+    if theirs is not None:
+        layouts = {s.name: s.origin_layout for s in theirs.manifest.root.stacks}
+    return [
+        Damaged(
+            f"{quoted(entry.name)} was not in the layout that OUT records",
+            at=f"`{ROOT_NAME}`, `stacks`",
+            cause=f"in SRC it is {quoted(layouts[entry.name])}, "
+            f"`origin_layout` is {quoted(entry.origin_layout)}: a restore would use that",
+            fix="convert again from this source",
+        )
+        for entry in (ours.manifest.root.stacks if ours else ())
+        if layouts.get(entry.name, entry.origin_layout) != entry.origin_layout
+    ]
+
+
+def entry_problems(manifest: Manifest, detection: Detection) -> Iterator[MoeconvError]:
+    """Report tensors that the parts of an unsharded output describe differently from its recipes.
+
+    For an expert-parallel output, detection itself reads the parts.
+    """
+    numbers = {s.name: n for n, s in enumerate(manifest.root.stacks)}
+    wanted = {
+        tensor.name: (
+            numbers.get(stack.name),
+            member,
+            (first, 1) if member.line.per_expert else (0, stack.sizes.experts),
+        )
+        for stack in detection.stacks
+        for member in stack.members
+        for first, tensor in enumerate(member.tensors)
+    }
+    for part in manifest.parts:
+        for tensor in part.tensors:
+            stated = tensor.expert
+            of = wanted.get(tensor.name)
+            if of is None and stated is None:
+                continue
+            if of is None or stated is None or not _describes(stated, *of):
+                yield Damaged(
+                    f"{quoted(tensor.name)} is not what its part says",
+                    at=f"{quoted(part.file)}, tensor {quoted(tensor.name)}",
+                    cause=_entry_in_words(stated)
+                    if stated
+                    else "the part does not say which expert it is of",
+                    fix="convert the checkpoint again; a manifest is never edited by hand",
+                )
+
+
+def _describes(
+    stated: ExpertEntry, stack: int | None, member: StoredComponent, experts: tuple[int, int]
+) -> bool:
+    """Whether an entry is that of a member's tensor; experts: the first in it, and how many."""
+    return (
+        stated.stack == stack
+        and (stated.slots, stated.local) == (None, None)
+        and stated.projections == member.line.projections
+        and stated.component == member.component.name
+        and stated.axes == str(member.axes)
+        and stated.matrix == member.geometry.canonical_shape
+        and (stated.experts[:1], len(stated.experts)) == (experts[:1], experts[1])
+    )
+
+
+def _entry_in_words(stated: ExpertEntry) -> str:
+    """What an entry says, but for the list of its experts."""
+    whose = " and ".join(stated.projections)
+    return printable(
+        f"it says {stated.component} of {whose} as `{stated.axes}`, "
+        f"matrices {list(stated.matrix)}, "
+        f"{counted(len(stated.experts), 'expert')}; its recipe says otherwise"
+    )

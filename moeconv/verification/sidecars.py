@@ -1,0 +1,136 @@
+"""Level `source` for files other than tensors: sidecars, and the origin that restores use."""
+
+from __future__ import annotations
+
+from moeconv.checkpoint.origin import Origin, OriginFile
+from moeconv.checkpoint.sidecars import Sidecar
+from moeconv.checkpoint.source import Checkpoint
+from moeconv.core.digest import digest
+from moeconv.core.names import natural_key
+from moeconv.core.text import quoted_list
+from moeconv.detect.detect import Detection
+from moeconv.errors import Damaged, MoeconvError, quoted
+from moeconv.manifest.model import ORIGIN_NAME, StackEntry
+from moeconv.quantconfig.rewrite import is_rewritten, read_sidecar, rewritten
+from moeconv.store.documents import file_digest
+from moeconv.verification.foreign import risk_of
+
+
+def sidecar_problems(
+    output: Checkpoint, source: tuple[Checkpoint, Detection]
+) -> tuple[list[MoeconvError], list[str]]:
+    """Sidecars of OUT that are not what a conversion makes of SRC's, and warnings.
+
+    The stacks of both sides must be the same already.
+    """
+    ours = {s.name: s for s in output.sidecars}
+    theirs = {s.name: s for s in source[0].sidecars}
+    problems: list[MoeconvError] = []
+    warnings: list[str] = []
+    for name in sorted(ours.keys() | theirs.keys(), key=natural_key):
+        mine, its = ours.get(name), theirs.get(name)
+        if its is None and output.origin is None and risk_of(name) is None:
+            warnings.append(f"{quoted(name)} is in OUT only")  # OUT has no manifest that lists it
+            continue
+        cause = (
+            "it is absent from OUT"
+            if mine is None
+            else "it is absent from SRC"
+            if its is None
+            else _difference(output, mine, source, its)
+        )
+        if cause is not None:
+            problems.append(
+                Damaged(
+                    f"{quoted(name)} is not the same in OUT and SRC",
+                    at=quoted(name),
+                    cause=cause,
+                    fix="convert again from this source",
+                )
+            )
+    return problems, warnings
+
+
+def _difference(
+    output: Checkpoint, mine: Sidecar, source: tuple[Checkpoint, Detection], its: Sidecar
+) -> str | None:
+    """Why a sidecar of OUT is not what a conversion makes of SRC's, or None."""
+    name = mine.name
+    first = _kept(source[0], name)
+    own = output.origin
+    if own is not None:
+        kept = _kept(output, name)
+        if kept is not None and digest(kept) != _first_digest(first, its):
+            return f"`{ORIGIN_NAME}` keeps other bytes of it: a restore would write those"
+        entries = own.manifest.root.stacks
+        if is_rewritten(name):
+            return _rewritten_otherwise(mine, its, first, source[1], entries, kept=kept)
+    if file_digest(mine.path, name=name) != _first_digest(first, its):
+        return "its bytes differ"
+    return None
+
+
+def _rewritten_otherwise(
+    mine: Sidecar,
+    its: Sidecar,
+    first: bytes | None,
+    source: Detection,
+    entries: tuple[StackEntry, ...],
+    *,
+    kept: bytes | None,
+) -> str | None:
+    """Why a document that conversions rewrite is not what they make of SRC's, or None."""
+    before = read_sidecar(its) if first is None else first
+    after = rewritten(mine.name, before, source.stacks, entries)
+    if read_sidecar(mine) != after:
+        return (
+            "its bytes differ"
+            if after == before
+            else "its bytes are not SRC's with the names of the experts' modules changed"
+        )
+    if after != before and kept is None:
+        return f"it was rewritten, and `{ORIGIN_NAME}` does not keep what it was"
+    return None
+
+
+def _kept(checkpoint: Checkpoint, name: str) -> bytes | None:
+    """A sidecar as it was in the first source, where the origin keeps it."""
+    own = checkpoint.origin
+    return dict(own.origin.sidecars).get(name) if own else None
+
+
+def _first_digest(first: bytes | None, its: Sidecar) -> str:
+    return file_digest(its.path, name=its.name) if first is None else digest(first)
+
+
+def origin_problems(output: Checkpoint, source: Checkpoint) -> list[MoeconvError]:
+    """Compare the origin that OUT keeps with SRC, or with the origin that SRC keeps."""
+    own = output.origin
+    if own is None:
+        return []
+    kept, wanted = own.origin, _origin(source)
+    mine = {f.name: (f.size, f.header.raw) for f in kept.files}
+    theirs = {f.name: (f.size, f.header.raw) for f in wanted.files}
+    differing = [n for n in sorted(mine.keys() | theirs.keys(), key=natural_key)
+           if mine.get(n) != theirs.get(n)]  # fmt: skip
+    indexes = [(i.name, i.raw) if i else None for i in (kept.index, wanted.index)]
+    if indexes[0] != indexes[1]:
+        differing.append(next(i[0] for i in indexes if i))
+    if not differing:
+        return []
+    return [
+        Damaged(
+            f"`{ORIGIN_NAME}` of OUT does not describe SRC",
+            at=f"`{ORIGIN_NAME}`, {quoted_list(differing, most=1)}",
+            cause="its name, size, header or index is different: `unfuse` and `merge` would "
+            "write other files than SRC's",
+            fix="convert again from this source, or give the one that OUT was made from",
+        )
+    ]
+
+
+def _origin(source: Checkpoint) -> Origin:
+    if source.origin is not None:
+        return source.origin.origin
+    files = tuple(OriginFile(f.name, f.size, f.header) for f in source.files)
+    return Origin(files, source.index)

@@ -1,0 +1,297 @@
+"""Level `structure`: manifest, parts, headers, sizes and coverage of an output, no data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Final
+
+from moeconv.checkpoint.dtypes import BITS
+from moeconv.checkpoint.header import LENGTH_BYTES, StoredTensor, parse_header
+from moeconv.checkpoint.index import INDEX_NAME, parse_index
+from moeconv.checkpoint.origin import parse_origin
+from moeconv.checkpoint.output_files import (
+    damaged,
+    differing_tensor,
+    missing,
+    read_entry,
+    read_root,
+)
+from moeconv.core.digest import digest
+from moeconv.core.strict_json import dumps
+from moeconv.detect.detect import Detection
+from moeconv.detect.from_manifest import detection_from_manifest
+from moeconv.errors import (
+    Damaged,
+    IoFailed,
+    Malformed,
+    MissingExpert,
+    MoeconvError,
+    TruncatedFile,
+    quoted,
+)
+from moeconv.layout.recipe import WEIGHT, Recipe
+from moeconv.layout.shipped import manifest_recipes
+from moeconv.manifest.model import (
+    MAX_PART_BYTES,
+    MINOR,
+    PARTS_DIR,
+    ROOT_NAME,
+    FileEntry,
+    Manifest,
+    Part,
+    Root,
+    StackEntry,
+    addresses,
+    matrix_address,
+    rank_part,
+)
+from moeconv.manifest.reader import parse_parts
+from moeconv.manifest.rules import contradictions
+from moeconv.plan.pack import METADATA, index_text
+from moeconv.store.documents import opened, read_start, unreadable
+from moeconv.store.paths import resolve_inside
+
+_MAX_MISSING: Final = 20
+
+
+def check_structure(root: Path) -> tuple[Manifest | None, list[MoeconvError]]:
+    """Check everything about an output's own files that needs no data; return all problems.
+
+    The manifest is returned, too, if all of its parts could be read.
+    """
+    try:
+        top = read_root(root)
+    except MoeconvError as problem:
+        return None, [problem]
+    problems: list[MoeconvError] = []
+    documents = list(_parts(root, top, problems))
+    parts = [part for document in documents for part in document]
+    for part in parts:
+        problems += _data_file(root, part, newer=top.minor > MINOR) if part.file else []
+    whole = len(documents) == len(top.parts)
+    problems += _index(root, top, parts if whole else None)
+    problems += _documents(root, top)
+    if not whole:
+        return None, problems
+    manifest = Manifest(top, tuple(parts))
+    return manifest, problems + _coverage(manifest)
+
+
+def _parts(root: Path, top: Root, problems: list[MoeconvError]) -> Iterator[tuple[Part, ...]]:
+    for entry in top.parts:
+        try:
+            yield parse_parts(read_entry(root, entry, limit=MAX_PART_BYTES), top, where=entry.name)
+        except (Malformed, IoFailed) as problem:
+            problems.append(problem)
+
+
+def _data_file(root: Path, part: Part, *, newer: bool) -> list[MoeconvError]:
+    name = part.file
+    try:
+        path = resolve_inside(root, name)
+        if not path.exists():
+            return [missing(name)]
+        with opened(path, name=name) as (descriptor, facts):
+            size = facts.st_size
+            raw = read_start(descriptor, facts, part.header_size)
+    except OSError as problem:
+        return [unreadable(root / name, problem, name=name)]
+    except (Malformed, IoFailed) as problem:
+        return [problem]
+    problems: list[MoeconvError] = []
+    if size != part.size:
+        kind = TruncatedFile if size < part.size else Damaged
+        problems.append(
+            kind(
+                f"{quoted(name)} does not have the size it was written with",
+                at=quoted(name),
+                cause=f"it has {size:,} bytes, its part says {part.size:,}",
+                fix="fetch that file again, or convert again",
+            )
+        )
+    if digest(raw) != part.header_digest:
+        problems.append(damaged(name, "its header is not the one that was written"))
+        return problems
+    try:
+        header = parse_header(raw, file_size=part.size, file=0, where=name)
+    except Malformed as problem:
+        return [*problems, problem]
+    if differing_tensor(header, part) is not None or len(raw) < LENGTH_BYTES:
+        problems.append(
+            damaged(f"{PARTS_DIR}/{name}.json", "it lists other tensors than the header")
+        )
+    if not newer and dict(header.metadata) != METADATA:
+        cause = f"its `__metadata__` is not {dumps(dict(METADATA)).decode()}: loaders go by it"
+        problems.append(damaged(name, cause))
+    return problems
+
+
+def _index(root: Path, top: Root, parts: list[Part] | None) -> list[MoeconvError]:
+    if top.index is None:
+        return [
+            damaged(ROOT_NAME, f"it names an index, {quoted(INDEX_NAME)}: with ranks there is none")
+            for entry in top.sidecars
+            if entry.name == INDEX_NAME
+        ]
+    if top.index.name != INDEX_NAME:
+        cause = f"its index is {quoted(top.index.name)}, but loaders follow {quoted(INDEX_NAME)}"
+        return [damaged(ROOT_NAME, cause)]
+    try:
+        raw = read_entry(root, top.index)
+        index = parse_index(raw, name=top.index.name)
+    except (Malformed, IoFailed) as problem:
+        return [problem]
+    if parts is None:
+        return []
+    held = {t.name: p.file for p in parts for t in p.tensors}
+    total = sum(p.size - p.header_size for p in parts)
+    if index.weight_map != held or index.total_size != total:
+        return [damaged(top.index.name, "it does not list the tensors of the output")]
+    if top.minor <= MINOR and raw != index_text(held, total):
+        return [damaged(top.index.name, "it has more than the tensors and their total size")]
+    return []
+
+
+def _documents(root: Path, top: Root) -> list[MoeconvError]:
+    problems: list[MoeconvError] = []
+    try:
+        parse_origin(read_entry(root, top.origin))
+    except (Malformed, IoFailed) as problem:
+        problems.append(problem)
+    for entry in top.sidecars:
+        problems += _sidecar_size(root, entry)
+    return problems
+
+
+def _sidecar_size(root: Path, entry: FileEntry) -> list[MoeconvError]:
+    try:
+        size = resolve_inside(root, entry.name).stat().st_size
+    except OSError:
+        return [damaged(entry.name, "it is not there")]
+    except Malformed as problem:
+        return [problem]
+    if size != entry.size:
+        return [damaged(entry.name, f"it has {size:,} bytes, the manifest says {entry.size:,}")]
+    return []
+
+
+def _coverage(manifest: Manifest) -> list[MoeconvError]:
+    """Check that each expert of each stack is there once, and totals and fingerprint match."""
+    root = manifest.root
+    try:
+        recipes = {r.name: r for r in manifest_recipes(root)}
+    except MoeconvError as problem:
+        return [problem]
+    if root.ep_size is None:
+        problems = _all_experts(manifest, recipes)
+    else:
+        problems = _all_slots(manifest, tuple(recipes.values()))
+    return problems + [damaged(ROOT_NAME, cause) for cause in contradictions(manifest)]
+
+
+def _all_experts(manifest: Manifest, recipes: dict[str, Recipe]) -> list[MoeconvError]:
+    """In an output that is not sharded, each matrix of each expert must be there once."""
+    stacks = manifest.root.stacks
+    held: Counter[str] = Counter()
+    kinds: dict[int, set[tuple[str, str]]] = {}
+    for part in manifest.parts:
+        for tensor in part.tensors:
+            held.update(addresses(tensor, stacks))
+            if tensor.expert is not None:
+                kinds.setdefault(tensor.expert.stack, set()).update(
+                    (p, tensor.expert.component) for p in tensor.expert.projections
+                )
+    problems: list[MoeconvError] = []
+    for number, stack in enumerate(stacks):
+        recipe, there = recipes[stack.recipe], kinds.get(number, set())
+        layout = recipe.layout(stack.layout)
+        bare = [
+            p
+            for p in (layout.projections if layout else ())
+            if not any((p, weight) in there for weight in recipe.weights)
+        ]
+        problems += _missing(stack, there | {(p, WEIGHT) for p in bare}, held)
+    return problems
+
+
+def _all_slots(manifest: Manifest, recipes: tuple[Recipe, ...]) -> list[MoeconvError]:
+    """In an expert-parallel output, slots and names must be unique and replicas equal."""
+    stored = {
+        (part.file or str(part.rank), t.name): StoredTensor(
+            t.name, t.dtype, t.shape, number, t.start, t.stop - t.start
+        )
+        for number, part in enumerate(manifest.parts)
+        for t in part.tensors
+    }
+    if len(stored) != sum(len(p.tensors) for p in manifest.parts):
+        return [damaged(ROOT_NAME, "a part names a tensor twice")]
+    problems = [*_run_sizes(manifest), *_in_both(manifest)]
+    try:
+        found = detection_from_manifest(manifest, stored, recipes)
+    except MoeconvError as problem:
+        return [*problems, problem]
+    return [*problems, *found.problems, *_without_weights(found)]
+
+
+def _run_sizes(manifest: Manifest) -> list[MoeconvError]:
+    """Check that runs are as long as their tensors: a virtual output has no header to check."""
+    return [
+        damaged(
+            rank_part(part.rank, manifest.root.ep_size or 1),
+            f"{quoted(t.name)} is {t.dtype} {list(t.shape)}, but its runs have {t.stop:,} bytes",
+        )
+        for part in manifest.parts
+        if not part.file
+        for t in part.tensors
+        if t.dtype not in BITS or prod(t.shape) * BITS[t.dtype] != 8 * (t.stop - t.start)
+    ]
+
+
+def _in_both(manifest: Manifest) -> list[MoeconvError]:
+    """Refuse names that are in the common files and in a rank's own: a rank reads both."""
+    common = {t.name for p in manifest.parts if p.rank is None for t in p.tensors}
+    return [
+        damaged(
+            rank_part(part.rank, manifest.root.ep_size or 1),
+            f"{quoted(name)} is in the common files too",
+        )
+        for part in manifest.parts
+        if part.rank is not None
+        for name in sorted(common & {t.name for t in part.tensors})
+    ]
+
+
+def _without_weights(found: Detection) -> list[MoeconvError]:
+    return [
+        damaged(ROOT_NAME, f"{quoted(s.name)} has no weight for {p}")
+        for s in found.stacks
+        for p in s.layout.projections
+        if not any(s.member(p, weight) for weight in s.recipe.weights)
+    ]
+
+
+def _missing(
+    stack: StackEntry, kinds: set[tuple[str, str]], held: Counter[str]
+) -> list[MoeconvError]:
+    """Report the matrices of a stack that are missing or there twice."""
+    # bounded by the matrices that exist: the manifest may claim any number of experts
+    experts = range(min(stack.experts, held.total() + 1))
+    missing = [
+        address
+        for projection, component in sorted(kinds)
+        for expert in experts
+        if held[address := matrix_address(stack.name, expert, projection, component)] != 1
+    ]
+    if not missing:
+        return []
+    return [
+        MissingExpert(
+            f"{quoted(stack.name)} is not complete",
+            at=", ".join(map(quoted, missing[:_MAX_MISSING])),
+            cause=f"{len(missing)} matrices are missing or there twice",
+            fix="convert the checkpoint again",
+        )
+    ]

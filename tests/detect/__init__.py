@@ -1,0 +1,1 @@
+"""Detection, of headers' facts alone: no file is read or written."""
