@@ -27,7 +27,7 @@ class Result:
     source: Opened
     out: Path
     plan: Plan
-    room: DiskSpace
+    disk_space: DiskSpace
     manifest: Manifest | None
     dry_run: bool
     methods: CopyMethods | None = None
@@ -52,7 +52,7 @@ def carry_out(source: Opened, out: Path, plan: Plan, options: RunOptions) -> Res
         source=source,
         out=out,
         plan=plan,
-        room=done.space,
+        disk_space=done.space,
         manifest=done.manifest,
         dry_run=options.dry_run,
         methods=done.methods,

@@ -81,7 +81,7 @@ def _show(ui: Ui, verb: str, result: Result) -> None:
     for note in result.plan.notes:
         ui.say(note)
     if result.dry_run:
-        if not result.room.enough:
+        if not result.disk_space.enough:
             ui.warn(plan_summary(result)[-1])
         if ui.json:
             ui.document(plan_document(verb, result))

@@ -49,7 +49,7 @@ def plan_summary(result: Result) -> list[str]:
     if result.manifest is not None:
         value = result.manifest.root.fingerprint
         lines.append(f"fingerprint: {value or 'unknown until the data is read'}")
-    room = result.room
+    room = result.disk_space
     short = "" if room.enough else ": NOT ENOUGH"
     sharing = f" ({human_size(room.shared)} of it can be cloned)" if room.shared else ""
     lines.append(
@@ -118,10 +118,10 @@ def plan_document(verb: str, result: Result) -> Json:
         "notes": list(plan.notes),
         "warnings": list(source.warnings),
         "disk": {
-            "needed": result.room.needed,
-            "shared": result.room.shared,
-            "free": result.room.free,
-            "enough": result.room.enough,
+            "needed": result.disk_space.needed,
+            "shared": result.disk_space.shared,
+            "free": result.disk_space.free,
+            "enough": result.disk_space.enough,
         },
         "fingerprint": result.manifest.root.fingerprint if result.manifest else None,
         "copying": _copying(result),

@@ -1,4 +1,4 @@
-"""Add missing digests to an output once its bytes have been read."""
+"""Add the digests that an output lacks to its manifest, after its bytes were read."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ from moeconv.manifest.model import (
 def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Manifest:
     """Rewrite the parts and the root of an output with digests by address from `known`.
 
-    New parts wait beside the old ones until the root, replaced in one step, vouches for them: an
-    interruption before that changes nothing; after it readers take those that wait, until
-    `finish_fill` gives them their names.
-    Raises IoFailed, DiskFull, Damaged where `known` lacks a matrix.
+    New parts are written under hidden names first; then the root is replaced atomically. An
+    interruption before that changes nothing; after it readers use the hidden parts, until
+    `finish_fill` renames them. Raises IoFailed, DiskFull, Damaged if `known` lacks a matrix.
     """
     root = manifest.root
     for address in (
@@ -61,7 +60,7 @@ def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Mani
         else tuple(p for p in parts if part_name(p.file) == entry.name)
         for entry in root.parts
     }
-    raws = {name: document(name, its, root.ep_size) for name, its in groups.items()}
+    raws = {name: document(name, parts, root.ep_size) for name, parts in groups.items()}
     entries = tuple(FileEntry(name, len(raw), digest(raw)) for name, raw in raws.items())
     filled = read_back(replace(root, parts=entries, unread=False), groups)
     for name, raw in raws.items():
@@ -77,16 +76,16 @@ def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Mani
 
 
 def finish_fill(place: Path) -> None:
-    """End a fill that was interrupted: new parts that the root vouches for get their names.
+    """Finish an interrupted fill: rename the new parts that the root names, remove the others.
 
-    Those that it does not know of are of a fill that never came to its root, and go.
-    Raises IoFailed, and what reading the root raises.
+    The others are of a fill that did not reach its root. Raises IoFailed, and what reading the
+    root raises.
     """
-    waiting = sorted((place / PARTS_DIR).glob(f".*{FILLED_SUFFIX}"))
-    if not waiting:
+    new_parts = sorted((place / PARTS_DIR).glob(f".*{FILLED_SUFFIX}"))
+    if not new_parts:
         return
     wanted = {filled_name(e.name): e for e in read_root(place).parts}
-    for path in waiting:
+    for path in new_parts:
         name = f"{PARTS_DIR}/{path.name}"
         entry = wanted.get(name)
         raw = b"" if entry is None else read_bounded(path, MAX_PART_BYTES, name=name)

@@ -1,4 +1,4 @@
-"""Writing an output from its plan: data files, sidecars, parts, index, and last the manifest."""
+"""Write a plan's output: data files, sidecars, parts, index, and last the manifest."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ from moeconv.version import __version__
 
 
 def refuse_collisions(plan: Plan, checkpoint: Checkpoint) -> None:
-    """Raise NameCollision where a sidecar has the name of a file of the output."""
+    """Raise NameCollision if a sidecar has the name of a file that the output will have."""
     made = {f.name for f in plan.files} | {ROOT_NAME, PARTS_DIR, plan.index_name}
     for sidecar in checkpoint.sidecars:
         if sidecar.name.partition("/")[0] in made:
@@ -133,9 +133,8 @@ def commit(
 def _names(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Every file that the run will make, for the journal."""
     data = [] if plan.virtual else [f.name for f in plan.files]
-    papers = document_names(plan)
     index = [plan.index_name] if plan.index_name else []
-    return (*data, *papers, *index, *(s.name for s in checkpoint.sidecars))
+    return (*data, *document_names(plan), *index, *(s.name for s in checkpoint.sidecars))
 
 
 def _roll_back(work: OutputTransaction, problem: BaseException) -> None:
@@ -179,7 +178,7 @@ class _Commit:
         self.policy = DigestPolicy(
             plan, self.recorded, later=self.later, unchecked=options.unchecked
         )
-        # without an index nothing else marks a restored set as whole: names come all at the end
+        # without an index only the names show that a restored output is complete: rename at the end
         self.late = plan.restores and plan.index_name is None
         self.waiting: list[tuple[Path, Path]] = []
         self.noting = threading.Lock()
@@ -237,14 +236,14 @@ class _Commit:
                     self.work.journal.finished(file, digests)
 
     def _checked(self, file: OutputFile, digests: Digests) -> Part:
-        """The part of a file whose bytes are those that the source's manifest records."""
+        """Return a file's part. Raises Damaged if its digests differ from the recorded ones."""
         part = part_of(file, digests)
         if self.policy.compares:
             self.recorded.check_file(part, digests, self.plan.stacks)
         return part
 
     def _documents(self, sidecars: tuple[FileEntry, ...]) -> Manifest:
-        """Parts and origin; the manifest is returned, to be written last."""
+        """Write parts and origin; return the manifest, which is written last."""
         groups = grouped(self.plan, self.parts, self.virtual)
         entries = tuple(
             self._write(name, document(name, parts, self.plan.ep_size))
@@ -312,7 +311,7 @@ class _Commit:
 
 
 def copy_sidecar(sidecar: Sidecar, partial: Path, final: Path) -> str:
-    """Copy one file durably through a small buffer; its digest.
+    """Copy one file through a small buffer and fsync it; return its digest.
 
     Raises SourceChanged where it is not the file that was planned with, IoFailed, DiskFull.
     """

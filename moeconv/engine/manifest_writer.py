@@ -48,7 +48,7 @@ def document_names(plan: Plan) -> list[str]:
 
 
 def part_of(file: OutputFile, digests: Digests) -> Part:
-    """The manifest's facts of a data file that was written with these digests, empty for none."""
+    """Return the manifest part of a data file; an empty digest in `digests` is left out."""
     return Part(
         file=file.name,
         size=file.size,
@@ -65,7 +65,7 @@ def part_of(file: OutputFile, digests: Digests) -> Part:
 def entry_of(
     t: OutputTensor, start: int = 0, digests: tuple[str, ...] = (), runs: tuple[Run, ...] = ()
 ) -> TensorEntry:
-    """What the manifest says of an output tensor."""
+    """Return the manifest entry of an output tensor."""
     return TensorEntry(
         name=t.name,
         dtype=t.dtype,
@@ -81,7 +81,7 @@ def entry_of(
 def virtual_parts(
     files: tuple[OutputFile, ...], stacks: tuple[StackEntry, ...], known: dict[str, str]
 ) -> tuple[Part, ...]:
-    """The parts of a virtual set: for each rank, and for all, runs of the source's files.
+    """Return the parts of a virtual output: for each rank, and for all, runs of the source's files.
 
     files: planned so that no tile changes the order of the source's bytes.
     known: digests by address, as far as the source's manifest has them.
@@ -94,19 +94,19 @@ def virtual_parts(
                 raise InternalError(f"a run of {file.tensors[tile.tensor].name} would be reordered")
             source = tile if isinstance(tile, CopyTile) else tile.spans[0]
             append_run(runs[tile.tensor], Run(source.file, source.offset, tile.nbytes))
-        for tensor, its in zip(file.tensors, runs, strict=True):
-            bare = entry_of(tensor, runs=tuple(its))
+        for tensor, its_runs in zip(file.tensors, runs, strict=True):
+            bare = entry_of(tensor, runs=tuple(its_runs))
             found = [known.get(address) for address in addresses(bare, stacks)]
             have = tuple(value for value in found if value is not None)
             entry = replace(bare, digests=have if len(have) == len(found) else ())
             tensors[file.rank].append(entry)
-    return tuple(Part("", 0, 0, "", tuple(its), rank) for rank, its in tensors.items())
+    return tuple(Part("", 0, 0, "", tuple(entries), rank) for rank, entries in tensors.items())
 
 
 def grouped(plan: Plan, parts: dict[str, Part], virtual: tuple[Part, ...]) -> Grouped:
-    """The data files that each document of a set describes, in the order of the root.
+    """Return the parts that each document of an output contains, in the order of the root.
 
-    parts: by data file; virtual: of a set that has none.
+    parts: by data file; virtual: of an output without data files.
     """
     if plan.ep_size is None:
         return {part_name(f.name): (parts[f.name],) for f in plan.files}
@@ -116,17 +116,17 @@ def grouped(plan: Plan, parts: dict[str, Part], virtual: tuple[Part, ...]) -> Gr
 
 
 def document(name: str, parts: tuple[Part, ...], ep_size: int | None) -> bytes:
-    """The bytes of one of the documents that `grouped` gives."""
+    """Return the bytes of one of the documents of `grouped`."""
     if ep_size is None:
         return part_bytes(parts[0])
     return rank_part_bytes(part_names(ep_size)[name], parts)
 
 
 def read_back(root: Root, groups: Grouped) -> Manifest:
-    """The manifest of a root and its parts, with its fingerprint filled in.
+    """Return the manifest of a root and its parts, with its fingerprint filled in.
 
-    The strict reader reads what is written of them, some thousand tensors at a time: what it would
-    refuse, or read as something else, must not be written in the first place. Raises InternalError.
+    Serialises the parts and reads them back with the strict reader, some thousand tensors at a
+    time. Raises InternalError if that fails or gives something else.
     """
     for name, parts in groups.items():
         for start in range(0, max((len(p.tensors) for p in parts), default=0), _READ_AT_ONCE):
@@ -139,16 +139,16 @@ def read_back(root: Root, groups: Grouped) -> Manifest:
 
 
 def source_entry(checkpoint: Checkpoint) -> SourceEntry:
-    """How a virtual set finds its bytes, and knows that they are still the same.
+    """Return where a virtual output finds its bytes, and what shows that they are still the same.
 
-    Raises NotVirtual where the manifest has no words for it.
+    Raises NotVirtual if the manifest cannot express it.
     """
     directory = str(checkpoint.root.resolve())
     if not encodable(directory) or len(directory.encode()) > MAX_TEXT_BYTES:
-        raise _unspeakable(directory, "its path is not UTF-8, or longer than 4,096 bytes")
+        raise _inexpressible(directory, "its path is not UTF-8, or longer than 4,096 bytes")
     early = next((f.name for f in checkpoint.files if f.mtime_ns < 0), None)
     if early is not None:
-        raise _unspeakable(directory, f"{quoted(early)} was last changed before 1970")
+        raise _inexpressible(directory, f"{quoted(early)} was last changed before 1970")
     files = tuple(
         SourceFile(f.name, f.size, f.mtime_ns, len(f.header.raw), digest(f.header.raw))
         for f in checkpoint.files
@@ -156,7 +156,7 @@ def source_entry(checkpoint: Checkpoint) -> SourceEntry:
     return SourceEntry(directory, files)
 
 
-def _unspeakable(directory: str, cause: str) -> NotVirtual:
+def _inexpressible(directory: str, cause: str) -> NotVirtual:
     return NotVirtual(
         "a virtual output cannot refer to this source",
         at=quoted(directory),
@@ -166,9 +166,9 @@ def _unspeakable(directory: str, cause: str) -> NotVirtual:
 
 
 def origin_of(checkpoint: Checkpoint, plan: Plan) -> bytes:
-    """The origin's document: that of the set at hand, or this checkpoint itself.
+    """Return the origin document: an output's own, or one that describes this foreign checkpoint.
 
-    With the sidecars that the plan is the first to rewrite.
+    The sidecars that the plan is the first to rewrite are added.
     """
     if checkpoint.origin is not None:
         origin = checkpoint.origin.origin
@@ -181,5 +181,5 @@ def origin_of(checkpoint: Checkpoint, plan: Plan) -> bytes:
         OriginFile(f.name, f.size, f.header)
         for f in sorted(checkpoint.files, key=lambda f: natural_key(f.name))
     )
-    beside = tuple((r.name, r.before) for r in plan.rewrites)
-    return origin_bytes(Origin(files, checkpoint.index, beside))
+    rewritten = tuple((r.name, r.before) for r in plan.rewrites)
+    return origin_bytes(Origin(files, checkpoint.index, rewritten))

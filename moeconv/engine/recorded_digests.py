@@ -1,4 +1,4 @@
-"""The digests that the source's manifest records, and what they are used for in a run."""
+"""Use the digests that the source's manifest records: check the source, skip hashing."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from moeconv.engine.copy.methods import CopyMethods
 from moeconv.engine.options import Meter, RunOptions, limits_of
 from moeconv.engine.output.disk_space import DiskSpace, refuse_short, space_needed
 from moeconv.engine.output.preflight import refuse_existing, refuse_overlap
-from moeconv.engine.output.resume import is_restored, refuse_other_set
+from moeconv.engine.output.resume import is_restored, refuse_other_output
 from moeconv.engine.output.transaction import end_run
 from moeconv.manifest.model import ROOT_NAME, Manifest
 from moeconv.plan.model import Plan
@@ -68,7 +68,7 @@ def run(plan: Plan, source: Checkpoint, out: Path, options: RunOptions, *, src: 
     if not options.resume:
         refuse_short(place, space)
     if options.resume and (place / ROOT_NAME).exists():
-        refuse_other_set(place, plan, source, limits)
+        refuse_other_output(place, plan, source, limits)
         notes = end_run(place, limits)
         return Outcome(_noted(plan, notes), space, Manifest(read_root(place), ()))
     meter = Meter(0 if plan.virtual else plan.tensor_bytes, options.progress)

@@ -47,14 +47,14 @@ def test_a_dry_run_only_says_that_the_disk_is_full(
 ):
     _claim(monkeypatch, 1000)
     with untouched(good, out):
-        room = moeconv.fuse(good, out, dry_run=True).room
-    assert (room.enough, room.free) == (False, 1000)
+        space = moeconv.fuse(good, out, dry_run=True).disk_space
+    assert (space.enough, space.free) == (False, 1000)
 
 
 def test_room_that_is_just_enough_is_enough(good: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
-    needed = moeconv.fuse(good, out, dry_run=True).room.needed
+    needed = moeconv.fuse(good, out, dry_run=True).disk_space.needed
     _claim(monkeypatch, needed)
-    assert moeconv.fuse(good, out).room.enough
+    assert moeconv.fuse(good, out).disk_space.enough
     _claim(monkeypatch, needed - 1)
     with pytest.raises(DiskFull):
         moeconv.fuse(good, out.with_name("other"))
@@ -65,7 +65,7 @@ def test_what_is_said_to_be_needed_is_enough(src: Path, out: Path, experts: int)
     write(src, qwen(experts), config={})
     done = moeconv.fuse(src, out, recipe="qwen3_moe")
     written = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
-    assert written <= done.room.needed <= 4 * written
+    assert written <= done.disk_space.needed <= 4 * written
 
 
 def test_a_restored_source_needs_no_room_for_papers(src: Path, out: Path):
@@ -73,7 +73,7 @@ def test_a_restored_source_needs_no_room_for_papers(src: Path, out: Path):
     moeconv.fuse(src, out)
     restored = moeconv.unfuse(out, out.with_name("back"))
     written = sum(p.stat().st_size for p in out.with_name("back").iterdir())
-    assert written == restored.room.needed
+    assert written == restored.disk_space.needed
 
 
 # --- a real disk that is really full -----------------------------------------------------------
@@ -145,7 +145,7 @@ def test_a_resumed_run_has_the_room_that_its_own_remains_took(
     assert forked(lambda: moeconv.fuse(src, out, progress=die)) == signal.SIGKILL
     partials = list((out / "moeconv").glob(".*.partial"))
     assert partials
-    assert not moeconv.fuse(src, small_disk / "other", dry_run=True).room.enough
+    assert not moeconv.fuse(src, small_disk / "other", dry_run=True).disk_space.enough
     moeconv.fuse(src, out, resume=True)
     moeconv.fuse(src, tmp_path / "whole")
     assert tree_sha256(out) == tree_sha256(tmp_path / "whole")

@@ -104,18 +104,18 @@ def test_clones_need_no_room(
     """A disk with less room than the output has bytes is enough, if it does clone."""
     moeconv.fuse(source(tmp_path / "src"), cloning / "fused")
     out, shard = cloning / "ranks", partial(moeconv.shard, cloning / "fused", ep_size=4)
-    room = shard(out, dry_run=True).room
-    assert room.needed * 0.8 < room.shared < room.needed
+    space = shard(out, dry_run=True).disk_space
+    assert space.needed * 0.8 < space.shared < space.needed
     facts = os.statvfs(cloning)
 
     def claim(free: int) -> None:
         said = SimpleNamespace(f_bavail=free, f_frsize=1, f_bsize=facts.f_bsize)
         monkeypatch.setattr(os, "statvfs", lambda _path: said)
 
-    claim(room.needed - room.shared - 1)
+    claim(space.needed - space.shared - 1)
     with pytest.raises(DiskFull, match="can be clones"):
         shard(out)
-    claim(room.needed - room.shared)
+    claim(space.needed - space.shared)
     # of the right kind, and made without reflinks: found out before a byte is copied
     monkeypatch.setattr(methods, "clone_range", lambda *_: False)
     progress: list[int] = []
@@ -124,10 +124,10 @@ def test_clones_need_no_room(
     assert not progress
     assert not out.exists()
     monkeypatch.undo()
-    claim(room.needed - room.shared)
+    claim(space.needed - space.shared)
     result = shard(out)
     assert result.methods is not None
-    assert result.methods.tally.cloned >= room.shared
+    assert result.methods.tally.cloned >= space.shared
     for name in ("fused", "ranks"):
         shutil.rmtree(cloning / name)
 

@@ -48,7 +48,7 @@ def test_large_blocks_make_the_same_bytes(
         assert result.methods is not None
         assert used(result) == {methods.REFLINK}
         assert result.methods.block == os.statvfs(place).f_bsize
-        assert result.room.shared <= result.methods.tally.cloned
+        assert result.disk_space.shared <= result.methods.tally.cloned
     # the same places in both files, so all whole blocks; elsewhere it is luck
     assert share(found[1]) > 0.9
     assert tree_sha256(place) == tree_sha256(tmp_path)

@@ -1,7 +1,7 @@
-"""BufferPool for permuting tiles: bounded over all workers, and used again from tile to tile.
+"""A pool of buffers for permuting tiles, with one bound for all workers.
 
-New pages cost more than the work done in them, and the C library keeps what each thread frees:
-so blocks are mapped once and handed from tile to tile.
+Fresh pages cost more than the work done in them, and the C library keeps what each thread frees,
+so blocks are mapped once and reused from tile to tile.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ PAGE_BYTES: Final = 4096
 
 
 def paged(nbytes: int) -> int:
-    """The size of the block that holds so many bytes."""
+    """Return a size rounded up to whole pages, at least one."""
     return max(-(-nbytes // PAGE_BYTES), 1) * PAGE_BYTES
 
 
 def mapped(size: int) -> mmap.mmap:
-    """New memory of this process alone, zeroed, from the start of a page. Raises MemoryShort."""
+    """Map zeroed, private memory, aligned to a page. Raises MemoryShort."""
     try:
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, MemoryError):
@@ -39,12 +39,12 @@ def mapped(size: int) -> mmap.mmap:
 
 
 def begins_page(view: memoryview) -> bool:
-    """Whether a view's first byte is the first of a page of memory; only writable ones can tell."""
+    """Return whether a view is aligned to a page of memory; False for read-only views."""
     return not view.readonly and ctypes.addressof(ctypes.c_char.from_buffer(view)) % PAGE_BYTES == 0
 
 
 class BufferPool:
-    """At most `limit` bytes of blocks at once; a tile that needs more gets it alone."""
+    """A pool of at most `limit` bytes; a tile that needs more waits until it is the only one."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -56,10 +56,10 @@ class BufferPool:
 
     @contextmanager
     def hold(self, nbytes: int) -> Iterator[Allocate]:
-        """Wait for room for blocks of so many bytes in all, first come, first served.
+        """Wait, first come, first served, until `nbytes` in all can be allocated.
 
-        Yields a function that gives a block, of whole pages, for so many bytes; what is in it is
-        of no account, and it must not be used after the block ends.
+        Yields a function that allocates so many bytes, aligned to a page and not zeroed; they must
+        not be used after the `with` block.
         """
         ticket, taken = object(), list[mmap.mmap]()
 
@@ -99,6 +99,6 @@ class BufferPool:
             return block
 
     def _drop(self, most: int) -> None:
-        """Unmap free blocks, those that were not used for longest, until so much is mapped."""
+        """Unmap free blocks, least recently used first, until at most `most` bytes are mapped."""
         while self._blocks and self._mapped > most:
             self._mapped -= len(self._blocks.pop(0))

@@ -1,4 +1,4 @@
-"""The ways to copy bytes from a source file to the output; file systems are asked once a pair.
+"""Methods to copy bytes from a source file to the output; each pair of file systems is probed once.
 
 A new method is a class here, in `_BEST_FIRST`, and its system call in `syscalls`.
 """

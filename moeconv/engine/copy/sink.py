@@ -1,4 +1,4 @@
-"""Where the bytes of an output file go: a disk, a comparison, or only their digests."""
+"""Sinks: where a worker puts the bytes of an output file, such as a disk or a comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SourcePosition: TypeAlias = tuple[SourceFile, int]  # an open source file and an
 
 
 class Sink:
-    """Base of all sinks: one that gets every byte through `write` and keeps nothing.
+    """The base of all sinks: it receives every byte through `write` and keeps nothing.
 
     `open`, `finish` and `close` are called once each; the rest by several workers at once.
     """
@@ -45,7 +45,7 @@ class Sink:
         return 0
 
     def clone(self, source: SourceFile, offset: int, at: int, nbytes: int) -> tuple[int, int]:
-        """Take the bytes that can be had without a copy; return which: [first, last) of them."""
+        """Share blocks with a source file; return which bytes are in place: [first, last)."""
         return 0, 0
 
     def batch_written(self, offset: int, nbytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Linux calls that copy, each with the plain way out where a system or file system lacks it."""
+"""Linux system calls for copying; each does nothing, and reports it, where it is unsupported."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-# what a file system answers that cannot copy between these two files in the kernel
+# what a file system answers if it cannot copy between these two files in the kernel
 _CANNOT: Final = frozenset(
     {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF}
 )
-# what only the file that is written to can be the cause of; any other failure of a copy may be the
-# source's, and to read it and write it tells which
+# only the target can cause these; any other failure of a copy may be the source's, and reading and
+# writing the bytes instead will show which
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _CLONE_RANGE: Final = 0x4020940D  # FICLONERANGE: _IOW(0x94, 13, struct file_clone_range)
 # BTRFS_IOC_FS_INFO: _IOR(0x94, 31, struct btrfs_ioctl_fs_info_args), 1024 bytes, fsid from 16 on
@@ -37,7 +37,7 @@ _offset = ctypes.c_int64
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Give a new file its size, and its blocks where that costs nothing. Raises OSError.
+    """Set a new file's size, and allocate its blocks if the file system can. Raises OSError.
 
     Not `os.posix_fallocate`: where the file system cannot, the C library writes every block.
     """
@@ -52,35 +52,34 @@ def reserve(descriptor: int, size: int) -> None:
 
 
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
-    """Let the disk begin on these bytes, so that the fsync at the end finds little to do."""
+    """Start writing a range to the disk without waiting, so that the final fsync is short."""
     call = getattr(_libc, "sync_file_range", None)
     if call is not None:
         call(descriptor, _offset(offset), _offset(nbytes), ctypes.c_uint(_WRITE_NOW))
 
 
 def drop_cached(descriptor: int, nbytes: int) -> None:
-    """Take a file's first bytes out of the page cache, as far as they are on the disk.
+    """Drop a file's first bytes from the page cache, as far as they are on the disk.
 
-    A hint, and it waits for nothing: a wait would be told of a failed write in fsync's place.
+    It does not wait: a wait would report, and so clear, the write error that fsync must report.
     """
     with suppress(OSError):
         os.posix_fadvise(descriptor, 0, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def is_btrfs(path: Path) -> bool:
-    """Whether a file is on btrfs, where what pays elsewhere costs more than it saves.
+    """Return whether a file is on btrfs, where two optimisations are slower than plain writes.
 
-    Many workers on one file: they wait for one another, and each write inside a file looks for
-    what was there before. And copies in the kernel of what was just read: these go through a pipe,
-    64 KiB each.
+    Several workers on one file wait for each other, and each write inside a file looks up the old
+    blocks. Copies in the kernel of bytes that were just read go through a pipe, 64 KiB at a time.
     """
     return _kind(path) == _BTRFS
 
 
 def open_direct(path: Path) -> int | None:
-    """A second descriptor of a file, for writes past the page cache; None where they do not pay.
+    """Open a file again for writes past the page cache (O_DIRECT); None where they are slower.
 
-    Offsets, lengths and memory then are multiples of 4096 bytes. Raises OSError.
+    Offsets, lengths and memory addresses must be multiples of 4096 bytes. Raises OSError.
     """
     flag = getattr(os, "O_DIRECT", 0)
     if not flag or _kind(path) not in _DIRECT_FILE_SYSTEMS:
@@ -94,14 +93,14 @@ def open_direct(path: Path) -> int | None:
 
 
 def may_clone(path: Path) -> bool:
-    """Whether a file system is of a kind that can share blocks; only `clone_range` knows."""
+    """Return whether a file system's kind can share blocks; only `clone_range` knows for sure."""
     return _kind(path) in _CLONING_FILE_SYSTEMS
 
 
 def file_system(path: Path) -> int | bytes:
-    """What is alike for two files between which `clone_range` may do. Raises OSError.
+    """Return an id of a path's file system: `clone_range` needs the same one. Raises OSError.
 
-    Not the device on btrfs: each subvolume says another one, and statfs(2) another `f_fsid`, too.
+    On btrfs it is not the device: that differs by subvolume, as does `f_fsid` of statfs(2).
     """
     if _kind(path) == _BTRFS:
         facts = bytearray(_FS_INFO_BYTES)
@@ -118,17 +117,17 @@ def file_system(path: Path) -> int | bytes:
 
 
 def _kind(path: Path) -> int | None:
-    """The file system's magic number."""
+    """Return the file system's magic number."""
     facts = (ctypes.c_long * 64)()
     call = getattr(_libc, "statfs", None)
     return facts[0] if call is not None and call(os.fsencode(path), facts) == 0 else None
 
 
 def clone_range(source: int, offset: int, target: int, at: int, nbytes: int) -> bool:
-    """Let whole blocks of one file be those of the other, without a copy; False where it cannot.
+    """Share whole blocks of one file with another (ioctl_ficlonerange(2)); False if it cannot.
 
-    Offsets and length count bytes and are multiples of the block size. The caller copies what was
-    not cloned. Raises OSError where there is no space. Source: ioctl_ficlonerange(2).
+    Offsets and length are in bytes, multiples of the block size. The caller copies what was not
+    cloned. Raises OSError if there is no space.
     """
     try:
         fcntl.ioctl(target, _CLONE_RANGE, struct.pack("=qQQQ", source, offset, nbytes, at))
@@ -140,9 +139,9 @@ def clone_range(source: int, offset: int, target: int, at: int, nbytes: int) -> 
 
 
 def copy_in_kernel(source: int, offset: int, target: int, at: int, nbytes: int) -> int:
-    """Bytes that the kernel copied from one file into the other: all, some or none.
+    """Copy bytes between two files with copy_file_range(2); return how many, from the first.
 
-    The caller reads and writes the rest itself. Raises OSError where there is no space.
+    The caller reads and writes the rest itself. Raises OSError if there is no space.
     """
     done = 0
     while done < nbytes:

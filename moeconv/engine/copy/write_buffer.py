@@ -1,4 +1,4 @@
-"""A worker's buffer: bytes that follow one another in the target become one write."""
+"""Collect small pieces that are contiguous in the target into one write."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ BUFFER_BYTES: Final = 1024 * 1024
 
 
 class Writes(Protocol):
-    """Where collected bytes go."""
+    """The target of collected bytes."""
 
     def write(self, view: memoryview, offset: int) -> None:
         """Take bytes that belong at `offset`."""
 
 
 class WriteCombiner:
-    """Small pieces wait here until one comes that does not follow, or finds no room.
+    """A worker's buffer; it is written when a piece is not contiguous or does not fit.
 
-    Bytes stand in their page of memory as they will in the target's, as writing past the page
-    cache asks for.
+    Buffer and target offset are kept congruent modulo the page size, as O_DIRECT requires.
     """
 
     def __init__(self) -> None:
         self._buffer = memoryview(mapped(BUFFER_BYTES))
-        self._at = 0  # where in the target the first byte belongs
-        self._first = self._last = 0  # what waits
+        self._at = 0  # target offset of the first buffered byte
+        self._first = self._last = 0  # which bytes of the buffer are to be written
 
     def place(self, target: Writes, at: int, nbytes: int) -> memoryview:
-        """Where to put the bytes that belong at `at`; a page less than BUFFER_BYTES at most."""
+        """Return the view to fill with the bytes of target offset `at`.
+
+        nbytes: at most BUFFER_BYTES - PAGE_BYTES.
+        """
         if self._last + nbytes > BUFFER_BYTES or at != self._at + self._last - self._first:
             self.flush(target)
             self._at = at
@@ -41,12 +43,12 @@ class WriteCombiner:
         return view
 
     def whole(self, target: Writes) -> memoryview:
-        """The whole buffer, for somebody who empties it before the next call, cut by `pieces`."""
+        """Return the whole, empty buffer to use with `pieces`; it is not written by `flush`."""
         self.flush(target)
         return self._buffer
 
     def flush(self, target: Writes) -> None:
-        """Write what waits. Raises what the target raises."""
+        """Write the buffered bytes. Raises what the target raises."""
         if self._first < self._last:
             target.write(self._buffer[self._first : self._last], self._at)
             self._at += self._last - self._first
@@ -54,9 +56,9 @@ class WriteCombiner:
 
 
 def pieces(at: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
-    """A run that begins at `at`, cut for a buffer: bytes before it, its size, where in the buffer.
+    """Cut a run at target offset `at` to fit a buffer: yield (offset in run, size, buffer offset).
 
-    All but the last end with a page of the target.
+    All pieces but the last end at a page boundary of the target.
     """
     done = 0
     while done < nbytes:

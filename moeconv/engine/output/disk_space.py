@@ -1,4 +1,4 @@
-"""Disk space that an output needs, that is free, and that clones would share with the source."""
+"""Compare the disk space that an output needs with what is free."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ DOCUMENT_BYTES_PER_UNIT: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class DiskSpace:
-    """Free space against what a plan needs, in bytes.
+    """The bytes that an output needs and that are free.
 
-    shared: what of that takes no room where the file system clones, as it seems to.
+    shared: the part of `needed` that takes no space if the file system clones, as it should.
     """
 
     needed: int
@@ -38,7 +38,7 @@ class DiskSpace:
 
 
 def space_needed(plan: Plan, checkpoint: Checkpoint, out: Path) -> DiskSpace:
-    """What the output will take, and what is free where OUT will be."""
+    """Return the space that the output takes, and what is free on its file system."""
     needed = len(plan.index) + sum(s.size for s in checkpoint.sidecars)
     if not plan.virtual:
         needed += plan.file_bytes
@@ -57,21 +57,21 @@ def space_needed(plan: Plan, checkpoint: Checkpoint, out: Path) -> DiskSpace:
     return DiskSpace(needed, facts.f_bavail * facts.f_frsize, shared)
 
 
-def refuse_short(out: Path, room: DiskSpace) -> None:
-    """Raise DiskFull where the plan does not fit."""
-    if room.enough:
+def refuse_short(out: Path, space: DiskSpace) -> None:
+    """Raise DiskFull if the output does not fit."""
+    if space.enough:
         return
-    sharing = f", {human_size(room.shared)} of them can be clones" if room.shared else ""
+    sharing = f", {human_size(space.shared)} of them can be clones" if space.shared else ""
     raise DiskFull(
         f"there is not enough disk space for {quoted(str(out))}",
         at=quoted(str(out)),
-        cause=f"{human_size(room.needed)} are needed{sharing}, {human_size(room.free)} are free",
+        cause=f"{human_size(space.needed)} are needed{sharing}, {human_size(space.free)} are free",
         fix="free some space, or give a directory on another disk",
     )
 
 
 def _clonable(plan: Plan, checkpoint: Checkpoint, place: Path) -> Iterator[int]:
-    """The bytes of each run that stands alike in its blocks on the same file system."""
+    """Yield the bytes of each run that is on OUT's file system and at the same place in a block."""
     if plan.virtual:
         return
     here, block = file_system(place), max(os.statvfs(place).f_bsize, 4096)

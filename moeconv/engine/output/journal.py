@@ -1,7 +1,8 @@
-"""The journal of a run: its plan, the names of its files, and which data files are finished.
+"""Read and write the journal of a run, which `--resume` continues from.
 
-One line of JSON with the plan and all names; then one before each file is renamed into place, with
-its size and time, and one per finished data file. It is in OUT until the manifest is.
+Its first line of JSON has the plan's digest and the names of all files. One line follows before
+each file is renamed into place, with its size and time, and one per finished data file. The
+journal is removed after the manifest is written.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Finished = dict[str, list[list[str]]]  # data file -> digests by tensor and unit
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """The contents of a journal, up to the first line that is not whole."""
+    """The contents of a journal, up to the first incomplete line."""
 
     plan: str
     names: tuple[str, ...]
@@ -62,7 +63,7 @@ def plan_digest(plan: Plan, identity: Json) -> str:
 
 
 def read_journal(out: Path) -> Journal | None:
-    """Return the journal of an unfinished run; None if there is none that can be relied on."""
+    """Return the journal of an unfinished run; None if it is missing or unreadable."""
     if not (out / JOURNAL_NAME).exists():
         return None
     try:
@@ -104,12 +105,12 @@ class JournalFile:
         self._appending = threading.Lock()
 
     def create(self) -> int:
-        """Create and lock it; return its inode. Raises IoFailed, WouldOverwrite."""
+        """Create and lock the journal; return its inode. Raises IoFailed, WouldOverwrite."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with writing(self._path):
             try:
                 self._descriptor = os.open(self._path, flags, 0o666)
-            except (FileExistsError, FileNotFoundError):  # of a run that came at the same moment
+            except (FileExistsError, FileNotFoundError):  # another run started at the same moment
                 raise busy(self._path.parent.parent) from None
         self._lock()
         return os.fstat(self._descriptor).st_ino
@@ -131,13 +132,13 @@ class JournalFile:
         self._append({"plan": plan, "names": list(names), "aside": backup})
 
     def lock(self) -> None:
-        """Lock one that another run left. Raises WouldOverwrite if that run is alive, IoFailed."""
+        """Lock another run's journal. Raises WouldOverwrite if that run is alive, IoFailed."""
         with writing(self._path):
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         self._lock()
 
     def reopen(self) -> None:
-        """Continue the locked one, dropping an incomplete last line. Raises IoFailed."""
+        """Continue the locked journal, dropping an incomplete last line. Raises IoFailed."""
         try:
             raw = read_bytes(self._descriptor, os.fstat(self._descriptor).st_size)
         except OSError as problem:
@@ -149,7 +150,7 @@ class JournalFile:
     def _lock(self) -> None:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = self.held  # else the run that had it ended, and took it away, a moment ago
+            free = self.held  # else the run that had it has just ended and removed it
         except BlockingIOError:
             free = False
         if not free:
@@ -157,11 +158,11 @@ class JournalFile:
             raise busy(self._path.parent.parent)
 
     def finished(self, file: OutputFile, digests: list[list[str]]) -> None:
-        """Record a data file that has its name and is on the disk."""
+        """Record a data file that was renamed into place and fsynced."""
         self._append({"file": file.name, "digests": [list(row) for row in digests]})
 
     def making(self, name: str, facts: os.stat_result) -> None:
-        """Record a complete file that is about to get its name.
+        """Record a complete file that is about to be renamed into place.
 
         Not fsynced: if the record is lost, the file is treated as not made by moeconv.
         """
@@ -203,9 +204,9 @@ def is_bare(out: Path) -> bool:
 
 
 def clear_aborted_start(out: Path) -> bool:
-    """Remove what a run left that was killed before it wrote its journal's first line.
+    """Remove what is left of a run that was killed before it wrote its journal's first line.
 
-    That is an empty `moeconv/`, or one with an incomplete journal; return whether it was that.
+    That is an empty `moeconv/`, or one with an incomplete journal; return whether OUT was that.
     Raises WouldOverwrite if that run is alive, IoFailed.
     """
     path, journal = out / JOURNAL_NAME, JournalFile(out)

@@ -1,4 +1,4 @@
-"""Tell the files of an old output that moeconv wrote, and nobody changed since, from others."""
+"""Find which files in OUT moeconv wrote and nobody has changed since."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _UNKNOWN = "it is newer than the manifest, which has no digests of it; `verify -
 
 
 class Identity(NamedTuple):
-    """What tells that a file is the one that was looked at, and unchanged since."""
+    """The facts of a file that show whether it is still the same and unchanged."""
 
     device: int
     inode: int
@@ -53,13 +53,13 @@ class Identity(NamedTuple):
     ctime_ns: int | None  # None where it has several names: removing one changes it for all
 
     def is_of(self, facts: os.stat_result) -> bool:
-        """Whether what `lstat` says now is the same."""
+        """Return whether these facts are of the same, unchanged file."""
         now = identity_of(facts)
         return now[:-1] == self[:-1] and self.ctime_ns in (None, facts.st_ctime_ns)
 
 
 def identity_of(facts: os.stat_result) -> Identity:
-    """The identity by what `lstat` says."""
+    """Return the identity for the result of `lstat`."""
     ctime_ns = facts.st_ctime_ns if facts.st_nlink == 1 else None
     return Identity(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, ctime_ns)
 
@@ -68,10 +68,9 @@ def identity_of(facts: os.stat_result) -> Identity:
 class Inventory:
     """The files and folders of an output that are moeconv's, and why the others are not.
 
-    folders: each before what is in it. foreign: reason by relative path, folders end in `/`; what
-    somebody changed comes first.
-    trusted: data files of which size, header and times were compared, but not the tensors' bytes;
-    compared: those whose tensors were read, too.
+    folders: parents first. foreign: reason by relative path, folders end in `/`; changed files
+    come first. trusted: data files of which size, header and times were compared, but not the
+    tensors' bytes; compared: data files whose tensors were read, too.
     """
 
     files: dict[str, Identity] = field(default_factory=dict)
@@ -82,7 +81,7 @@ class Inventory:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was not compared before the output was removed, and what had to be read for it."""
+        """Notes on which data files were read before the output was removed, and which were not."""
         out = []
         if self.trusted:
             count = counted(len(self.trusted), "data file")
@@ -109,7 +108,7 @@ class _Listing:
 
 
 def _listed(out: Path) -> _Listing:
-    """Raises OSError for `out` itself."""
+    """List a directory. Raises OSError if `out` itself cannot be read."""
     found, waiting = _Listing(), [""]
     while waiting:
         below = waiting.pop()
@@ -132,15 +131,15 @@ def _listed(out: Path) -> _Listing:
 
 
 def take_inventory(out: Path, limits: Limits) -> Inventory:
-    """Hold everything in OUT against what its manifest or its journal says of it.
+    """Compare everything in OUT with its manifest, or with its journal if it is unfinished.
 
-    Documents and sidecars are compared whole; data files by size, header and times, and by the
-    digests of their tensors where the times say that somebody may have written to them.
-    Raises OSError, and what reading tensors raises for memory.
+    All bytes of documents and sidecars are compared; of data files size, header and times, and the
+    digests of their tensors if the times show that they may have been written to.
+    Raises OSError, and MemoryShort from reading tensors.
     """
     there = _listed(out)
     if ROOT_NAME in there.facts:
-        claims = _of_set(out, there, limits)
+        claims = _of_output(out, there, limits)
     else:
         claims = _of_run(there, read_journal(out) if there.regular(JOURNAL_NAME) else None)
     reasons = claims.reasons
@@ -196,7 +195,7 @@ class _Claims:
 
 # --- an unfinished output ----------------------------------------------------------------------
 def _of_run(there: _Listing, journal: Journal | None) -> _Claims:
-    """What an unfinished run noted just before it gave each file its name."""
+    """Read which files an unfinished run made from its journal."""
     if journal is None:
         return _Claims()
     claims = _Claims(named=journal.names)
@@ -217,28 +216,28 @@ def made_problem(journal: Journal, name: str, facts: os.stat_result) -> str | No
     return None
 
 
-# --- a set -------------------------------------------------------------------------------------
-def _of_set(out: Path, there: _Listing, limits: Limits) -> _Claims:
+# --- a finished output --------------------------------------------------------------------------
+def _of_output(out: Path, there: _Listing, limits: Limits) -> _Claims:
     root_facts = there.regular(ROOT_NAME)
     try:
         root = read_root(out)
     except MoeconvError as problem:
-        # nothing says any more which files are ours
+        # without the root it is not known which files are ours
         return _Claims({ROOT_NAME: f"it cannot be relied on: {problem.message}"})
     if root_facts is None:
         return _Claims({ROOT_NAME: "it is not a regular file"})
     claims = _Claims({ROOT_NAME: None})
     claims.reasons[FILLED_ROOT] = None
-    beside = (root.origin, *root.sidecars, *([root.index] if root.index else []))
-    for entry in beside:
+    others = (root.origin, *root.sidecars, *([root.index] if root.index else []))
+    for entry in others:
         claims.reasons[entry.name] = _file_problem(out, entry, there)
-    later = [root_facts, *(f for e in beside if (f := there.regular(e.name)) is not None)]
+    later = [root_facts, *(f for e in others if (f := there.regular(e.name)) is not None)]
     parts: list[Part] = []
     for entry in root.parts:
         claims.reasons[filled_name(entry.name)] = None
-        claims.reasons[entry.name], its = _part(out, root, entry, there)
-        parts += its
-        if not its and root.ep_size is None:
+        claims.reasons[entry.name], found = _part(out, root, entry, there)
+        parts += found
+        if not found and root.ep_size is None:
             claims.reasons[data_name(entry.name)] = _without_part(
                 there.regular(data_name(entry.name)), root_facts
             )
@@ -260,12 +259,12 @@ def _of_set(out: Path, there: _Listing, limits: Limits) -> _Claims:
 
 
 def _file_problem(out: Path, entry: FileEntry, there: _Listing) -> str | None:
-    """Why a file is not the one that the root names; None where it is, or is not there."""
+    """Return why a file is not the one that the root names; None if it is, or is missing."""
     facts = there.regular(entry.name)
     if facts is None:
         return None if entry.name not in there.facts else "it is not a regular file"
     if facts.st_size == 0:
-        return None  # whoever emptied it has nothing to lose
+        return None  # an empty file has nothing to lose
     if facts.st_size != entry.size:
         return "its size is not the one it was written with"
     try:
@@ -278,7 +277,7 @@ def _file_problem(out: Path, entry: FileEntry, there: _Listing) -> str | None:
 def _part(
     out: Path, root: Root, entry: FileEntry, there: _Listing
 ) -> tuple[str | None, tuple[Part, ...]]:
-    """Why a part is not ours, and what it says as far as it can be read."""
+    """Return why a part is not ours, if so, and its contents as far as they can be read."""
     reason = _file_problem(out, entry, there)
     try:
         raw = read_entry(out, entry, limit=MAX_PART_BYTES)
@@ -298,7 +297,7 @@ def _part(
 
 
 def _lenient(root: Root) -> Root:
-    """The root as it was before digests were filled in."""
+    """Return the root as it was before digests were filled in."""
     return replace(root, unread=True)
 
 
@@ -307,7 +306,7 @@ def _bare(part: Part) -> Part:
 
 
 def _without_part(facts: os.stat_result | None, root: os.stat_result) -> str | None:
-    """A data file whose part is gone: only the times can tell."""
+    """Return why a data file whose part is missing is not ours, by its times alone."""
     if facts is None or not _written_since(facts, root, same_moment=False):
         return None
     return "it was written to after the output was made, and its part is missing"
@@ -332,19 +331,19 @@ def _has_digests(part: Part) -> bool:
 
 
 def _written_since(facts: os.stat_result, root: os.stat_result, *, same_moment: bool) -> bool:
-    """Whether a data file may have been touched after the root, which is written last.
+    """Return whether a data file may have been written to after the root, which is written last.
 
-    same_moment: whether equal times are suspicious, too: clocks of file systems tick slowly.
+    same_moment: whether equal times count, too: clocks of file systems tick slowly.
     """
     pairs = ((facts.st_mtime_ns, root.st_mtime_ns), (facts.st_ctime_ns, root.st_ctime_ns))
-    return any(own > its or (same_moment and own == its) for own, its in pairs)
+    return any(own > last or (same_moment and own == last) for own, last in pairs)
 
 
 def _out_of_order(facts: os.stat_result, later: list[os.stat_result]) -> bool:
-    """Whether a data file is newer than one of the files that are written after all data files.
+    """Return whether a data file is newer than a file that is written after all data files.
 
-    Then they were copied or touched one by one since, and what times say of an edit before that is
-    lost, though the root may be the newest of all.
+    Then the files were copied or touched one by one since, and the times no longer show an edit
+    before that, although the root may be the newest of all.
     """
     return any(
         facts.st_mtime_ns > f.st_mtime_ns or facts.st_ctime_ns > f.st_ctime_ns for f in later
@@ -354,7 +353,7 @@ def _out_of_order(facts: os.stat_result, later: list[os.stat_result]) -> bool:
 def _read_and_compare(
     out: Path, root: Root, suspects: list[Part], limits: Limits
 ) -> dict[str, str | None]:
-    """Hold the tensors of data files against the digests that their parts record."""
+    """Compare the tensors of data files with the digests that their parts record."""
     reasons: dict[str, str | None] = {}
     known = []
     for part in suspects:

@@ -1,4 +1,4 @@
-"""Checks of OUT before anything is written."""
+"""Check OUT before anything is written."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def refuse_existing(
 ) -> Inventory | None:
     """Raise WouldOverwrite unless OUT is absent, empty, or ours and to be replaced or resumed.
 
-    restores: whether the origin is to stand there, which has no manifest.
-    Returns what stands in an OUT that is to be replaced.
+    restores: whether an origin is restored, which has no manifest.
+    Returns the inventory of an OUT that is to be replaced.
     """
     if not os.path.lexists(out):
         _refuse_below_file(out)
         if not overwrite and not resume:
-            _refuse_waiting_backup(out, limits)
+            _refuse_left_backup(out, limits)
         return None
     if not out.is_dir():
         raise WouldOverwrite(
@@ -63,7 +63,7 @@ def refuse_existing(
     names = sorted(os.listdir(out))  # noqa: PTH208 - names, not paths
     if not names:
         if not overwrite and not resume:
-            _refuse_waiting_backup(out, limits)
+            _refuse_left_backup(out, limits)
         return None
     if overwrite and Path.cwd().is_relative_to(out):
         raise UsageProblem(
@@ -83,8 +83,8 @@ def refuse_existing(
     return inventory
 
 
-def _refuse_waiting_backup(out: Path, limits: Limits) -> None:
-    """Raise WouldOverwrite where an old output waits for the end of a run that was killed."""
+def _refuse_left_backup(out: Path, limits: Limits) -> None:
+    """Raise WouldOverwrite if a killed run left a backup of the old output."""
     old = find_backup(out, limits)
     if old is not None:
         raise WouldOverwrite(
@@ -98,7 +98,7 @@ def _refuse_waiting_backup(out: Path, limits: Limits) -> None:
 def _in_use(
     out: Path, names: list[str], limits: Limits, *, unfinished: bool, restores: bool
 ) -> WouldOverwrite:
-    """The error for an OUT that is not empty; the fix is one that works there."""
+    """Return the error for an OUT that is not empty, with a fix for the case at hand."""
     journal = read_journal(out) if unfinished else None
     cause = f"it holds {quoted_list(names, most=1)}"
     fix = "give another directory"
@@ -127,7 +127,7 @@ def _in_use(
 
 
 def _not_ours(out: Path, foreign: dict[str, str]) -> WouldOverwrite:
-    """The error for an OUT with files that `--overwrite` must not remove."""
+    """Return the error for an OUT with files that `--overwrite` must not remove."""
     first, reason = next(iter(foreign.items()))
     changed = any(why != NOT_MADE for why in foreign.values())
     return WouldOverwrite(
@@ -141,10 +141,10 @@ def _not_ours(out: Path, foreign: dict[str, str]) -> WouldOverwrite:
 
 
 def find_backup(out: Path, limits: Limits, *, finished: bool = False) -> OldOutput | None:
-    """The old output of an overwriting run that was killed; None unless it is wholly ours.
+    """Return the backup that a killed overwriting run left; None if other files are in it.
 
-    The journal of that run notes it. There is none where the run had come to its end all but this,
-    or had not made anything yet. finished: OUT is known to be whole, though it has no manifest.
+    The journal of that run names it. There is no journal if the run was killed after its commit or
+    before it made anything. finished: OUT is known to be complete, though it has no manifest.
     Raises OSError.
     """
     journal, backup = read_journal(out), backup_path(out)

@@ -1,7 +1,8 @@
-"""What an earlier run finished: taken up again only where every byte is still what it was."""
+"""Find what an earlier run finished; files are kept only if their digests still match."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from moeconv.checkpoint.header import read_header
@@ -24,7 +25,7 @@ from moeconv.store.documents import file_digest, opened, read_document
 
 
 def identity(checkpoint: Checkpoint) -> Json:
-    """How to know that a source is the same: names, sizes, times and headers of its files."""
+    """Return what identifies a source: names, sizes, times and header digests of its files."""
     files: list[Json] = [
         [f.name, f.size, f.mtime_ns, digest(f.header.raw)] for f in checkpoint.files
     ]
@@ -33,9 +34,9 @@ def identity(checkpoint: Checkpoint) -> Json:
 
 
 def finished_before(out: Path, plan: Plan, journal: Journal, limits: Limits) -> dict[str, Digests]:
-    """The data files that can stay as they are, with their digests; all of them are read again.
+    """Return the digests of the data files that can be kept, by name; all of them are read again.
 
-    A file without digests (`--digests later`) cannot be held against anything and is made anew.
+    A file without recorded digests (`--digests later`) cannot be checked and is written again.
     """
     there: list[DataFile] = []
     planned = []
@@ -56,9 +57,9 @@ def finished_before(out: Path, plan: Plan, journal: Journal, limits: Limits) -> 
 
 
 def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> bool:
-    """Whether OUT holds the restored origin already, whole: all of it is read.
+    """Return whether OUT is already the complete restored origin; all of it is read.
 
-    A run that was killed after its last step leaves no more than that, or an empty `moeconv/`.
+    A run that was killed after its last step leaves only that, and perhaps an empty `moeconv/`.
     """
     parts = out / PARTS_DIR
     if (out / ROOT_NAME).exists() or (parts.is_dir() and any(parts.iterdir())):
@@ -92,27 +93,33 @@ def _same_sidecar(out: Path, sidecar: Sidecar, plan: Plan) -> bool:
     with opened(path, name=sidecar.name) as (_, facts):
         if facts.st_size != sidecar.size:
             return False
-    theirs = file_digest(sidecar.path, name=sidecar.name)
-    return file_digest(path, name=sidecar.name) == theirs
+    expected = file_digest(sidecar.path, name=sidecar.name)
+    return file_digest(path, name=sidecar.name) == expected
 
 
 def _wanted_digests(plan: Plan, checkpoint: Checkpoint, limits: Limits) -> dict[str, Digests]:
-    """The digests that the plan's files must have: recorded, or those of the source's bytes."""
-    known, stacks = recorded(checkpoint).matrices, plan.stacks
-    wanted = {
-        f.name: [[known.get(a, "") for a in addresses(entry_of(t), stacks)] for t in f.tensors]
-        for f in plan.files
-    }
+    """Return the digests that the plan's files must have: recorded, or of the source's bytes."""
+    wanted = _by_file(plan, recorded(checkpoint).matrices)
     if all(value for rows in wanted.values() for row in rows for value in row):
         return wanted
     return digests_of(plan.files, checkpoint.files, limits=limits, progress=lambda _: None)
 
 
-def refuse_other_set(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> None:
-    """Raise CannotResume where the finished set in OUT is not what the plan makes.
+def _by_file(plan: Plan, digests: Mapping[str, str]) -> dict[str, Digests]:
+    """Return digests by address as digests of the plan's files; empty where one is missing."""
+    return {
+        f.name: [
+            [digests.get(a, "") for a in addresses(entry_of(t), plan.stacks)] for t in f.tensors
+        ]
+        for f in plan.files
+    }
 
-    Stacks, layouts and headers are compared, and the bytes where they may be of another source:
-    where SRC records digests, or is newer than the set.
+
+def refuse_other_output(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> None:
+    """Raise CannotResume if the finished output in OUT is not what the plan makes.
+
+    Stacks, layouts and headers are compared; digests too if the source may be another one, that
+    is if SRC records digests, or is newer than the output.
     """
     root = read_root(out)
     totals = (root.tensor_count, root.tensor_bytes, root.ep_size, root.stacks, root.recipes)
@@ -139,7 +146,7 @@ def refuse_other_set(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limi
 
 
 def _of_this_source(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> bool:
-    """Whether a finished set records the digests of SRC's bytes, as far as there is any doubt."""
+    """Return whether a finished output records the digests of SRC's bytes, where in doubt."""
     made, root = (out / ROOT_NAME).stat().st_mtime_ns, read_root(out)
     names = {e.name: e.digest for e in root.sidecars}
     for sidecar in checkpoint.sidecars:
@@ -156,11 +163,5 @@ def _of_this_source(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limit
     both = own is not None and own.manifest.complete and not root.unread
     if not both and all(f.mtime_ns <= made for f in checkpoint.files):
         return True
-    theirs = {a: value for a, _, _, value in open_output(out).manifest.matrices()}
-    held = {
-        f.name: [
-            [theirs.get(a, "") for a in addresses(entry_of(t), plan.stacks)] for t in f.tensors
-        ]
-        for f in plan.files
-    }
-    return held == _wanted_digests(plan, checkpoint, limits)
+    digests = {a: value for a, _, _, value in open_output(out).manifest.matrices()}
+    return _by_file(plan, digests) == _wanted_digests(plan, checkpoint, limits)

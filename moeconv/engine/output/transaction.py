@@ -1,4 +1,4 @@
-"""OUT while it is written: one run at a time; a failed run removes what it made, and only that."""
+"""Write OUT as a transaction: one run at a time; a failed run removes what it made."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
 
 
 def _state(facts: os.stat_result) -> tuple[int, int, int]:
-    """What changes where somebody writes to a file or puts another in its place."""
+    """Return what changes if a file is written to or replaced."""
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def end_run(out: Path, limits: Limits, *, restored: bool = False) -> tuple[str, ...]:
-    """End a run that was killed after its commit: its journal goes, and the old output.
+    """Finish a run that was killed after its commit: remove its journal and the old output.
 
-    restored: OUT is the origin, of which nothing of `moeconv/` stays. Returns notes.
-    Raises WouldOverwrite where that run lives, IoFailed.
+    restored: OUT is a restored origin, so all of `moeconv/` is removed. Returns notes.
+    Raises WouldOverwrite if that run is still alive, IoFailed.
     """
     work = OutputTransaction(out, limits)
     try:
@@ -58,7 +58,7 @@ def end_run(out: Path, limits: Limits, *, restored: bool = False) -> tuple[str, 
 
 @dataclass(slots=True)
 class OutputTransaction:
-    """Remembers what this run made, by inode, to take back that and nothing else."""
+    """The changes that a run makes to OUT, by inode, so that they can be rolled back."""
 
     out: Path
     limits: Limits
@@ -68,13 +68,13 @@ class OutputTransaction:
     made_folders: list[Path] = field(default_factory=list)
     backup: OldOutput | None = None  # the old output, until the new one is complete
     journal: JournalFile | None = None
-    keeps: bool = False  # finished files stay when the run fails, to be resumed
+    keeps: bool = False  # whether finished files stay if the run fails, to be resumed
 
     def prepare(self, plan: str, names: tuple[str, ...], *, overwrite: bool) -> None:
-        """Make OUT with its `moeconv/`, the mark of an unfinished run, and a journal of `names`.
+        """Create OUT with `moeconv/` and a journal that lists `names`.
 
         An old output is renamed, not deleted: it is moved back if this run fails.
-        Raises WouldOverwrite where another run is at work, IoFailed, DiskFull.
+        Raises WouldOverwrite if another run is writing there, IoFailed, DiskFull.
         """
         if overwrite:
             with writing(self.out):
@@ -92,18 +92,18 @@ class OutputTransaction:
         self.journal.begin(plan, names, old)
 
     def lock(self) -> None:
-        """Take the journal that another run left, if there is one.
+        """Lock the journal that another run left, if there is one.
 
-        Raises WouldOverwrite where that run lives, IoFailed.
+        Raises WouldOverwrite if that run is still alive, IoFailed.
         """
         if (self.out / JOURNAL_NAME).exists():
             self.journal = JournalFile(self.out)
             self.journal.lock()
 
     def reopen(self, journal: Journal, kept: Collection[str]) -> None:
-        """Go on where another run was killed: everything but the `kept` files is removed.
+        """Continue a run that was killed: remove its files but the `kept` ones.
 
-        After `lock`. Raises IoFailed.
+        Call `lock` first. Raises IoFailed.
         """
         self.keeps = True
         with writing(self.out):
@@ -121,7 +121,7 @@ class OutputTransaction:
                 self.named[self.out / name] = _state((self.out / name).lstat())
 
     def refuse_appeared(self, journal: Journal) -> None:
-        """Raise WouldOverwrite for what `reopen` would remove and the run before did not make."""
+        """Raise WouldOverwrite for files that `reopen` would remove but the run did not make."""
         for name in journal.names:
             if name in journal.finished or not os.path.lexists(self.out / name):
                 continue  # a data file is read again, and made anew where it is damaged
@@ -134,7 +134,7 @@ class OutputTransaction:
                 )
 
     def _refuse_busy(self) -> None:
-        """Make sure that nobody is at work on the old output."""
+        """Raise WouldOverwrite if another run is writing to the old output."""
         journal = self.out / JOURNAL_NAME
         if journal.exists():
             descriptor = os.open(journal, os.O_RDONLY | os.O_CLOEXEC)
@@ -146,14 +146,14 @@ class OutputTransaction:
                 os.close(descriptor)
 
     def _move_to_backup(self) -> int | None:
-        """Free the place of OUT; the inode of the old output, if there is one.
+        """Rename an old output in OUT to its backup; return its inode, None if there is none.
 
-        If a run that had moved one was killed, that is still the old output.
+        A backup that a killed run left is still the old output.
         """
         backup, left = backup_path(self.out), find_backup(self.out, self.limits)
         there = self.out.is_dir() and any(self.out.iterdir())
         if left is not None and (self.out / ROOT_NAME).exists():
-            remove_output(left)  # left by a run that came to its end all but this
+            remove_output(left)  # of a run that was killed after its commit
         elif left is not None:
             if self.out.is_dir():
                 self._clear()
@@ -173,8 +173,8 @@ class OutputTransaction:
         return backup.stat().st_ino
 
     def _clear(self) -> None:
-        """Remove the unfinished output that the run before left in OUT."""
-        if self.replaced is None:  # nothing but an empty `moeconv/`, if that
+        """Remove the unfinished output that a killed run left in OUT."""
+        if self.replaced is None:  # at most an empty `moeconv/`
             clear_aborted_start(self.out)
             self.out.rmdir()
         elif not remove_output(OldOutput(self.out, self.replaced)):
@@ -186,7 +186,7 @@ class OutputTransaction:
             )
 
     def folder(self, path: Path) -> None:
-        """Make a folder and its parents, remembering each."""
+        """Create a folder and its missing parents, and record each for the rollback."""
         missing = []
         while not path.exists():
             missing.append(path)
@@ -198,7 +198,7 @@ class OutputTransaction:
                 self.made_folders.append(folder)
 
     def rename(self, partial: Path, final: Path) -> None:
-        """Give a complete file its name. Raises IoFailed where somebody put something there."""
+        """Rename a complete file to its final name. Raises IoFailed if that name exists."""
         with writing(final):
             if os.path.lexists(final):
                 raise IoFailed(
@@ -215,7 +215,7 @@ class OutputTransaction:
             self.named[final] = _state(facts)
 
     def refuse_changed(self) -> None:
-        """Raise IoFailed where a file that is in place is not the one that was put there."""
+        """Raise IoFailed if a finished file was changed or replaced since."""
         for path, state in self.named.items():
             with writing(path):
                 if _state(path.lstat()) != state:
@@ -263,21 +263,21 @@ class OutputTransaction:
     def roll_back(self) -> str | None:
         """Remove what this run made and move the old output back; return what could not be."""
         ours = self.journal is not None and self.journal.held
-        if ours:  # else they are those of a run that lives
-            with suppress(OSError):  # where the folder cannot be listed, they stay
+        if ours:  # else they are of a run that is still alive
+            with suppress(OSError):  # if the folder cannot be listed, they stay
                 for path in (self.out / PARTS_DIR).glob(f".*{PARTIAL_SUFFIX}"):
                     with suppress(OSError):
                         path.unlink()
         if self.keeps and ours:
             old = self._where_old()
             return "; ".join(filter(None, ("`--resume` continues from what is finished", old)))
-        for path, inode in reversed(self.made_files):  # first what says that the output is whole
+        for path, inode in reversed(self.made_files):  # the manifest first
             with suppress(OSError):
                 facts = path.lstat()
                 if facts.st_ino == inode and self.named.get(path, _state(facts)) == _state(facts):
-                    path.unlink()  # else somebody changed it meanwhile
+                    path.unlink()  # else another program changed it meanwhile
         for folder in reversed(self.made_folders):
-            with suppress(OSError):  # somebody else put something there: it stays
+            with suppress(OSError):  # not empty: another program put something there
                 folder.rmdir()
         if self.backup is None or not self.backup.path.exists():
             return None

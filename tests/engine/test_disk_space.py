@@ -32,8 +32,8 @@ def test_subvolumes_are_one_file_system(cloning: Path, tmp_path: Path) -> None:
     assert (here / "fused").stat().st_dev != there.stat().st_dev
     near = moeconv.shard(here / "fused", here / "ranks", ep_size=4)
     far = moeconv.shard(here / "fused", there / "ranks", ep_size=4)
-    assert far.room.shared == near.room.shared > far.room.needed * 0.8
-    assert cloned(far) == cloned(near) >= far.room.shared
+    assert far.disk_space.shared == near.disk_space.shared > far.disk_space.needed * 0.8
+    assert cloned(far) == cloned(near) >= far.disk_space.shared
     for place in (here, there):
         subprocess.run(["btrfs", "-q", "subvolume", "delete", place], check=True)
 
@@ -41,7 +41,7 @@ def test_subvolumes_are_one_file_system(cloning: Path, tmp_path: Path) -> None:
 def test_a_source_elsewhere_shares_nothing(cloning: Path, tmp_path: Path) -> None:
     moeconv.fuse(source(tmp_path / "src"), tmp_path / "fused")
     result = moeconv.shard(tmp_path / "fused", cloning / "ranks", ep_size=4)
-    assert result.room.shared == 0 == cloned(result)
+    assert result.disk_space.shared == 0 == cloned(result)
     shutil.rmtree(cloning / "ranks")
 
 
@@ -60,8 +60,8 @@ def test_of_a_mixed_source_only_what_is_near_is_shared(
         mixed = moeconv.shard(cloning / "fused", cloning / "ranks", ep_size=4)
     finally:
         subprocess.run(["umount", files[0]], check=True)
-    assert 0 < mixed.room.shared < whole.room.shared
-    assert mixed.room.shared <= cloned(mixed) < whole.room.needed
+    assert 0 < mixed.disk_space.shared < whole.disk_space.shared
+    assert mixed.disk_space.shared <= cloned(mixed) < whole.disk_space.needed
     shutil.rmtree(cloning / "fused")
     shutil.rmtree(cloning / "ranks")
 
@@ -72,10 +72,10 @@ def test_the_edges_of_a_foreign_source_are_not_shared(
     """Where a tensor begins within a block, its first and last blocks are copied."""
     made = phased(cloning / "src")
     page = moeconv.fuse(made, cloning / "page", dry_run=True)
-    assert page.room.shared == 0  # beginnings differ: no block is alike
+    assert page.disk_space.shared == 0  # beginnings differ: no block is alike
     aligned = moeconv.fuse(made, cloning / "aligned", align="source")
-    assert aligned.room.shared == cloned(aligned)
+    assert aligned.disk_space.shared == cloned(aligned)
     tiles = [t for f in aligned.plan.files for t in f.tiles if t.nbytes >= CLONED_TILE_BYTES]
-    assert aligned.room.shared == sum(t.nbytes - BLOCK for t in tiles)
+    assert aligned.disk_space.shared == sum(t.nbytes - BLOCK for t in tiles)
     shutil.rmtree(cloning / "src")
     shutil.rmtree(cloning / "aligned")
