@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Geometry
 from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe
+from moeconv.layout.region import ProjectionRegions, Region
 
 
 class PackingAxis(NamedTuple):
@@ -64,14 +66,23 @@ class StoredComponent:
     tensors: tuple[StoredTensor, ...]
     places: tuple[tuple[int, int], ...] | None = None
 
-    def place(self, expert: int) -> tuple[StoredTensor, int]:
-        """Return the tensor that holds this expert, and the expert's position along E in it."""
+    def region(self, expert: int) -> Region:
+        """The region that holds this expert's matrices."""
         if self.places is not None:
             number, position = self.places[expert]
-            return self.tensors[number], position
-        if self.line.per_expert:
-            return self.tensors[expert], 0
-        return self.tensors[0], expert
+        elif self.line.per_expert:
+            number, position = expert, 0
+        else:
+            number, position = 0, expert
+        tensor, shape = self.tensors[number], self.geometry
+        # E is outermost, so an expert is one run; a stride of 0: all experts share the tensor
+        step = shape.expert_stride * BITS[self.dtype] // 8
+        return Region(tensor.file, tensor.offset + position * step, shape)
+
+    def regions(self, projection: str) -> ProjectionRegions:
+        """The regions of one of the line's projections."""
+        pair = self.line.projections.index(projection)
+        return ProjectionRegions(self.region, self.geometry, pair)
 
 
 @dataclass(frozen=True, slots=True)

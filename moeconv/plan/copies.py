@@ -1,179 +1,116 @@
-"""Plan the tiles of one output tensor: which runs of source bytes fill each run of its bytes.
+"""Plan the tiles of one output tensor: a pair of regions each, in the source and in the output.
 
-A tile never spans two experts. Where both sides hold a matrix as one run in canonical order it is
-a copy; everything else (transposed, interleaved, shared) is a permutation of one expert.
+A tile never spans two experts. Where both regions are contiguous in canonical order it is a copy;
+everything else (transposed, interleaved, shared) is a permutation of one expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from moeconv.checkpoint.dtypes import BITS
-from moeconv.detect.stack import StoredComponent
 from moeconv.errors import SubByteAxis, quoted
-from moeconv.layout.axes import EXPERT, Geometry
-from moeconv.plan.model import CopyTile, PermuteTile, Span, StridedCopy, Tile
-from moeconv.plan.tensors import ExpertMatrices, PlannedTensor
+from moeconv.layout.axes import Geometry
+from moeconv.plan.model import CopyTile, PermuteTile, Span, Strided, StridedCopy, Tile
+from moeconv.plan.tensors import PlannedTensor
 
 
 def tiles_of(planned: PlannedTensor, *, tensor: int, offset: int) -> Iterator[Tile]:
-    """The tiles of one output tensor that starts at byte `offset` of its file."""
-    if planned.matrices is None:
-        source = planned.source
-        if source is not None and source.nbytes:
-            yield CopyTile(offset, source.nbytes, tensor, 0, source.file, source.offset)
+    """The tiles of one output tensor that starts at byte `offset` of its file.
+
+    tensor: its index in the file. Raises SubByteAxis.
+    """
+    source, target = planned.source, planned.geometry
+    if not planned.nbytes:
         return
-    if planned.nbytes == 0:
-        return
-    yield from _Permuter(planned, planned.matrices, tensor, offset).tiles()
+    if source is not None:
+        yield CopyTile(offset, source.nbytes, tensor, 0, source.file, source.offset)
+    elif target is not None and _is_copy(planned, target):
+        yield from _copies(planned, target, tensor, offset)
+    elif target is not None:
+        yield from _permutations(planned, target, tensor, offset)
 
 
-@dataclass(frozen=True, slots=True)
-class _Strided:
-    """One matrix within a run: offset, shape and strides, in items of `itemsize` bytes."""
+def _is_copy(planned: PlannedTensor, target: Geometry) -> bool:
+    """Whether each matrix is one run of whole bytes on both sides, in canonical order."""
+    bits = BITS[planned.dtype]
+    geometries = (target, *(r.geometry for r in planned.regions))
+    return (
+        (target.expert_stride != 0 or len(planned.keys) == 1)
+        and (target.pair_stride != 0 or len(planned.regions) == 1)
+        and all(g.contiguous for g in geometries)
+        and all(s * bits % 8 == 0 for g in geometries for s in (g.expert_stride, g.pair_stride))
+    )
 
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+
+def _copies(
+    planned: PlannedTensor, target: Geometry, tensor: int, offset: int
+) -> Iterator[CopyTile]:
+    bits = BITS[planned.dtype]
+    run = planned.nbytes // len(planned.keys)
+    nbytes = run // len(planned.regions)
+    pairs = [
+        (r.of, r.offset * bits // 8, place * target.pair_stride * bits // 8)
+        for place, r in enumerate(planned.regions)
+    ]
+    unit = 0
+    for key in planned.keys:
+        for region_of, inner, start in pairs:
+            file, base, _ = region_of(key)
+            yield CopyTile(offset + start, nbytes, tensor, unit, file, base + inner)
+            unit += 1
+        offset += run
 
 
-class _Permuter:
-    """Plans the tiles of one output tensor of a stack."""
-
-    def __init__(
-        self, planned: PlannedTensor, matrices: ExpertMatrices, tensor: int, offset: int
-    ) -> None:
-        self.matrices = matrices
-        self.tensor = tensor
-        self.offset = offset
-        self.bits = BITS[planned.dtype]
-        self.name = planned.name
-        self.keys = matrices.keys
-        self.runs = len(self.keys) if EXPERT in matrices.axes.letters else 1
-        self.run_bytes = planned.nbytes // self.runs
-        self.members = matrices.members
-
-    def tiles(self) -> Iterator[Tile]:
-        if self._is_copy():
-            yield from self._copies()
-            return
-        if self.runs == len(self.keys):
-            for number, key in enumerate(self.keys):
-                yield self._permuted(number, (key,))
-        else:
-            yield self._permuted(0, self.keys)
-
-    def _is_copy(self) -> bool:
-        target = self.matrices.geometry
-        return (
-            self.runs == len(self.keys)
-            and (target.pair_stride != 0 or len(self.members) == 1)
-            and target.contiguous
-            and all(m.geometry.contiguous for m in self.members)
-            and all(
-                stride * self.bits % 8 == 0
-                for g in (target, *(m.geometry for m in self.members))
-                for stride in (g.expert_stride, g.pair_stride)
-            )
-        )
-
-    def _copies(self) -> Iterator[Tile]:
-        target = self.matrices.geometry
-        nbytes = self.run_bytes // len(self.members)
-        pairs = [
-            (
-                member.place,
-                g * target.pair_stride * self.bits // 8,
-                member.geometry.expert_stride * self.bits // 8,
-                member.geometry.pair_stride * projection_place(member, name) * self.bits // 8,
-            )
-            for g, (member, name) in enumerate(
-                zip(self.members, self.matrices.expert.projections, strict=True)
-            )
-        ]
-        base, unit = self.offset, 0
-        for key in self.keys:
-            for place, start, step, inner in pairs:
-                source, position = place(key)
-                at = source.offset + step * position + inner
-                yield CopyTile(base + start, nbytes, self.tensor, unit, source.file, at)
-                unit += 1
-            base += self.run_bytes
-
-    def _permuted(self, number: int, keys: tuple[int, ...]) -> PermuteTile:
+def _permutations(
+    planned: PlannedTensor, target: Geometry, tensor: int, offset: int
+) -> Iterator[PermuteTile]:
+    """A tile for each expert, or a single one where the output has one value for all of them."""
+    bits, name = BITS[planned.dtype], planned.name
+    apart = target.expert_stride or len(planned.keys) == 1
+    groups = [(key,) for key in planned.keys] if apart else [planned.keys]
+    nbytes = planned.nbytes // len(groups)
+    unit = 0
+    for number, keys in enumerate(groups):
         spans: list[Span] = []
-        pieces: list[StridedCopy] = []
+        copies: list[StridedCopy] = []
         taken: set[int] = set()
-        for position, key in enumerate(keys):
-            for g, (member, projection) in enumerate(
-                zip(self.members, self.matrices.expert.projections, strict=True)
-            ):
-                span = self._span(member, key)
+        for key in keys:
+            for place, regions in enumerate(planned.regions):
+                region = regions.of(key)
+                span = Span(region.file, region.base, region.nbytes(bits))
                 if span not in spans:
                     spans.append(span)
-                inner = member.geometry.pair_stride * projection_place(member, projection)
-                source = self._in_items(member.geometry, inner)
-                target = self._in_items(
-                    self.matrices.geometry, self.matrices.geometry.pair_stride * g
-                )
-                pieces.append(
-                    StridedCopy(
-                        unit=(number + position) * len(self.members) + g,
-                        span=spans.index(span),
-                        src_offset=source.offset,
-                        src_strides=source.strides,
-                        dst_offset=target.offset,
-                        dst_strides=target.strides,
-                        shape=source.shape,
-                        repeat=target.offset in taken,
-                    )
-                )
-                taken.add(target.offset)
-        return PermuteTile(
-            self.offset + number * self.run_bytes,
-            self.run_bytes,
-            self.tensor,
-            max(self.bits // 8, 1),
-            tuple(spans),
-            tuple(pieces),
+                here, shape = _in_items(regions.geometry, regions.offset, bits, name)
+                there, _ = _in_items(target, target.pair_stride * place, bits, name)
+                repeat = there.offset in taken
+                copies.append(StridedCopy(unit, spans.index(span), here, there, shape, repeat))
+                taken.add(there.offset)
+                unit += 1
+        itemsize, start = max(bits // 8, 1), offset + number * nbytes
+        yield PermuteTile(start, nbytes, tensor, itemsize, tuple(spans), tuple(copies))
+
+
+def _in_items(
+    geometry: Geometry, offset: int, bits: int, name: str
+) -> tuple[Strided, tuple[int, ...]]:
+    """The matrix at element `offset`, and its shape, both in items of whole bytes.
+
+    Elements of less than a byte are counted in bytes, which requires that the fastest axis fills
+    whole bytes. Raises SubByteAxis.
+    """
+    if bits >= 8:
+        return Strided(offset, tuple(s for _, s in geometry.matrix)), geometry.canonical_shape
+    *outer, (last, step) = geometry.matrix or ((1, 1),)
+    counts = (offset * bits, last * bits, *(s * bits for _, s in outer))
+    if step != 1 or any(n % 8 for n in counts):
+        raise SubByteAxis(
+            f"{quoted(name)} cannot be rearranged: its values do not fill whole bytes",
+            at=quoted(name),
+            cause=f"a value has {bits} bits, and the fastest axis has {last} of them "
+            f"in steps of {step}",
+            fix="choose a layout that keeps the K axis last",
         )
-
-    def _span(self, member: StoredComponent, key: int) -> Span:
-        """The run of the source that holds this expert; E is outermost, so it is one."""
-        tensor, position = member.place(key)
-        if EXPERT not in member.axes.letters:
-            return Span(tensor.file, tensor.offset, tensor.nbytes)
-        run = member.geometry.expert_stride * self.bits // 8
-        return Span(tensor.file, tensor.offset + position * run, run)
-
-    def _in_items(self, geometry: Geometry, offset: int) -> _Strided:
-        shape = geometry.canonical_shape
-        strides = tuple(stride for _, stride in geometry.matrix)
-        if self.bits >= 8:
-            return _Strided(offset, shape, strides)
-        return self._sub_byte(geometry, offset)
-
-    def _sub_byte(self, geometry: Geometry, offset: int) -> _Strided:
-        """Count bytes instead of elements, which requires that the fastest axis fills whole bytes.
-
-        Raises SubByteAxis.
-        """
-        *outer, (last, step) = geometry.matrix or ((1, 1),)
-        counts = (offset * self.bits, last * self.bits, *(s * self.bits for _, s in outer))
-        if step != 1 or any(n % 8 for n in counts):
-            raise SubByteAxis(
-                f"{quoted(self.name)} cannot be rearranged: its values do not fill whole bytes",
-                at=quoted(self.name),
-                cause=f"a value has {self.bits} bits, and the fastest axis has {last} of them "
-                f"in steps of {step}",
-                fix="choose a layout that keeps the K axis last",
-            )
-        shape = (*(n for n, _ in outer), last * self.bits // 8)
-        strides = (*(s * self.bits // 8 for _, s in outer), 1)
-        return _Strided(offset * self.bits // 8, shape, strides)
-
-
-def projection_place(member: StoredComponent, projection: str) -> int:
-    """The position of a projection along G in the tensors of a member."""
-    return member.line.projections.index(projection)
+    strides = (*(s * bits // 8 for _, s in outer), 1)
+    shape = (*(n for n, _ in outer), last * bits // 8)
+    return Strided(offset * bits // 8, strides), shape

@@ -13,7 +13,7 @@ from moeconv.manifest.model import ExpertEntry, RecipeText, StackEntry
 
 @dataclass(frozen=True, slots=True)
 class CopyTile:
-    """One unit that is a single run in the source and in the output."""
+    """One unit whose regions are contiguous: a run of the source and a run of the output."""
 
     start: int
     nbytes: int
@@ -33,19 +33,28 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class StridedCopy:
-    """One unit of a permutation: element (i, j, …) goes from the span to the tile.
+class Strided:
+    """One matrix within a run of bytes: its first item, and the step along each of its axes.
 
-    shape is canonical (O, K, packing); offsets and strides count items of the tile's `itemsize`
-    bytes. repeat: an earlier copy wrote to the same offset, so the bytes must be equal to those.
+    Both count items of the tile's `itemsize` bytes.
+    """
+
+    offset: int
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StridedCopy:
+    """One unit of a permutation: each element goes from its place in a span to one in the tile.
+
+    span: index into the tile's spans. shape: canonical (O, K, packing). repeat: an earlier copy
+    wrote to the same place, so the bytes must be equal to those.
     """
 
     unit: int
     span: int
-    src_offset: int
-    src_strides: tuple[int, ...]
-    dst_offset: int
-    dst_strides: tuple[int, ...]
+    source: Strided
+    target: Strided
     shape: tuple[int, ...]
     repeat: bool = False
 
@@ -67,9 +76,7 @@ class PermuteTile:
         return (
             len(self.spans) == 1
             and self.spans[0].nbytes == self.nbytes
-            and all(
-                p.src_offset == p.dst_offset and p.src_strides == p.dst_strides for p in self.pieces
-            )
+            and all(p.source == p.target for p in self.pieces)
         )
 
 

@@ -8,16 +8,15 @@ from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import Header, StoredTensor
 from moeconv.checkpoint.origin import Origin
 from moeconv.detect.detect import Detection
-from moeconv.detect.stack import StoredComponent
 from moeconv.errors import BadManifest, quoted
 from moeconv.layout.axes import geometry, parse_axes, stored_sizes
-from moeconv.layout.recipe import Component, Line
+from moeconv.layout.region import ProjectionRegions, Region
 from moeconv.manifest.model import ExpertEntry, Manifest
 from moeconv.plan.convert import copied_entries, prove, stack_entry
 from moeconv.plan.model import LedgerEntry, OutputFile, Plan
 from moeconv.plan.pack import output_file
 from moeconv.plan.shard import Sharding, tensors_by_rank
-from moeconv.plan.tensors import ExpertMatrices, PlannedTensor, copied, laid_out, ledger_entries
+from moeconv.plan.tensors import PlannedTensor, copied, laid_out, ledger_entries
 
 
 def plan_restore(detection: Detection, original: Detection, origin: Origin) -> Plan:
@@ -155,23 +154,25 @@ def unchanged_tensor(stored: StoredTensor, expert: ExpertEntry | None) -> Planne
     if expert is None:
         return copied(stored)
     # the manifest counts blocks, not rows
-    bare = parse_axes(expert.axes).without_blocks()
+    axes = parse_axes(expert.axes).without_blocks()
     experts, projections = len(expert.experts), len(expert.projections)
-    sizes = stored_sizes(bare, expert.matrix, experts=experts, projections=projections)
-    member = StoredComponent(
-        line=Line(expert.projections, "{stack}", bare),
-        component=Component(expert.component, bare, "", (bare,)),
-        dtype=stored.dtype,
-        axes=bare,
-        geometry=geometry(bare, sizes),
-        tensors=(stored,),
-        places=tuple((0, position) for position in range(len(expert.experts))),
+    sizes = stored_sizes(axes, expert.matrix, experts=experts, projections=projections)
+    shape = geometry(axes, sizes)
+    step = shape.expert_stride * BITS[stored.dtype] // 8
+
+    def region(position: int) -> Region:
+        return Region(stored.file, stored.offset + position * step, shape)
+
+    return PlannedTensor(
+        stored.name,
+        stored.dtype,
+        stored.shape,
+        nbytes=shape.numel * BITS[stored.dtype] // 8,
+        expert=expert,
+        geometry=shape,
+        keys=tuple(range(experts)),  # by position: two slots may hold one expert
+        regions=tuple(ProjectionRegions(region, shape, pair) for pair in range(projections)),
     )
-    members = (member,) * len(expert.projections)
-    keys = tuple(range(len(expert.experts)))
-    matrices = ExpertMatrices(members, keys, bare, member.geometry, expert)
-    nbytes = member.geometry.numel * BITS[stored.dtype] // 8
-    return PlannedTensor(stored.name, stored.dtype, stored.shape, nbytes, None, matrices)
 
 
 def unchanged_file(file: OutputFile, number: int) -> OutputFile:

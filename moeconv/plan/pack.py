@@ -145,7 +145,7 @@ def output_file(
     tensors: list[OutputTensor] = []
     tiles: list[Tile] = []
     for planned, offset in places:
-        expert = planned.matrices.expert if planned.matrices else None
+        expert = planned.expert
         units = 1 if expert is None else expert.units
         tiles += tiles_of(planned, tensor=len(tensors), offset=offset)
         tensors.append(

@@ -13,40 +13,33 @@ from moeconv.detect.stack import Stack, StoredComponent
 from moeconv.errors import ExpertDtype, StraddlingBlock, quoted
 from moeconv.layout.axes import EXPERT, PAIR, Axes, Geometry, geometry
 from moeconv.layout.recipe import Component, Layout, Line
+from moeconv.layout.region import ProjectionRegions
 from moeconv.manifest.model import ExpertEntry
 from moeconv.plan.model import LedgerEntry
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertMatrices:
-    """The matrices of a stack that an output tensor holds, in the order of a target line.
-
-    members: the stored components that hold the line's projections; keys: the expert at each
-    position along the tensor's E.
-    """
-
-    members: tuple[StoredComponent, ...]
-    keys: tuple[int, ...]
-    axes: Axes
-    geometry: Geometry
-    expert: ExpertEntry
-
-
-@dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One output tensor; `matrices` is None for a plain copy of `source`."""
+    """One output tensor: a copy of `source`, or matrices of experts, read from `regions`.
+
+    expert: its entry in the manifest; geometry: where its matrices are in it; keys: the expert to
+    read for each position along its E; regions: where each of its projections is stored.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    source: StoredTensor | None
-    matrices: ExpertMatrices | None
+    source: StoredTensor | None = None
+    expert: ExpertEntry | None = None
+    geometry: Geometry | None = None
+    keys: tuple[int, ...] = ()
+    regions: tuple[ProjectionRegions, ...] = ()
 
 
 def copied(tensor: StoredTensor) -> PlannedTensor:
     """A tensor that belongs to no expert, unchanged."""
-    return PlannedTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, tensor, None)
+    return PlannedTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +50,9 @@ class OutputGroup:
     number: int  # of the stack, in the manifest
     line: Line
     component: Component
-    members: tuple[StoredComponent, ...]
+    dtype: str
     axes: Axes
+    regions: tuple[ProjectionRegions, ...]
 
     def name(self, number: int | None) -> str:
         """The name of a tensor; number: of the expert or slot, where each has its own."""
@@ -79,7 +73,6 @@ class OutputGroup:
         local: str | None = None,
     ) -> PlannedTensor:
         """One output tensor with these experts; slots and local are as in the manifest."""
-        dtype = self.members[0].dtype
         expert = ExpertEntry(
             stack=self.number,
             experts=experts,
@@ -90,9 +83,10 @@ class OutputGroup:
             slots=slots,
             local=local,
         )
-        nbytes = geometry.numel * BITS[dtype] // 8
-        matrices = ExpertMatrices(self.members, experts, self.axes, geometry, expert)
-        return PlannedTensor(name, dtype, geometry.shape, nbytes, None, matrices)
+        nbytes = geometry.numel * BITS[self.dtype] // 8
+        return PlannedTensor(
+            name, self.dtype, geometry.shape, nbytes, None, expert, geometry, experts, self.regions
+        )
 
     def for_all(self, *, local: str | None = None) -> list[PlannedTensor]:
         """The tensors with every expert in logical order.
@@ -138,7 +132,8 @@ def output_groups(
                 refuse_straddling(stack, one.line, one.component, one.axes)
             refuse_straddling(stack, line, component, axes)
             refuse_two_dtypes(stack, held)
-            yield OutputGroup(stack, number, line, component, held, axes)
+            regions = tuple(m.regions(p) for m, p in zip(held, line.projections, strict=True))
+            yield OutputGroup(stack, number, line, component, held[0].dtype, axes, regions)
 
 
 def refuse_two_dtypes(stack: Stack, joined: tuple[StoredComponent, ...]) -> None:

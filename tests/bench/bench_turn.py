@@ -131,8 +131,8 @@ def ways(tile: PermuteTile, pool: memoryview, memory: BufferPool) -> Ways:
 
     def plain() -> None:
         for p in tile.pieces:
-            target = view(out, p, p.dst_offset, p.dst_strides)
-            target[...] = view(items, p, p.src_offset, p.src_strides)
+            target = view(out, p.target, p.shape)
+            target[...] = view(items, p.source, p.shape)
 
     def copy() -> None:
         out[...] = items[: len(out)]

@@ -15,9 +15,9 @@ from moeconv.core.digest import digest
 from moeconv.engine.copy.buffers import PAGE_BYTES, paged
 from moeconv.engine.copy.permute import memory_of, permute
 from moeconv.errors import UnequalShared
-from moeconv.plan.model import PermuteTile, Span, StridedCopy
+from moeconv.plan.model import PermuteTile, Span, Strided, StridedCopy
 
-# about the blocks that matrices are turned by, of 256 x 256 items
+# about the blocks that matrices are transposed by, of 256 x 256 items
 SIZES = st.sampled_from([1, 2, 3, 31, 255, 256, 257, 511, 512, 513, 600])
 LIBC = ctypes.CDLL(None, use_errno=True)
 ITEMS = st.sampled_from([1, 2, 4, 8])
@@ -34,7 +34,7 @@ def _walled(size: int) -> memoryview:
     return found
 
 
-def _woven(tile: PermuteTile, data: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
+def _permuted(tile: PermuteTile, data: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
     """The tile's items, where no more memory is taken than was said to be."""
     taken = 0
 
@@ -68,51 +68,58 @@ def _tile(
 
 @given(out=SIZES, into=SIZES, step=st.integers(1, 4), place=st.integers(0, 3), itemsize=ITEMS)
 @example(out=300, into=5, step=2, place=1, itemsize=2)  # its last item is the last of all
-def test_matrices_that_stand_turned_between_others_come_out_canonical(
+def test_transposed_matrices_between_others_come_out_canonical(
     out: int, into: int, step: int, place: int, itemsize: int
 ):
     data = _numbers(into * out * step, itemsize)
     place %= step
-    piece = StridedCopy(0, 0, place, (step, out * step), 0, (into, 1), (out, into))
-    found, units = _woven(_tile(itemsize, into * out * step, out * into, piece), data)
+    piece = StridedCopy(
+        0, 0, Strided(place, (step, out * step)), Strided(0, (into, 1)), (out, into)
+    )
+    found, units = _permuted(_tile(itemsize, into * out * step, out * into, piece), data)
     expected = np.ascontiguousarray(data.reshape(into, out, step)[:, :, place].T)
     assert np.array_equal(found.reshape(out, into), expected)
     assert units == [(0, digest(expected.tobytes()))]
 
 
 @given(out=SIZES, into=SIZES, step=st.integers(1, 4), itemsize=ITEMS)
-def test_canonical_matrices_go_turned_between_each_other(
+def test_canonical_matrices_are_interleaved_transposed(
     out: int, into: int, step: int, itemsize: int
 ):
     data = _numbers(step * out * into, itemsize)
     pieces = [
-        StridedCopy(n, 0, n * out * into, (into, 1), n, (step, out * step), (out, into))
+        StridedCopy(
+            n, 0, Strided(n * out * into, (into, 1)), Strided(n, (step, out * step)), (out, into)
+        )
         for n in range(step)
     ]
-    found, units = _woven(_tile(itemsize, step * out * into, step * out * into, *pieces), data)
+    found, units = _permuted(_tile(itemsize, step * out * into, step * out * into, *pieces), data)
     whole = data.reshape(step, out, into)
     assert np.array_equal(found.reshape(into, out, step), whole.transpose(2, 1, 0))
     assert units == [(n, digest(whole[n].tobytes())) for n in range(step)]
 
 
 @given(out=SIZES, into=SIZES, itemsize=ITEMS)
-def test_what_stays_turned_has_the_digest_of_the_canonical_order(
+def test_what_stays_transposed_has_the_digest_of_the_canonical_order(
     out: int, into: int, itemsize: int
 ):
     data = _numbers(into * out, itemsize)
-    piece = StridedCopy(0, 0, 0, (1, out), 0, (1, out), (out, into))
-    found, units = _woven(_tile(itemsize, into * out, into * out, piece), data)
+    piece = StridedCopy(0, 0, Strided(0, (1, out)), Strided(0, (1, out)), (out, into))
+    found, units = _permuted(_tile(itemsize, into * out, into * out, piece), data)
     assert np.array_equal(found, data)
     assert units == [(0, digest(np.ascontiguousarray(data.reshape(into, out).T).tobytes()))]
 
 
 @given(out=SIZES, into=SIZES, itemsize=ITEMS)
-def test_matrices_of_two_files_stand_turned_in_one(out: int, into: int, itemsize: int):
-    """Turned on both sides, and one after the other in the target: both need the spare memory."""
+def test_matrices_of_two_files_are_transposed_into_one(out: int, into: int, itemsize: int):
+    """Transposed on both sides, and one after the other in the target: both need the spare memory."""
     size = out * into
     data = _numbers(2 * size, itemsize)
-    pieces = [StridedCopy(n, n, 0, (1, out), n * out, (1, 2 * out), (out, into)) for n in range(2)]
-    found, units = _woven(_tile(itemsize, (size, size), 2 * size, *pieces), data)
+    pieces = [
+        StridedCopy(n, n, Strided(0, (1, out)), Strided(n * out, (1, 2 * out)), (out, into))
+        for n in range(2)
+    ]
+    found, units = _permuted(_tile(itemsize, (size, size), 2 * size, *pieces), data)
     apart = data.reshape(2, into, out)
     assert np.array_equal(found.reshape(into, 2, out), apart.transpose(1, 0, 2))
     expected = [np.ascontiguousarray(apart[n].T) for n in range(2)]
@@ -121,21 +128,24 @@ def test_matrices_of_two_files_stand_turned_in_one(out: int, into: int, itemsize
 
 def test_what_is_stored_once_must_be_equal():
     data = np.tile(_numbers(700, 2), 2)
-    pieces = [StridedCopy(n, n, 0, (1,), 0, (1,), (700,), repeat=n == 1) for n in range(2)]
+    pieces = [
+        StridedCopy(n, n, Strided(0, (1,)), Strided(0, (1,)), (700,), repeat=n == 1)
+        for n in range(2)
+    ]
     tile = _tile(2, (700, 700), 700, *pieces)
-    found, units = _woven(tile, data)
+    found, units = _permuted(tile, data)
     assert np.array_equal(found, data[:700])
     assert units[0][1] == units[1][1] == digest(data[:700].tobytes())
     data[-1] += 1
     with pytest.raises(UnequalShared, match="differs between matrices"):
-        _woven(tile, data)
+        _permuted(tile, data)
 
 
 @pytest.mark.parametrize("shape", [(), (700,), (3, 300, 2)])
-def test_shapes_that_are_no_matrix_go_as_they_are_told(shape: tuple[int, ...]):
+def test_shapes_of_other_ranks_are_copied_by_their_strides(shape: tuple[int, ...]):
     data = _numbers(2 * prod(shape), 2)
     steps = tuple(int(n) // 2 for n in np.empty(shape, np.uint16).strides)
-    piece = StridedCopy(0, 0, 1, tuple(2 * n for n in steps), 0, steps, shape)
-    found, units = _woven(_tile(2, 2 * prod(shape), prod(shape), piece), data)
+    piece = StridedCopy(0, 0, Strided(1, tuple(2 * n for n in steps)), Strided(0, steps), shape)
+    found, units = _permuted(_tile(2, 2 * prod(shape), prod(shape), piece), data)
     assert np.array_equal(found, data[1::2])
     assert units == [(0, digest(data[1::2].tobytes()))]

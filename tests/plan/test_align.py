@@ -85,9 +85,7 @@ def grouped(*positions: tuple[float, SourcePosition]) -> list[int]:
 def groups(*positions: tuple[float, SourcePosition]) -> list[list[int]]:
     """The numbers of the tensors in each file."""
     sizes = [int(size * MIB) for size, _ in positions]
-    planned = [
-        PlannedTensor(f"t{n}", "U8", (size,), size, None, None) for n, size in enumerate(sizes)
-    ]
+    planned = [PlannedTensor(f"t{n}", "U8", (size,), size) for n, size in enumerate(sizes)]
     found = by_source_position(
         planned, {f"t{n}": source_position for n, (_, source_position) in enumerate(positions)}
     )

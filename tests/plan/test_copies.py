@@ -16,7 +16,7 @@ from moeconv.layout.recipe import Component, Line
 from moeconv.manifest.model import ExpertEntry
 from moeconv.plan.copies import tiles_of
 from moeconv.plan.model import CopyTile, PermuteTile, Tile
-from moeconv.plan.tensors import ExpertMatrices, PlannedTensor, copied
+from moeconv.plan.tensors import PlannedTensor, copied
 
 Items = NDArray[np.uint16]
 BITS = {"U16": 16, "F4": 4}
@@ -66,9 +66,9 @@ def target(
     parsed = parse_axes(axes)
     shape = geometry(parsed, sizes | {"E": len(experts)})
     entry = ExpertEntry(0, experts, projections, "weight", axes, shape.canonical_shape)
-    matrices = ExpertMatrices(members, experts, parsed, shape, entry)
+    regions = tuple(m.regions(p) for m, p in zip(members, projections, strict=True))
     nbytes = shape.numel * BITS[dtype] // 8
-    return PlannedTensor("out", dtype, shape.shape, nbytes, None, matrices)
+    return PlannedTensor("out", dtype, shape.shape, nbytes, None, entry, shape, experts, regions)
 
 
 def filled(planned: PlannedTensor, tiles: list[Tile], files: list[Items], start: int) -> Items:
@@ -86,8 +86,8 @@ def filled(planned: PlannedTensor, tiles: list[Tile], files: list[Items], start:
             span = tile.spans[copy.span]
             held = files[span.file][span.offset // 2 :][: span.nbytes // 2]
             for index in np.ndindex(copy.shape):
-                to = copy.dst_offset + int(np.dot(index, copy.dst_strides))
-                here[to] = held[copy.src_offset + int(np.dot(index, copy.src_strides))]
+                to = copy.target.offset + int(np.dot(index, copy.target.strides))
+                here[to] = held[copy.source.offset + int(np.dot(index, copy.source.strides))]
     assert at == start + planned.nbytes
     return out
 
@@ -163,7 +163,7 @@ def test_one_value_for_both_projections_is_compared() -> None:
     (tile,) = tiles_of(planned, tensor=0, offset=0)
     assert isinstance(tile, PermuteTile)
     assert [copy.repeat for copy in tile.pieces] == [False, True]
-    assert [copy.dst_offset for copy in tile.pieces] == [0, 0]
+    assert [copy.target.offset for copy in tile.pieces] == [0, 0]
 
 
 def test_interleaved_rows_as_they_are_keep_their_bytes() -> None:

@@ -1,4 +1,4 @@
-"""Permuting tiles: turn, interleave or split the matrices of one expert, digests on the way."""
+"""Permuting tiles: transpose, interleave or split one expert's matrices, with their digests."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from moeconv.core.digest import digest
 from moeconv.engine.copy.buffers import Allocate, paged
 from moeconv.errors import UnequalShared
-from moeconv.plan.model import PermuteTile, Span, StridedCopy
+from moeconv.plan.model import PermuteTile, Span, Strided
 
 Items: TypeAlias = "NDArray[np.generic]"
 ReadSpan: TypeAlias = Callable[[Span, memoryview], memoryview]
 
-# Items of a square block, two of which stay in the second-level cache: bf16 is turned at 2 to
+# Items of a square block, two of which stay in the second-level cache: bf16 is transposed at 2 to
 # 4 GB/s, by plain NumPy at 0.3.
 _BLOCK = 256
 # Items between the rows of a block: rows a power of two apart would meet in one set of the cache.
@@ -27,18 +27,18 @@ _GAP = 32
 # to pick them from what is not in the cache yet is slow.
 _FARTHEST = 2
 _READ_SHAPE = (_BLOCK, _FARTHEST * _BLOCK + _GAP)
-_TURNED_SHAPE = (_BLOCK, _BLOCK + _GAP)
+_TRANSPOSED_SHAPE = (_BLOCK, _BLOCK + _GAP)
 
 
 def memory_of(tile: PermuteTile) -> int:
-    """Bytes that `permute` takes: spans, the tile, one canonical matrix, the blocks to turn by."""
+    """Bytes that `permute` takes: spans, the tile, one canonical matrix, two blocks."""
     blocks = [span.nbytes for span in tile.spans]
     blocks += [] if tile.is_identity else [tile.nbytes]
     return sum(map(paged, [*blocks, _largest_matrix(tile), _block_bytes(tile)]))
 
 
 def _block_bytes(tile: PermuteTile) -> int:
-    return (prod(_READ_SHAPE) + prod(_TURNED_SHAPE)) * tile.itemsize
+    return (prod(_READ_SHAPE) + prod(_TRANSPOSED_SHAPE)) * tile.itemsize
 
 
 def _largest_matrix(tile: PermuteTile) -> int:
@@ -59,14 +59,13 @@ def permute(
     units: list[tuple[int, str]] = []
     if tile.is_identity:
         units = [
-            (p.unit, _digest(view(spans[p.span], p, p.src_offset, p.src_strides), desk))
-            for p in tile.pieces
+            (p.unit, _digest(view(spans[p.span], p.source, p.shape), desk)) for p in tile.pieces
         ]
         return spans[0].view(np.uint8).data, units
     out = np.frombuffer(take(tile.nbytes), dtype=dtype)
     for piece in tile.pieces:
-        source = view(spans[piece.span], piece, piece.src_offset, piece.src_strides)
-        target = view(out, piece, piece.dst_offset, piece.dst_strides)
+        source = view(spans[piece.span], piece.source, piece.shape)
+        target = view(out, piece.target, piece.shape)
         if piece.repeat:
             if not np.array_equal(source, target):
                 raise UnequalShared(
@@ -76,7 +75,7 @@ def permute(
                 )
         else:
             _move(target, source, desk)
-        # of the side that need not be turned for it
+        # of the side that need not be transposed for it
         units.append((piece.unit, _digest(source if source.flags.c_contiguous else target, desk)))
     return out.view(np.uint8).data, units
 
@@ -97,18 +96,18 @@ class _Scratch:
         return data.reshape(matrix.shape)
 
     def blocks(self) -> tuple[Items, Items]:
-        """A block as it is read, `_READ_SHAPE`, and one turned, `_TURNED_SHAPE`."""
+        """A block as it is read, `_READ_SHAPE`, and one transposed, `_TRANSPOSED_SHAPE`."""
         if self._blocks is None:
             items = np.frombuffer(self._take(_block_bytes(self._tile)), f"u{self._tile.itemsize}")
-            read, turned = np.split(items, [prod(_READ_SHAPE)])
-            self._blocks = read.reshape(_READ_SHAPE), turned.reshape(_TURNED_SHAPE)
+            read, transposed = np.split(items, [prod(_READ_SHAPE)])
+            self._blocks = read.reshape(_READ_SHAPE), transposed.reshape(_TRANSPOSED_SHAPE)
         return self._blocks
 
 
-def view(items: Items, piece: StridedCopy, offset: int, strides: tuple[int, ...]) -> Items:
-    """The piece's matrix of canonical shape in a span or tile; offset and strides count items."""
-    steps = tuple(s * items.itemsize for s in strides)
-    return as_strided(items[offset:], shape=piece.shape, strides=steps)
+def view(items: Items, place: Strided, shape: tuple[int, ...]) -> Items:
+    """The matrix of canonical shape that is at `place` in a span or tile."""
+    steps = tuple(s * items.itemsize for s in place.strides)
+    return as_strided(items[place.offset :], shape=shape, strides=steps)
 
 
 def _digest(matrix: Items, desk: _Scratch) -> str:
@@ -134,14 +133,14 @@ def _move(target: Items, source: Items, desk: _Scratch) -> None:
     wide = as_strided(
         source, (rows, (columns - 1) * step + 1), (source.strides[0], source.itemsize)
     )
-    read, turned = desk.blocks()
+    read, transposed = desk.blocks()
     for j in range(0, columns, _BLOCK):
         for i in range(0, rows, _BLOCK):
             part = wide[i : i + _BLOCK, j * step : (j + _BLOCK - 1) * step + 1]
             height, width = part.shape
             read[:height, :width] = part
             picked = read[:height, :width:step].T
-            across = turned[: picked.shape[0], :height]
+            across = transposed[: picked.shape[0], :height]
             across[...] = picked
             target.T[j : j + _BLOCK, i : i + _BLOCK] = across
 
