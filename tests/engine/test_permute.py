@@ -112,7 +112,7 @@ def test_what_stays_transposed_has_the_digest_of_the_canonical_order(
 
 @given(out=SIZES, into=SIZES, itemsize=ITEMS)
 def test_matrices_of_two_files_are_transposed_into_one(out: int, into: int, itemsize: int):
-    """Transposed on both sides, and one after the other in the target: both need the spare memory."""
+    """Transposed on both sides, one after the other in the target: both need spare memory."""
     size = out * into
     data = _numbers(2 * size, itemsize)
     pieces = [
