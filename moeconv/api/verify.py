@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Final, Unpack
@@ -20,10 +20,9 @@ from moeconv.engine.options import Meter
 from moeconv.errors import Damaged, MoeconvError, NotASet, UsageProblem, quoted
 from moeconv.layout.recipe import Recipe
 from moeconv.layout.shipped import load_recipe, shipped_recipe
-from moeconv.manifest.model import ROOT_NAME, Manifest
+from moeconv.manifest.model import ROOT_NAME, FileEntry, Manifest
 from moeconv.store.documents import unreadable
 from moeconv.verification.against_source import compare_source, tensor_differences
-from moeconv.verification.diff import Difference, differences
 from moeconv.verification.digests import (
     Contents,
     compare_digests,
@@ -47,7 +46,9 @@ from moeconv.verification.report import (
     MAX_REPORTED,
     SOURCE,
     STRUCTURE,
+    Difference,
     VerifyReport,
+    differences,
     limit_problems,
 )
 from moeconv.verification.sidecars import origin_problems, sidecar_problems
@@ -75,6 +76,38 @@ def verify(
     raises for SRC.
     """
     options = ReadOptions(**keywords)
+    level = _checked_level(level, source, fill=fill)
+    place = locate(out)
+    if source is not None:
+        source = locate(source)
+        _refuse_nested(place, source)
+    if fill:
+        finish_fill(place)
+    report, sidecars = _structure(place, level)
+    if report.problems or level == STRUCTURE:
+        return report
+    limits, meter = options.limits(), Meter(0, options.progress)
+    problems = [p for entry in sidecars for p in compare_file(place, entry)]
+    if source is None:
+        try:
+            problems += _reread(place, limits, meter)
+        except MoeconvError as problem:  # damage that only the data shows
+            problems = problems or [problem]
+    else:
+        opened, original = (options.open(s) for s in (place, source))
+        meter.total = opened.checkpoint.tensor_bytes
+        found, warnings = _compare(opened, original, options.recipe, limits, meter)
+        problems += found
+        report = replace(report, warnings=(*report.warnings, *warnings))
+        own = opened.checkpoint.origin
+        if fill and own is not None and not own.manifest.complete and not problems:
+            filled = _fill(place, own.manifest, opened, limits, meter)
+            report = replace(report, fingerprint=filled.root.fingerprint)
+    return replace(report, problems=limit_problems(problems), bytes_read=meter.done)
+
+
+def _checked_level(level: str | None, source: str | Path | None, *, fill: bool) -> str:
+    """Return the level, or its default. Raises UsageProblem for a wrong combination."""
     level = level or (DIGEST if source is None else SOURCE)
     if level not in LEVELS or (level == SOURCE) != (source is not None):
         raise UsageProblem(
@@ -88,47 +121,14 @@ def verify(
             cause="digests are added only after every byte has been compared",
             fix="use `--level source --source SRC --fill`",
         )
-    place = locate(out)
-    if source is not None:
-        source = locate(source)
-        _refuse_nested(place, source)
-    if fill:
-        finish_fill(place)
-    manifest, problems, warnings = _structure(place, level)
-    summary = _summary(manifest)
-    if problems or level == STRUCTURE:
-        return _report(level, problems, summary, warnings, bytes_read=0)
-    limits, meter = options.limits(), Meter(0, options.progress)
-    ours = manifest is not None
-    if manifest is not None:
-        problems += [p for entry in manifest.root.sidecars for p in compare_file(place, entry)]
-    del manifest  # read again with the rest of OUT; two manifests of a million tensors are too many
-    try:
-        if source is None:
-            problems += _reread(place, limits, meter) if ours else []
-        else:
-            opened, original = (options.open(s) for s in (place, source))
-            meter.total = opened.checkpoint.tensor_bytes
-            found, more = _compare(opened, original, options.recipe, limits, meter)
-            problems += found
-            warnings += more
-            own = opened.checkpoint.origin
-            if fill and own is not None and not own.manifest.complete and not problems:
-                summary = _summary(_fill(place, own.manifest, opened, limits, meter))
-    except MoeconvError as problem:
-        # damage that only the data shows belongs in the report, too; a missing SRC does not
-        if not ours or source is not None:
-            raise
-        if not problems:
-            problems.append(problem)
-    return _report(level, problems, summary, warnings, bytes_read=meter.done)
+    return level
 
 
 def _refuse_nested(place: Path, source: Path) -> None:
     """Raise UsageProblem if SRC is OUT, or one is inside the other."""
     one, other = (Path(os.path.realpath(p)) for p in (place, source))
     if one.is_relative_to(other) or other.is_relative_to(one) or one.samefile(other):
-        raise _itself(source, f"it is {quoted(str(other))}, OUT is {quoted(str(one))}")
+        raise _same_error(source, f"it is {quoted(str(other))}, OUT is {quoted(str(one))}")
 
 
 def _refuse_same_files(out: Checkpoint, source: Checkpoint) -> None:
@@ -139,7 +139,7 @@ def _refuse_same_files(out: Checkpoint, source: Checkpoint) -> None:
     for file in source.files:
         if (name := mine.get(_inode(file.path))) is not None:
             cause = f"{quoted(str(file.path))} is the same file as {quoted(name)} of OUT"
-            raise _itself(source.root, cause)
+            raise _same_error(source.root, cause)
 
 
 def _inode(path: Path) -> tuple[int, int]:
@@ -150,7 +150,7 @@ def _inode(path: Path) -> tuple[int, int]:
     return facts.st_dev, facts.st_ino
 
 
-def _itself(source: Path, cause: str) -> UsageProblem:
+def _same_error(source: Path, cause: str) -> UsageProblem:
     return UsageProblem(
         f"{quoted(str(source))} is OUT itself: comparing it with itself proves nothing",
         cause=cause,
@@ -165,7 +165,7 @@ def _compare(
     limits: Limits,
     meter: Meter,
 ) -> tuple[list[MoeconvError], list[str]]:
-    """How OUT differs from its source, and warnings; nothing that OUT says is trusted."""
+    """Return how OUT differs from SRC, and warnings. Nothing that OUT records is trusted."""
     _refuse_same_files(out.checkpoint, source.checkpoint)
     pairs = [(side.checkpoint, side.detection.checked()) for side in (out, source)]
     problems = tensor_differences(out.detection, source.detection)
@@ -191,9 +191,9 @@ def _compare(
 def _trusted(
     source: Opened, recipe: str | Path | None, fallback: dict[str, Recipe] | None = None
 ) -> Trusted:
-    """The recipe to trust for a stack of SRC: the user's, else the shipped one of its name.
+    """Return the recipe to trust for a stack of SRC: the user's, or the shipped one of its name.
 
-    Failing both, that of `fallback` (by stack), else the one that SRC carries.
+    Without either, the one in `fallback` (by stack), or else the one that SRC carries.
     """
     if source.checkpoint.origin is None:
         return lambda stack: stack.recipe
@@ -210,7 +210,7 @@ def _trusted(
 
 
 def _reread(place: Path, limits: Limits, meter: Meter) -> list[MoeconvError]:
-    """Problems that show when all tensors of an output are read again."""
+    """Read all tensors of an output and compare them with their recorded digests."""
     opened = open_source(place)
     checkpoint, detection = opened.checkpoint, opened.detection.checked()
     if checkpoint.origin is None:
@@ -225,7 +225,7 @@ def _reread(place: Path, limits: Limits, meter: Meter) -> list[MoeconvError]:
 
 
 def _fill(place: Path, manifest: Manifest, side: Opened, limits: Limits, meter: Meter) -> Manifest:
-    """Write the digests that OUT lacks; its completed manifest."""
+    """Write the digests that OUT lacks; return its completed manifest."""
     meter.total += side.checkpoint.tensor_bytes
     found = contents(
         side.checkpoint, side.detection.checked(), limits=limits, progress=meter.advance
@@ -233,65 +233,39 @@ def _fill(place: Path, manifest: Manifest, side: Opened, limits: Limits, meter: 
     return fill_digests(place, manifest, {a: m.digest for a, m in found.matrices.items()})
 
 
-def _structure(place: Path, level: str) -> tuple[Manifest | None, list[MoeconvError], list[str]]:
-    """OUT's manifest, with the problems and warnings about everything but its data."""
-    if (place / ROOT_NAME).exists():
-        manifest, problems = check_structure(place)
-        if manifest is None:
-            return None, problems, []
-        added, warnings = foreign_problems(place, manifest)
-        problems += added
-        if manifest.root.source is not None and not problems:
-            try:
-                problems = virtual_problems(open_source(place).detection.checked(), manifest)
-            except MoeconvError as problem:
-                problems = [problem]
-        return manifest, problems, warnings
-    if level == SOURCE:
-        return None, [], []
-    open_checkpoint(place)
-    raise NotASet(
-        f"{quoted(str(place))} was not written by moeconv",
-        cause=f"it has no `{ROOT_NAME}`, so its bytes cannot be checked against anything",
-        fix="compare it with its source: `moeconv verify OUT --level source --source SRC`",
-    )
+def _structure(place: Path, level: str) -> tuple[VerifyReport, tuple[FileEntry, ...]]:
+    """Check everything but OUT's data; return a report, and the sidecars that OUT's root names.
 
-
-@dataclass(frozen=True, slots=True)
-class _Summary:
-    """What a report says about an output: data files, tensors, fingerprint."""
-
-    files: int
-    tensors: int
-    fingerprint: str | None
-
-
-def _summary(manifest: Manifest | None) -> _Summary:
-    parts = manifest.parts if manifest else ()
-    return _Summary(
-        files=sum(bool(p.file) for p in parts),
-        tensors=sum(len(p.tensors) for p in parts),
-        fingerprint=manifest.root.fingerprint if manifest else None,
-    )
-
-
-def _report(
-    level: str,
-    problems: list[MoeconvError],
-    summary: _Summary,
-    warnings: list[str],
-    *,
-    bytes_read: int,
-) -> VerifyReport:
-    return VerifyReport(
-        level=level,
-        problems=limit_problems(problems),
-        files=summary.files,
-        tensors=summary.tensors,
-        bytes_read=bytes_read,
-        fingerprint=summary.fingerprint,
+    The manifest itself is not returned: of a million tensors, it must not be in memory twice.
+    """
+    if not (place / ROOT_NAME).exists():
+        if level == SOURCE:
+            return VerifyReport(level), ()
+        open_checkpoint(place)
+        raise NotASet(
+            f"{quoted(str(place))} was not written by moeconv",
+            cause=f"it has no `{ROOT_NAME}`, so its bytes cannot be checked against anything",
+            fix="compare it with its source: `moeconv verify OUT --level source --source SRC`",
+        )
+    manifest, problems = check_structure(place)
+    if manifest is None:
+        return VerifyReport(level, limit_problems(problems)), ()
+    added, warnings = foreign_problems(place, manifest)
+    problems += added
+    if manifest.root.source is not None and not problems:
+        try:
+            problems = virtual_problems(open_source(place).detection.checked(), manifest)
+        except MoeconvError as problem:
+            problems = [problem]
+    report = VerifyReport(
+        level,
+        limit_problems(problems),
+        files=sum(bool(p.file) for p in manifest.parts),
+        tensors=sum(len(p.tensors) for p in manifest.parts),
+        fingerprint=manifest.root.fingerprint,
         warnings=tuple(warnings),
     )
+    return report, manifest.root.sidecars
 
 
 @system_errors()

@@ -25,8 +25,7 @@ from moeconv.core.text import counted, human_size
 from moeconv.errors import printable, quoted
 
 if TYPE_CHECKING:
-    from moeconv.verification.diff import Difference
-    from moeconv.verification.report import VerifyReport
+    from moeconv.verification.report import Difference, VerifyReport
 
 Found = TypeVar("Found")
 Flags: TypeAlias = Mapping[str, object]

@@ -13,9 +13,8 @@ from moeconv.cli.convert import fuse, merge, shard, unfuse
 from moeconv.cli.demo import demo
 from moeconv.cli.inspect import inspect
 from moeconv.cli.placement import placement
+from moeconv.cli.process import SIGNAL_EXITS, ignore_signals, install_handlers, open_streams
 from moeconv.cli.recipes import recipes
-from moeconv.cli.signals import SIGNAL_EXITS, ignore_signals, install_handlers
-from moeconv.cli.streams import open_streams
 from moeconv.core.system_errors import system_failure
 from moeconv.errors import IoFailed
 from moeconv.version import __version__

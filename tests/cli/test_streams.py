@@ -160,7 +160,7 @@ def test_a_name_that_is_no_text_changes_no_exit_code(tmp_path: Path) -> None:
 
 
 def test_no_file_gets_the_number_of_a_stream(tmp_path: Path) -> None:
-    code = "import os, sys; from moeconv.cli.streams import open_streams; open_streams();"
+    code = "import os, sys; from moeconv.cli.process import open_streams; open_streams();"
     code += (
         f"print(os.open('{tmp_path}/x', os.O_CREAT | os.O_RDWR), file=open('{tmp_path}/n', 'w'))"
     )
