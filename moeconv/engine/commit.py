@@ -11,11 +11,11 @@ from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.digest import digest, hasher
 from moeconv.core.signals import defer_signals
-from moeconv.engine.copy.digests import Digests
+from moeconv.engine.copy.buffers import BUFFER_BYTES
 from moeconv.engine.copy.disk_sink import DiskSink
 from moeconv.engine.copy.methods import CopyMethods
 from moeconv.engine.copy.pool import Limits, Progress, run_tiles
-from moeconv.engine.copy.write_buffer import BUFFER_BYTES
+from moeconv.engine.copy.sink import Digests
 from moeconv.engine.manifest_writer import (
     document,
     document_names,

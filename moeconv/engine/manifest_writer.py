@@ -12,7 +12,7 @@ from moeconv.core.digest import digest, fingerprint
 from moeconv.core.names import natural_key
 from moeconv.core.schema import MAX_TEXT_BYTES
 from moeconv.core.strict_json import encodable
-from moeconv.engine.copy.digests import Digests
+from moeconv.engine.copy.sink import Digests
 from moeconv.errors import InternalError, NotVirtual, quoted
 from moeconv.manifest.model import (
     ORIGIN_NAME,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
-from moeconv.engine.copy.digests import (
+from moeconv.engine.copy.sink import (
     LATER,
     TAKE,
     Digests,

@@ -11,10 +11,9 @@ import numpy as np
 
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.detect.detect import Detection
-from moeconv.engine.copy.digests import Digests
+from moeconv.engine.copy.buffers import BUFFER_BYTES
 from moeconv.engine.copy.pool import Limits, Progress, run_tiles
-from moeconv.engine.copy.sink import Sink, SourcePosition
-from moeconv.engine.copy.write_buffer import BUFFER_BYTES
+from moeconv.engine.copy.sink import Digests, Sink, SourcePosition
 from moeconv.engine.manifest_writer import entry_of
 from moeconv.engine.recorded_digests import Recorded, recorded
 from moeconv.errors import Damaged, MoeconvError, TensorNotInFile, quoted

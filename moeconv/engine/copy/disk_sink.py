@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from moeconv.engine.copy.buffers import PAGE_BYTES, begins_page
-from moeconv.engine.copy.digests import Digests
 from moeconv.engine.copy.methods import CopyMethods, whole_blocks
-from moeconv.engine.copy.sink import Sink, SourcePosition
+from moeconv.engine.copy.sink import Digests, Sink, SourcePosition
 from moeconv.engine.copy.sources import SourceFile
 from moeconv.engine.copy.syscalls import (
     drop_cached,

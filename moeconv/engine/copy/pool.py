@@ -12,8 +12,7 @@ from moeconv.checkpoint.source import DataFile
 from moeconv.core.digest import EMPTY_DIGEST
 from moeconv.core.signals import defer_signals
 from moeconv.engine.copy.buffers import BufferPool
-from moeconv.engine.copy.digests import TAKE, Digests, FilePolicy, take_all
-from moeconv.engine.copy.sink import HashSink, Sink
+from moeconv.engine.copy.sink import TAKE, Digests, FilePolicy, HashSink, Sink, take_all
 from moeconv.engine.copy.sources import Sources, opened
 from moeconv.engine.copy.worker import Stopped, TileRunner
 from moeconv.errors import IoFailed, MoeconvError, UsageProblem

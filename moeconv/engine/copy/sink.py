@@ -1,14 +1,49 @@
-"""Sinks: where a worker puts the bytes of an output file, such as a disk or a comparison."""
+"""What a worker does with the bytes of an output file: the sink that takes them, and digests.
+
+Each unit of a file, a logical matrix or another whole tensor, gets its digest by a `FilePolicy`:
+computed from its bytes, known, or left for later.
+"""
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
 
-from moeconv.engine.copy.digests import Digests
 from moeconv.engine.copy.sources import SourceFile
 from moeconv.plan.model import OutputFile
 
 SourcePosition: TypeAlias = tuple[SourceFile, int]  # an open source file and an offset in it
+
+Digests: TypeAlias = list[list[str]]  # [tensor][unit]; empty where a digest is left for later
+
+
+@dataclass(frozen=True, slots=True)
+class UnitDigest:
+    """How one unit gets its digest: `TAKE`, `LATER` or a `known` one.
+
+    value: the recorded digest of a known one, otherwise empty.
+    """
+
+    how: Literal["take", "later", "known"]
+    value: str = ""
+
+
+TAKE: Final = UnitDigest("take")  # read the bytes and compute it
+LATER: Final = UnitDigest("later")  # leave it out; `verify --fill` adds it
+
+
+def known(value: str) -> UnitDigest:
+    """Return a digest that the source's manifest records: the bytes need not be read for it."""
+    return UnitDigest("known", value)
+
+
+FilePolicy: TypeAlias = Callable[[int, int], UnitDigest]  # (tensor, unit) of one output file
+
+
+def take_all(_tensor: int, _unit: int) -> UnitDigest:
+    """Take every digest of a file."""
+    return TAKE
 
 
 class Sink:

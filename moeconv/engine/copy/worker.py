@@ -7,11 +7,9 @@ from collections.abc import Callable
 from typing import Final
 
 from moeconv.core.digest import digest, hasher
-from moeconv.engine.copy.buffers import BufferPool
-from moeconv.engine.copy.digests import LATER, TAKE, Digests, FilePolicy
-from moeconv.engine.copy.sink import Sink
+from moeconv.engine.copy.buffers import BufferPool, WriteCombiner, pieces
+from moeconv.engine.copy.sink import LATER, TAKE, Digests, FilePolicy, Sink
 from moeconv.engine.copy.sources import Sources
-from moeconv.engine.copy.write_buffer import WriteCombiner, pieces
 from moeconv.errors import MoeconvError, quoted
 from moeconv.plan.model import CopyTile, OutputFile, PermuteTile, Span, Tile
 

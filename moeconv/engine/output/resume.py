@@ -12,8 +12,8 @@ from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.core.digest import digest
 from moeconv.core.json_value import Json
-from moeconv.engine.copy.digests import Digests
 from moeconv.engine.copy.pool import Limits, digests_of
+from moeconv.engine.copy.sink import Digests
 from moeconv.engine.manifest_writer import entry_of
 from moeconv.engine.output.journal import Journal
 from moeconv.engine.recorded_digests import recorded
