@@ -1,4 +1,4 @@
-"""File systems that clone, mounted for a test, and checkpoints to clone from."""
+"""File systems that clone, mounted for a test; checkpoints to clone from; the ways to copy."""
 
 import os
 import shutil
@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from moeconv.api.run import Result
+from moeconv.engine.copy import disk_sink, methods
 from tests.badinput.builders import config, qwen, write
 from tests.filesystems import MAKE, mounted
 
 IMAGE_BYTES = 400 * 1024 * 1024
 MATRICES_BYTES = 4 * 3 * 256 * 1024 * 2  # of `big`
+WAYS = ("kernel", "buffer", "short")
 
 
 @pytest.fixture(scope="module", params=sorted(MAKE))
@@ -76,3 +78,17 @@ def phased(folder: Path, make: Callable[[Path], Path] = source) -> Path:
 def big(folder: Path) -> Path:
     """Four experts of one layer, a matrix 512 KiB."""
     return write(folder, qwen(4, 256, 1024), config=config(width=256, hidden=1024))
+
+
+def go_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernel copy all it is asked for, nothing (`buffer`), or a part of it (`short`)."""
+    real = methods.copy_in_kernel
+
+    def short(source: int, offset: int, target: int, at: int, nbytes: int) -> int:
+        return real(source, offset, target, at, max(nbytes // 3, 1))
+
+    monkeypatch.setattr(disk_sink, "open_direct", lambda _: None)
+    if way == "short":
+        monkeypatch.setattr(methods, "copy_in_kernel", short)
+    if way == "buffer":
+        monkeypatch.setattr(methods, "copy_in_kernel", lambda *_: 0)

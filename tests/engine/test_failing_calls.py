@@ -22,8 +22,7 @@ from moeconv.engine.output.journal import read_journal
 from moeconv.errors import DiskFull, IoFailed
 from tests.badinput.checks import holds, tree
 from tests.calls import watched
-from tests.engine.cloning import big, source
-from tests.engine.test_methods import WAYS
+from tests.engine.cloning import WAYS, big, go_by, source, used
 from tests.faults.killed import forked
 from tests.helpers import tree_sha256
 
@@ -129,13 +128,9 @@ def test_resumed_by_another_way_and_with_other_workers(
     assert journal is not None
     kept = {name: (out / name).stat().st_mtime_ns for name in journal.finished}
     assert kept
-    monkeypatch.setattr(disk_sink, "open_direct", lambda _: None)
-    if way != "kernel":
-        monkeypatch.setattr(methods.KernelCopy, "copy", lambda *_: 0)
-    if way == "buffer":
-        monkeypatch.setattr(methods, "copy_in_kernel", lambda *_: 0)
+    go_by(way, monkeypatch)
     result = moeconv.shard(src, out, resume=True, jobs=jobs[1], **same)
-    assert result.methods is not None
+    assert used(result) == ({methods.BUFFER} if way == "buffer" else {methods.KERNEL})
     assert tree_sha256(out) == tree_sha256(tmp_path / "whole")
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
 

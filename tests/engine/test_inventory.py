@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,11 +18,30 @@ from moeconv.engine.output.ownership import take_inventory
 from moeconv.errors import WouldOverwrite
 from tests.badinput.builders import config, qwen, write
 from tests.badinput.checks import tree, untouched
+from tests.engine.edits import (
+    DATA,
+    Edit,
+    append,
+    chmod_all,
+    copy_all,
+    copy_by_name,
+    copy_with_a_time_put_back,
+    exchange,
+    exchange_data,
+    flip,
+    flip_in_secret,
+    folder,
+    link,
+    link_all,
+    listen,
+    pipe,
+    retitle,
+    touch_all,
+    touch_by_name,
+)
 from tests.faults.killed import forked
 
-DATA = "model-00001-of-00003.safetensors"
 LIMITS = Limits(1, 1 << 20)
-Edit = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -69,80 +85,6 @@ def out(made: dict[str, Path], tmp_path: Path) -> Path:
 
 
 # --- edits -------------------------------------------------------------------------------------
-def flip(path: Path, at: int = -1) -> None:
-    """Change one bit in place."""
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= 1
-    with path.open("r+b") as stream:
-        stream.write(raw)
-
-
-def flip_in_secret(path: Path, at: int = -1) -> None:
-    """Change one bit, and put the time of the last write back."""
-    before = path.stat()
-    flip(path, at)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def exchange(path: Path) -> None:
-    """Put another file of the same size, and older, in its place."""
-    size = path.stat().st_size
-    new = path.with_name("new")
-    new.write_bytes(bytes(size))
-    os.utime(new, (1, 1))
-    new.replace(path)
-
-
-def exchange_data(path: Path) -> None:
-    """Put other tensors under the same header in its place, and make the file look old."""
-    raw = path.read_bytes()
-    new = path.with_name("new")
-    new.write_bytes(raw[:-64] + bytes(64))
-    os.utime(new, (1, 1))
-    new.replace(path)
-
-
-def retitle(path: Path) -> None:
-    """Say in the header that it is of another framework."""
-    path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"np"', 1))
-
-
-def append(path: Path) -> None:
-    """Add a byte."""
-    with path.open("ab") as stream:
-        stream.write(b"x")
-
-
-def link(path: Path) -> None:
-    """Move a file away and leave a link to it."""
-    away = path.parent.with_name("away")
-    path.rename(away)
-    path.symlink_to(away)
-
-
-def folder(path: Path) -> None:
-    """Put a folder in its place."""
-    path.unlink()
-    path.mkdir()
-
-
-def pipe(path: Path) -> None:
-    """Put a pipe in its place."""
-    path.unlink()
-    os.mkfifo(path)
-
-
-def listen(path: Path) -> None:
-    """Put a socket there. Its path may be short only."""
-    here = Path.cwd()
-    os.chdir(path.parent)
-    try:
-        with socket.socket(socket.AF_UNIX) as end:
-            end.bind(path.name)
-    finally:
-        os.chdir(here)
-
-
 CHANGES: dict[str, tuple[str, Edit, str]] = {
     "a bit of a tensor": (DATA, flip, "its tensors are not"),
     "a bit of a tensor, the time put back": (DATA, flip_in_secret, "its tensors are not"),
@@ -193,64 +135,6 @@ def test_folders_that_are_nobodys_are_named_whatever_their_rights(src: Path, out
 
 
 # --- what changes no byte ----------------------------------------------------------------------
-def touch_all(out: Path) -> None:
-    """Give every file a time of its own, the root the oldest."""
-    for number, path in enumerate(sorted(out.rglob("*"), key=lambda p: p.name != "moeconv.json")):
-        os.utime(path, (1000 + number, 1000 + number))
-
-
-def chmod_all(out: Path) -> None:
-    """As an administrator does."""
-    for path in out.rglob("*.safetensors"):
-        path.chmod(0o600)
-
-
-def link_all(out: Path) -> None:
-    """As a cache does; the names there stay."""
-    shutil.copytree(out, out.with_name("cache"), copy_function=os.link)
-
-
-def copy_all(out: Path) -> None:
-    """As it comes from elsewhere: without the times, the root first."""
-    away = out.with_name("elsewhere")
-    out.rename(away)
-    out.mkdir()
-    shutil.copyfile(away / "moeconv.json", out / "moeconv.json")
-    for path in sorted(away.rglob("*")):
-        place = out / path.relative_to(away)
-        if path.is_dir():
-            place.mkdir()
-        elif not place.exists():
-            shutil.copyfile(path, place)
-
-
-def copy_by_name(out: Path, *, times: bool = False) -> None:
-    """As rsync does without `-t`: by name, so that the root comes last."""
-    away = out.with_name("edited")
-    out.rename(away)
-    for path in sorted(away.rglob("*"), key=lambda p: (p.name == "moeconv.json", p)):
-        place = out / path.relative_to(away)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            shutil.copyfile(path, place)
-            if times:
-                shutil.copystat(path, place)
-            time.sleep(0.01)  # a tick of the file system's clock
-
-
-def copy_with_a_time_put_back(out: Path) -> None:
-    """As `rsync -a` does, of a file that does not look as if it was edited."""
-    os.utime(out / DATA, (1, 1))
-    copy_by_name(out, times=True)
-
-
-def touch_by_name(out: Path) -> None:
-    """As `touch *` does, a moment each."""
-    for path in sorted(out.iterdir()):
-        os.utime(path)
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("again", [copy_by_name, copy_with_a_time_put_back, touch_by_name])
 def test_an_edit_is_found_after_a_copy_whose_root_is_the_newest(
     src: Path, out: Path, again: Edit

@@ -13,7 +13,7 @@ import pytest
 import moeconv
 from moeconv.engine.copy import disk_sink, methods, pool
 from tests.calls import around, watched
-from tests.engine.cloning import MATRICES_BYTES, big, phased, share, source, used
+from tests.engine.cloning import MATRICES_BYTES, WAYS, big, go_by, phased, share, source, used
 from tests.helpers import tree_sha256
 
 
@@ -108,9 +108,6 @@ def test_clones_that_nobody_reads_are_not_shared_out(
         shutil.rmtree(cloning / out)
 
 
-WAYS = ("kernel", "buffer", "short")
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("jobs", [1, 2, 5])
 def test_the_same_bytes_by_every_way_and_any_number_of_workers(
@@ -118,17 +115,7 @@ def test_the_same_bytes_by_every_way_and_any_number_of_workers(
 ) -> None:
     src = big(tmp_path / "src")
     moeconv.shard(src, tmp_path / "plain", ep_size=2)
-    real = methods.copy_in_kernel
-
-    def short(source: int, offset: int, at_file: int, at: int, nbytes: int) -> int:
-        """A kernel that copies a part of what it is asked for, as it may."""
-        return real(source, offset, at_file, at, max(nbytes // 3, 1))
-
-    monkeypatch.setattr(disk_sink, "open_direct", lambda _: None)
-    if way == "short":
-        monkeypatch.setattr(methods, "copy_in_kernel", short)
-    if way == "buffer":
-        monkeypatch.setattr(methods, "copy_in_kernel", lambda *_: 0)
+    go_by(way, monkeypatch)
     result: Any = moeconv.shard(src, tmp_path / "out", ep_size=2, jobs=jobs)
     assert used(result) == ({methods.BUFFER} if way == "buffer" else {methods.KERNEL})
     assert result.methods.tally.direct == 0
