@@ -49,11 +49,11 @@ def plan_summary(result: Result) -> list[str]:
     if result.manifest is not None:
         value = result.manifest.root.fingerprint
         lines.append(f"fingerprint: {value or 'unknown until the data is read'}")
-    room = result.disk_space
-    short = "" if room.enough else ": NOT ENOUGH"
-    sharing = f" ({human_size(room.shared)} of it can be cloned)" if room.shared else ""
+    space = result.disk_space
+    short = "" if space.enough else ": NOT ENOUGH"
+    sharing = f" ({human_size(space.shared)} of it can be cloned)" if space.shared else ""
     lines.append(
-        f"disk: {human_size(room.needed)} needed{sharing}, {human_size(room.free)} free{short}"
+        f"disk: {human_size(space.needed)} needed{sharing}, {human_size(space.free)} free{short}"
     )
     return lines
 
