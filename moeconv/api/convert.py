@@ -1,6 +1,6 @@
 """fuse and unfuse: a checkpoint in another layout. Nothing here prints or exits.
 
-SRC is a directory, a `.safetensors` file, an output of moeconv, or `hf://org/name[@revision]`.
+SRC is a directory, a `.safetensors` file, a moeconv output, or `hf://org/name[@revision]`.
 Every function raises a class of `moeconv.errors` for what a user can cause.
 """
 

@@ -65,7 +65,7 @@ def _with_check_note(plan: Plan, source: Opened, options: RunOptions) -> Plan:
     if not plan.restores or own is None:
         if options.unchecked:
             raise UsageProblem(
-                "`--unchecked` is for restoring the original files of an output of moeconv",
+                "`--unchecked` only applies to restoring the original files of a moeconv output",
                 cause="this command writes a new output and computes its digests",
                 fix="drop `--unchecked`",
             )

@@ -77,18 +77,18 @@ def _request(
     by_rule = isinstance(placement, str) and placement in RULES
     if map_layers is not None and (by_rule or isinstance(placement, Placement | Mapping)):
         raise UsageProblem(
-            "`--map-layers` is only for a map",
-            cause="it says which layers the rows of a map are for; no map was given",
-            fix="drop `--map-layers`, or give the map to `--placement`",
+            "`--map-layers` needs a placement map",
+            cause="it says which layers the rows of the map are for",
+            fix="drop `--map-layers`, or pass a map with `--placement`",
         )
     if isinstance(placement, str) and placement in RULES:
         return replace(request, rule=placement), ()
     stacks = source.detection.checked().stacks
     if isinstance(placement, str) and _is_no_map(placement):
         raise UsageProblem(
-            f"{quoted(placement)} is neither a rule nor a map",
-            cause=f"the rules are {', '.join(RULES)}; there is no file of this name",
-            fix="give one of the rules, the file of a map, or its JSON",
+            f"{quoted(placement)} is neither a placement rule nor a map",
+            cause=f"the rules are {', '.join(RULES)}; there is no file with this name",
+            fix="pass one of the rules, a map file, or the map as JSON",
         )
     if isinstance(placement, Mapping):
         rows = by_stack(tuple(s.name for s in stacks), placement)

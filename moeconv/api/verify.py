@@ -117,7 +117,7 @@ def _checked_level(level: str | None, source: str | Path | None, *, fill: bool) 
         )
     if fill and level != SOURCE:
         raise UsageProblem(
-            "`--fill` needs the level `source`",
+            "`--fill` requires `--level source`",
             cause="digests are added only after every byte has been compared",
             fix="use `--level source --source SRC --fill`",
         )
@@ -154,7 +154,7 @@ def _same_error(source: Path, cause: str) -> UsageProblem:
     return UsageProblem(
         f"{quoted(str(source))} is OUT itself: comparing it with itself proves nothing",
         cause=cause,
-        fix="give the checkpoint that OUT was made from, or verify without `--source`",
+        fix="pass the checkpoint that OUT was made from, or verify without `--source`",
     )
 
 

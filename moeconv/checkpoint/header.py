@@ -36,7 +36,7 @@ _METADATA: Final = "__metadata__"
 _KEYS: Final = frozenset(("dtype", "shape", "data_offsets"))
 # one object for each dtype, however many tensors name it
 _DTYPES: Final = {dtype: dtype for dtype in BITS}
-_SHAPE_RULE: Final = f"`shape` must be at most {MAX_RANK} integers of 0 or more"
+_SHAPE_RULE: Final = f"`shape` must be at most {MAX_RANK} non-negative integers"
 _Entry: TypeAlias = tuple[str, tuple[int, ...], int, int]  # dtype, shape, data_offsets
 
 
@@ -89,15 +89,16 @@ def header_length(start: bytes, *, file_size: int, where: str) -> int:
         raise TruncatedFile(
             f"{quoted(where)} is too short to be a safetensors file",
             at=quoted(where),
-            cause=f"it has {file_size} bytes; the header's length alone takes {LENGTH_BYTES}",
+            cause=f"it has {file_size} bytes; the length field alone takes {LENGTH_BYTES}",
         )
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     limit = min(MAX_HEADER_BYTES, file_size - LENGTH_BYTES)
     if length > limit:
         raise HeaderTooLong(
-            f"the header of {quoted(where)} claims to have {length:,} bytes",
+            f"the header of {quoted(where)} claims to be {length:,} bytes long",
             at=quoted(where),
-            cause=f"the file has {file_size:,} bytes, a header at most {MAX_HEADER_BYTES:,}",
+            cause=f"the file has {file_size:,} bytes; a header may have at most "
+            f"{MAX_HEADER_BYTES:,}",
         )
     return length
 
@@ -153,7 +154,7 @@ def _metadata(entry: _Entry | Json, where: str) -> tuple[tuple[str, str], ...]:
 
 def _bad(where: str, cause: str, *, tensor: str | None = None) -> BadHeader:
     return BadHeader(
-        f"the header of {quoted(where)} breaks the safetensors format",
+        f"the header of {quoted(where)} violates the safetensors format",
         at=_place(where, tensor),
         cause=cause,
     )
@@ -186,7 +187,7 @@ def _tensor(
         raise _bad(where, _SHAPE_RULE, tensor=name)
     nbytes = _nbytes(shape, dtype, where, name)
     if max(shape, default=0) > MAX_COUNT:
-        raise _bad(where, "a size is beyond 2^53-1", tensor=name)
+        raise _bad(where, "a dimension exceeds 2^53-1", tensor=name)
     if end - begin != nbytes:
         cause = f"{dtype} {list(shape)} takes {nbytes:,} bytes, its offsets span {end - begin:,}"
         raise _bad(where, cause, tensor=name)
@@ -204,7 +205,7 @@ def _entry_problem(entry: Json) -> str:
         return f"unknown dtype {quoted(dtype)}"
     if not _are_sizes(entry["shape"]):
         return _SHAPE_RULE
-    return "`data_offsets` must be two integers of 0 or more"
+    return "`data_offsets` must be two non-negative integers"
 
 
 def _nbytes(shape: tuple[int, ...], dtype: str, where: str, name: str) -> int:
@@ -233,7 +234,7 @@ def _check_cover(
         raise TruncatedFile(
             f"{quoted(where)} is shorter than its header says",
             at=_place(where, culprit.name),
-            cause=f"the file ends at {file_size:,}, its header needs {end:,} bytes",
+            cause=f"the file ends at byte {file_size:,}; its header needs {end:,} bytes",
         )
     if end < file_size:
         raise TrailingBytes(

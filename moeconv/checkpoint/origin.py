@@ -78,10 +78,10 @@ def parse_origin(raw: bytes) -> Origin:
     announced = sum(length for *_, length in named) + (index[1] if index else 0)
     announced += sum(size for _, size in entries)
     if announced != len(raw) - start:
-        problems.add("", f"announces {announced:,} bytes, but has {len(raw) - start:,}")
+        problems.add("", f"declares {announced:,} bytes, but has {len(raw) - start:,}")
     if problems.count:
         raise BadManifest(
-            f"`{ORIGIN_NAME}` breaks the rules of its format",
+            f"`{ORIGIN_NAME}` violates the rules of its format",
             at=f"`{ORIGIN_NAME}`",
             cause="; ".join(problems.shown()),
         )

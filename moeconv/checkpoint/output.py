@@ -47,11 +47,11 @@ class OutputDocuments:
         """Check (name, size, header) of the data files against their parts. Raises Damaged."""
         for (name, size, header), part in zip(files, self.sorted_parts(), strict=True):
             if size != part.size or len(header.raw) != part.header_size:
-                raise damaged(name, f"it has {size:,} bytes, its part says {part.size:,}")
+                raise damaged(name, f"it has {size:,} bytes; its part says {part.size:,}")
             if digest(header.raw) != part.header_digest:
                 raise damaged(name, "its header is not the one that was written")
             if differing_tensor(header, part) is not None:
-                raise damaged(f"{PARTS_DIR}/", f"it lists other tensors than {quoted(name)} has")
+                raise damaged(f"{PARTS_DIR}/", f"its tensors differ from those of {quoted(name)}")
 
     def sorted_parts(self) -> tuple[Part, ...]:
         """The parts in the order in which a checkpoint lists its files."""
@@ -77,7 +77,7 @@ def open_output(root: Path) -> OutputDocuments:
     for entry in top.sidecars:
         path = resolve_inside(root, entry.name)
         if not path.is_file():
-            raise damaged(entry.name, "it is not there")
+            raise damaged(entry.name, "it is missing")
         stat = path.stat()
         sidecars.append(Sidecar(entry.name, path, stat.st_size, stat.st_mtime_ns))
     return OutputDocuments(

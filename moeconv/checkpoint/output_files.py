@@ -75,7 +75,7 @@ def damaged(name: str, cause: str) -> Damaged:
 def missing(name: str) -> MissingShard:
     """The error for a file of an output that does not exist."""
     return MissingShard(
-        f"{quoted(name)} is not there",
+        f"{quoted(name)} is missing",
         at=quoted(ROOT_NAME),
         cause="the output's manifest names it",
         fix="fetch that file again, or convert again",

@@ -1,4 +1,4 @@
-"""Open SRC: a directory, a single file, or an output of moeconv, as one frozen value."""
+"""Open SRC: a directory, a single file, or a moeconv output, as one frozen value."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def locate(src: str | Path) -> Path:
     """The local path of SRC; `hf://` addresses are fetched first. Raises SourceMissing."""
     text = str(src)
     path = hub.fetch(text) if text.startswith(hub.SCHEME) else Path(text)
-    give = "give a directory, a `.safetensors` file, or `hf://org/name`"
+    give = "pass a directory, a `.safetensors` file, or `hf://org/name`"
     try:
         there = path.exists()
     except OSError as problem:
@@ -107,7 +107,7 @@ def locate(src: str | Path) -> Path:
     if not there:
         raise SourceMissing(
             f"{quoted(text)} does not exist",
-            cause="there is no file or directory of this name",
+            cause="there is no file or directory with this name",
             fix=give,
         )
     return path
@@ -124,7 +124,7 @@ def open_checkpoint(path: Path, *, exclude: tuple[str, ...] = ()) -> Checkpoint:
         return _open_own(path, exclude)
     if _unfinished(path / PARTS_DIR):
         raise Unfinished(
-            f"{quoted(path.name)} is an unfinished output of moeconv",
+            f"{quoted(path.name)} is an unfinished moeconv output",
             at=quoted(str(path)),
             cause=f"it has `{PARTS_DIR}/` but no `{ROOT_NAME}`, which is written last",
             fix="convert again with `--overwrite`",
@@ -154,7 +154,7 @@ def _open_file(path: Path) -> Checkpoint:
             f"{quoted(path.name)} is not a safetensors file",
             at=quoted(str(path)),
             cause=f"its name ends in {quoted(path.suffix)}",
-            fix="give the directory of the checkpoint, or one `.safetensors` file",
+            fix="pass the directory of the checkpoint, or one `.safetensors` file",
         )
     _refuse_fragment(path)
     files = _data_files([(path.name, path)])
@@ -217,7 +217,7 @@ def _open_virtual(
 def _pinned(place: Path, name: str, source: SourceEntry) -> Path:
     path = resolve_inside(place, name)
     if not path.is_file():
-        raise _changed(source, f"{quoted(name)} is not there")
+        raise _changed(source, f"{quoted(name)} is missing")
     return path
 
 
@@ -226,7 +226,7 @@ def _changed(source: SourceEntry, cause: str) -> SourceChanged:
         f"the source of the virtual output has changed: {cause.partition(':')[0]}",
         at=quoted(source.directory),
         cause=cause,
-        fix="make the virtual output again",
+        fix="create the virtual output again",
     )
 
 
@@ -246,7 +246,7 @@ def _refuse_fragment(path: Path) -> None:
             f"{quoted(path.name)} is one of {len(index.files)} shards",
             at=quoted(str(path)),
             cause=f"{quoted(index.name)} in the same directory names the others",
-            fix=f"give the directory: {quoted(str(path.parent))}",
+            fix=f"pass the directory: {quoted(str(path.parent))}",
         )
 
 
@@ -257,7 +257,7 @@ def _open_directory(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
         raise SourceMissing(
             f"cannot list {quoted(str(root))}",
             cause=problem.strerror,
-            fix="check that the directory may be read",
+            fix="check that the directory is readable",
         ) from None
     shards = [n for n in names if n.endswith(SUFFIX)]
     index = _read_index(root, names)
@@ -270,12 +270,12 @@ def _open_directory(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
         for name in wanted:
             refuse_unsafe_name(name, root)
         files = _data_files([(n, resolve_inside(root, n)) for n in wanted])
-        _check_disjoint(files, fix="give the index, or leave one of them out with `--exclude`")
+        _check_disjoint(files, fix="pass the index, or leave one of them out with `--exclude`")
     else:
         raise NoCheckpoint(
             f"{quoted(str(root))} holds no safetensors checkpoint",
             cause=_no_checkpoint_cause(names),
-            fix="give the directory that has `model*.safetensors`",
+            fix="pass the directory that contains `model*.safetensors`",
         )
     skip = frozenset({f.name for f in files} | ({index.name} if index else set()))
     others = sidecars(root, skip=skip, exclude=exclude)
@@ -303,7 +303,7 @@ def _read_index(root: Path, names: list[str]) -> Index | None:
         raise BadIndex(
             f"{quoted(str(root))} has {len(found)} index files, none of them `{INDEX_NAME}`",
             cause=f"they are {', '.join(map(quoted, found))}",
-            fix="leave one of them in the directory",
+            fix="keep only one of them in the directory",
         )
     refuse_unsafe_name(name, root)
     raw = read_document(resolve_inside(root, name), MAX_INDEX_BYTES, name=name)

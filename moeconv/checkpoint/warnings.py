@@ -62,7 +62,7 @@ def missing_shards(names: Iterable[str]) -> Iterator[str]:
         if len(there) < count:
             yield (
                 f"{quoted(stem)} has {len(there)} of the {count} shards that its file names "
-                "announce, and no index lists them"
+                "imply, and no index lists them"
             )
 
 

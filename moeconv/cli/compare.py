@@ -133,7 +133,7 @@ def _show_fingerprint(ui: Ui, value: str, flags: Flags) -> bool:
 
 verify = _reading(
     "verify",
-    "Prove that OUT is complete and its bytes are right. Exit 1: they are not.",
+    "Check that OUT is complete and its bytes are right; exit 1 if they are not.",
     _show_report,
     VerifyFlags,
 )

@@ -51,7 +51,7 @@ def _writing(verb: str, help_text: str, *groups: type) -> Callable[..., None]:
 fuse = _writing("fuse", "Write every expert stack in its family's fused layout.", SourceFlags)
 unfuse = _writing(
     "unfuse",
-    "Write experts one by one; an output of moeconv goes back to its original files.",
+    "Write each expert's own tensors; a moeconv output is restored to its original files.",
     SourceFlags,
     RestoreFlags,
 )

@@ -21,7 +21,10 @@ def demo(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="Keep the checkpoints here (absent or empty)."
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Keep the checkpoints in this directory (absent or empty).",
         ),
     ] = None,
     color: options.Color = "auto",

@@ -20,19 +20,21 @@ Source: TypeAlias = Annotated[
     str,
     typer.Argument(
         metavar="SRC",
-        help="A directory, a .safetensors file, an output of moeconv, or hf://org/name[@revision].",
+        help="A directory, a .safetensors file, a moeconv output, or hf://org/name[@revision].",
         show_default=False,
     ),
 ]
 FromLayout: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--from-layout", metavar="NAME", help="The layout of SRC, where its shapes do not tell."
+        "--from-layout", metavar="NAME", help="The layout of SRC, if its shapes are ambiguous."
     ),
 ]
 RecipeFile: TypeAlias = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="FILE", help="Your own recipe, or the name of a shipped one."),
+    typer.Option(
+        "--recipe", metavar="FILE", help="Your own recipe file, or the name of a shipped one."
+    ),
 ]
 MapLayers: TypeAlias = Annotated[
     str | None,
@@ -207,9 +209,7 @@ class RestoreFlags:
 class VerifyFlags:
     """What to verify, and how."""
 
-    out: Annotated[
-        str, typer.Argument(metavar="OUT", help="An output of moeconv.", show_default=False)
-    ]
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A moeconv output.", show_default=False)]
     level: Annotated[
         str | None,
         typer.Option(

@@ -63,7 +63,10 @@ def show(
         raw = read_map(map_)
         if source is None:
             layers, found = _alone(raw)
-            assumed = f"{layers.experts} experts, from the largest id; `--source SRC` would say"
+            assumed = (
+                f"{layers.experts} experts, inferred from the largest id; "
+                "`--source SRC` gives the exact number"
+            )
         else:
             layers, _ = _layers(source)
             found, assumed = resolve(raw, layers, map_layers=map_layers)
@@ -98,7 +101,13 @@ def convert(
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="FILE", help="A new file.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The file to write; it must not exist.",
+            show_default=False,
+        ),
     ],
     source: Annotated[
         str, typer.Option("--source", metavar="SRC", help=_SOURCE_HELP, show_default=False)

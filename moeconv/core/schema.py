@@ -124,7 +124,7 @@ class Table:
         if value is None and default is not None:
             return default
         if not isinstance(value, str) or not encodable(value):
-            self.problem(key, "must be a text" if key in self._members else "is missing")
+            self.problem(key, "must be a string" if key in self._members else "is missing")
             return ""
         if len(value.encode()) > MAX_TEXT_BYTES:
             self.problem(key, f"is longer than {MAX_TEXT_BYTES:,} bytes")
@@ -133,7 +133,7 @@ class Table:
 
     def word(self, key: str) -> str:
         """A non-empty text."""
-        return self.formed(key, "a non-empty text", bool)
+        return self.formed(key, "a non-empty string", bool)
 
     def expects(self, keys: Iterable[str]) -> None:
         """Declare allowed keys, for the suggestions of `finish`."""
@@ -208,7 +208,7 @@ class Table:
             if isinstance(item, str) and encodable(item) and len(item.encode()) <= MAX_TEXT_BYTES:
                 out.append(item)
             else:
-                self.problems.add(place, "must be a text")
+                self.problems.add(place, "must be a string")
         return tuple(out)
 
     def integers(self, key: str) -> tuple[int, ...]:
@@ -237,7 +237,7 @@ class Table:
         for place, item in self._items(key):
             row = tuple(t for t in item if isinstance(t, str)) if isinstance(item, list) else ()
             if not isinstance(item, list) or len(row) != len(item):
-                self.problems.add(place, "must be a list of texts")
+                self.problems.add(place, "must be a list of strings")
             out.append(row)
         return tuple(out)
 

@@ -58,7 +58,7 @@ def _no_constant(text: str) -> NoReturn:
 def _bounded_int(text: str) -> int:
     # checked by length first: int() of a million digits is a denial of service
     if len(text) > 20 or abs(value := int(text)) > MAX_INTEGER:
-        raise ValueError("an integer is beyond 2^63-1")
+        raise ValueError("an integer exceeds 2^63-1")
     return value
 
 

@@ -19,13 +19,13 @@ _FIXES: Final = {
     errno.ENAMETOOLONG: "use a shorter path or name",
     errno.EACCES: "change its permissions (`ls -ld` shows its owner), then run again",
     errno.EPERM: "change its permissions (`ls -ld` shows its owner), then run again",
-    errno.EROFS: "use a place that is not read-only",
+    errno.EROFS: "choose a location that is not read-only",
     errno.ELOOP: "replace the link that points back to itself",
     errno.ENOENT: "check that it exists and that nothing removes it meanwhile",
     errno.ENOTDIR: "check the path: it has a file where a directory should be",
     errno.EISDIR: "check the path: it has a directory where a file should be",
     errno.EIO: "check the disk and the file, then run again",
-    errno.EFBIG: "raise the limit of file sizes (`ulimit -f`), or write to another file system",
+    errno.EFBIG: "raise the file size limit (`ulimit -f`), or write to another file system",
     errno.ENODATA: "wait until nothing writes to the file, and check that it is whole",
 }
 
@@ -69,7 +69,7 @@ def system_failure(problem: OSError) -> IoFailed:
     cause, fix = explained(problem, otherwise="check the file system, then run again")
     if not place:  # an error about the current directory has no file name
         fix = "check that the current directory still exists"
-        return kind("a call of the operating system failed", cause=cause, fix=fix)
+        return kind("an operating system call failed", cause=cause, fix=fix)
     return kind(
         f"cannot access {quoted(os.path.basename(place) or place)}",  # noqa: PTH119 - a text
         at=quoted(place),

@@ -91,7 +91,8 @@ def lost_layers(
             f"layer {lost[0]} has no tensor, but config.json states {stated} layers",
             at=f"{quoted(f'{head}{lost[0]}')}, beside {quoted(main[0].name)}",
             cause=f"{len(lost)} of {stated} layers have none: {spans(tuple(lost))}",
-            fix="download the shards that hold them, or use the config.json of these tensors",
+            fix="download the shards that hold them, or use the config.json that belongs to "
+            "these tensors",
         )
     ]
 
@@ -124,7 +125,8 @@ def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[Moec
                     at=quoted(odd[0].name),
                     cause=f"{len(odd)} of {len(alike)} stacks have fewer, and config.json does not "
                     "say how many there should be",
-                    fix="use the config.json of these tensors, or download the shards again",
+                    fix="use the config.json that belongs to these tensors, or download the "
+                    "shards again",
                 )
             )
     return problems

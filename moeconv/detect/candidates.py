@@ -25,11 +25,11 @@ def candidate_layouts(matched: MatchedStack) -> list[Layout] | MoeconvError:
         "one expert stack is stored in two layouts at once",
         at=matched.where(*list(samples.values())[:4]),
         cause=f"its names belong to the layouts {', '.join(quoted(t.name) for t in touched)}"
-        + (f"; {quoted(duplicate.name)} is in both" if duplicate else "; nothing is in both"),
+        + (f"; {quoted(duplicate.name)} is in both" if duplicate else "; no tensor is in both"),
         fix="keep only one of the two in the directory; moeconv cannot know which one is right"
         if duplicate
-        else "remove nothing, each holds what the other lacks: save the checkpoint again in one "
-        "layout",
+        else "remove neither, since each holds what the other lacks; save the checkpoint again "
+        "in one layout",
     )
 
 

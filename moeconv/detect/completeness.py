@@ -82,8 +82,8 @@ def _bare(matched: MatchedStack, *, quantised: bool) -> list[MoeconvError]:
             f"{quoted(matched.name)} has {quoted(kind)} in {dtype} but no scales",
             at=matched.where(tensor),
             cause="quantised weights cannot be used without scales; no expert has them",
-            fix=f"{MissingScale.fix}; or, if the recipe calls them something else, give their "
-            "component `scales = true` there",
+            fix=f"{MissingScale.fix}; or, if the recipe has another name for them, set "
+            "`scales = true` on that component",
         )
     ]
 
@@ -120,7 +120,7 @@ def _missing_ids(matched: MatchedStack, ids: list[int], experts: int | None) -> 
         beyond = [i for i in ids if i >= experts]
         return [
             ExpertOutOfRange(
-                f"{quoted(matched.name)} has an expert {beyond[0]}, but config.json states only "
+                f"{quoted(matched.name)} has expert {beyond[0]}, but config.json states only "
                 f"{experts}",
                 at=matched.where(matched.tensor_of(beyond[0])),
                 cause=f"ids must be below {experts}; these are not: {listed(beyond)}",

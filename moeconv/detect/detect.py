@@ -180,7 +180,7 @@ def _unknown_from_layout(name: str, recipes: tuple[Recipe, ...]) -> list[Moeconv
         UnknownLayout(
             f"no recipe of this family has a layout {quoted(name)}",
             cause=f"it has {', '.join(map(quoted, names))}",
-            fix=f"give one of these to `--from-layout`, {quoted(names[0])} for example",
+            fix=f"pass one of these to `--from-layout`, {quoted(names[0])} for example",
         )
     ]
 

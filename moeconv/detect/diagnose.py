@@ -148,7 +148,7 @@ def ambiguous_layout(matched: MatchedStack, layouts: list[Layout]) -> MoeconvErr
         f"{quoted(matched.name)} fits more than one layout: {names}",
         at=quoted(matched.name),
         cause=f"the shapes fit each of them: {shapes}",
-        fix=f"find out who wrote it, then give `--from-layout {layouts[0].name}` or another",
+        fix=f"find out what wrote it, then pass `--from-layout {layouts[0].name}` or another",
     )
 
 
@@ -156,10 +156,10 @@ def unconfirmed_layout(matched: MatchedStack, layout: Layout) -> MoeconvError:
     """Return the problem of a stack with names that other programs use for another layout."""
     return AmbiguousLayout(
         f"{quoted(matched.name)} has the names of layout {quoted(layout.name)}, which do not "
-        "prove that it is stored so",
+        "prove that it is stored that way",
         at=matched.where(matched.sample()),
         cause=str(layout.ask),
-        fix=f"find out who wrote it; if it is that layout, give `--from-layout {layout.name}`",
+        fix=f"find out what wrote it; if it is that layout, pass `--from-layout {layout.name}`",
     )
 
 
@@ -173,7 +173,7 @@ def ambiguous_axis_order(
         f"{quoted(tensor.name)} may be transposed or not: its shape does not tell",
         at=matched.where(tensor),
         cause=f"{list(tensor.shape)} fits both `{one[key][1]}` and `{other[key][1]}`",
-        fix=f"find out who wrote it; `moeconv recipes show {matched.recipe.name}` prints the "
+        fix=f"find out what wrote it; `moeconv recipes show {matched.recipe.name}` prints the "
         "recipe: keep the right one under `axes` and give it with `--recipe FILE`",
     )
 

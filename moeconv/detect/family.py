@@ -135,8 +135,8 @@ def _unknown_family(checkpoint: Checkpoint) -> UnknownFamily:
         "no recipe knows this family of models",
         at="config.json" if config.present else "there is no config.json",
         cause=f"{kind}; the tensors have names like {quoted(sample)}",
-        fix=f"these are the names of recipe {quoted(match[0].name)}: if it is such a model, "
-        f"`--recipe {match[0].name}`"
+        fix=f"these names fit recipe {quoted(match[0].name)}: if it is such a model, "
+        f"pass `--recipe {match[0].name}`"
         if match
         else "`moeconv recipes list` shows the known families; give one of them, or a recipe file "
         "of your own, with `--recipe`",

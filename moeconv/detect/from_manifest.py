@@ -119,7 +119,7 @@ def _binds(named: Axes, recorded: Axes) -> bool:
 def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, tensors: list[ExpertTensor]) -> Stack:
     layout = recipe.layout(entry.layout)
     if layout is None or not tensors:
-        raise _unfit(entry.name, "no tensor of the output is of this stack")
+        raise _unfit(entry.name, "no tensor of the output belongs to this stack")
     roles: dict[tuple[tuple[str, ...], str], tuple[_Role, list[ExpertTensor]]] = {}
     block_sizes: dict[str, int] = {}
     packing: dict[PackingAxis, int] = {}
@@ -215,7 +215,7 @@ def _check(stack: Stack, role: _Role, one: ExpertTensor, share: int, before: int
         template = line.slot_template(stack.name, component, before)
         local = template if share and not slots else None
     if expert.local != local:
-        raise _unfit(one.entry.name, f"`local` is {expert.local}, its recipe makes it {local}")
+        raise _unfit(one.entry.name, f"`local` is {expert.local}, but its recipe makes it {local}")
     if share and component.is_global == bool(slots):
         where = "in the common files" if slots else "in the files of ranks"
         raise _unfit(one.entry.name, f"ranks share its stack: a {component.name} belongs {where}")
@@ -233,7 +233,7 @@ def _check(stack: Stack, role: _Role, one: ExpertTensor, share: int, before: int
 
 def _unfit(name: str, cause: str) -> BadManifest:
     return BadManifest(
-        f"{quoted(name)} is not what the output's manifest says",
+        f"{quoted(name)} does not match the output's manifest",
         at=quoted(name),
         cause=printable(abridged(cause, _MAX_CAUSE)),
     )

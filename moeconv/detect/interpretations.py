@@ -76,11 +76,11 @@ def interpretations(
     count = prod(map(len, choices))
     if count > _MAX_INTERPRETATIONS:
         raise BadRecipe(
-            f"recipe {quoted(matched.recipe.name)} leaves too much open",
+            f"recipe {quoted(matched.recipe.name)} is too ambiguous",
             at=matched.where(matched.sample()),
             cause=f"its components allow {count:,} combinations of axes; "
             f"at most {_MAX_INTERPRETATIONS:,} are tried",
-            fix="keep under `axes` of each component only what it can really be",
+            fix="list under `axes` of each component only those that it can really have",
         )
     return [{k: v for part in picked for k, v in part.items()} for picked in product(*choices)]
 

@@ -206,7 +206,7 @@ def no_range(matched: MatchedStack) -> MoeconvError:
     keys = (*ids.first, *ids.stop) if ids else ()
     return ConfigMismatch(
         f"{quoted(matched.name)} shares its expert ids with another stack, "
-        "but config.json does not state where its own end",
+        "but config.json does not state where its own ids end",
         at=f"config.json, key {quoted(keys[0])}" if keys else "config.json",
         cause="text and vision experts are numbered in one sequence",
     )

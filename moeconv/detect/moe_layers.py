@@ -36,7 +36,7 @@ def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[Layers, tuple[
     experts = {s.sizes.experts for s in main.values()}
     if len(experts) > 1:
         raise Unsupported(
-            "a placement map is for layers that all have the same number of experts",
+            "a placement map needs layers that all have the same number of experts",
             at=quoted(next(iter(main.values())).name),
             cause=f"these layers have {', '.join(map(str, sorted(experts)))}",
             fix="shard this checkpoint without a map",

@@ -114,7 +114,7 @@ def _joined(
     if not names:
         return one
     note = (
-        f"{counted(len(names), 'stack')} under the names of recipe {quoted(recipe.name)}, not "
+        f"{counted(len(names), 'stack')} with tensor names of recipe {quoted(recipe.name)}, not "
         f"{quoted(stated[0].name)} as the rest: {quoted_list(names, most=3)}"
     )
     return Detection(

@@ -54,7 +54,8 @@ _FEW: Final = 64  # experts that a tensor may name whatever its digests
 def _refuse(problems: Problems, where: str) -> None:
     if problems.count:
         raise BadManifest(
-            f"{quoted(where)} breaks the rules of its format in {counted(problems.count, 'place')}",
+            f"{quoted(where)} violates the rules of its format in "
+            f"{counted(problems.count, 'place')}",
             at=quoted(where),
             cause="; ".join(problems.shown()),
         )
@@ -180,7 +181,7 @@ def _file(t: Table) -> FileEntry:
 def _recipe(t: Table) -> RecipeText:
     toml = t.raw("toml")
     if not isinstance(toml, str) or len(toml) > MAX_RECIPE_TEXT:
-        t.problem("toml", f"must be a text of at most {MAX_RECIPE_TEXT:,} characters")
+        t.problem("toml", f"must be a string of at most {MAX_RECIPE_TEXT:,} characters")
         toml = ""
     entry = RecipeText(t.text("name"), toml)
     t.finish()

@@ -51,7 +51,7 @@ def check_data_file(output: Path, part: Part) -> DataFile:
     path = _existing(output, part.file, ROOT_NAME)
     with opened(path, name=part.file) as (descriptor, facts):
         if facts.st_size != part.size:
-            cause = f"it has {facts.st_size:,} bytes, its part says {part.size:,}"
+            cause = f"it has {facts.st_size:,} bytes; its part says {part.size:,}"
             raise damaged(part.file, cause)
         raw = _header(descriptor, facts, path, part.file, part.header_size)
         if digest(raw) != part.header_digest:
@@ -86,7 +86,7 @@ def _existing(output: Path, name: str, named_in: str) -> Path:
     path = resolve_inside(output, name)
     if not path.exists():
         raise MissingShard(
-            f"{quoted(name)} is not there",
+            f"{quoted(name)} is missing",
             at=quoted(named_in),
             cause="this rank needs it",
             fix="fetch that file again, or convert again",

@@ -95,13 +95,13 @@ def find(path: Path, *, source: Path | None) -> tuple[Path, Root, Path | None]:
     if not (path / ROOT_NAME).exists():
         if (path / PARTS_DIR).is_dir():
             raise Unfinished(
-                f"{quoted(path.name)} is an unfinished output of moeconv",
+                f"{quoted(path.name)} is an unfinished moeconv output",
                 at=quoted(str(path)),
                 cause=f"it has `{PARTS_DIR}/` but no `{ROOT_NAME}`, which is written last",
                 fix="wait until it is written, or convert again",
             )
         raise NotASet(
-            f"{quoted(path.name)} is not an output of moeconv",
+            f"{quoted(path.name)} is not a moeconv output",
             at=quoted(str(path)),
             cause=f"it has no `{ROOT_NAME}`",
             fix="convert the checkpoint with `moeconv shard` or `moeconv fuse`",

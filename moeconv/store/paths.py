@@ -43,7 +43,7 @@ def existing_file(root: Path, name: str, *, named_by: str) -> Path:
     path = resolve_inside(root, name)
     if not path.is_file():
         raise MissingShard(
-            f"{quoted(name)} is not there",
+            f"{quoted(name)} is missing",
             at=quoted(named_by),
             cause=f"{quoted(named_by)} names it, but the directory does not have it",
             fix="download the shard, then `moeconv inspect SRC`",

@@ -175,7 +175,7 @@ def _misdescribed(tensor: TensorEntry, place: str) -> Damaged:
             f"{quoted(held.axes)}, of {counted(len(held.experts), 'expert')}"
         )
     return Damaged(
-        f"{quoted(tensor.name)} is not what its part says",
+        f"{quoted(tensor.name)} does not match its part",
         at=place,
         cause=f"by its recipe it is {what}",
         fix="convert the checkpoint again; a manifest is never edited by hand",

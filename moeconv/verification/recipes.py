@@ -216,7 +216,7 @@ def entry_problems(manifest: Manifest, detection: Detection) -> Iterator[Moeconv
                 continue
             if of is None or stated is None or not _describes(stated, *of):
                 yield Damaged(
-                    f"{quoted(tensor.name)} is not what its part says",
+                    f"{quoted(tensor.name)} does not match its part",
                     at=f"{quoted(part.file)}, tensor {quoted(tensor.name)}",
                     cause=_entry_in_words(stated)
                     if stated

@@ -108,7 +108,7 @@ def _data_file(root: Path, part: Part, *, newer: bool) -> list[MoeconvError]:
             kind(
                 f"{quoted(name)} does not have the size it was written with",
                 at=quoted(name),
-                cause=f"it has {size:,} bytes, its part says {part.size:,}",
+                cause=f"it has {size:,} bytes; its part says {part.size:,}",
                 fix="fetch that file again, or convert again",
             )
         )
@@ -170,7 +170,7 @@ def _sidecar_size(root: Path, entry: FileEntry) -> list[MoeconvError]:
     try:
         size = resolve_inside(root, entry.name).stat().st_size
     except OSError:
-        return [damaged(entry.name, "it is not there")]
+        return [damaged(entry.name, "it is missing")]
     except Malformed as problem:
         return [problem]
     if size != entry.size:

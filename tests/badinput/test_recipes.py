@@ -348,7 +348,7 @@ def test_more_of_anything_than_a_family_has():
 
 @pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 5000])
 def test_a_number_of_thousands_of_digits(number: str):
-    _refused(_with('"mine"', number), "1 problem" if number[0] == "9" else "name: must be a text")
+    _refused(_with('"mine"', number), "1 problem" if number[0] == "9" else "name: must be a string")
 
 
 def test_parts_that_can_be_read_in_too_many_ways(src: Path, out: Path, tmp_path: Path):

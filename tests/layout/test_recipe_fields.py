@@ -120,7 +120,7 @@ def test_one_without_blocks_is_written_in_it(tmp_path: Path):
         ("amax", "weight = true, scales = true", "components.amax.scales"),
         ("amax", "weight = true, inputs = true", "components.amax.inputs"),
         ("toy", 'takes = "all"', "layouts.toy.takes: must be one of anything, matrices, plain"),
-        ("toy", "takes = true", "layouts.toy.takes: must be a text"),
+        ("toy", "takes = true", "layouts.toy.takes: must be a string"),
     ],
 )
 def test_the_fields_are_checked(name: str, field: str, said: str, tmp_path: Path):

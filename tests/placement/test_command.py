@@ -47,7 +47,7 @@ def test_show_needs_no_checkpoint():
     done = moeconv("placement", "show", "[0, 1, 2, 3, 1, 0]")
     assert done.code == 0
     assert "slots: 6 (4 experts, 2 redundant)" in done.out
-    assert "`--source SRC` would say" in done.out
+    assert "`--source SRC` gives the exact number" in done.out
 
 
 def test_show_as_json(src: Path):

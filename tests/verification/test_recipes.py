@@ -189,7 +189,7 @@ def test_parts_that_say_other_things_than_the_recipe(out: Path, src: Path):
                 t["expert"]["projections"] = ["up", "gate"]
 
     resign(out, part=part)
-    assert "is not what its part says" in against(out, src)
+    assert "does not match its part" in against(out, src)
 
 
 def test_digests_that_are_not_those_of_the_bytes(out: Path, ranks: Path, src: Path):
