@@ -166,7 +166,7 @@ class BadHeader(Malformed):
     """A safetensors header that breaks a rule without a class of its own."""
 
     code = "bad-header"
-    fix = "download the file again; if it is the same, report it to whoever wrote it"
+    fix = "download the file again; if the problem remains, report it to the file's author"
 
 
 class TruncatedFile(BadHeader):
@@ -201,7 +201,7 @@ class HeaderTooLong(BadHeader):
     """A header length beyond the file, or beyond 100 MB."""
 
     code = "header-length"
-    fix = "download the file again; if it is the same, it is not a safetensors file"
+    fix = "download the file again; if the problem remains, it is not a safetensors file"
 
 
 class DuplicateKey(Malformed):
@@ -421,7 +421,7 @@ class BadPlacement(MoeconvError):
 
     code = "bad-placement"
     exit_code = 2
-    fix = "make the map for this checkpoint"
+    fix = "regenerate the map for this checkpoint"
 
 
 class TorchNeeded(UsageProblem):
@@ -446,7 +446,7 @@ class BadManifest(Malformed):
     """A manifest that breaks a rule of FORMAT.md."""
 
     code = "bad-manifest"
-    fix = "convert the checkpoint again; a manifest is never edited by hand"
+    fix = "convert the checkpoint again; manifests must not be edited by hand"
 
 
 class Unfinished(Malformed):
@@ -508,4 +508,4 @@ class CannotResume(WouldOverwrite):
     """An unfinished OUT of another plan or another source."""
 
     code = "cannot-resume"
-    fix = "give another directory, or `--overwrite`"
+    fix = "choose another directory, or `--overwrite`"

@@ -89,8 +89,8 @@ def lost_layers(
     return [
         ConfigMismatch(
             f"layer {lost[0]} has no tensor, but config.json states {stated} layers",
-            at=f"{quoted(f'{head}{lost[0]}')}, beside {quoted(main[0].name)}",
-            cause=f"{len(lost)} of {stated} layers have none: {spans(tuple(lost))}",
+            at=f"{quoted(f'{head}{lost[0]}')}, next to {quoted(main[0].name)}",
+            cause=f"{len(lost)} of {stated} layers have no tensors: {spans(tuple(lost))}",
             fix="download the shards that hold them, or use the config.json that belongs to "
             "these tensors",
         )

@@ -153,7 +153,9 @@ def _packing(one: ExpertTensor, component: Component) -> dict[PackingAxis, int]:
     """Return the sizes of the packing axes, from the canonical shape of one matrix."""
     canonical = component.axes.canonical
     if len(canonical) != len(one.expert.matrix):
-        raise _unfit(one.entry.name, f"a matrix `{component.axes}` has other dimensions")
+        raise _unfit(
+            one.entry.name, f"a matrix `{component.axes}` has another number of dimensions"
+        )
     down = one.expert.projections == (DOWN,)
     sizes = zip(canonical, one.expert.matrix, strict=True)
     return {

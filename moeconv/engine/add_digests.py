@@ -42,7 +42,7 @@ def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Mani
         a for p in manifest.parts for t in p.tensors for a in addresses(t, root.stacks)
     ):
         if address not in known:
-            raise damaged(ROOT_NAME, f"its parts name {quoted(address)}, which no tensor holds")
+            raise damaged(ROOT_NAME, f"its parts name {quoted(address)}, which no tensor has")
     parts = tuple(
         replace(
             part,

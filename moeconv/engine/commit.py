@@ -302,7 +302,7 @@ class _Commit:
     def _rewritten(self, sidecar: Sidecar, rewrite: Rewrite) -> FileEntry:
         now = read_document(sidecar.path, MAX_DOCUMENT_BYTES, name=sidecar.name)
         if now != rewrite.before:
-            raise _changed(sidecar, f"it is {len(now):,} other bytes now")
+            raise _changed(sidecar, f"and its content has changed ({len(now):,} bytes now)")
         self.recorded.check_sidecar(sidecar, digest(now))
         final = self.out / sidecar.name
         with writing(final):
@@ -326,7 +326,7 @@ def copy_sidecar(sidecar: Sidecar, partial: Path, final: Path) -> str:
                 done += count
         facts = os.fstat(reader)
     if (facts.st_size, facts.st_mtime_ns, done) != (sidecar.size, sidecar.mtime_ns, sidecar.size):
-        raise _changed(sidecar, f"and has {facts.st_size:,} now, or it was written to")
+        raise _changed(sidecar, f"and has {facts.st_size:,} now, or its content was changed")
     return state.hexdigest()
 
 

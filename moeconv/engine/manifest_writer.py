@@ -132,7 +132,7 @@ def read_back(root: Root, groups: Grouped) -> Manifest:
         for start in range(0, max((len(p.tensors) for p in parts), default=0), _READ_AT_ONCE):
             few = tuple(replace(p, tensors=p.tensors[start : start + _READ_AT_ONCE]) for p in parts)
             if parse_parts(document(name, few, root.ep_size), root, where=name) != few:
-                raise InternalError(f"{quoted(name)} would not be read as it is meant")
+                raise InternalError(f"{quoted(name)} would not be read as intended")
     manifest = Manifest(root, tuple(p for parts in groups.values() for p in parts))
     value = fingerprint(manifest.fingerprint_lines()) if manifest.complete else None
     return replace(manifest, root=replace(root, fingerprint=value))

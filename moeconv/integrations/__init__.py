@@ -23,7 +23,7 @@ def dequantize_fused_fp8() -> None:
         from moeconv.integrations.transformers_fp8 import StackFP8HfQuantizer
     except ImportError as error:
         raise UnsupportedTransformers(
-            "fused fp8 cannot be dequantised with this transformers",
+            "fused fp8 cannot be dequantised with this version of transformers",
             cause=str(error),
             fix="install transformers 5.23, or load what "
             "`moeconv unfuse OUT -o DIR --layout per-expert` writes",

@@ -110,7 +110,7 @@ def _half_apart(layouts: tuple[Layout, ...], fuse: str | None, unfuse: str | Non
 
 def _refuse(where: str, problems: Problems) -> BadRecipe:
     return BadRecipe(
-        f"{quoted(where)} is not a recipe: {problems.count:,} problem(s)",
+        f"{quoted(where)} is not a valid recipe: {problems.count:,} problem(s)",
         at=quoted(where),
         cause="\n         ".join(problems.shown(MAX_KEPT)),
     )
@@ -132,11 +132,14 @@ def _stacks(top: Table) -> tuple[str, ...]:
     for stack in stacks:
         # a hole that occurs twice would be matched in every combination
         if stack and sorted(_HOLES.findall(stack)) != ["layer", "prefix"]:
-            top.problem("stack", "must hold `{prefix}` and `{layer}`, each once, and no other hole")
+            top.problem(
+                "stack",
+                "must contain `{prefix}` and `{layer}`, each once, and no other placeholder",
+            )
         elif stack and not stack.startswith("{prefix}"):
             top.problem("stack", "must begin with `{prefix}`")
     if not stacks:
-        top.problem("stack", "must be a name pattern, or several")
+        top.problem("stack", "must be a name pattern, or a list of them")
     return stacks
 
 
@@ -160,7 +163,7 @@ def _readings(table: Table, key: str) -> tuple[Axes, ...]:
     """Axes, or a list of those that a tensor may have."""
     listed = table.texts(key) if isinstance(table.raw(key), list) else (table.text(key),)
     if not listed:
-        table.problem(key, "must be axes, or several")
+        table.problem(key, "must be axes, or a list of them")
     return tuple(_axes(table, key, text) for text in listed) or (Axes(()),)
 
 
@@ -182,9 +185,9 @@ def _components(table: Table) -> tuple[Component, ...]:
         entry = table.table(name)
         readings = _readings(entry, "axes")
         if any(axes.letters & {EXPERT, PAIR} for axes in readings):
-            entry.problem("axes", "are those of one matrix: E and G come from the layout")
+            entry.problem("axes", "must be those of one matrix; E and G come from the layout")
         if name == WEIGHT and len({axes.letters for axes in readings}) > 1:
-            entry.problem("axes", "of a weight may differ in blocks only")
+            entry.problem("axes", "of a weight may differ only in their blocks")
         out.append(
             Component(
                 name=name,
@@ -218,9 +221,13 @@ def _components(table: Table) -> tuple[Component, ...]:
 def _check_roles(entry: Table, component: Component) -> None:
     for key, role in (("scales", component.scales), ("inputs", component.inputs)):
         if role and component.weight:
-            entry.problem(key, "is for companions of a weight, and this is a weight itself")
+            entry.problem(
+                key, "is only for components that accompany a weight, and this is a weight"
+            )
     if component.scales and component.inputs:
-        entry.problem("inputs", "cannot be true beside `scales`: that says it scales weights")
+        entry.problem(
+            "inputs", "cannot be combined with `scales`, which says that it scales weights"
+        )
 
 
 def _layouts(table: Table, components: tuple[Component, ...]) -> tuple[Layout, ...]:
@@ -283,7 +290,7 @@ def _misfits(
     for axes in (*(forms_of(line, r, listed, is_weight=is_weight)[0] for r in readings), *listed):
         if matrix_axes(axes) not in own:
             known = ", ".join(f"`{reading}`" for reading in readings)
-            found.append(f"`{axes}`, its own are {known}")
+            found.append(f"`{axes}`, but its own are {known}")
         elif EXPERT in axes.letters and axes.flat[0].letter != EXPERT:
             found.append(f"`{axes}`: E must come first")
     return tuple(dict.fromkeys(found))
@@ -293,11 +300,11 @@ def _check_line(entry: Table, key: str, line: Line) -> None:
     holes = _HOLES.findall(line.template)
     unknown = set(holes) - {"stack", "expert", "component", "parameter", "suffix"}
     if unknown:
-        entry.problem(key, f"unknown hole `{{{min(unknown)}}}`")
+        entry.problem(key, f"unknown placeholder `{{{min(unknown)}}}`")
     if line.template == "{stack}":
-        entry.problem(key, "must say more than `{stack}`")
+        entry.problem(key, "must contain more than `{stack}`")
     if not line.template.startswith("{stack}") or len(set(holes)) != len(holes):
-        entry.problem(key, "must begin with `{stack}` and use each hole once")
+        entry.problem(key, "must begin with `{stack}` and use each placeholder once")
     named = [hole for hole in ("component", "parameter", "suffix") if hole in holes]
     if len(named) > 1:
         entry.problem(key, f"has both `{{{named[0]}}}` and `{{{named[1]}}}`")
@@ -350,7 +357,7 @@ def _config(table: Table) -> ConfigKeys:
     for prefix, paths in keys.layers:
         for path in paths:
             if sorted(_HOLES.findall(path)) != ["key", "layer"]:
-                table.problem(f"layers.{prefix}", "must hold `{layer}` and `{key}`, each once")
+                table.problem(f"layers.{prefix}", "must contain `{layer}` and `{key}`, each once")
     for inner in (block_sizes, sections, layers):
         if inner:
             inner.finish()
@@ -362,7 +369,7 @@ def _check_whole(recipe: Recipe, top: Table) -> None:
     names = [layout.name for layout in recipe.layouts]
     for key, value in (("fuse", recipe.fuse), ("unfuse", recipe.unfuse)):
         if value is not None and value not in names:
-            top.problem(key, f"{quoted(value)} is not a layout; there are {', '.join(names)}")
+            top.problem(key, f"{quoted(value)} is not a layout; the layouts are {', '.join(names)}")
     known = {name for name, _ in recipe.config.block_sizes}
     used = [a for c in recipe.components for axes in c.readings for a in axes.flat]
     used += [

@@ -221,7 +221,7 @@ def load_recipe(which: str | Path) -> Recipe:
         raise BadRecipe(
             f"cannot read the recipe {quoted(str(which))}",
             cause=problem.strerror if isinstance(problem, OSError) else "it is not UTF-8",
-            fix=f"give a file, or one of {', '.join(sorted(shipped))}",
+            fix=f"pass a file, or one of {', '.join(sorted(shipped))}",
         ) from None
     if len(text) > MAX_RECIPE_BYTES:
         raise BadRecipe(

@@ -102,7 +102,9 @@ def parse_root(raw: bytes, *, where: str = ROOT_NAME) -> Root:
     totals.finish()
     top.finish()
     if sharded and root.index is not None:
-        top.problem("index", "must be null: the files of many ranks have tensors of one name")
+        top.problem(
+            "index", "must be null: files of different ranks have tensors with the same name"
+        )
     if not problems.skipped:
         check_root(root, problems)
     _refuse(problems, where)
@@ -124,7 +126,7 @@ def _source(t: Table) -> SourceEntry:
         t.problem("directory", "must be the absolute path of a directory")
     names = [f.name for f in entry.files]
     if names != sorted(set(names), key=natural_key):
-        t.problem("files", "must be in natural order, each once: runs go by their numbers")
+        t.problem("files", "must be in natural order, each once: runs refer to them by number")
     t.finish()
     return entry
 
@@ -394,18 +396,20 @@ def _expert(tensor: Table, root: Root, rank: int | None) -> ExpertEntry:
     if known is None:
         t.problem("stack", f"there are only {len(root.stacks)} stacks")
     if not entry.projections or len(set(entry.projections)) != len(entry.projections):
-        t.problem("projections", "must be one or more different names")
+        t.problem("projections", "must be one or more distinct names")
     return entry
 
 
 def _check_local(t: Table, entry: ExpertEntry, row: tuple[int, ...] | None) -> None:
     """The name that a rank gives what is kept for all ranks."""
     if row is None or entry.slots is not None:
-        t.problem("local", "is only for what the common files hold of a stack that ranks share")
+        t.problem(
+            "local", "is only for tensors in the common files of a stack that is split among ranks"
+        )
     elif len(entry.experts) != 1:
         t.problem("local", f"is only for a tensor of one expert, not of {len(entry.experts)}")
     if slot_namer(entry.local or "") is None:
-        t.problem("local", "must hold `{slot}` once, or `{slot+N}`")
+        t.problem("local", "must contain `{slot}` once, or `{slot+N}`")
 
 
 def _span(t: Table, key: str, limit: int) -> tuple[int, int]:

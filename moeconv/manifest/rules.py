@@ -71,7 +71,10 @@ def _check_placements(root: Root, problems: Problems) -> None:
             continue
         place = f"stacks[{number}].physical_to_logical"
         if root.ep_size and len(row) % root.ep_size:
-            problems.add(place, f"has {len(row)} slots, which {root.ep_size} ranks cannot share")
+            problems.add(
+                place,
+                f"has {len(row)} slots, which cannot be split evenly among {root.ep_size} ranks",
+            )
         placed = set(row)
         if max(placed, default=0) >= stack.experts:
             problems.add(place, f"names expert {max(placed)}, there are only {stack.experts}")
@@ -106,4 +109,4 @@ def _check_names(root: Root, problems: Problems) -> None:
     reserved = [n for n in others if n.partition("/")[0] in (PARTS_DIR, ROOT_NAME)]
     twice = [name for name, count in Counter([*files, *others]).items() if count > 1]
     for name in dict.fromkeys([*twice, *reserved]):
-        problems.add("", f"{quoted(name)} is named twice, or as two things")
+        problems.add("", f"{quoted(name)} is named more than once")

@@ -26,17 +26,17 @@ def read(top: Table, problems: Problems) -> RawMap:
         count += 1
         layer = table.integer("layer_id")
         if layer in rows:
-            table.problem("layer_id", f"{layer} is there twice")
+            table.problem("layer_id", f"{layer} appears twice")
         size, rows[layer] = _devices(table, problems)
         sizes.setdefault(size, table.place("device_count"))
         table.finish()
     top.finish()
     if stated != count:
-        top.problem("moe_layer_count", f"is {stated}, the list has {counted(count, 'layer')}")
+        top.problem("moe_layer_count", f"is {stated}, but the list has {counted(count, 'layer')}")
     if not count:
         top.problem(KEY, "has no layers")
     for size, place in list(sizes.items())[1:]:
-        problems.add(place, f"is {size}, in other layers {next(iter(sizes))}")
+        problems.add(place, f"is {size}, but {next(iter(sizes))} in other layers")
     return RawMap(ASCEND, BY_ID, tuple(sorted(rows.items())), devices=next(iter(sizes), None))
 
 
@@ -51,13 +51,13 @@ def _devices(layer: Table, problems: Problems) -> tuple[int, tuple[int, ...]]:
         place = device.place("device_expert")
         row = parse_row(device.raw("device_expert"), place, problems)
         if number in by_device:
-            device.problem("device_id", f"{number} is there twice")
+            device.problem("device_id", f"{number} appears twice")
         elif by_device and len(row) != (others := len(next(iter(by_device.values())))):
             problems.add(place, f"has {counted(len(row), 'slot')}, the first device has {others}")
         by_device[number] = row
         device.finish()
     if count != stated:
-        layer.problem("device_count", f"is {stated}, the list has {counted(count, 'device')}")
+        layer.problem("device_count", f"is {stated}, but the list has {counted(count, 'device')}")
     elif sorted(by_device) != list(range(stated)):
         layer.problem("device_list", f"must have the device ids 0 to {stated - 1}")
     return stated, tuple(expert for _, row in sorted(by_device.items()) for expert in row)

@@ -41,9 +41,9 @@ def read_map(which: str | Path) -> RawMap:
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise UsageProblem(
-            f"{quoted(text)} does not have the ending of a placement map",
-            cause=f"the file endings are {', '.join(_READERS)}",
-            fix="give such a file, or the JSON text itself",
+            f"{quoted(text)} does not have the file extension of a placement map",
+            cause=f"the file extensions are {', '.join(_READERS)}",
+            fix="pass such a file, or the JSON text itself",
         )
     doc, bare = reader(read_document(path, MAX_MAP_BYTES, name=path.name), path.name)
     return parse_map(doc, where=path.name, bare=bare)
@@ -56,7 +56,9 @@ def _json(raw: bytes, name: str) -> tuple[Json, str]:
 def _yaml(raw: bytes, name: str) -> tuple[Json, str]:
     with _foreign(name, "YAML"):
         if len(raw) > _MAX_YAML_BYTES:
-            raise ValueError(f"it has {len(raw):,} bytes; of YAML at most {_MAX_YAML_BYTES:,}")
+            raise ValueError(
+                f"it has {len(raw):,} bytes; YAML may have at most {_MAX_YAML_BYTES:,}"
+            )
         return _Plain(len(raw) + 1).of(yaml_value(raw.decode("utf-8"))), VLLM
 
 
@@ -122,7 +124,7 @@ def _numpy(raw: bytes, name: str) -> tuple[Json, str]:
             raise ValueError(f"it has {len(shape)} dimensions; a map has 1 or 2")
         _check_shape(shape, "the array")
         if prod(shape) * dtype.itemsize != len(raw) - stream.tell():
-            raise ValueError(f"its header says {list(shape)}, which is not what follows")
+            raise ValueError(f"its header says {list(shape)}, which does not match the data")
         array: np.ndarray = np.load(io.BytesIO(raw), allow_pickle=False)
         return array.tolist(), EPLB
 
@@ -191,6 +193,6 @@ class _Plain:
         out: dict[str, Json] = {}
         for key, item in value.items():
             if type(key) not in (int, str) or str(key) in out:
-                raise ValueError(f"the key {quoted(str(key))} is there twice or is not an id")
+                raise ValueError(f"the key {quoted(str(key))} appears twice or is not an id")
             out[str(key)] = self.of(item, depth + 1)
         return out

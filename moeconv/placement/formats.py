@@ -34,7 +34,7 @@ def parse_map(doc: Json, *, where: str, bare: str = vllm.VLLM) -> RawMap:
             f"{quoted(where)} is not a placement map: {counted(problems.count, 'problem')}",
             at=quoted(where),
             cause="\n         ".join(problems.shown()),
-            fix="make the map again; `moeconv placement convert` writes every format it reads",
+            fix="regenerate the map; `moeconv placement convert` writes every format it reads",
         )
     return raw
 

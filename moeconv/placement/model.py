@@ -74,7 +74,7 @@ def round_robin(experts: int, slots: int, ep_size: int) -> tuple[int, ...]:
     """
     if problem := slots_problem(experts, slots, ep_size):
         raise BadPlacement(
-            f"{counted(slots, 'slot')} cannot be dealt out to {counted(ep_size, 'rank')}",
+            f"{counted(slots, 'slot')} cannot be split evenly among {counted(ep_size, 'rank')}",
             cause=problem,
             fix="choose another number of redundant experts",
         )
@@ -266,7 +266,7 @@ def refuse_misfits(texts: Iterable[str]) -> None:
     raise BadPlacement(
         f"the placement does not fit: {counted(problems.count, 'problem')}",
         cause="\n         ".join(problems.shown()),
-        fix="make the map for this checkpoint and this number of ranks",
+        fix="regenerate the map for this checkpoint and this number of ranks",
     )
 
 

@@ -51,8 +51,8 @@ def resolve(raw: RawMap, layers: Layers, *, map_layers: str | None = None) -> tu
     if map_layers and ids != _indices_counted(map_layers, ids, layers):
         raise BadPlacement(
             f"the map's rows are not counted as `--map-layers {map_layers}` says",
-            cause=f"in the format {raw.format} there is no other reading than: {assumed}",
-            fix=f"drop `--map-layers {map_layers}`, or make the map for this checkpoint",
+            cause=f"in the format {raw.format} the only possible reading is: {assumed}",
+            fix=f"drop `--map-layers {map_layers}`, or regenerate the map for this checkpoint",
         )
     named = {layer: rows[index] for layer, index in ids.items()}
     return _placement(named, layers), assumed + _if_not_stated(layers)
@@ -189,6 +189,6 @@ def ep_size_of(raw: RawMap, wanted: int | None) -> int | None:
         return wanted or raw.devices
     raise BadPlacement(
         f"the map is for {counted(raw.devices or 0, 'device')}, not for ep {wanted}",
-        cause="the same slots on other ranks are another placement",
-        fix=f"give `--ep {raw.devices}`, or make the map for {counted(wanted, 'rank')}",
+        cause="the same slots on another number of ranks are a different placement",
+        fix=f"give `--ep {raw.devices}`, or regenerate the map for {counted(wanted, 'rank')}",
     )

@@ -26,7 +26,7 @@ def read(top: Table, problems: Problems) -> RawMap:
     for key in top.names():
         if key != KEY:
             # sglang passes the members on as arguments, so that any other is an error there
-            top.problem(key, f"is not allowed beside {quoted(KEY)}: sglang refuses it")
+            top.problem(key, f"is not allowed together with {quoted(KEY)}: sglang refuses it")
     return rows_by_number(SGLANG, parse_rows(top.raw(KEY), KEY, problems))
 
 

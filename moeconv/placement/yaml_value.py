@@ -51,13 +51,15 @@ class _Reader:
     def _value(self, event: yaml.Event, depth: int) -> object:
         if isinstance(event, self._yaml.AliasEvent):
             if event.anchor not in self._anchors:
-                raise ValueError(f"the alias {quoted(str(event.anchor))} names nothing before it")
+                raise ValueError(
+                    f"the alias {quoted(str(event.anchor))} refers to nothing before it"
+                )
             return self._anchors[event.anchor]
         if depth > MAX_DEPTH:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
         kinds = (self._yaml.ScalarEvent, self._yaml.CollectionStartEvent)
         if not isinstance(event, kinds):
-            raise ValueError("it has no value where one should be")
+            raise ValueError("a value is missing")
         value = self._new(event, depth)
         if event.anchor is not None:
             # registered last: a value that contains itself has no end
@@ -85,7 +87,7 @@ class _Reader:
             if not isinstance(key, int | str) or isinstance(key, bool):
                 raise ValueError("a key is neither a string nor an id")
             if key in out:
-                raise ValueError(f"the key {quoted(str(key))} is there twice")
+                raise ValueError(f"the key {quoted(str(key))} appears twice")
             out[key] = self._value(next(self._events), depth + 1)
         return out
 

@@ -181,7 +181,7 @@ def _refuse_two_meanings(common: list[PlannedTensor], ranks: list[list[PlannedTe
     for planned in chain.from_iterable(ranks):
         if planned.name in shared:
             raise NameCollision(
-                f"the common files and a rank's would both have a {quoted(planned.name)}",
+                f"the common files and a rank's files would both have {quoted(planned.name)}",
                 at=quoted(planned.name),
                 cause="one is a slot of this rank, the other is common to all ranks",
                 fix="choose a `--layout` without names for each expert, such as `fused`, "
@@ -227,7 +227,7 @@ def refuse_permuted(files: tuple[OutputFile, ...]) -> None:
             if isinstance(tile, PermuteTile) and not tile.is_identity:
                 name = file.tensors[tile.tensor].name
                 raise NotVirtual(
-                    f"{quoted(name)} is not a run of the source's bytes",
+                    f"{quoted(name)} is not a contiguous range of the source",
                     at=quoted(name),
                     cause="in this layout its values are in another order than in the source",
                     fix="choose the layout that the source has with `--layout`, "

@@ -147,7 +147,7 @@ def _targets(model: torch.nn.Module, problems: _Problems) -> list[Target]:
     for before, module in modules_of(model):
         if unsharded(module):
             text = f"{quoted(before[:-1])} of FSDP2; call its `reshard()`"
-            problems.kinds["unsharded at present"].append(text)
+            problems.kinds["currently unsharded"].append(text)
         meta = [name for name, b in module._buffers.items() if b is not None and b.is_meta]
         if meta:  # nobody but the model's own code knows what such a buffer holds
             problems.kinds["buffers on meta"] += [quoted(before + name) for name in meta]
@@ -155,7 +155,7 @@ def _targets(model: torch.nn.Module, problems: _Problems) -> list[Target]:
     problems.kinds["no plain memory"] += [
         f"{quoted(target.names[0])} {target.unwritable}" for target in targets if target.unwritable
     ]
-    problems.kinds["different views of one memory"] += [
+    problems.kinds["different views of the same memory"] += [
         f"{quoted(a)} and {quoted(b)}" for a, b in overlapping(targets)
     ]
     return targets
@@ -265,7 +265,7 @@ def _steps(
     read = covering(shape, dtype.itemsize, wanted)
     direct = read == wanted and dtype == tensor.dtype and is_row_major(local)
     if not direct and local.is_inference() and not local.is_meta:
-        both = f"{quoted(source.name)}: cannot copy into a tensor of inference mode"
+        both = f"{quoted(source.name)}: cannot copy into an inference-mode tensor"
         problems.kinds["no plain memory"].append(both)
     return (Step(wanted, read, (0, local.shape[0] if have else 1), direct),)
 

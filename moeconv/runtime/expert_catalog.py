@@ -23,7 +23,9 @@ def new_rows(output: OpenOutput, rows: Rows, placement: Given) -> dict[int, tupl
         number = names.index(name)
         if number not in rows or len(row) != len(rows[number]):
             have = (
-                f"{len(rows[number])} slots" if number in rows else "no slots, each rank all of it"
+                f"{len(rows[number])} slots"
+                if number in rows
+                else "no slots: every rank has all of it"
             )
             raise GeometryMismatch(
                 f"{quoted(name)} cannot have {len(row)} slots",
@@ -100,7 +102,7 @@ class ExpertCatalog:
         found = self._found.get((key, expert))
         if found is None:
             raise manifest_error(
-                like.entry.name, f"expert {expert} has no tensor like it on another rank"
+                like.entry.name, f"expert {expert} has no matching tensor on another rank"
             )
         stored, number, rank = found
         count, here = (len(s.entry.expert.experts) if s.entry.expert else 1 for s in (like, stored))
@@ -108,7 +110,7 @@ class ExpertCatalog:
         runs = equal_part(stored.runs, number, here)
         if stored.entry.dtype != like.entry.dtype or sum(r.nbytes for r in runs) != size:
             raise manifest_error(
-                like.entry.name, f"expert {expert} has no tensor like it on another rank"
+                like.entry.name, f"expert {expert} has no matching tensor on another rank"
             )
         if rank != self.output.rank:
             self.fetched[key, expert] = single_slot(stored, number)

@@ -79,7 +79,7 @@ def unwritable_reason(tensor: torch.Tensor) -> str | None:
         spec = getattr(tensor, "_spec", None)
         order = getattr(spec, "shard_order", None) or ()
         if any(list(entry.mesh_dims) != sorted(entry.mesh_dims) for entry in order):
-            return "is sharded in another order than that of its mesh"
+            return "is sharded in an order that differs from its mesh"
     local = local_tensor(tensor)
     kind = type(local).__torch_dispatch__
     if local.layout != torch.strided or kind is not torch.Tensor.__torch_dispatch__:

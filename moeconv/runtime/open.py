@@ -125,7 +125,7 @@ def _stored(entry: TensorEntry, part: Part, number: int) -> LocatedTensor:
     bits = prod(entry.shape) * BITS.get(entry.dtype, 0)
     if entry.dtype not in BITS or bits != (entry.stop - entry.start) * 8:
         raise manifest_error(
-            entry.name, f"{entry.dtype} {list(entry.shape)} does not have the size of its bytes"
+            entry.name, f"{entry.dtype} {list(entry.shape)} does not match its size in bytes"
         )
     if not part.file:
         return LocatedTensor(entry, join_runs(entry.runs))

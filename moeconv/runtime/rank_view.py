@@ -88,7 +88,7 @@ class RankView:
                 other.append(name)
         if other:
             raise GeometryMismatch(
-                f"the output is in another placement than yours, in {len(other):,} stack(s)",
+                f"the output's placement differs from yours, in {len(other):,} stack(s)",
                 at=quoted(str(self.output.path)),
                 cause=f"{quoted(other[0])} is one of them",
                 fix="shard again with your placement, or take the output's from `Shard.placement`",

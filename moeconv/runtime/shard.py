@@ -54,7 +54,7 @@ def ep_rank_of(rank: int, world: int, ep: int, order: str = "sglang", *, moe_tp:
         raise GeometryMismatch(
             f"process {rank} of {world} does not fit into {ep} expert-parallel ranks",
             cause="ep (times moe_tp) must divide the number of processes; ranks count from 0",
-            fix="start as many processes as a multiple of it",
+            fix="start a multiple of that many processes",
         )
     return rank % (ep * moe_tp) // moe_tp if order == "sglang" else rank // (world // ep)
 

@@ -64,7 +64,9 @@ def is_stacked(expert: ExpertEntry) -> bool:
     """Whether experts are along dimension 0. Raises BadManifest where along another."""
     letters = letters_of(expert)
     if EXPERT in letters[1:]:
-        raise manifest_error(f"stack {expert.stack}", f"axes {quoted(expert.axes)} have E inside")
+        raise manifest_error(
+            f"stack {expert.stack}", f"axes {quoted(expert.axes)} have E after the first axis"
+        )
     return letters[:1] == (EXPERT,)
 
 
@@ -107,7 +109,8 @@ def validate_rank(
         _check_weights(root, stack, slots)
         if twice := slots.keys() & everyone.keys():
             raise manifest_error(
-                stack.name, f"{' '.join(min(twice))} is common and the ranks', too"
+                stack.name,
+                f"{' '.join(min(twice))} is both in the common files and in those of ranks",
             )
         for entry in by_stack[number].common:
             _check_global(entry, stack)
@@ -150,7 +153,7 @@ def _check_once(name: str, what: str, spans: _Spans, first: int, last: int) -> N
         at = first
         for start, stop in sorted(several):
             if start != at:
-                cause = f"is there twice or not at all in {projection} {component}"
+                cause = f"appears twice or not at all in {projection} {component}"
                 raise manifest_error(name, f"{what} {min(at, start)} {cause}")
             at = stop
         if at != last:

@@ -57,8 +57,8 @@ def check_digests(
         raise DigestsMissing(
             f"{len(unread):,} tensor(s) of this rank have no digest",
             at=quoted(unread[0]),
-            cause="the set is virtual, or was written with `--digests later`",
-            fix="`moeconv verify --level source --source SRC --fill` takes them",
+            cause="the output is virtual, or was written with `--digests later`",
+            fix="`moeconv verify --level source --source SRC --fill` adds them",
         )
     jobs = [(stored.entry, tuple(_jobs(stored))) for stored in chosen]
     wrong: list[str] = []

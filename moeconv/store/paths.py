@@ -26,9 +26,9 @@ def resolve_inside(root: Path, name: str) -> Path:
     if real.is_relative_to(home) or ((blobs := _hub_blobs(home)) and real.is_relative_to(blobs)):
         return real
     raise UnsafePath(
-        f"{quoted(name)} is a link out of the checkpoint",
+        f"{quoted(name)} links to a file outside the checkpoint",
         at=quoted(str(link)),
-        cause=f"it leads to {quoted(str(real))}",
+        cause=f"it points to {quoted(str(real))}",
         fix="replace the link with the file itself",
     )
 
@@ -45,7 +45,7 @@ def existing_file(root: Path, name: str, *, named_by: str) -> Path:
         raise MissingShard(
             f"{quoted(name)} is missing",
             at=quoted(named_by),
-            cause=f"{quoted(named_by)} names it, but the directory does not have it",
+            cause=f"{quoted(named_by)} names it, but it is not in the directory",
             fix="download the shard, then `moeconv inspect SRC`",
         )
     return path
@@ -59,7 +59,7 @@ def refuse_unsafe_name(name: str, root: Path) -> None:
             f"{quoted(name)} {problem}",
             at=quoted(str(root)),
             cause="a file of this name cannot be copied safely to every system",
-            fix="rename it, or leave it out with `--exclude` if it is no tensor file",
+            fix="rename it, or leave it out with `--exclude` if it is not a tensor file",
         )
 
 

@@ -178,7 +178,7 @@ def _misdescribed(tensor: TensorEntry, place: str) -> Damaged:
         f"{quoted(tensor.name)} does not match its part",
         at=place,
         cause=f"by its recipe it is {what}",
-        fix="convert the checkpoint again; a manifest is never edited by hand",
+        fix="convert the checkpoint again; manifests must not be edited by hand",
     )
 
 

@@ -221,7 +221,7 @@ def entry_problems(manifest: Manifest, detection: Detection) -> Iterator[Moeconv
                     cause=_entry_in_words(stated)
                     if stated
                     else "the part does not say which expert it is of",
-                    fix="convert the checkpoint again; a manifest is never edited by hand",
+                    fix="convert the checkpoint again; manifests must not be edited by hand",
                 )
 
 

@@ -61,7 +61,7 @@ def _difference(
     if own is not None:
         kept = _kept(output, name)
         if kept is not None and digest(kept) != _first_digest(first, its):
-            return f"`{ORIGIN_NAME}` keeps other bytes of it: a restore would write those"
+            return f"`{ORIGIN_NAME}` records different bytes: a restore would write those"
         entries = own.manifest.root.stacks
         if is_rewritten(name):
             return _rewritten_otherwise(mine, its, first, source[1], entries, kept=kept)
@@ -86,10 +86,10 @@ def _rewritten_otherwise(
         return (
             "its bytes differ"
             if after == before
-            else "its bytes are not SRC's with the names of the experts' modules changed"
+            else "its bytes are not those of SRC with the experts' modules renamed"
         )
     if after != before and kept is None:
-        return f"it was rewritten, and `{ORIGIN_NAME}` does not keep what it was"
+        return f"it was rewritten, and `{ORIGIN_NAME}` does not keep the original"
     return None
 
 

@@ -124,7 +124,7 @@ def _data_file(root: Path, part: Part, *, newer: bool) -> list[MoeconvError]:
             damaged(f"{PARTS_DIR}/{name}.json", "it lists other tensors than the header")
         )
     if not newer and dict(header.metadata) != METADATA:
-        cause = f"its `__metadata__` is not {dumps(dict(METADATA)).decode()}: loaders go by it"
+        cause = f"its `__metadata__` is not {dumps(dict(METADATA)).decode()}: loaders rely on it"
         problems.append(damaged(name, cause))
     return problems
 
@@ -132,7 +132,10 @@ def _data_file(root: Path, part: Part, *, newer: bool) -> list[MoeconvError]:
 def _index(root: Path, top: Root, parts: list[Part] | None) -> list[MoeconvError]:
     if top.index is None:
         return [
-            damaged(ROOT_NAME, f"it names an index, {quoted(INDEX_NAME)}: with ranks there is none")
+            damaged(
+                ROOT_NAME,
+                f"it names an index, {quoted(INDEX_NAME)}: an expert-parallel output has none",
+            )
             for entry in top.sidecars
             if entry.name == INDEX_NAME
         ]
@@ -291,7 +294,7 @@ def _missing(
         MissingExpert(
             f"{quoted(stack.name)} is not complete",
             at=", ".join(map(quoted, missing[:_MAX_MISSING])),
-            cause=f"{len(missing)} matrices are missing or there twice",
+            cause=f"{len(missing)} matrices are missing or duplicated",
             fix="convert the checkpoint again",
         )
     ]

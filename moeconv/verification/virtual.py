@@ -47,7 +47,7 @@ def virtual_problems(detection: Detection, manifest: Manifest) -> list[MoeconvEr
     return [
         damaged(
             rank_part(None if rank < 0 else rank, root.ep_size or 1),
-            f"{quoted(name)} points to bytes that are not its experts'",
+            f"{quoted(name)} points to bytes that do not belong to its experts",
         )
         for rank, name in differing[:_MAX_REPORTED]
     ]

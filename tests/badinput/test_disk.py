@@ -38,7 +38,7 @@ def test_a_full_disk_is_refused_before_the_first_byte(
     called = []
     with untouched(good, out), pytest.raises(DiskFull) as caught:
         moeconv.fuse(good, out, progress=lambda *_: called.append(1))
-    holds(caught.value, DiskFull, str(out), "1.00 KB are free", "KB are needed")
+    holds(caught.value, DiskFull, str(out), "1.00 KB is free", "KB is needed")
     assert not called
 
 
@@ -98,7 +98,7 @@ def test_a_small_disk_is_refused_before_the_first_byte(src: Path, small_disk: Pa
     out = small_disk / "out"
     with untouched(src, small_disk), pytest.raises(DiskFull) as caught:
         moeconv.fuse(src, out)
-    holds(caught.value, DiskFull, str(out), "MB are needed", "2.10 MB are free")
+    holds(caught.value, DiskFull, str(out), "MB is needed", "2.10 MB is free")
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["absent", "empty"])

@@ -219,7 +219,9 @@ def test_a_line_that_does_not_begin_with_the_stack():
 
 
 def test_a_line_with_an_unknown_hole():
-    _refused(_with("{stack}.gate_up_proj", "{stack}.{rank}.gate_up_proj"), "unknown hole `{rank}`")
+    _refused(
+        _with("{stack}.gate_up_proj", "{stack}.{rank}.gate_up_proj"), "unknown placeholder `{rank}`"
+    )
 
 
 def test_a_line_with_both_component_and_suffix():

@@ -297,9 +297,9 @@ PARTS: Final = (
     part("local null", COMMON, first(lambda t: t["expert"].update(local=None)), "local",
          kind="per-expert"),
     part("local without a slot", COMMON, first(lambda t: t["expert"].update(local="scale")),
-         "local: must hold `{slot}` once", kind="per-expert"),
+         "local: must contain `{slot}` once", kind="per-expert"),
     part("local with two slots", COMMON, first(
-        lambda t: t["expert"].update(local="{slot}.{slot}")), "local: must hold `{slot}` once",
+        lambda t: t["expert"].update(local="{slot}.{slot}")), "local: must contain `{slot}` once",
          kind="per-expert"),
     part("local of another name", COMMON, first(lambda t: t["expert"].update(local="{slot}.x")),
          "recipe makes it", kind="per-expert", by=OPENING, expressed=False),
@@ -309,7 +309,7 @@ PARTS: Final = (
         lambda t: t["expert"].update(local="{slot}.down.weight"), of="0.down.weight"),
          "local: is only", kind="per-expert", expressed=False),
     part("local on a rank", RANK_1, first(lambda t: t["expert"].update(local="{slot}")),
-         "local: is only for what the common files hold", kind="per-expert"),
+         "local: is only for tensors in the common files", kind="per-expert"),
     # --- virtual ---
     part("files in a virtual set", RANK_1, lambda d: d["files"].append(
         {"file": RANK_1_FILE, "size": 8, "header": {"size": 8, "digest": "0" * 32},

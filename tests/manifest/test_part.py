@@ -293,7 +293,7 @@ def test_one_stack_s_tensor_that_claims_to_be_the_other_s(made: Path):
         _expert(doc)["expert"]["stack"] ^= 1
 
     edit_part(made, edit)
-    reported(made, MissingExpert, "model.layers.", "there twice")
+    reported(made, MissingExpert, "model.layers.", "duplicated")
 
 
 @pytest.mark.parametrize(

@@ -225,9 +225,9 @@ def test_ascend_slots_are_devices_in_order():
 
 
 def test_ascend_devices_must_be_whole_and_alike():
-    malformed(ascend(device_count=3), "device_count: is 3, the list has 2 devices")
+    malformed(ascend(device_count=3), "device_count: is 3, but the list has 2 devices")
     malformed(ascend(device_list=[device(0, 1), device(2, 0)]), "the device ids 0 to 1")
-    malformed(ascend(device_list=[device(0, 1), device(0, 0)]), "device_id: 0 is there twice")
+    malformed(ascend(device_list=[device(0, 1), device(0, 0)]), "device_id: 0 appears twice")
     malformed(ascend(device_list=[device(0, 1), device(1, 0, 1)]), "has 2 slots")
     malformed(ascend(device_list=[device(0, 1), {"device_id": 1}]), "device_expert: must be a list")
 
@@ -236,12 +236,12 @@ def test_ascend_layers_must_be_whole():
     one = ascend()
     assert isinstance(one, dict)
     two = [*one["layer_list"], *one["layer_list"]]  # type: ignore[misc]
-    malformed({**one, "moe_layer_count": 3}, "is 3, the list has 1 layer")
-    malformed({"moe_layer_count": 2, "layer_list": two}, "layer_id: 0 is there twice")
+    malformed({**one, "moe_layer_count": 3}, "is 3, but the list has 1 layer")
+    malformed({"moe_layer_count": 2, "layer_list": two}, "layer_id: 0 appears twice")
     malformed({"moe_layer_count": 0, "layer_list": []}, "has no layers")
     three = {"layer_id": 1, "device_count": 1, "device_list": [device(0, 0, 1)]}
     doc: Json = {"moe_layer_count": 2, "layer_list": [two[0], three]}
-    malformed(doc, "layer_list[1].device_count: is 1, in other layers 2")
+    malformed(doc, "layer_list[1].device_count: is 1, but 2 in other layers")
 
 
 @pytest.mark.parametrize(

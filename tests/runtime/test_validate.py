@@ -69,18 +69,23 @@ def smaller(text: str) -> Edit:
         (False, 1, without("down_proj"), "no weight of down"),
         (False, 1, other("_proj", component="bias"), "no weight of down, gate, up"),
         (False, 1, without("_proj"), "no weight of down, up"),
-        (False, 1, again("gate_up", projections=("gate", "up")), "slot 3 is there twice"),
+        (False, 1, again("gate_up", projections=("gate", "up")), "slot 3 appears twice"),
         (True, 1, without(".1.gate"), "slot 4"),
         (True, 1, without(".2.gate"), "slot 5 is missing in gate weight"),
         (True, 1, without(".0.gate"), "slot 3"),
         (True, 1, other(".2.up", projections=("gate",)), "twice"),
         (True, None, without(".3.down.scale"), "expert 3"),
         (True, None, without(".4.down.scale"), "expert 4 is missing"),
-        (True, None, other(".3.down.scale", experts=(0,)), "expert 0 is there twice"),
+        (True, None, other(".3.down.scale", experts=(0,)), "expert 0 appears twice"),
         (True, None, other(".3.down.scale", local=None), "it lacks `local`"),
-        (False, None, again("scale"), "expert 0 is there twice"),
+        (False, None, again("scale"), "expert 0 appears twice"),
         (False, None, halves, "must hold all 5 experts"),
-        (False, None, other("scale", component="weight"), "is common and the ranks', too"),
+        (
+            False,
+            None,
+            other("scale", component="weight"),
+            "is both in the common files and in those of ranks",
+        ),
         (False, 1, other("down_proj", matrix=(4, 8)), "is not [3, 8, 4]"),
         (False, 1, other("down_proj", axes="E K"), "is not [3, 8, 4]"),
         (False, 1, other("down_proj", axes="K E O"), ""),
@@ -102,7 +107,7 @@ def test_a_rank(tmp_path: Path, per_expert: bool, rank: int | None, edit: Edit, 
 def test_a_gate_beside_gate_and_up(tmp_path: Path):
     made = checkpoint()
     made.experts[f"{STACK}.gate"] = Fused(STACK, numbers(5, 4, 8), "E O K", ("gate",))
-    with pytest.raises(BadManifest, match="slot 3 is there twice or not at all in gate weight"):
+    with pytest.raises(BadManifest, match="slot 3 appears twice or not at all in gate weight"):
         moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=1, ep_size=2)
 
 
@@ -151,5 +156,5 @@ def test_replace_needs_the_same_tensor_on_the_other_rank(tmp_path: Path):
 
     out = write_set(tmp_path / "set", checkpoint(), edit=edit)
     shard = moeconv.runtime.open(out, ep_rank=0, ep_size=2)
-    with pytest.raises(BadManifest, match="no tensor like it"):
+    with pytest.raises(BadManifest, match="no matching tensor"):
         shard.replace([(2, 0, 3, 1, 4, 0)])

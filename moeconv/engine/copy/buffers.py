@@ -36,7 +36,7 @@ def mapped(size: int) -> mmap.mmap:
     except (OSError, MemoryError):
         raise MemoryShort(
             f"cannot allocate another {human_size(size)} of memory",
-            cause="memory is full, or this process has a limit",
+            cause="memory is full, or this process has reached its limit",
             fix="use fewer `--jobs` or a smaller `--max-memory`",
         ) from None
 

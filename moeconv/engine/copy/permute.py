@@ -70,8 +70,8 @@ def permute(
             if not np.array_equal(source, target):
                 raise UnequalShared(
                     "a value that the target layout stores once differs between matrices",
-                    cause=f"unit {piece.unit} of the tensor has other bytes than the first one",
-                    fix="choose a layout that keeps them apart",
+                    cause=f"unit {piece.unit} of the tensor differs from the first one",
+                    fix="choose a layout that stores them separately",
                 )
         else:
             _move(target, source, desk)

@@ -241,7 +241,7 @@ def _started(workers: list[_Worker]) -> list[_Worker]:
                 return workers[:number]
             raise IoFailed(
                 "no worker thread can be started",
-                cause="the system or this process has as many threads as it may have",
+                cause="the system or this process has reached its thread limit",
                 fix="close other programs or raise `ulimit -u`, then run again",
             ) from None
     return workers

@@ -87,8 +87,8 @@ def refuse_file(path: Path) -> None:
         raise WouldOverwrite(
             f"{quoted(path.name)} exists",
             at=quoted(str(path)),
-            cause="a file is never replaced",
-            fix="give another name with `-o`, or remove it first",
+            cause="existing files are never replaced",
+            fix="choose another name with `-o`, or remove the file first",
         )
 
 

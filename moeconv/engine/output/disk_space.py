@@ -65,8 +65,8 @@ def refuse_short(out: Path, space: DiskSpace) -> None:
     raise DiskFull(
         f"there is not enough disk space for {quoted(str(out))}",
         at=quoted(str(out)),
-        cause=f"{human_size(space.needed)} are needed{sharing}, {human_size(space.free)} are free",
-        fix="free some space, or give a directory on another disk",
+        cause=f"{human_size(space.needed)} is needed{sharing}, {human_size(space.free)} is free",
+        fix="free some space, or choose a directory on another disk",
     )
 
 

@@ -189,7 +189,7 @@ def busy(out: Path) -> WouldOverwrite:
         f"another run is writing to {quoted(str(out))}",
         at=quoted(str(out)),
         cause=f"it has locked `{JOURNAL_NAME}`",
-        fix="wait for it, or give another directory",
+        fix="wait for it, or choose another directory",
     )
 
 
@@ -234,7 +234,7 @@ def resumable(out: Path, plan: str) -> Journal:
             f"{quoted(str(out))} cannot be resumed",
             at=quoted(str(out)),
             cause=f"it has no readable `{JOURNAL_NAME}`",
-            fix="give another directory",
+            fix="choose another directory",
         )
     if journal.plan != plan:
         raise CannotResume(

@@ -86,7 +86,7 @@ class Inventory:
         if self.trusted:
             count = counted(len(self.trusted), "data file")
             what = "size, header and times were compared, not the tensors' bytes"
-            out.append(f"old output: of {count} {what}")
+            out.append(f"old output, {count}: {what}")
         if self.compared:
             count = counted(len(self.compared), "data file")
             out.append(f"old output: {count} not older than its documents, so read and compared")

@@ -25,7 +25,7 @@ def refuse_overlap(src: Path, out: Path) -> None:
             f"{quoted(str(out))} is not a path",
             at=quoted(str(out)),
             cause=printable(str(problem)),
-            fix="give a directory that is absent or empty",
+            fix="choose a directory that is absent or empty",
         ) from None
     source = Path(os.path.realpath(src))
     target = Path(os.path.realpath(out))
@@ -36,7 +36,7 @@ def refuse_overlap(src: Path, out: Path) -> None:
             f"OUT {word} SRC",
             at=quoted(str(out)),
             cause=f"SRC is {quoted(str(source))}; a source is never written to",
-            fix="give a directory elsewhere with `-o`",
+            fix="choose a directory elsewhere with `-o`",
         )
 
 
@@ -55,10 +55,10 @@ def refuse_existing(
         return None
     if not out.is_dir():
         raise WouldOverwrite(
-            f"{quoted(str(out))} is a {'link to nowhere' if out.is_symlink() else 'file'}",
+            f"{quoted(str(out))} is a {'broken link' if out.is_symlink() else 'file'}",
             at=quoted(str(out)),
-            cause="an output is a directory",
-            fix="give a directory that is absent or empty",
+            cause="an output must be a directory",
+            fix="choose a directory that is absent or empty",
         )
     names = sorted(os.listdir(out))  # noqa: PTH208 - names, not paths
     if not names:
@@ -101,17 +101,17 @@ def _in_use(
     """Return the error for an OUT that is not empty, with a fix for the case at hand."""
     journal = read_journal(out) if unfinished else None
     cause = f"it holds {quoted_list(names, most=1)}"
-    fix = "give another directory"
+    fix = "choose another directory"
     if ROOT_NAME in names:
         fix += ", or `--overwrite` to replace what moeconv made here"
     elif restores:
-        fix = "give another directory; where this is the origin already, `--resume` says so"
+        fix = "choose another directory; `--resume` tells if this is the restored original already"
     if unfinished and (journal is not None or is_bare(out)):
         cause += ": a run of moeconv was killed there"
         fix = "run the same command with `--resume`, or with `--overwrite` to start over"
     elif unfinished:
         cause += f", and neither `{ROOT_NAME}` nor `{JOURNAL_NAME}` lists the other files"
-        fix = fix if restores else "give another directory"
+        fix = fix if restores else "choose another directory"
     old = recorded_backup(out, journal)
     if old is not None:
         cause += f"; the old output is at {quoted(str(old))}"
@@ -119,7 +119,7 @@ def _in_use(
         cause += f"; the rest of an old output is at {quoted(str(backup_path(out)))}"
         fix += "; the same command with `--resume` removes the rest"
     return WouldOverwrite(
-        f"{quoted(str(out))} is {'half-done' if unfinished else 'not empty'}",
+        f"{quoted(str(out))} is {'unfinished' if unfinished else 'not empty'}",
         at=quoted(str(out)),
         cause=cause,
         fix=fix,
@@ -136,7 +136,7 @@ def _not_ours(out: Path, foreign: dict[str, str]) -> WouldOverwrite:
         at=quoted_list([*foreign], most=1),
         cause=f"{quoted(first)}: {reason}; "
         "`--overwrite` replaces only what moeconv wrote and nobody changed since",
-        fix="move them away, or give another directory",
+        fix="move them away, or choose another directory",
     )
 
 
@@ -165,8 +165,8 @@ def _refuse_below_file(out: Path) -> None:
         place = place.parent
     if not place.is_dir():
         raise IoFailed(
-            f"{quoted(str(out))} cannot be made",
+            f"{quoted(str(out))} cannot be created",
             at=quoted(str(place)),
             cause="this is a file, not a directory",
-            fix="give another place with `-o`",
+            fix="choose another location with `-o`",
         )

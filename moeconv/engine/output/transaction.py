@@ -205,7 +205,7 @@ class OutputTransaction:
                     f"{quoted(final.name)} appeared in OUT while it was being written",
                     at=quoted(str(final)),
                     cause="another program is writing there",
-                    fix="give a directory that nothing else writes to",
+                    fix="choose a directory that nothing else writes to",
                 )
             facts = partial.lstat()
             self.made_files.append((final, facts.st_ino))
@@ -223,7 +223,7 @@ class OutputTransaction:
                         f"{quoted(path.name)} was changed in OUT before the output was complete",
                         at=quoted(str(path)),
                         cause="another program is writing there",
-                        fix="give a directory that nothing else writes to",
+                        fix="choose a directory that nothing else writes to",
                     )
 
     def done(self, *, restored: bool) -> None:
