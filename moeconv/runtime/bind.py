@@ -265,7 +265,7 @@ def _steps(
     read = covering(shape, dtype.itemsize, wanted)
     direct = read == wanted and dtype == tensor.dtype and is_row_major(local)
     if not direct and local.is_inference() and not local.is_meta:
-        both = f"{quoted(source.name)}: cannot copy into an inference-mode tensor"
+        both = f"{quoted(source.name)}: cannot copy into a tensor made in inference mode"
         problems.kinds["no plain memory"].append(both)
     return (Step(wanted, read, (0, local.shape[0] if have else 1), direct),)
 

@@ -112,7 +112,7 @@ def test_one_stack_half_fused(src: Path, out: Path):
     tensors = added(without(qwen(), "down_proj"), f"{STACK}.down_proj", shape=(4, 24, 8))
     write(src, tensors)
     # who was told to keep one of the two would lose the other's experts
-    said = ("`per-expert`, `fused`", "nothing is in both", "remove nothing")
+    said = ("`per-expert`, `fused`", "no tensor is in both", "remove neither")
     refused(MixedLayouts, f"{STACK}.down_proj", *said, src=src, out=out)
 
 

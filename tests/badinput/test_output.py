@@ -35,7 +35,7 @@ def test_out_holds_an_earlier_output(good: Path, out: Path):
 def test_out_holds_an_unfinished_output(good: Path, out: Path):
     moeconv.fuse(good, out)
     (out / "moeconv.json").unlink()
-    refused(WouldOverwrite, "half-done", "neither `moeconv.json` nor", src=good, out=out)
+    refused(WouldOverwrite, "is unfinished", "neither `moeconv.json` nor", src=good, out=out)
 
 
 def test_out_is_a_file(good: Path, out: Path):

@@ -115,7 +115,7 @@ def test_killed_at_any_call(  # noqa: PLR0917 - fixtures
 
 def test_the_error_says_where_the_old_output_is(src: Path, out: Path) -> None:
     half_done(src, out)
-    with untouched(out), pytest.raises(WouldOverwrite, match="half-done") as caught:
+    with untouched(out), pytest.raises(WouldOverwrite, match="is unfinished") as caught:
         moeconv.shard(src, out, **SAME)
     assert str(aside(out)) in str(caught.value)
 

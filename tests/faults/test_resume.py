@@ -105,7 +105,7 @@ def test_without_resume_it_is_named_as_such(src: Path, tmp_path: Path) -> None:
     with untouched(out):
         done = command("shard", src, "-o", out, "--ep", "2", "--redundant", "2")
     assert done.code == 6
-    assert "half-done" in done.err
+    assert "is unfinished" in done.err
     assert "`--resume`" in done.err
 
 

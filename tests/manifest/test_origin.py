@@ -59,7 +59,7 @@ def test_an_origin_that_is_not_the_one_the_root_names(made: Path):
 
 def test_an_origin_that_is_not_there(made: Path):
     (made / ORIGIN_NAME).unlink()
-    refused_everywhere(made, MissingShard, ORIGIN_NAME, "not there")
+    refused_everywhere(made, MissingShard, ORIGIN_NAME, "is missing")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_an_index_that_is_not_the_one_the_root_names(made: Path):
 
 def test_an_index_that_is_not_there(made: Path):
     (made / INDEX_NAME).unlink()
-    refused_everywhere(made, MissingShard, INDEX_NAME, "not there")
+    refused_everywhere(made, MissingShard, INDEX_NAME, "is missing")
 
 
 def test_an_index_that_names_a_path(made: Path):

@@ -71,7 +71,7 @@ def test_a_part_of_another_size(made: Path, raw: bytes):
 
 def test_a_part_that_is_not_there(made: Path):
     (made / PART_NAME).unlink()
-    refused_everywhere(made, MissingShard, PART_NAME, "not there")
+    refused_everywhere(made, MissingShard, PART_NAME, "is missing")
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,7 @@ def test_a_fingerprint_that_is_none(made: Path):
 
 
 def test_one_file_named_twice(made: Path):
-    _refused(made, lambda doc: doc["sidecars"].append(doc["sidecars"][0]), "named twice")
+    _refused(made, lambda doc: doc["sidecars"].append(doc["sidecars"][0]), "named more than once")
 
 
 def test_a_sidecar_that_is_a_data_file(made: Path):

@@ -44,7 +44,7 @@ def _flip(path: Path, at: int) -> None:
 # --- data files --------------------------------------------------------------------------------
 def test_a_data_file_that_is_not_there(made: Path):
     (made / DATA).unlink()
-    reported(made, MissingShard, DATA, "not there")
+    reported(made, MissingShard, DATA, "is missing")
     with pytest.raises(MoeconvError) as caught:
         moeconv.unfuse(made, made.with_name("out"))
     assert DATA in str(caught.value)
@@ -139,7 +139,7 @@ def test_a_file_that_is_not_there(made: Path, name: str):
     (made / name).unlink()
     with untouched(made):
         report = moeconv.verify(made)
-    holds(report.problems[0], type(report.problems[0]), name, "not there")
+    holds(report.problems[0], type(report.problems[0]), name, "is missing")
     assert isinstance(report.problems[0], Damaged | MissingShard)
 
 

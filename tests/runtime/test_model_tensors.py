@@ -111,7 +111,7 @@ def test_inference_mode(opened: Opened):
     with torch.inference_mode():
         model = module(x=torch.zeros(4, dtype=torch.float64))
         plain = module(x=torch.zeros(4))
-    assert "inference" in refused(opened, model, cast=True, x=numbers(4))
+    assert "inference mode" in refused(opened, model, cast=True, x=numbers(4))
     opened(of(a0=numbers(3), x=numbers(4))).load_into(plain)
     assert same(plain.x.data, numbers(4))
 
