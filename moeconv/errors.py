@@ -480,7 +480,7 @@ class UnsupportedVersion(Unsupported):
     code = "unsupported-version"
 
 
-class NotASet(Unsupported):
+class NotAnOutput(Unsupported):
     """Something was asked for that only an output of moeconv provides."""
 
     code = "not-a-set"

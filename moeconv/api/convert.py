@@ -16,7 +16,7 @@ from moeconv.checkpoint.output import OutputDocuments
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.system_errors import system_errors
 from moeconv.detect.identify import identify_origin
-from moeconv.errors import NotASet, quoted
+from moeconv.errors import NotAnOutput, quoted
 from moeconv.manifest.model import ROOT_NAME
 from moeconv.plan.convert import FUSE, UNFUSE, plan_conversion
 from moeconv.plan.model import Plan
@@ -76,10 +76,10 @@ def origin_layouts(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def own_documents(source: Opened) -> OutputDocuments:
-    """The documents of an output of moeconv. Raises NotASet for other checkpoints."""
+    """The documents of an output of moeconv. Raises NotAnOutput for other checkpoints."""
     own = source.checkpoint.origin
     if own is None:
-        raise NotASet(
+        raise NotAnOutput(
             f"{quoted(str(source.path))} was not written by moeconv",
             cause=f"it has no `{ROOT_NAME}`, so its original files are not known",
             fix="`moeconv unfuse` splits the experts of any checkpoint",
@@ -89,7 +89,7 @@ def own_documents(source: Opened) -> OutputDocuments:
 
 @gc_paused()
 def plan_original(source: Opened) -> Plan:
-    """Plan the original files, bit for bit. Raises NotASet."""
+    """Plan the original files, bit for bit. Raises NotAnOutput."""
     own = own_documents(source)
     original = identify_origin(own, source.checkpoint.config)
     return plan_restore(source.detection.checked(), original.checked(), own.origin)

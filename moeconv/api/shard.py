@@ -122,7 +122,7 @@ def merge(
 
     Its bytes are compared with the recorded digests (raises Damaged), unless `unchecked`.
     With `layout`, write a complete checkpoint in that layout instead.
-    The keywords are those of `WriteOptions`. Raises NotASet.
+    The keywords are those of `WriteOptions`. Raises NotAnOutput.
     """
     options = WriteOptions(unchecked=unchecked, **keywords)
     source = options.open(src)

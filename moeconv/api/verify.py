@@ -17,7 +17,7 @@ from moeconv.detect.stack import Stack
 from moeconv.engine.add_digests import fill_digests, finish_fill
 from moeconv.engine.copy.pool import Limits
 from moeconv.engine.options import Meter
-from moeconv.errors import Damaged, MoeconvError, NotASet, UsageProblem, quoted
+from moeconv.errors import Damaged, MoeconvError, NotAnOutput, UsageProblem, quoted
 from moeconv.layout.recipe import Recipe
 from moeconv.layout.shipped import load_recipe, shipped_recipe
 from moeconv.manifest.model import ROOT_NAME, FileEntry, Manifest
@@ -242,7 +242,7 @@ def _structure(place: Path, level: str) -> tuple[VerifyReport, tuple[FileEntry, 
         if level == SOURCE:
             return VerifyReport(level), ()
         open_checkpoint(place)
-        raise NotASet(
+        raise NotAnOutput(
             f"{quoted(str(place))} was not written by moeconv",
             cause=f"it has no `{ROOT_NAME}`, so its bytes cannot be checked against anything",
             fix="compare it with its source: `moeconv verify OUT --level source --source SRC`",

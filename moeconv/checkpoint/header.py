@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final, TypeAlias, TypeGuard
 
-from moeconv.checkpoint.dtypes import BITS
+from moeconv.core.dtypes import BITS
 from moeconv.core.json_value import Json
 from moeconv.core.strict_json import Pairs, encodable, loads_records, may_escape
 from moeconv.errors import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from itertools import combinations, islice
 
-from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.core.dtypes import BITS
 from moeconv.core.text import LISTED, counted, listed
 from moeconv.detect.match import SHARED, MatchedStack
 from moeconv.errors import (

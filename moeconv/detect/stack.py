@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.core.dtypes import BITS
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Geometry
 from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe
 from moeconv.layout.region import ProjectionRegions, Region

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
-from moeconv.checkpoint.dtypes import alignment
+from moeconv.core.dtypes import alignment
 from moeconv.plan.copies import tiles_of
 from moeconv.plan.model import CopyTile, Tile
 from moeconv.plan.tensors import PlannedTensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from math import prod
 
-from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.index import INDEX_NAME
+from moeconv.core.dtypes import BITS
 from moeconv.core.text import counted
 from moeconv.detect.detect import Detection
 from moeconv.detect.stack import Stack

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moeconv.checkpoint.dtypes import BITS
+from moeconv.core.dtypes import BITS
 from moeconv.errors import SubByteAxis, quoted
 from moeconv.layout.axes import Geometry
 from moeconv.plan.model import CopyTile, PermuteTile, Span, Strided, StridedCopy, Tile

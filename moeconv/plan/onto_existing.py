@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import Header, StoredTensor
 from moeconv.checkpoint.origin import Origin
+from moeconv.core.dtypes import BITS
 from moeconv.detect.detect import Detection
 from moeconv.errors import BadManifest, quoted
 from moeconv.layout.axes import geometry, parse_axes, stored_sizes

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from moeconv.checkpoint.dtypes import alignment
 from moeconv.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
+from moeconv.core.dtypes import alignment
 from moeconv.core.json_value import Json
 from moeconv.core.names import natural_key
 from moeconv.core.strict_json import dumps

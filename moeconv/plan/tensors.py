@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import chain
 from math import prod
 
-from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.core.dtypes import BITS
 from moeconv.detect.stack import Stack, StoredComponent
 from moeconv.errors import ExpertDtype, StraddlingBlock, quoted
 from moeconv.layout.axes import EXPERT, PAIR, Axes, Geometry, geometry

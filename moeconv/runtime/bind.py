@@ -70,11 +70,11 @@ class BoundTensor:
         """This rank's memory of it. Raises DoesNotFit if the model has changed since."""
         tensor = self.target.now()
         local = local_tensor(tensor)
-        straight = is_row_major(local) or not any(s.direct for s in self.steps)
+        in_order = is_row_major(local) or not any(s.direct for s in self.steps)
         if (
             unwritable_reason(tensor) is not None
             or memory_kind(tensor) != self.kind
-            or not straight
+            or not in_order
         ):
             raise moved(self.target.names[0])
         return local.detach()
@@ -82,7 +82,7 @@ class BoundTensor:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """All that is to be filled. twins: what is filled, and another name of the set for it."""
+    """The model's tensors to load. aliases: one of them and another name of the output for it."""
 
     model: torch.nn.Module
     bound: tuple[BoundTensor, ...]
@@ -228,7 +228,7 @@ def bind(
         f.source for f in bound if tensors[f.source].torch_dtype != f.target.now().dtype
     )
     order = {name: number for number, name in enumerate(tensors)}
-    bound.sort(key=lambda f: order[f.source])  # as they lie in the files
+    bound.sort(key=lambda f: order[f.source])  # in the order of the files
     return Binding(model, tuple(bound), tuple(ignored), tuple(tied), tuple(aliases), converted)
 
 

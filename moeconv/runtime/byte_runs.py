@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from moeconv.checkpoint.dtypes import BITS
+from moeconv.core.dtypes import BITS
 from moeconv.errors import NoTorchDtype, quoted
 from moeconv.manifest.model import Run, append_run
 
@@ -28,7 +28,7 @@ _TORCH: Final = {
 class SlotRange:
     """Which slots a tensor holds: physical ones from `start` to before `stop`, of `total` (P).
 
-    rank_start: the rank's first slot. stacked: whether they lie along dimension 0; else the tensor
+    rank_start: the rank's first slot. stacked: whether they are along dimension 0; else the tensor
     is that of one slot.
     """
 
@@ -50,7 +50,7 @@ class LocalTensor:
     """A tensor as this rank has it; `runs` are its bytes in order, by the shard's file numbers.
 
     digest: of all its bytes, where the manifest has one for the whole tensor. meaning: of an expert
-    tensor, its stack, projections, component and axes: what its bytes stand for.
+    tensor, its stack, projections, component and axes: what its bytes mean.
     """
 
     name: str

@@ -37,7 +37,7 @@ def counts(selection: Selection) -> tuple[int, ...]:
 
 
 def sub_span(spans: Spans, start: int, stop: int) -> Spans:
-    """The indices that stand at `start` to before `stop` in the order of the spans."""
+    """The indices at positions `start` to before `stop` in the order of the spans."""
     out, at = [], 0
     for a, b in spans:
         first, last = a + max(start - at, 0), a + min(stop - at, b - a)

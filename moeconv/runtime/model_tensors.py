@@ -21,9 +21,9 @@ _WRAPPERS: Final = frozenset(("_checkpoint_wrapped_module", "_orig_mod"))
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A parameter or buffer under all its names; `places` are where the model keeps it.
+    """A parameter or buffer under all its names; `attributes` are where the model keeps it.
 
-    trouble: why its memory cannot be filled, if so.
+    unwritable: why its memory cannot be written; None if it can.
     """
 
     names: tuple[str, ...]

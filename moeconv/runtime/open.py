@@ -12,10 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import TypeAlias
 
-from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.output_files import read_entry, read_root
+from moeconv.core.dtypes import BITS
 from moeconv.core.names import slot_namer
-from moeconv.errors import DuplicateTensor, NotASet, Unfinished, quoted
+from moeconv.errors import DuplicateTensor, NotAnOutput, Unfinished, quoted
 from moeconv.manifest.model import (
     MAX_PART_BYTES,
     PARTS_DIR,
@@ -60,7 +60,7 @@ class OpenOutput:
 
     @property
     def ep_size(self) -> int:
-        """How many ranks share it; 1 for a whole set."""
+        """How many ranks share it; 1 for a whole output."""
         return self.root.ep_size or 1
 
     @property
@@ -91,7 +91,10 @@ class OpenOutput:
 
 
 def find(path: Path, *, source: Path | None) -> tuple[Path, Root, Path | None]:
-    """The root of a set. Raises NotASet, Unfinished, Damaged, BadManifest, UnsupportedVersion."""
+    """Read the root of an output.
+
+    Raises NotAnOutput, Unfinished, Damaged, BadManifest, UnsupportedVersion.
+    """
     if not (path / ROOT_NAME).exists():
         if (path / PARTS_DIR).is_dir():
             raise Unfinished(
@@ -100,7 +103,7 @@ def find(path: Path, *, source: Path | None) -> tuple[Path, Root, Path | None]:
                 cause=f"it has `{PARTS_DIR}/` but no `{ROOT_NAME}`, which is written last",
                 fix="wait until it is written, or convert again",
             )
-        raise NotASet(
+        raise NotAnOutput(
             f"{quoted(path.name)} is not a moeconv output",
             at=quoted(str(path)),
             cause=f"it has no `{ROOT_NAME}`",
@@ -113,7 +116,7 @@ def find(path: Path, *, source: Path | None) -> tuple[Path, Root, Path | None]:
 
 
 def parts_of_rank(root: Root, rank: int) -> tuple[FileEntry, ...]:
-    """The parts that a rank needs: the common one and its own, or all of a whole set."""
+    """The parts that a rank needs: the common one and its own, or all of a whole output."""
     if root.ep_size is None:
         return root.parts
     whose = part_names(root.ep_size)

@@ -78,7 +78,7 @@ class RankView:
         return row[self.ep_rank * share : (self.ep_rank + 1) * share]
 
     def check_placement(self, placement: Given) -> None:
-        """Hold a caller's placement against the set's. Raises GeometryMismatch, BadPlacement."""
+        """Hold a caller's placement against the output's. Raises GeometryMismatch, BadPlacement."""
         have = self.placement
         other = []
         for name, row in by_stack(self.stacks, placement).items():

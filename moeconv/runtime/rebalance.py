@@ -83,8 +83,8 @@ class Moves(Generic[ViewT]):
         to since. Options are those of `Shard.load_into`; the model may have other tensors.
 
         Raises DoesNotFit (a load into the model ended early, among others) and GeometryMismatch
-        (the model holds another set's weights, or a stack that is not named in another placement)
-        before the first byte is written, SourceChanged, IoFailed.
+        (the model holds another output's weights, or a stack that is not named in another
+        placement) before the first byte is written, SourceChanged, IoFailed.
         """
         began, shard = time.perf_counter(), self.shard
         slots = {tensor.name: tensor for tensor in shard.tensors.values() if tensor.slot_range}

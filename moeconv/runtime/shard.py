@@ -1,4 +1,4 @@
-"""One rank's part of a set: what it has, and its tensors as views, on a device or in a model."""
+"""One rank's part of an output, loaded as views, onto a device or into a model."""
 
 from __future__ import annotations
 
@@ -69,19 +69,19 @@ def open_shard(
     source: str | Path | None = None,
     verify: Literal["digest"] | None = None,
 ) -> Shard:
-    """One rank's part of a set, checked: the root, its own part and files, the common ones.
+    """Open one rank's part of an output: check the root, its own and the common part and files.
 
     Other ranks' files may be absent. placement: what the caller believes, as {stack: [P]}, as
-    rows, or as a Placement. source: where the files of a virtual set are, if not where it says;
+    rows, or as a Placement. source: where the files of a virtual output are, if not where it says;
     there they may have other times, because they were copied, but not another size or header.
-    A whole set opens as rank 0 of 1. verify: "digest" reads every byte that the rank will use, and
-    holds it against the manifest; without it only documents and headers are. It goes for all that
-    is read through the shard later: what `replace` fetches out of other ranks' files, and the
-    sets that its updater loads, which are read once more for it where they were opened without.
+    A whole output opens as rank 0 of 1. verify: "digest" reads every byte that the rank will use
+    and checks it against the manifest; without it only documents and headers are checked. It also
+    applies to all that is read through the shard later: other ranks' files for `replace`, and
+    outputs that the updater loads, which are read twice if they were opened without it.
 
-    Raises GeometryMismatch (another ep_size, rank or placement), Unfinished, NotASet, MissingShard,
-    Damaged, SourceChanged, UnsafePath, BadManifest, DuplicateTensor, UnsupportedVersion,
-    DigestsMissing (to be verified, and there are none), UsageProblem.
+    Raises GeometryMismatch (another ep_size, rank or placement), Unfinished, NotAnOutput,
+    MissingShard, Damaged, SourceChanged, UnsafePath, BadManifest, DuplicateTensor,
+    UnsupportedVersion, DigestsMissing (to be verified, and there are none), UsageProblem.
 
     >>> shard = moeconv.runtime.open(OUT, ep_rank=0, ep_size=2)
     >>> shard.stacks
@@ -152,7 +152,7 @@ class Shard(RankView):
         so clone it first. What does not start at a multiple of 16 bytes is copied.
         copy: read everything into memory of its own. Take it where the files may be cut short or
         replaced while the tensors live (a cut file ends the process that touches a view of it,
-        with SIGBUS), or lie on a file system that goes away.
+        with SIGBUS), or are on a file system that goes away.
         Small tensors that are kept for all experts are gathered to this rank's slots.
         Raises UsageProblem (an unknown name, meta), NoTorchDtype, SourceChanged, IoFailed.
 
@@ -189,15 +189,15 @@ class Shard(RankView):
         cast: bool = False,
         device: torch.device | str | None = None,
     ) -> Report:
-        """Read straight into a model's parameters and persistent buffers, whole or DTensors.
+        """Read directly into a model's parameters and persistent buffers, whole or DTensors.
 
-        Strict: each of them must be covered, by any name of its storage, and nothing of the set
-        left over; another shape or dtype is an error. All problems are raised together, as one
-        DoesNotFit, before the first byte is written. A set in several names of one storage must
-        have the same bytes under all of them.
+        Strict: each of them must be covered, by any name of its storage, and no tensor of the
+        output left over; another shape or dtype is an error. All problems are raised together, as
+        one DoesNotFit, before the first byte is written. Where the output has several names of one
+        storage, it must have the same bytes under all of them.
 
         rename: a function, or a mapping of dotted prefixes (the longest that fits counts). ignore:
-        patterns of names of the set that have no place in the model. cast: convert between float
+        patterns of names of the output that have no place in the model. cast: convert between float
         dtypes. Of a DTensor, only this process's slice is read, and nothing is communicated;
         dimension 0 of an expert tensor is S, or P where EP is a dimension of the mesh.
 
@@ -235,7 +235,7 @@ class Shard(RankView):
         cast: bool = False,
         device: torch.device | str | None = None,
     ) -> Updater:
-        """Match this set with a model once, to load newer sets of its geometry again and again.
+        """Match this output with a model once, to load newer ones of its geometry repeatedly.
 
         Nothing is read yet. Options and errors are those of `load_into`. A model that holds another
         placement than this shard is to be loaded with `load_into` first.

@@ -1,4 +1,4 @@
-"""Bytes of files into memory: straight where they lie as wanted, through a buffer otherwise."""
+"""Bytes of files into memory: directly where the order is the same, else through a buffer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Step:
     """Rows of one destination and the part of a local tensor that belongs there.
 
     wanted, read: selections of the local tensor; they differ where whole rows are read around
-    small pieces. direct: the bytes lie in the destination as in the file.
+    small pieces. direct: the bytes are in the same order in both.
     """
 
     wanted: Selection
@@ -99,7 +99,7 @@ class TensorWriter(ExitStack[bool | None]):
         reader.into(self._staging.data_ptr(), runs)
         return self._staging[:size]
 
-    def straight(
+    def contiguous(
         self, into: torch.Tensor, start: int, runs: tuple[Run, ...], reader: Reader
     ) -> None:
         """Fill the bytes of a contiguous tensor from byte `start` on."""
@@ -128,7 +128,7 @@ class TensorWriter(ExitStack[bool | None]):
         row_bytes = target[0].numel() * target.dtype.itemsize if target.shape[0] else 0
         for block, runs in step.blocks(source):
             if step.direct:
-                self.straight(target, block.rows[0] * row_bytes, runs, reader)
+                self.contiguous(target, block.rows[0] * row_bytes, runs, reader)
                 continue
             data = self._staged(runs, reader).view(source.torch_dtype).view(block.shape)
             place = target[slice(*block.rows)]
@@ -172,7 +172,7 @@ def load_tensors(
             view = reader.view(tensor) if where.type == "cpu" and not copy else None
             if view is None:
                 view = torch.empty(tensor.torch_shape, dtype=tensor.torch_dtype, device=where)
-                writer.straight(view, 0, tensor.runs, reader)
+                writer.contiguous(view, 0, tensor.runs, reader)
             out[tensor.name] = view
         reader.check()
     return out

@@ -27,9 +27,9 @@ class Report:
     tensors: how many of the model were filled. bytes_read: all bytes that came out of files, those
     that were only compared (of names that the model ties) among them. overread: (name, bytes) of
     slices around which whole rows were read; they are among bytes_read. seconds: with the matching
-    of names, where there was any. ignored: names of the set. cast: those whose dtype was converted.
-    tied: names of the model that another name of the same memory covers. materialised: parameters
-    that were on meta. files: those that were opened.
+    of names, where there was any. ignored: names of the output. cast: those converted to another
+    dtype. tied: names of the model that another name of the same memory covers. materialised:
+    parameters that were on meta. files: those that were opened.
     """
 
     tensors: int
@@ -50,7 +50,7 @@ class Report:
 
 @dataclass(slots=True)
 class Updater:
-    """A model and where each tensor of a set goes in it: made by `Shard.updater`.
+    """A model and where each tensor of an output goes in it: made by `Shard.updater`.
 
     For one thread at a time: it keeps the buffers that it reads into.
     """
@@ -62,17 +62,17 @@ class Updater:
     _created: int = field(default_factory=next_order)
 
     def load(self, newer: RankView) -> Report:
-        """Read a set of the same geometry into the model: the same memory, no names matched.
+        """Read an output of the same geometry into the model: the same memory, no names matched.
 
         Where the model was given a new placement since this updater was made
-        (`Moves.load_into`), it keeps that one: a newer set in the placement of the updater's is
-        read as `newer.replace` of it would be, other ranks' files included. If the updater's set
+        (`Moves.load_into`), it keeps that one: a newer output in the placement of the updater's is
+        read as `newer.replace` of it would be, other ranks' files included. If the updater's output
         was opened with `verify=`, the newer one is verified before the first byte is written.
 
         Raises GeometryMismatch (other ranks, placement, names, dtypes, shapes or layouts),
         DoesNotFit (the model changed, or names that it ties have different bytes), IoFailed,
         SourceChanged (also where a file changed while it was read: then the model is not whole),
-        and what `open` and `Shard.replace` raise of a set that is verified or placed anew.
+        and what `open` and `Shard.replace` raise of an output that is verified or placed anew.
 
         >>> updater = shard.updater(model)
         >>> updater.load(moeconv.runtime.open(OUT, ep_rank=0, ep_size=2)).tensors
@@ -86,7 +86,7 @@ class Updater:
         return self.write(newer.rearranged(rows) if rows else newer, began)
 
     def _rows(self, newer: RankView) -> dict[str, tuple[int, ...]]:
-        """The rows under which the model is to get a newer set, where these are not its own.
+        """The rows under which the model is to get a newer output, where these are not its own.
 
         Raises GeometryMismatch, DoesNotFit.
         """
@@ -107,7 +107,7 @@ class Updater:
         return rows
 
     def write(self, newer: RankView, began: float) -> Report:
-        """Fill all that was matched from a set of the same tensors, whatever the model holds."""
+        """Load all matched tensors from an output of the same tensors, whatever the model holds."""
         targets, tensors = self.binding.bound, newer.tensors
         slots = [(f.target, tensors[f.source].slot_range) for f in targets]
         with torch.no_grad(), Reader(newer.files) as reader, self._writer as writer:

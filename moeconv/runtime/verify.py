@@ -11,8 +11,8 @@ from typing import Final
 
 import torch
 
-from moeconv.checkpoint.dtypes import BITS
 from moeconv.core.digest import digest, hasher
+from moeconv.core.dtypes import BITS
 from moeconv.core.text import listed
 from moeconv.errors import Damaged, DigestsMissing, quoted
 from moeconv.layout.axes import EXPERT, PAIR, canonical_order
@@ -27,7 +27,7 @@ _SHOWN: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """How the matrices of a stored tensor lie in it.
+    """Where the matrices of a stored tensor are in it.
 
     sizes: of its axes, slowest first. item: bytes of what an axis counts. front: E and G, as
     far as it has them, by their place among the axes; own: those of one matrix, canonical.
@@ -39,7 +39,7 @@ class _Order:
     own: tuple[int, ...]
 
     @property
-    def straight(self) -> bool:
+    def contiguous(self) -> bool:
         """Whether the matrices follow one another, each in canonical order."""
         return (*self.front, *self.own) == tuple(range(len(self.sizes)))
 
@@ -103,7 +103,7 @@ def single_slot(stored: LocatedTensor, number: int) -> LocatedTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Some bytes and the matrices in them. order: None where they are one matrix as they lie."""
+    """Some bytes and the matrices in them. order: None where they are one matrix, in order."""
 
     runs: tuple[Run, ...]
     order: _Order | None
@@ -114,7 +114,7 @@ def _jobs(stored: LocatedTensor) -> Iterator[_Job]:
     order, runs = _order(stored.entry), stored.runs
     if order is None:
         yield _Job(runs, None)
-    elif order.straight:
+    elif order.contiguous:
         count = prod(order.sizes[: len(order.front)])
         yield from (_Job(equal_part(runs, n, count), None) for n in range(count))
     elif order.front[:1] == (0,):
@@ -179,10 +179,10 @@ class _Read:
 
 
 def _matrices(memory: torch.Tensor, order: _Order) -> Iterator[torch.Tensor]:
-    """Each matrix in canonical order, of one piece."""
+    """Yield the bytes of each matrix in canonical order: [n]."""
     stored = memory.view(*order.sizes, order.item)
-    turned = stored.permute(*order.front, *order.own, stored.dim() - 1).contiguous()
-    yield from turned.view(prod(turned.shape[: len(order.front)]), -1)
+    transposed = stored.permute(*order.front, *order.own, stored.dim() - 1).contiguous()
+    yield from transposed.view(prod(transposed.shape[: len(order.front)]), -1)
 
 
 def _bytes(memory: torch.Tensor) -> memoryview:

@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint.dtypes import BITS
 from moeconv.checkpoint.header import LENGTH_BYTES, StoredTensor, parse_header
 from moeconv.checkpoint.index import INDEX_NAME, parse_index
 from moeconv.checkpoint.origin import parse_origin
@@ -20,6 +19,7 @@ from moeconv.checkpoint.output_files import (
     read_root,
 )
 from moeconv.core.digest import digest
+from moeconv.core.dtypes import BITS
 from moeconv.core.strict_json import dumps
 from moeconv.detect.detect import Detection
 from moeconv.detect.from_manifest import detection_from_manifest

@@ -80,7 +80,7 @@ CODES: Final[dict[type[MoeconvError], tuple[str, int]]] = {
     errors.NoTorchDtype: ("no-torch-dtype", UNSUPPORTED),
     errors.NoPerExpertForm: ("no-per-expert-form", UNSUPPORTED),
     errors.UnsupportedVersion: ("unsupported-version", UNSUPPORTED),
-    errors.NotASet: ("not-a-set", UNSUPPORTED),
+    errors.NotAnOutput: ("not-a-set", UNSUPPORTED),
     errors.UnsupportedTransformers: ("unsupported-transformers", UNSUPPORTED),
     errors.SubByteAxis: ("sub-byte", UNSUPPORTED),
     errors.WouldOverwrite: ("would-overwrite", OVERWRITE),

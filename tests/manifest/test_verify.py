@@ -14,7 +14,7 @@ from moeconv.errors import (
     IoFailed,
     MissingShard,
     MoeconvError,
-    NotASet,
+    NotAnOutput,
     TruncatedFile,
     Unfinished,
     UnsafePath,
@@ -233,9 +233,9 @@ def test_verify_of_an_unfinished_set_says_so(made: Path):
 
 def test_verify_of_a_foreign_directory(tmp_path: Path):
     src = write(tmp_path / "src", qwen())
-    with untouched(src), pytest.raises(NotASet) as caught:
+    with untouched(src), pytest.raises(NotAnOutput) as caught:
         moeconv.verify(src)
-    holds(caught.value, NotASet, str(src), "--level source")
+    holds(caught.value, NotAnOutput, str(src), "--level source")
 
 
 def test_verify_of_nothing(tmp_path: Path):

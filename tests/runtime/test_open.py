@@ -21,7 +21,7 @@ from moeconv.errors import (
     GeometryMismatch,
     MissingShard,
     MoeconvError,
-    NotASet,
+    NotAnOutput,
     SourceChanged,
     Unfinished,
     UnsafePath,
@@ -107,8 +107,8 @@ def test_a_placement_of_other_stacks(out: Path):
 
 
 def test_no_set(tmp_path: Path):
-    refused(NotASet, tmp_path)
-    refused(NotASet, tmp_path / "absent")
+    refused(NotAnOutput, tmp_path)
+    refused(NotAnOutput, tmp_path / "absent")
 
 
 def test_unfinished(out: Path):

@@ -9,7 +9,7 @@ import pytest
 import moeconv
 from moeconv.errors import (
     BadPlacement,
-    NotASet,
+    NotAnOutput,
     NotVirtual,
     SourceChanged,
     SourceMissing,
@@ -110,7 +110,7 @@ def test_out_that_is_not_empty(src: Path, out: Path):
 
 
 def test_merge_of_what_is_no_set(src: Path, out: Path):
-    refused(NotASet, "moeconv.json", src=src, out=out, verb=moeconv.merge)
+    refused(NotAnOutput, "moeconv.json", src=src, out=out, verb=moeconv.merge)
 
 
 # --- virtual -----------------------------------------------------------------------------------
