@@ -12,7 +12,7 @@ import pytest
 
 from moeconv import errors
 from moeconv.cli.main import app
-from moeconv.layout.shipped import fitting, parts, shared_layouts, shipped_recipes
+from moeconv.layout.shipped import parts, recipes_for, shared_layouts, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -120,4 +120,4 @@ def test_each_model_type_and_architecture_finds_the_recipes_that_name_it():
             said = {"model_type": word, "architectures": ()}
             if kind == "architectures":
                 said = {"model_type": None, "architectures": ("Other", word)}
-            assert [r.name for r in fitting(**said) if word in getattr(r, kind)] == named
+            assert [r.name for r in recipes_for(**said) if word in getattr(r, kind)] == named

@@ -13,7 +13,7 @@ from moeconv.cli.ui import Ui, checked_color, handled
 if TYPE_CHECKING:
     from moeconv.core.json_value import Json
     from moeconv.placement.foreign_map import RawMap
-    from moeconv.placement.model import Layers, Placement
+    from moeconv.placement.model import MoeLayers, Placement
 
 _SOURCE_HELP = "The checkpoint that the map is for: a directory, or anything else SRC may be."
 Map: TypeAlias = Annotated[
@@ -142,7 +142,7 @@ def convert(
         ui.result(str(output), lambda: {**doc, "source_format": raw.format, "output": str(output)})
 
 
-def _layers(source: str) -> tuple[Layers, Path]:
+def _layers(source: str) -> tuple[MoeLayers, Path]:
     """The checkpoint's layers and its local path."""
     from moeconv.api.open import open_source
     from moeconv.detect.moe_layers import layers_of
@@ -152,15 +152,15 @@ def _layers(source: str) -> tuple[Layers, Path]:
     return layers, opened.path
 
 
-def _alone(raw: RawMap) -> tuple[Layers, Placement]:
+def _alone(raw: RawMap) -> tuple[MoeLayers, Placement]:
     """Layers and placement of a map alone, from its own indices and ids."""
-    from moeconv.placement.model import Layers, Placement
+    from moeconv.placement.model import MoeLayers, Placement
 
     indices = tuple(index for index, _ in raw.rows)
     rows = tuple(row for _, row in raw.rows)
     experts = 1 + max((expert for row in rows for expert in row), default=0)
     hidden = max(indices, default=-1) + 1
-    return Layers(experts, indices, (), hidden), Placement(experts, indices, rows)
+    return MoeLayers(experts, indices, (), hidden), Placement(experts, indices, rows)
 
 
 def _rows(found: Placement) -> tuple[tuple[int, ...], ...]:

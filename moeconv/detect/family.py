@@ -12,7 +12,7 @@ from moeconv.detect.detect import Detection, detect
 from moeconv.detect.unmatched import Headers, with_unmatched
 from moeconv.errors import UnknownExpertTensor, UnknownFamily, quoted
 from moeconv.layout.recipe import SECTIONS, Recipe
-from moeconv.layout.shipped import fitting, load_recipe, shipped_recipes
+from moeconv.layout.shipped import load_recipe, recipes_for, shipped_recipes
 
 
 def detect_foreign(
@@ -42,12 +42,12 @@ def _by_config(checkpoint: Checkpoint) -> tuple[tuple[Recipe, ...], tuple[str, .
     The second value are notes. Raises UnknownFamily.
     """
     config = checkpoint.config
-    if chosen := fitting(model_type=config.model_type, architectures=config.architectures):
+    if chosen := recipes_for(model_type=config.model_type, architectures=config.architectures):
         return chosen, tuple(_conflicting_family(config, chosen))
     for section in filter(None, SECTIONS):
         part = config.at(section)
         inner = Config(part, present=True) if isinstance(part, dict) else Config()
-        chosen = fitting(model_type=inner.model_type, architectures=inner.architectures)
+        chosen = recipes_for(model_type=inner.model_type, architectures=inner.architectures)
         if chosen:
             kind = config.model_type
             who = f"no recipe knows model_type {quoted(kind)}" if kind else "there is no model_type"

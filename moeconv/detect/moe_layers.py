@@ -7,7 +7,7 @@ from moeconv.core.text import spans
 from moeconv.detect.config_sizes import layer_count
 from moeconv.detect.stack import Stack
 from moeconv.errors import ConfigMismatch, NoExperts, Unsupported, quoted
-from moeconv.placement.model import Layers, kind_and_layer, kinds_of
+from moeconv.placement.model import MoeLayers, kind_and_layer, kinds_of
 
 
 def main_kind(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
@@ -18,7 +18,7 @@ def main_kind(stacks: tuple[Stack, ...]) -> tuple[Stack, ...]:
     return tuple(main)
 
 
-def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[Layers, tuple[str, ...]]:
+def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[MoeLayers, tuple[str, ...]]:
     """Return the MoE layers of the main kind of stacks, and those stacks' names in layer order.
 
     A kind is a name without its layer number; the main one has most stacks, then most bytes.
@@ -51,7 +51,7 @@ def layers_of(stacks: tuple[Stack, ...], config: Config) -> tuple[Layers, tuple[
             cause=f"it states {hidden}, but the layers with experts are {spans(tuple(main))}",
         )
     beyond = tuple(n for n in main if n >= hidden)
-    layers = Layers(experts.pop(), moe, beyond, hidden, stated=stated is not None)
+    layers = MoeLayers(experts.pop(), moe, beyond, hidden, stated=stated is not None)
     return layers, tuple(s.name for s in main.values())
 
 

@@ -196,7 +196,7 @@ def parts(recipes: tuple[Recipe, ...]) -> tuple[tuple[Component, tuple[str, ...]
     return tuple((component, tuple(names)) for component, names in found.values())
 
 
-def fitting(*, model_type: str | None, architectures: tuple[str, ...]) -> tuple[Recipe, ...]:
+def recipes_for(*, model_type: str | None, architectures: tuple[str, ...]) -> tuple[Recipe, ...]:
     """The shipped recipes that name this model type or one of these architectures."""
     words = [f'"{word}"' for word in (model_type, *architectures) if word]
     # to parse all of them takes longer than everything else before the first byte moves

@@ -9,7 +9,7 @@ from moeconv.core.schema import Problems, Table
 from moeconv.core.text import counted
 from moeconv.errors import BadPlacement
 from moeconv.placement.foreign_map import BY_ID, MapFormat, RawMap, moe_layers, row_of
-from moeconv.placement.model import Layers, Placement
+from moeconv.placement.model import MoeLayers, Placement
 from moeconv.placement.parse import MAX_ROWS, MAX_SLOTS, parse_row
 
 ASCEND: Final = "ascend"
@@ -63,7 +63,7 @@ def _devices(layer: Table, problems: Problems) -> tuple[int, tuple[int, ...]]:
     return stated, tuple(expert for _, row in sorted(by_device.items()) for expert in row)
 
 
-def write(placement: Placement, layers: Layers, ep_size: int | None) -> str:
+def write(placement: Placement, layers: MoeLayers, ep_size: int | None) -> str:
     """The JSON text. Raises BadPlacement without an EP size."""
     if ep_size is None:
         raise BadPlacement(

@@ -13,7 +13,7 @@ from moeconv.placement.foreign_map import (
     rows_by_number,
     rows_text,
 )
-from moeconv.placement.model import Layers, Placement
+from moeconv.placement.model import MoeLayers, Placement
 from moeconv.placement.parse import parse_rows
 
 EPLB: Final = "eplb"
@@ -28,7 +28,7 @@ def read(top: Table, problems: Problems) -> RawMap:
     return rows_by_number(EPLB, phy2log)
 
 
-def write(placement: Placement, layers: Layers, _ep_size: int | None) -> str:
+def write(placement: Placement, layers: MoeLayers, _ep_size: int | None) -> str:
     """The JSON text of `{"phy2log": [L_moe, P]}`."""
     return f'{{"{KEY}": {rows_text(placement, moe_layers(placement, layers))}}}\n'
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from moeconv.core.schema import Problems, Table
-from moeconv.placement.model import Layers, Placement, trivial
+from moeconv.placement.model import MoeLayers, Placement, trivial
 
 BY_ROW: Final = "by row"  # the number of rows tells which layers they are of
 BY_ID: Final = "by layer id"
@@ -55,7 +55,7 @@ class MapFormat:
     name: str
     key: str | None
     read: Callable[[Table, Problems], RawMap] | None
-    write: Callable[[Placement, Layers, int | None], str]
+    write: Callable[[Placement, MoeLayers, int | None], str]
     layer_order: tuple[str, ...] = ()
     ids_count_moe: bool = False
     in_torch_files: bool = False
@@ -67,12 +67,12 @@ def rows_by_number(name: str, rows: tuple[tuple[int, ...], ...], *, keyed: bool 
 
 
 # --- writing -----------------------------------------------------------------------------------
-def has_mtp_rows(placement: Placement, layers: Layers) -> bool:
+def has_mtp_rows(placement: Placement, layers: MoeLayers) -> bool:
     """Whether the placement has a row for any of the MTP layers."""
     return not set(placement.layers).isdisjoint(layers.beyond)
 
 
-def moe_layers(placement: Placement, layers: Layers) -> tuple[int, ...]:
+def moe_layers(placement: Placement, layers: MoeLayers) -> tuple[int, ...]:
     """The MoE layers that a map must have, those of MTP only where the placement has them."""
     return layers.all_moe if has_mtp_rows(placement, layers) else layers.moe
 

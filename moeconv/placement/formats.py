@@ -13,7 +13,7 @@ from moeconv.core.text import counted
 from moeconv.errors import BadPlacement, BadPlacementFile, quoted
 from moeconv.placement import ascend, eplb, sglang, trtllm, vllm
 from moeconv.placement.foreign_map import ALIKE, BY_ROW, MapFormat, RawMap, rows_by_number
-from moeconv.placement.model import Layers, Placement, check
+from moeconv.placement.model import MoeLayers, Placement, check
 from moeconv.placement.parse import kind_of, parse_row, parse_rows
 
 FORMATS: Final[dict[str, MapFormat]] = {
@@ -66,7 +66,7 @@ def _bare_rows(doc: list[Json], bare: str, problems: Problems) -> RawMap:
     return rows_by_number(bare, parse_rows(doc, "", problems), keyed=False)
 
 
-def write_map(name: str, placement: Placement, layers: Layers, *, ep_size: int | None) -> bytes:
+def write_map(name: str, placement: Placement, layers: MoeLayers, *, ep_size: int | None) -> bytes:
     """The bytes of a map in the named format; only ascend needs `ep_size`.
 
     Layers that a format counts and the placement leaves out get the trivial row.

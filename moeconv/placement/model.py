@@ -20,7 +20,7 @@ from moeconv.errors import BadPlacement, quoted
 
 
 @dataclass(frozen=True, slots=True)
-class Layers:
+class MoeLayers:
     """What a checkpoint's own stacks say of its layers; ids are absolute.
 
     experts: E; moe: the main MoE layers, ascending; beyond: MoE layers of the same kind at or
@@ -185,7 +185,7 @@ def _times(count: int) -> str:
 
 def check(
     placement: Placement,
-    layers: Layers,
+    layers: MoeLayers,
     *,
     ep_size: int | None,
     allow_duplicates: bool = False,
@@ -198,7 +198,7 @@ def check(
 
 
 def _misfits(
-    placement: Placement, layers: Layers, ep_size: int | None, *, allow_duplicates: bool
+    placement: Placement, layers: MoeLayers, ep_size: int | None, *, allow_duplicates: bool
 ) -> Iterator[str]:
     if placement.experts != layers.experts:
         yield (
@@ -224,7 +224,7 @@ def _misfits(
         )
 
 
-def layer_problems(given: Sequence[int], layers: Layers) -> list[str]:
+def layer_problems(given: Sequence[int], layers: MoeLayers) -> list[str]:
     """Layers that a map has and the checkpoint lacks, and the other way round."""
     problems = []
     strange = sorted(set(given) - set(layers.all_moe))
@@ -240,7 +240,7 @@ def _have(ids: Sequence[int]) -> str:
     return "has" if len(ids) == 1 else "have"
 
 
-def _row_length_problems(placement: Placement, layers: Layers, ep_size: int | None) -> list[str]:
+def _row_length_problems(placement: Placement, layers: MoeLayers, ep_size: int | None) -> list[str]:
     lengths = Counter(map(len, placement.physical_to_logical))
     problems = []
     if len(lengths) > 1:

@@ -21,13 +21,15 @@ from moeconv.placement.foreign_map import (
     RawMap,
 )
 from moeconv.placement.formats import FORMATS
-from moeconv.placement.model import Layers, Placement
+from moeconv.placement.model import MoeLayers, Placement
 
 MOE_ROWS: Final = "moe"  # what `--map-layers` may say: row n is of the n-th MoE layer
 ALL_ROWS: Final = "all"  # row n is of layer n
 
 
-def resolve(raw: RawMap, layers: Layers, *, map_layers: str | None = None) -> tuple[Placement, str]:
+def resolve(
+    raw: RawMap, layers: MoeLayers, *, map_layers: str | None = None
+) -> tuple[Placement, str]:
     """The placement of a map for a checkpoint, and one sentence that says what was assumed.
 
     map_layers: which layers the user says that its rows are of, MOE_ROWS or ALL_ROWS.
@@ -58,12 +60,12 @@ def resolve(raw: RawMap, layers: Layers, *, map_layers: str | None = None) -> tu
     return _placement(named, layers), assumed + _if_not_stated(layers)
 
 
-def _placement(rows: dict[int, tuple[int, ...]], layers: Layers) -> Placement:
+def _placement(rows: dict[int, tuple[int, ...]], layers: MoeLayers) -> Placement:
     ids = tuple(sorted(rows))
     return Placement(layers.experts, ids, tuple(rows[n] for n in ids))
 
 
-def _if_not_stated(layers: Layers) -> str:
+def _if_not_stated(layers: MoeLayers) -> str:
     if layers.stated:
         return ""
     return (
@@ -72,7 +74,7 @@ def _if_not_stated(layers: Layers) -> str:
     )
 
 
-def _row_counts(layers: Layers) -> dict[str, int]:
+def _row_counts(layers: MoeLayers) -> dict[str, int]:
     """How many rows each interpretation of a map would have."""
     counts = {LAYER: layers.hidden, MOE: len(layers.moe)}
     if layers.beyond:
@@ -81,20 +83,20 @@ def _row_counts(layers: Layers) -> dict[str, int]:
     return counts
 
 
-def _row_indices(interpretation: str, layers: Layers) -> dict[int, int]:
+def _row_indices(interpretation: str, layers: MoeLayers) -> dict[int, int]:
     """The index of each layer's row in a map."""
     moe = layers.moe if interpretation in (LAYER, MOE) else layers.all_moe
     return {layer: layer if interpretation in ABSOLUTE else n for n, layer in enumerate(moe)}
 
 
-def _indices_counted(map_layers: str, ids: dict[int, int], layers: Layers) -> dict[int, int]:
+def _indices_counted(map_layers: str, ids: dict[int, int], layers: MoeLayers) -> dict[int, int]:
     """The index of each of these layers' rows, counted in one of the two ways."""
     if map_layers == ALL_ROWS:
         return {layer: layer for layer in ids}
     return {layer: n for n, layer in enumerate(layers.all_moe) if layer in ids}
 
 
-def _two_interpretations(raw: RawMap, layers: Layers, fitting: list[str]) -> BadPlacement:
+def _two_interpretations(raw: RawMap, layers: MoeLayers, fitting: list[str]) -> BadPlacement:
     """The error for rows that nothing but their number identifies, where two counts match it."""
     interpretations = {r: _row_indices(r, layers) for r in fitting}
     # the main layers may have the same rows in both: then one of the two has rows of MTP layers
@@ -115,7 +117,7 @@ def _two_interpretations(raw: RawMap, layers: Layers, fitting: list[str]) -> Bad
     )
 
 
-def _by_row(raw: RawMap, layers: Layers, map_layers: str | None) -> tuple[dict[int, int], str]:
+def _by_row(raw: RawMap, layers: MoeLayers, map_layers: str | None) -> tuple[dict[int, int], str]:
     counts = _row_counts(layers)
     fitting = [r for r in FORMATS[raw.format].layer_order if counts.get(r) == raw.count]
     if not raw.keyed and len(fitting) > 1:
@@ -150,7 +152,7 @@ def _dense_rows(ids: dict[int, int], raw: RawMap) -> str:
     return f", which are {layer_names(tuple(ids))}"
 
 
-def _by_id(raw: RawMap, layers: Layers) -> tuple[dict[int, int], str]:
+def _by_id(raw: RawMap, layers: MoeLayers) -> tuple[dict[int, int], str]:
     given = {index for index, _ in raw.rows}
     dense = given - set(layers.all_moe)
     named = tuple(n for n in layers.all_moe if n in given)

@@ -14,7 +14,7 @@ from moeconv.placement.foreign_map import (
     rows_by_number,
     rows_text,
 )
-from moeconv.placement.model import Layers, Placement
+from moeconv.placement.model import MoeLayers, Placement
 from moeconv.placement.parse import parse_rows
 
 SGLANG: Final = "sglang"
@@ -30,7 +30,7 @@ def read(top: Table, problems: Problems) -> RawMap:
     return rows_by_number(SGLANG, parse_rows(top.raw(KEY), KEY, problems))
 
 
-def write(placement: Placement, layers: Layers, _ep_size: int | None) -> str:
+def write(placement: Placement, layers: MoeLayers, _ep_size: int | None) -> str:
     """The JSON text, with the trivial row for dense layers."""
     last = layers.beyond[-1] + 1 if has_mtp_rows(placement, layers) else layers.hidden
     return f'{{"{KEY}": {rows_text(placement, range(last))}}}\n'

@@ -9,7 +9,7 @@ from typing import Final
 from moeconv.core.schema import Problems, Table
 from moeconv.core.text import counted
 from moeconv.placement.foreign_map import BY_ID, MapFormat, RawMap
-from moeconv.placement.model import Layers, Placement
+from moeconv.placement.model import MoeLayers, Placement
 from moeconv.placement.parse import MAX_ROWS, parse_row, too_many_rows
 
 TRTLLM: Final = "trtllm"
@@ -44,7 +44,7 @@ def read(top: Table, problems: Problems) -> RawMap:
     return RawMap(TRTLLM, BY_ID, tuple(sorted(rows.items())))
 
 
-def write(placement: Placement, _layers: Layers, _ep_size: int | None) -> str:
+def write(placement: Placement, _layers: MoeLayers, _ep_size: int | None) -> str:
     """The YAML text, of the layers that the placement has."""
     rows = zip(placement.layers, placement.physical_to_logical, strict=True)
     lines = [f"{KEY}:", *(f"  {layer}: {json.dumps(row)}" for layer, row in rows)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Final
 
 from moeconv.placement.foreign_map import MOE_LAYERS_FIRST, MapFormat, moe_layers, rows_text
-from moeconv.placement.model import Layers, Placement
+from moeconv.placement.model import MoeLayers, Placement
 
 VLLM: Final = "vllm"
 
 
-def write(placement: Placement, layers: Layers, _ep_size: int | None) -> str:
+def write(placement: Placement, layers: MoeLayers, _ep_size: int | None) -> str:
     """The JSON text: physical_to_logical, [L_moe, P]."""
     return f"{rows_text(placement, moe_layers(placement, layers))}\n"
 

@@ -145,7 +145,7 @@ def guesses(text: str, budget: Budget) -> tuple[Matcher, ...]:
     )
 
 
-def ending(text: str, budget: Budget) -> Matcher:
+def ending_with(text: str, budget: Budget) -> Matcher:
     """All names that end with a text."""
     return Matcher(lambda name: name.endswith(text), (f"{text}\n",), budget)
 

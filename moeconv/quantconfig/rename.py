@@ -17,7 +17,7 @@ from moeconv.quantconfig.match_rules import (
     Matcher,
     MatchRules,
     UnsupportedPattern,
-    ending,
+    ending_with,
     guesses,
     is_pattern,
 )
@@ -250,7 +250,7 @@ class _Renamer:
             return True
         if "." not in text and rules.known:
             return False  # to its reader a class of modules, if anything
-        return self._changes(ending(f".{text}", self._budget))
+        return self._changes(ending_with(f".{text}", self._budget))
 
     def _changes(self, matcher: Matcher, *, shorter: bool = False) -> bool:
         """Whether other experts match after than before; shorter: by shorter names of stacks."""

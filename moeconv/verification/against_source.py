@@ -22,7 +22,7 @@ from moeconv.plan.model import OutputFile, OutputTensor
 from moeconv.plan.onto_existing import plan_onto, plan_onto_set
 from moeconv.store.documents import unreadable
 from moeconv.store.file_io import read_bytes
-from moeconv.verification.digests import entries_of, placed_headers
+from moeconv.verification.digests import detected_stack_entries, placed_headers
 from moeconv.verification.report import MAX_REPORTED
 
 
@@ -44,7 +44,7 @@ def compare_source(
     (read, detection), (held, target) = (source, output) if sharded else (output, source)
     files = plan_held_files(detection, target, held)
     by_name = {f.name: f for f in held.files}
-    record, stacks = recorded(output[0]), entries_of(source[1])
+    record, stacks = recorded(output[0]), detected_stack_entries(source[1])
     lock = threading.Lock()
 
     def report(problem: MoeconvError) -> None:

@@ -69,10 +69,10 @@ def stack_entries(checkpoint: Checkpoint, detection: Detection) -> tuple[StackEn
     manifest = checkpoint.manifest
     if manifest is not None and manifest.root.ep_size is not None:
         return manifest.root.stacks
-    return entries_of(detection)
+    return detected_stack_entries(detection)
 
 
-def entries_of(detection: Detection) -> tuple[StackEntry, ...]:
+def detected_stack_entries(detection: Detection) -> tuple[StackEntry, ...]:
     """The stacks of a detection as a plan from it numbers them."""
     return tuple(
         StackEntry(

@@ -13,10 +13,10 @@ from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.detect.detect import MAX_PROBLEMS, Detection, detect
 from moeconv.errors import TooManyStacks
-from moeconv.layout.shipped import fitting
+from moeconv.layout.shipped import recipes_for
 from tests.badinput.checks import holds
 
-RECIPES = fitting(model_type="qwen3_moe", architectures=())
+RECIPES = recipes_for(model_type="qwen3_moe", architectures=())
 CONFIG = Config({"model_type": "qwen3_moe"}, present=True)
 
 

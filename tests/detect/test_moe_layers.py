@@ -9,7 +9,7 @@ import pytest
 from moeconv.api.open import open_source
 from moeconv.detect.moe_layers import layers_of
 from moeconv.errors import ConfigMismatch, NoExperts
-from moeconv.placement.model import Layers
+from moeconv.placement.model import MoeLayers
 from tests.badinput import builders
 from tests.badinput.checks import holds
 
@@ -18,7 +18,7 @@ TENSORS = builders.qwen(layers=5)
 
 def found(
     root: Path, tensors: builders.Tensors, **config: object
-) -> tuple[Layers, tuple[str, ...]]:
+) -> tuple[MoeLayers, tuple[str, ...]]:
     said = builders.config(**config)  # type: ignore[arg-type]
     opened = open_source(builders.write(root / "src", tensors, config=said))
     return layers_of(opened.detection.checked().stacks, opened.checkpoint.config)
@@ -35,7 +35,7 @@ def renamed(tensors: builders.Tensors, prefix: str) -> builders.Tensors:
 def test_dense_layers_and_those_beyond(tmp_path: Path):
     sparse = builders.without(TENSORS, "layers.0.") | builders.dense(0)
     layers, names = found(tmp_path, sparse, num_hidden_layers=4)
-    assert layers == Layers(builders.E, (1, 2, 3), (4,), 4)
+    assert layers == MoeLayers(builders.E, (1, 2, 3), (4,), 4)
     assert names == tuple(stack(n) for n in (1, 2, 3, 4))
 
 
@@ -47,7 +47,7 @@ def test_layers_are_in_order_of_numbers(tmp_path: Path):
 
 def test_a_number_of_layers_that_is_not_stated(tmp_path: Path):
     layers, _ = found(tmp_path, TENSORS)
-    assert layers == Layers(builders.E, (0, 1, 2, 3, 4), (), 5, stated=False)
+    assert layers == MoeLayers(builders.E, (0, 1, 2, 3, 4), (), 5, stated=False)
 
 
 def test_the_number_of_layers_stands_in_the_section_of_the_stacks(tmp_path: Path):

@@ -27,7 +27,7 @@ from moeconv.manifest.reader import parse_part, parse_parts, parse_root
 from moeconv.placement.eplb import KEY as EPLB_KEY
 from moeconv.placement.files import read_map
 from moeconv.placement.formats import FORMATS, write_map
-from moeconv.placement.model import Layers, Placement, trivial
+from moeconv.placement.model import MoeLayers, Placement, trivial
 from moeconv.placement.resolve import resolve
 from moeconv.quantconfig.document import changed_lists
 from moeconv.quantconfig.match_rules import Budget, MatchRules, Names, UnsupportedPattern
@@ -39,7 +39,7 @@ from tests.manifest.samples import PART, ROOT, ROOT_BODY, dump
 TENSORS = qwen(1, 4, 8)
 DATA_BYTES = sum(map(nbytes, TENSORS.values()))
 HEAD = framed(dump({"__metadata__": {"format": "pt"}, **entries(TENSORS)}))
-LAYERS = Layers(experts=4, moe=(1, 2), beyond=(3,), hidden=3)
+LAYERS = MoeLayers(experts=4, moe=(1, 2), beyond=(3,), hidden=3)
 RULES: Final = {b"g": ("exclude", "modelopt"), b"p": ("dynamic", "gptq")}
 PATTERNS: Final = (b"re:.*mlp\\.experts\\.\\d+\\.(gate|up)_proj$", b"model.layers.*.experts.*")
 LISTS: Final = dump(

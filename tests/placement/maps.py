@@ -9,20 +9,20 @@ from hypothesis import strategies as st
 
 from moeconv.errors import BadPlacement
 from moeconv.placement.foreign_map import RawMap
-from moeconv.placement.model import Layers, Placement, trivial
+from moeconv.placement.model import MoeLayers, Placement, trivial
 from moeconv.placement.resolve import resolve
 from tests.badinput.checks import holds
 
 # as DeepSeek-V3, in small: a dense layer, three MoE layers, one of MTP
-SMALL = Layers(experts=4, moe=(1, 2, 3), beyond=(4,), hidden=4)
-DEEPSEEK = Layers(256, tuple(range(3, 61)), (61,), 61)
-PLAIN = Layers(experts=4, moe=(1, 2), beyond=(), hidden=3)
+SMALL = MoeLayers(experts=4, moe=(1, 2, 3), beyond=(4,), hidden=4)
+DEEPSEEK = MoeLayers(256, tuple(range(3, 61)), (61,), 61)
+PLAIN = MoeLayers(experts=4, moe=(1, 2), beyond=(), hidden=3)
 
 
 A, B, C, D = (0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (2, 3, 0, 1)
 
 
-def unfit(raw: RawMap, layers: Layers, *facts: str) -> None:
+def unfit(raw: RawMap, layers: MoeLayers, *facts: str) -> None:
     with pytest.raises(BadPlacement) as caught:
         resolve(raw, layers)
     holds(caught.value, BadPlacement, *facts)
@@ -36,7 +36,7 @@ def by_id(name: str, *ids: int) -> RawMap:
     return RawMap(name, "by layer id", tuple((n, trivial(4, 4 + n)) for n in sorted(ids)))
 
 
-def placed(layers: Layers, *rows: tuple[int, ...]) -> Placement:
+def placed(layers: MoeLayers, *rows: tuple[int, ...]) -> Placement:
     """A placement whose rows are those of the first MoE layers."""
     return Placement(layers.experts, layers.all_moe[: len(rows)], rows)
 
@@ -45,7 +45,7 @@ def placed(layers: Layers, *rows: tuple[int, ...]) -> Placement:
 class Case:
     """A placement that fits its layers and its ranks."""
 
-    layers: Layers
+    layers: MoeLayers
     placement: Placement
     ep_size: int
 
@@ -63,7 +63,7 @@ def cases(draw: st.DrawFn) -> Case:
     hidden = draw(st.integers(1, 7))
     moe = draw(st.sets(st.integers(0, hidden - 1), min_size=1))
     beyond = tuple(range(hidden, hidden + draw(st.integers(0, 2))))
-    layers = Layers(draw(st.integers(1, 6)), tuple(sorted(moe)), beyond, hidden)
+    layers = MoeLayers(draw(st.integers(1, 6)), tuple(sorted(moe)), beyond, hidden)
     ep_size = draw(st.integers(1, 4))
     least = -(-layers.experts // ep_size)
     slots = ep_size * draw(st.integers(least, least + 2))

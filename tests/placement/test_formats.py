@@ -14,7 +14,7 @@ from moeconv.errors import BadPlacement, BadPlacementFile, MoeconvError
 from moeconv.placement.ascend import ASCEND
 from moeconv.placement.eplb import EPLB
 from moeconv.placement.formats import FORMATS, parse_map, write_map
-from moeconv.placement.model import Layers, Placement, check
+from moeconv.placement.model import MoeLayers, Placement, check
 from moeconv.placement.resolve import ep_size_of, resolve
 from moeconv.placement.sglang import SGLANG
 from moeconv.placement.trtllm import TRTLLM
@@ -44,7 +44,7 @@ def decoded(name: str, data: bytes) -> Json:
     }}  # fmt: skip
 
 
-def again(name: str, data: bytes, layers: Layers) -> tuple[Placement, str]:
+def again(name: str, data: bytes, layers: MoeLayers) -> tuple[Placement, str]:
     """The placement that a written map is read as."""
     bare = EPLB if name == EPLB else VLLM
     raw = parse_map(decoded(name, data), where="map", bare=bare)

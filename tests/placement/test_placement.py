@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moeconv.core.text import listed, spans
 from moeconv.errors import BadPlacement
 from moeconv.placement.model import (
-    Layers,
+    MoeLayers,
     Placement,
     by_stack,
     check,
@@ -191,7 +191,7 @@ def test_slots_that_do_not_divide_are_said_once_for_all_layers():
 
 
 def test_a_flood_of_problems_is_cut():
-    layers = Layers(4, tuple(range(50)), (), 50)
+    layers = MoeLayers(4, tuple(range(50)), (), 50)
     text = misfit("50 problems", "and 30 more", placement=placed(layers, *((0, 1, 2, 2),) * 50),
                   layers=layers, ep_size=None)  # fmt: skip
     assert len(text.splitlines()) == 23
@@ -294,7 +294,7 @@ def test_a_far_expert_costs_no_more_than_a_near_one():
 
 
 def test_many_misfits_are_counted():
-    layers = Layers(4, tuple(range(3000)), (), 3000)
+    layers = MoeLayers(4, tuple(range(3000)), (), 3000)
     rows = tuple((0, 1, 2, 9) for _ in layers.moe)
     placement = Placement(4, layers.moe, rows)
     misfit("6,000 problems", "and 5,980 more", placement=placement, layers=layers, ep_size=2)

@@ -8,7 +8,7 @@ from moeconv.placement.ascend import ASCEND
 from moeconv.placement.eplb import EPLB
 from moeconv.placement.foreign_map import ALIKE
 from moeconv.placement.formats import parse_map
-from moeconv.placement.model import Layers, check
+from moeconv.placement.model import MoeLayers, check
 from moeconv.placement.resolve import resolve
 from moeconv.placement.sglang import SGLANG
 from moeconv.placement.trtllm import TRTLLM
@@ -26,7 +26,7 @@ from tests.placement.maps import (
 )
 
 
-def read(name: str, count: int, layers: Layers = DEEPSEEK) -> tuple[dict[int, int], str]:
+def read(name: str, count: int, layers: MoeLayers = DEEPSEEK) -> tuple[dict[int, int], str]:
     """The row number that each layer got (rows carry theirs in their length), and the sentence."""
     found, assumed = resolve(by_row(name, *((0,) * n for n in range(count))), layers)
     return dict(zip(found.layers, map(len, found.physical_to_logical), strict=True)), assumed
@@ -82,7 +82,7 @@ def test_one_row_for_all_layers():
 
 
 def test_a_number_of_layers_that_is_not_stated_is_said():
-    layers = Layers(4, (1, 2, 3), (), 4, stated=False)
+    layers = MoeLayers(4, (1, 2, 3), (), 4, stated=False)
     for raw in (by_row(VLLM, A, B, C), by_id(TRTLLM, 1, 2, 3), parse_map([0, 1, 2, 3], where="m")):
         assert (
             "config.json does not say the number of layers, taken to be 4"

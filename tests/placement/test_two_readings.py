@@ -19,7 +19,7 @@ from moeconv.placement.ascend import ASCEND
 from moeconv.placement.files import read_map
 from moeconv.placement.foreign_map import RawMap
 from moeconv.placement.formats import parse_map
-from moeconv.placement.model import Layers
+from moeconv.placement.model import MoeLayers
 from moeconv.placement.resolve import resolve
 from moeconv.placement.trtllm import TRTLLM
 from tests.badinput.builders import write
@@ -28,7 +28,7 @@ from tests.cli.run import moeconv
 from tests.placement.maps import SMALL, A, B, C, D, by_id
 
 # GLM-4.5-Air: 46 layers, the first is dense; one more of MTP
-GLM = Layers(128, tuple(range(1, 46)), (46,), 46)
+GLM = MoeLayers(128, tuple(range(1, 46)), (46,), 46)
 ROWS = [list(row) for row in (A, B, C, D)]
 
 
@@ -36,7 +36,7 @@ def bare(*rows: tuple[int, ...]) -> RawMap:
     return parse_map([list(row) for row in rows], where="map")
 
 
-def placed(raw: RawMap, layers: Layers, way: str | None) -> dict[int, tuple[int, ...]]:
+def placed(raw: RawMap, layers: MoeLayers, way: str | None) -> dict[int, tuple[int, ...]]:
     found, _ = resolve(raw, layers, map_layers=way)
     return dict(zip(found.layers, found.physical_to_logical, strict=True))
 
@@ -52,7 +52,7 @@ def test_the_refusal_names_both_readings_and_their_numbers():
 
 def test_readings_that_differ_in_rows_of_mtp_only():
     """Layer 3 of 4 is dense, so the three with experts have the same rows in both readings."""
-    layers = Layers(4, (0, 1, 2), (4,), 4)
+    layers = MoeLayers(4, (0, 1, 2), (4,), 4)
     with pytest.raises(BadPlacement, match="layer 4 would have row 3 or no row"):
         resolve(bare(A, B, C, D), layers)
     assert placed(bare(A, B, C, D), layers, "moe") == {0: A, 1: B, 2: C, 4: D}
@@ -76,7 +76,7 @@ def test_what_is_said_must_be_what_fits(way: str):
 
 
 def test_readings_of_one_outcome_are_one():
-    layers = Layers(4, (0, 1, 2), (3,), 3)
+    layers = MoeLayers(4, (0, 1, 2), (3,), 3)
     for way in (None, "moe", "all"):
         assert placed(bare(A, B, C), layers, way) == {0: A, 1: B, 2: C}
         assert placed(bare(A, B, C, D), layers, way) == {0: A, 1: B, 2: C, 3: D}
@@ -115,7 +115,7 @@ def test_another_word_is_refused():
 def test_rows_without_a_key_have_one_meaning_or_none(moe: set[int], beyond: int, count: int):
     """Held against all that a map of so many rows could mean, listed without our own reader."""
     hidden = 7
-    layers = Layers(2, tuple(sorted(moe)), tuple(range(hidden, hidden + beyond)), hidden)
+    layers = MoeLayers(2, tuple(sorted(moe)), tuple(range(hidden, hidden + beyond)), hidden)
     raw = bare(*((0, 1) * (n + 1) for n in range(count)))
     meanings = []
     for ids in (layers.moe, layers.all_moe):

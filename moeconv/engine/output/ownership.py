@@ -202,11 +202,11 @@ def _of_run(there: _Listing, journal: Journal | None) -> _Claims:
     for name in journal.names:
         facts = there.facts.get(name)
         if facts is not None:
-            claims.reasons[name] = made_problem(journal, name, facts)
+            claims.reasons[name] = unfinished_file_problem(journal, name, facts)
     return claims
 
 
-def made_problem(journal: Journal, name: str, facts: os.stat_result) -> str | None:
+def unfinished_file_problem(journal: Journal, name: str, facts: os.stat_result) -> str | None:
     """Why a file is not as the run left it that keeps the journal; None where it is."""
     noted = journal.made.get(name)
     if noted is None:

@@ -20,7 +20,7 @@ from moeconv.engine.output.journal import (
     busy,
     clear_aborted_start,
 )
-from moeconv.engine.output.ownership import Inventory, made_problem
+from moeconv.engine.output.ownership import Inventory, unfinished_file_problem
 from moeconv.engine.output.preflight import find_backup
 from moeconv.errors import IoFailed, WouldOverwrite, quoted
 from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
@@ -125,7 +125,7 @@ class OutputTransaction:
         for name in journal.names:
             if name in journal.finished or not os.path.lexists(self.out / name):
                 continue  # a data file is read again, and made anew where it is damaged
-            reason = made_problem(journal, name, (self.out / name).lstat())
+            reason = unfinished_file_problem(journal, name, (self.out / name).lstat())
             if reason is not None:
                 raise WouldOverwrite(
                     f"{quoted(name)} is in the way",
