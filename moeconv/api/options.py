@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Final, TypedDict
 
 from moeconv.api.open import Opened, open_source
-from moeconv.engine.copy.pool import Limits
-from moeconv.engine.options import DEFAULT_MEMORY_BYTES, Progress, RunOptions, limits_of, one_of
+from moeconv.engine.options import Progress, RunOptions, WorkOptions, one_of
 from moeconv.plan.align import ALIGNS, PAGE_ALIGNED
 from moeconv.plan.pack import Packing
 
@@ -43,18 +42,11 @@ class WriteOptions(RunOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReadOptions:
+class ReadOptions(WorkOptions):
     """All options of verify, diff and fingerprint; as in `WriteOptions`."""
 
     recipe: str | Path | None = None
     from_layout: str | None = None
-    max_memory: int = DEFAULT_MEMORY_BYTES
-    jobs: int | None = None
-    progress: Progress | None = None
-
-    def limits(self) -> Limits:
-        """What the workers may use. Raises UsageProblem."""
-        return limits_of(self.jobs, self.max_memory)
 
     def open(self, src: str | Path) -> Opened:
         """Open a checkpoint with these options. Raises as `open_source`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moeconv.checkpoint.sidecars import Sidecar
@@ -14,7 +14,7 @@ from moeconv.core.signals import defer_signals
 from moeconv.engine.copy.buffers import BUFFER_BYTES
 from moeconv.engine.copy.disk_sink import DiskSink
 from moeconv.engine.copy.methods import CopyMethods
-from moeconv.engine.copy.pool import Limits, Progress, run_tiles
+from moeconv.engine.copy.pool import run_tiles
 from moeconv.engine.copy.sink import Digests
 from moeconv.engine.manifest_writer import (
     document,
@@ -26,7 +26,7 @@ from moeconv.engine.manifest_writer import (
     source_entry,
     virtual_parts,
 )
-from moeconv.engine.options import LATER, RunOptions
+from moeconv.engine.options import LATER, Meter, RunOptions
 from moeconv.engine.output.atomic_file import (
     fsync_directory,
     new_file,
@@ -39,7 +39,7 @@ from moeconv.engine.output.journal import clear_aborted_start, plan_digest, resu
 from moeconv.engine.output.ownership import Inventory
 from moeconv.engine.output.resume import finished_before, identity
 from moeconv.engine.output.transaction import OutputTransaction
-from moeconv.engine.recorded_digests import DigestPolicy, recorded
+from moeconv.engine.recorded_digests import DigestPolicy, Recorded, recorded
 from moeconv.errors import MoeconvError, NameCollision, SourceChanged, quoted
 from moeconv.manifest.model import (
     MAX_DOCUMENT_BYTES,
@@ -78,22 +78,19 @@ def commit(
     out: Path,
     options: RunOptions,
     *,
-    limits: Limits,
-    methods: CopyMethods,
     space: DiskSpace,
-    progress: Progress,
     replaced: Inventory | None = None,
-) -> tuple[Manifest | None, tuple[str, ...]]:
+) -> tuple[Manifest | None, CopyMethods, tuple[str, ...]]:
     """Write the plan's output; if anything fails, OUT is as it was before.
 
     With `options.resume` it continues an earlier run of the same plan, and what is finished is kept
-    if this one fails. methods: receives how bytes were copied. space: counts on clones; checked
-    again without them if the file systems turn out not to clone. replaced: what is in an OUT that
-    is to be overwritten.
-    Returns the manifest that was written, None for a restored origin, which has none; and notes.
-    Raises IoFailed, DiskFull, SourceChanged, Damaged (an output of moeconv whose bytes differ from
-    its manifest).
+    if this one fails. space: counts on clones; checked again without them if the file systems turn
+    out not to clone. replaced: what is in an OUT that is to be overwritten.
+    Returns the manifest that was written, None for a restored origin, which has none; how bytes
+    were copied; and notes. Raises IoFailed, DiskFull, SourceChanged, Damaged (an output of moeconv
+    whose bytes differ from its manifest).
     """
+    limits, methods = options.limits(), CopyMethods(out)
     work = OutputTransaction(out, limits, replaced, keeps=options.resume)
     mark = plan_digest(plan, identity(checkpoint))
     kept: dict[str, Digests] = {}
@@ -109,25 +106,16 @@ def commit(
                 work.reopen(journal, kept)
             else:
                 work.prepare(mark, _names(plan, checkpoint), overwrite=options.overwrite)
-            manifest = _Commit(
-                plan,
-                checkpoint,
-                work,
-                options,
-                limits=limits,
-                methods=methods,
-                space=space,
-                progress=progress,
-                kept=kept,
-                resumed=journal is not None,
-            ).run()
+            resumed = journal is not None
+            run = _Commit(plan, checkpoint, work, options, methods, space, kept, resumed)
+            manifest = run.run()
             work.done(restored=plan.restores)
         except BaseException as problem:
             _roll_back(work, problem)
             raise
     finally:
         work.close()
-    return manifest, work.drop_old()
+    return manifest, methods, work.drop_old()
 
 
 def _names(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -146,42 +134,35 @@ def _roll_back(work: OutputTransaction, problem: BaseException) -> None:
             problem.add_note(left or "what was written has been removed")
 
 
+@dataclass(slots=True)
 class _Commit:
-    def __init__(
-        self,
-        plan: Plan,
-        checkpoint: Checkpoint,
-        work: OutputTransaction,
-        options: RunOptions,
-        *,
-        limits: Limits,
-        methods: CopyMethods,
-        space: DiskSpace,
-        progress: Progress,
-        kept: dict[str, Digests],
-        resumed: bool,
-    ) -> None:
-        self.plan = plan
-        self.checkpoint = checkpoint
-        self.work = work
-        self.out = work.out
-        self.limits = limits
-        self.methods = methods
-        self.space = space
-        self.later = options.digests == LATER
-        self.kept = kept
-        self.resumed = resumed
-        self.progress = progress
-        self.parts: dict[str, Part] = {}
-        self.virtual: tuple[Part, ...] = ()
-        self.recorded = recorded(checkpoint)
+    plan: Plan
+    checkpoint: Checkpoint
+    work: OutputTransaction
+    options: RunOptions
+    methods: CopyMethods
+    space: DiskSpace
+    kept: dict[str, Digests]  # of data files that an earlier run finished
+    resumed: bool
+    out: Path = field(init=False)
+    recorded: Recorded = field(init=False)
+    policy: DigestPolicy = field(init=False)
+    parts: dict[str, Part] = field(default_factory=dict)
+    virtual: tuple[Part, ...] = ()
+    waiting: list[tuple[Path, Path]] = field(default_factory=list)  # to be renamed at the end
+    noting: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.out = self.work.out
+        self.recorded = recorded(self.checkpoint)
         self.policy = DigestPolicy(
-            plan, self.recorded, later=self.later, unchecked=options.unchecked
+            self.plan, self.recorded, later=self.later, unchecked=self.options.unchecked
         )
-        # without an index only the names show that a restored output is complete: rename at the end
-        self.late = plan.restores and plan.index_name is None
-        self.waiting: list[tuple[Path, Path]] = []
-        self.noting = threading.Lock()
+
+    @property
+    def later(self) -> bool:
+        """Whether digests are left for `verify --fill`."""
+        return self.options.digests == LATER
 
     def run(self) -> Manifest | None:
         self.recorded.refuse_edited(self.checkpoint.sidecars)  # before hours of copying
@@ -193,16 +174,17 @@ class _Commit:
             # a resumed run has freed space since; each file asks for what it still needs
             if not self.resumed and not self.methods.share_blocks:
                 refuse_short(self.out, replace(self.space, shared=0))
+            meter = Meter(self.plan.tensor_bytes, self.options.progress)
             for file in self.plan.files:
                 if file.name in self.kept:
                     self.parts[file.name] = self._checked(file, self.kept[file.name])
-                    self.progress(file.size - len(file.header))
+                    meter.advance(file.size - len(file.header))
             run_tiles(
                 tuple(f for f in self.plan.files if f.name not in self.kept),
                 self.checkpoint.files,
                 lambda file: DiskSink(file, self.out, self.methods, self._finished),
-                limits=self.limits,
-                progress=self.progress,
+                limits=self.work.limits,
+                progress=meter.advance,
                 policy=self.policy.of_file,
             )
         sidecars = tuple(self._sidecar(s) for s in self.checkpoint.sidecars)
@@ -226,7 +208,8 @@ class _Commit:
     def _finished(self, file: OutputFile, partial: Path, digests: Digests) -> None:
         self.parts[file.name] = self._checked(file, digests)
         final = self.out / file.name
-        if self.late:
+        if self.plan.restores and self.plan.index_name is None:
+            # without an index only the names show that a restored output is complete
             self.waiting.append((partial, final))
         else:
             self.work.rename(partial, final)

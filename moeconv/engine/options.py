@@ -18,7 +18,20 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
+class WorkOptions:
+    """What a run may use, and whom it reports to: `progress(bytes done, bytes in all)`."""
+
+    max_memory: int = DEFAULT_MEMORY_BYTES
+    jobs: int | None = None
+    progress: Progress | None = None
+
+    def limits(self) -> Limits:
+        """Return what the workers may use. Raises UsageProblem."""
+        return Limits(default_jobs() if self.jobs is None else self.jobs, self.max_memory)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(WorkOptions):
     """How a plan is carried out.
 
     digests: `now`, or `later` to write an output without reading its data; `verify --fill` adds
@@ -27,16 +40,13 @@ class RunOptions:
     """
 
     digests: str = NOW
-    max_memory: int = DEFAULT_MEMORY_BYTES
-    jobs: int | None = None
     overwrite: bool = False
     resume: bool = False
     unchecked: bool = False
     dry_run: bool = False
-    progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        limits_of(self.jobs, self.max_memory)
+        self.limits()
         one_of("--digests", self.digests, (NOW, LATER))
         if self.resume and self.overwrite:
             raise UsageProblem(
@@ -56,11 +66,6 @@ def one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
 def default_jobs() -> int:
     """Return the default number of threads: two per core, since half wait for the disk, up to 8."""
     return min(8, 2 * (os.cpu_count() or 1))
-
-
-def limits_of(jobs: int | None, max_memory: int) -> Limits:
-    """Return what a run may use; None jobs are the default number. Raises UsageProblem."""
-    return Limits(default_jobs() if jobs is None else jobs, max_memory)
 
 
 class Meter:

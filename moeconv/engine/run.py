@@ -14,7 +14,7 @@ from moeconv.checkpoint.output_files import read_root
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.engine.commit import commit, refuse_collisions
 from moeconv.engine.copy.methods import CopyMethods
-from moeconv.engine.options import Meter, RunOptions, limits_of
+from moeconv.engine.options import RunOptions
 from moeconv.engine.output.disk_space import DiskSpace, refuse_short, space_needed
 from moeconv.engine.output.preflight import refuse_existing, refuse_overlap
 from moeconv.engine.output.resume import is_restored, refuse_other_output
@@ -49,7 +49,7 @@ def run(plan: Plan, source: Checkpoint, out: Path, options: RunOptions, *, src: 
         refuse_overlap(source.root, out)  # where the bytes of a virtual output are
     # a dangling link is refused; a link to a directory stands for that directory
     place = out if out.is_symlink() and not out.exists() else Path(os.path.realpath(out))
-    limits = limits_of(options.jobs, options.max_memory)
+    limits = options.limits()
     if options.resume and plan.restores and is_restored(place, plan, source, limits):
         space = space_needed(plan, source, place)
         notes = () if options.dry_run else end_run(place, limits, restored=True)
@@ -71,19 +71,7 @@ def run(plan: Plan, source: Checkpoint, out: Path, options: RunOptions, *, src: 
         refuse_other_output(place, plan, source, limits)
         notes = end_run(place, limits)
         return Outcome(_noted(plan, notes), space, Manifest(read_root(place), ()))
-    meter = Meter(0 if plan.virtual else plan.tensor_bytes, options.progress)
-    methods = CopyMethods(place)
-    manifest, notes = commit(
-        plan,
-        source,
-        place,
-        options,
-        limits=limits,
-        methods=methods,
-        space=space,
-        progress=meter.advance,
-        replaced=replaced,
-    )
+    manifest, methods, notes = commit(plan, source, place, options, space=space, replaced=replaced)
     return Outcome(_noted(plan, notes), space, manifest, methods)
 
 

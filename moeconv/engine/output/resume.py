@@ -19,7 +19,7 @@ from moeconv.engine.output.journal import Journal
 from moeconv.engine.recorded_digests import recorded
 from moeconv.errors import CannotResume, MoeconvError, quoted
 from moeconv.manifest.model import PARTS_DIR, ROOT_NAME, addresses
-from moeconv.plan.model import Plan
+from moeconv.plan.model import OutputFile, Plan
 from moeconv.plan.onto_existing import unchanged_file
 from moeconv.store.documents import file_digest, opened, read_document
 
@@ -44,16 +44,23 @@ def finished_before(out: Path, plan: Plan, journal: Journal, limits: Limits) -> 
         noted = journal.finished.get(file.name)
         if not noted or not all(all(row) for row in noted):
             continue
-        try:
-            header, facts = read_header(out / file.name, name=file.name, file=len(there))
-        except MoeconvError:
-            continue
-        if header.raw != file.header or facts.st_size != file.size:
-            continue
-        planned.append(unchanged_file(file, len(there)))
-        there.append(DataFile(file.name, out / file.name, facts.st_size, facts.st_mtime_ns, header))
+        written = _written(out, file, len(there))
+        if written is not None:
+            planned.append(unchanged_file(file, len(there)))
+            there.append(written)
     found = digests_of(tuple(planned), tuple(there), limits=limits, progress=lambda _: None)
     return {name: its for name, its in found.items() if its == journal.finished[name]}
+
+
+def _written(out: Path, file: OutputFile, number: int) -> DataFile | None:
+    """Return a file of the plan if it is in OUT with its planned header and size, else None."""
+    try:
+        header, facts = read_header(out / file.name, name=file.name, file=number)
+    except MoeconvError:
+        return None
+    if header.raw != file.header or facts.st_size != file.size:
+        return None
+    return DataFile(file.name, out / file.name, facts.st_size, facts.st_mtime_ns, header)
 
 
 def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> bool:
@@ -64,14 +71,11 @@ def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -
     parts = out / PARTS_DIR
     if (out / ROOT_NAME).exists() or (parts.is_dir() and any(parts.iterdir())):
         return False
-    there: list[DataFile] = []
     try:
-        for number, file in enumerate(plan.files):
-            header, facts = read_header(out / file.name, name=file.name, file=number)
-            if header.raw != file.header or facts.st_size != file.size:
-                return False
-            path = out / file.name
-            there.append(DataFile(file.name, path, facts.st_size, facts.st_mtime_ns, header))
+        written = [_written(out, file, number) for number, file in enumerate(plan.files)]
+        there = tuple(f for f in written if f is not None)
+        if len(there) < len(written):
+            return False
         if plan.index_name is not None:
             index = read_document(out / plan.index_name, len(plan.index), name=plan.index_name)
             if index != plan.index:
@@ -79,7 +83,7 @@ def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -
         if not all(_same_sidecar(out, s, plan) for s in checkpoint.sidecars):
             return False
         files = tuple(unchanged_file(f, n) for n, f in enumerate(plan.files))
-        found = digests_of(files, tuple(there), limits=limits, progress=lambda _: None)
+        found = digests_of(files, there, limits=limits, progress=lambda _: None)
     except MoeconvError:
         return False
     return found == _wanted_digests(plan, checkpoint, limits)
@@ -124,13 +128,9 @@ def refuse_other_output(out: Path, plan: Plan, checkpoint: Checkpoint, limits: L
     root = read_root(out)
     totals = (root.tensor_count, root.tensor_bytes, root.ep_size, root.stacks, root.recipes)
     wanted = (plan.tensor_count, plan.tensor_bytes, plan.ep_size, plan.stacks, plan.recipes)
-    same = totals == wanted
-    for file in plan.files if same and not plan.virtual else ():
-        try:
-            header, _ = read_header(out / file.name, name=file.name, file=0)
-            same = same and header.raw == file.header
-        except MoeconvError:
-            same = False
+    same = totals == wanted and (
+        plan.virtual or all(_written(out, f, 0) is not None for f in plan.files)
+    )
     if not same:
         raise CannotResume(
             f"{quoted(str(out))} is a finished output of another plan",
