@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from moeconv.cli import options
-from moeconv.cli.ui import Ui, checked_color, handled
+from moeconv.cli.ui import Ui, handled
 
 if TYPE_CHECKING:
     from moeconv.api.run import Result
@@ -31,7 +31,6 @@ def demo(
 ) -> None:
     """Make a small checkpoint; fuse, verify, unfuse, shard, merge and load it."""
     with handled(Ui(color=color)) as ui:
-        checked_color(color)
         from moeconv.engine.copy.pool import Limits
         from moeconv.engine.options import DEFAULT_MEMORY_BYTES
         from moeconv.engine.output.preflight import refuse_existing

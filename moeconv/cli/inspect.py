@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moeconv.cli import options
-from moeconv.cli.ui import EXIT_NO, Ui, checked_color, handled
+from moeconv.cli.ui import EXIT_NO, Ui, handled
 
 
 def inspect(
@@ -26,7 +26,6 @@ def inspect(
 ) -> None:
     """Show stacks, layouts, dtypes, sizes, gaps and warnings; reads headers only."""
     with handled(Ui(json=as_json, quiet=quiet, verbose=verbose, color=color)) as ui:
-        checked_color(color)
         from moeconv.api.open import open_source
         from moeconv.cli import show
 

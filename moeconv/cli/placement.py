@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from moeconv.cli import options
-from moeconv.cli.ui import Ui, checked_color, handled
+from moeconv.cli.ui import Ui, handled
 
 if TYPE_CHECKING:
     from moeconv.core.json_value import Json
@@ -48,7 +48,6 @@ def show(
 ) -> None:
     """Show a map's format, sizes and ranks; report every problem that it has."""
     with handled(Ui(json=as_json, color=color)) as ui:
-        checked_color(color)
         from moeconv.errors import BadPlacement, UsageProblem
         from moeconv.placement.files import read_map
         from moeconv.placement.model import check
@@ -78,7 +77,8 @@ def show(
             problem = misfit
         if as_json:
             doc = _document(raw.format, found, ep_size, assumed)
-            ui.document({**doc, "ok": problem is None, "map": [list(row) for row in _rows(found)]})
+            rows: list[Json] = [list(row) for row in found.physical_to_logical]
+            ui.document({**doc, "ok": problem is None, "map": rows})
         else:
             _describe(ui, raw, found, assumed)
             if ep_size is not None and problem is None:
@@ -121,7 +121,6 @@ def convert(
 ) -> None:
     """Write a map in another system's format. Systems count layers differently: SRC says how."""
     with handled(Ui(json=as_json, quiet=quiet, color=color)) as ui:
-        checked_color(color)
         from moeconv.engine.output.atomic_file import refuse_file, write_single
         from moeconv.engine.output.preflight import refuse_overlap
         from moeconv.placement.files import read_map
@@ -163,10 +162,6 @@ def _alone(raw: RawMap) -> tuple[MoeLayers, Placement]:
     return MoeLayers(experts, indices, (), hidden), Placement(experts, indices, rows)
 
 
-def _rows(found: Placement) -> tuple[tuple[int, ...], ...]:
-    return found.physical_to_logical
-
-
 def _document(name: str, found: Placement, ep_size: int | None, assumed: str) -> dict[str, Json]:
     return {
         "type": "placement",
@@ -193,13 +188,13 @@ def _describe(ui: Ui, raw: RawMap, found: Placement, assumed: str) -> None:
     ui.data(f"format: {raw.format}, {counted(len(raw.rows), 'row')}, {raw.indexed}")
     ui.data(f"slots: {found.slots} ({counted(found.experts, 'expert')}, {more})")
     ui.data(f"assumed: {assumed}")
-    alike = len(set(_rows(found))) == 1
+    alike = len(set(found.physical_to_logical)) == 1
     ui.data(f"layers: {counted(len(found.layers), 'layer')}, {'' if alike else 'not '}all alike")
 
 
 def _show_ranks(ui: Ui, found: Placement, ep_size: int) -> None:
     """The first layer's experts, rank by rank."""
-    row, per_rank = _rows(found)[0], found.slots // ep_size
+    row, per_rank = found.physical_to_logical[0], found.slots // ep_size
     ui.data(f"layer {found.layers[0]} on {ep_size} ranks of {per_rank} slots:")
     ui.table(
         ["rank", "experts"],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moeconv.cli import options
-from moeconv.cli.ui import Ui, checked_color, handled
+from moeconv.cli.ui import Ui, handled
 
 if TYPE_CHECKING:
     from moeconv.core.json_value import Json
@@ -31,7 +31,6 @@ def _all(context: typer.Context) -> None:
 def list_(as_json: options.AsJson = False, color: options.Color = "auto") -> None:
     """List all recipes, and the components of quantised experts."""
     with handled(Ui(json=as_json, color=color)) as ui:
-        checked_color(color)
         from moeconv.layout.shipped import parts, shipped_recipes
 
         found = shipped_recipes()
@@ -62,7 +61,7 @@ def list_(as_json: options.AsJson = False, color: options.Color = "auto") -> Non
         ui.table(["component", "of", "axes of one matrix", "fused suffix", "recipes"], rows)
 
 
-def _document(recipe: Recipe) -> Json:
+def _document(recipe: Recipe) -> dict[str, Json]:
     return {
         "name": recipe.name,
         "title": recipe.title,
@@ -81,7 +80,6 @@ def show(
 ) -> None:
     """Print a recipe as TOML, to start your own from."""
     with handled(Ui(color=color)) as ui:
-        checked_color(color)
         from moeconv.layout.shipped import load_recipe
 
         ui.data(load_recipe(name).toml.rstrip("\n"))
@@ -95,13 +93,7 @@ def check(
 ) -> None:
     """Check a recipe of your own; every problem is reported at once."""
     with handled(Ui(json=as_json, color=color)) as ui:
-        checked_color(color)
         from moeconv.layout.shipped import load_recipe
 
         recipe = load_recipe(file)
-        ui.result(f"ok: {recipe.name}", lambda: {"type": "recipe", "ok": True, **_as_dict(recipe)})
-
-
-def _as_dict(recipe: Recipe) -> dict[str, Json]:
-    doc = _document(recipe)
-    return doc if isinstance(doc, dict) else {}
+        ui.result(f"ok: {recipe.name}", lambda: {"type": "recipe", "ok": True, **_document(recipe)})

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol, TextIO
 
@@ -208,9 +208,13 @@ class _Heartbeat(Progress):
 
 @contextmanager
 def handled(ui: Ui) -> Iterator[Ui]:
-    """Run a command's body: every way to fail becomes a message and an exit code."""
+    """Run a command's body: every failure becomes a message and an exit code."""
     try:
         with interruptible():
+            if ui.color not in ("auto", "always", "never"):
+                raise UsageProblem(
+                    f"{quoted(ui.color)} is not a value of `--color`", fix="auto, always or never"
+                )
             yield ui
             sys.stdout.flush()
     except typer.Exit:
@@ -231,18 +235,16 @@ def handled(ui: Ui) -> Iterator[Ui]:
         raise typer.Exit(InternalError.exit_code) from None
 
 
-@contextmanager
-def command_ui(flags: Mapping[str, object]) -> Iterator[Ui]:
-    """The frame of a command's body, from its `PrintFlags`. Raises typer.Exit."""
-    printer = Ui(
-        json=bool(flags.get("as_json")),
-        quiet=bool(flags.get("quiet")),
-        verbose=bool(flags.get("verbose")),
-        color=str(flags.get("color", "auto")),
+def command_ui(flags: Mapping[str, object]) -> AbstractContextManager[Ui]:
+    """Run a command's body with a `Ui` from its `PrintFlags`. Raises typer.Exit."""
+    return handled(
+        Ui(
+            json=bool(flags.get("as_json")),
+            quiet=bool(flags.get("quiet")),
+            verbose=bool(flags.get("verbose")),
+            color=str(flags.get("color", "auto")),
+        )
     )
-    with handled(printer) as ui:
-        checked_color(printer.color)
-        yield ui
 
 
 def _bug(problem: Exception) -> MoeconvError:
@@ -252,12 +254,3 @@ def _bug(problem: Exception) -> MoeconvError:
         at=f"{last.name}, line {last.lineno}",
         fix="report it with the output of the same command and `-v`",
     )
-
-
-def checked_color(value: str) -> str:
-    """`auto`, `always` or `never`. Raises UsageProblem."""
-    if value not in ("auto", "always", "never"):
-        raise UsageProblem(
-            f"{quoted(value)} is not a value of `--color`", fix="auto, always or never"
-        )
-    return value

@@ -52,6 +52,11 @@ class Recorded:
                 fix=f"fetch it again, or leave it out with `--exclude '{sidecar.name}'`",
             )
 
+    def contradicts(self, address: str, value: str) -> bool:
+        """Return whether another digest is recorded, or none in an otherwise complete manifest."""
+        wanted = self.matrices.get(address)
+        return wanted != value and (wanted is not None or self.complete)
+
     def check_file(self, part: Part, digests: Digests, stacks: tuple[StackEntry, ...]) -> None:
         """Raise Damaged if the digest of a unit of an output file is not the recorded one.
 
@@ -59,9 +64,8 @@ class Recorded:
         """
         for tensor, row in zip(part.tensors, digests, strict=True):
             for address, value in zip(addresses(tensor, stacks), row, strict=True):
-                wanted = self.matrices.get(address)
-                if wanted != value and (wanted is not None or self.complete):
-                    raise self._damaged(address, value, wanted)
+                if self.contradicts(address, value):
+                    raise self._damaged(address, value, self.matrices.get(address))
 
     def _damaged(self, address: str, value: str, wanted: str | None) -> Damaged:
         return Damaged(

@@ -179,8 +179,8 @@ class CompareSink(Sink):
             if tensor.name in self._reported:
                 continue
             for address, value in zip(addresses(entry_of(tensor), self._stacks), row, strict=True):
-                wanted = self._record.matrices.get(address)
-                if wanted != value and (wanted is not None or self._record.complete):
+                if self._record.contradicts(address, value):
+                    wanted = self._record.matrices.get(address)
                     self._report(
                         Damaged(
                             f"OUT records a wrong digest of {quoted(address)}",

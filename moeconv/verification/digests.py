@@ -111,27 +111,22 @@ def recorded_contents(checkpoint: Checkpoint) -> dict[str, Matrix] | None:
 def contents(
     checkpoint: Checkpoint, detection: Detection, *, limits: Limits, progress: Progress
 ) -> Contents:
-    """Every logical matrix and other tensor, read and hashed, and held against the manifest."""
+    """Read and hash every logical matrix and other tensor, and compare with the manifest."""
     fresh = rehash(checkpoint, detection, limits=limits, progress=progress)
     record = recorded(checkpoint)
     found: dict[str, Matrix] = {}
     damaged: dict[str, None] = {}
-    for address, matrix in _flat(fresh, stack_entries(checkpoint, detection)):
-        first = found.setdefault(address, matrix)
-        wanted = record.matrices.get(address, None if record.complete else first.digest)
-        if matrix.digest != wanted:
-            damaged[address] = None
-            found[address] = matrix  # of replicas the one that is wrong
-    return Contents(found, tuple(damaged))
-
-
-def _flat(
-    fresh: Iterable[tuple[str, TensorEntry]], stacks: tuple[StackEntry, ...]
-) -> Iterator[tuple[str, Matrix]]:
+    stacks = stack_entries(checkpoint, detection)
     for _, tensor in fresh:
         shape = canonical_shape(tensor)
         for address, value in zip(addresses(tensor, stacks), tensor.digests, strict=True):
-            yield address, Matrix(tensor.dtype, shape, value)
+            matrix = Matrix(tensor.dtype, shape, value)
+            first = found.setdefault(address, matrix)
+            wanted = record.matrices.get(address, None if record.complete else first.digest)
+            if value != wanted:
+                damaged[address] = None
+                found[address] = matrix  # of replicas the one that is wrong
+    return Contents(found, tuple(damaged))
 
 
 def fingerprint_of(found: dict[str, Matrix]) -> str:
@@ -148,7 +143,7 @@ def compare_digests(
 
     fresh: the result of `rehash`.
     """
-    promised = {address: value for address, _, _, value in manifest.matrices()}
+    known = {address: value for address, _, _, value in manifest.matrices()}
     experts = {
         (part.file, t.name): t.expert for part in manifest.parts for t in part.tensors if t.expert
     }
@@ -158,11 +153,11 @@ def compare_digests(
         if not virtual and experts.get((file, tensor.name)) != tensor.expert:
             yield _misdescribed(tensor, place)
         for address, value in zip(addresses(tensor, stacks), tensor.digests, strict=True):
-            if promised.get(address) != value:
+            if known.get(address) != value:
                 yield Damaged(
                     f"{quoted(address)} is damaged",
                     at=place,
-                    cause=f"its digest is {value}, the manifest has {promised.get(address)}",
+                    cause=f"its digest is {value}, the manifest has {known.get(address)}",
                 )
 
 

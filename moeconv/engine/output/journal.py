@@ -21,7 +21,7 @@ from moeconv.core.digest import hasher
 from moeconv.core.json_value import Json
 from moeconv.core.schema import Problems, Table
 from moeconv.core.strict_json import dumps, loads
-from moeconv.engine.output.atomic_file import writing
+from moeconv.engine.output.atomic_file import NEW_FILE, writing
 from moeconv.errors import CannotResume, MoeconvError, WouldOverwrite, quoted
 from moeconv.manifest.model import PARTS_DIR
 from moeconv.plan.model import OutputFile, Plan
@@ -106,10 +106,9 @@ class JournalFile:
 
     def create(self) -> int:
         """Create and lock the journal; return its inode. Raises IoFailed, WouldOverwrite."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with writing(self._path):
             try:
-                self._descriptor = os.open(self._path, flags, 0o666)
+                self._descriptor = os.open(self._path, NEW_FILE, 0o666)
             except (FileExistsError, FileNotFoundError):  # another run started at the same moment
                 raise busy(self._path.parent.parent) from None
         self._lock()
