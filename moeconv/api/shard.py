@@ -78,7 +78,7 @@ def _request(
     if map_layers is not None and (by_rule or isinstance(placement, Placement | Mapping)):
         raise UsageProblem(
             "`--map-layers` needs a placement map",
-            cause="it says which layers the rows of the map are for",
+            cause="it says which layers the rows of a map are for",
             fix="drop `--map-layers`, or pass a map with `--placement`",
         )
     if isinstance(placement, str) and placement in RULES:

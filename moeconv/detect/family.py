@@ -138,6 +138,6 @@ def _unknown_family(checkpoint: Checkpoint) -> UnknownFamily:
         fix=f"these names fit recipe {quoted(match[0].name)}: if it is such a model, "
         f"pass `--recipe {match[0].name}`"
         if match
-        else "`moeconv recipes list` shows the known families; give one of them, or a recipe file "
+        else "`moeconv recipes list` shows the known families; pass one of them, or a recipe file "
         "of your own, with `--recipe`",
     )

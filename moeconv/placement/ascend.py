@@ -69,7 +69,7 @@ def write(placement: Placement, layers: MoeLayers, ep_size: int | None) -> str:
         raise BadPlacement(
             "a map for ascend needs the number of devices",
             cause="it lists the experts of each device",
-            fix="give `--ep N`",
+            fix="pass `--ep N`",
         )
     per_device = placement.slots // ep_size
     lines = []

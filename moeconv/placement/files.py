@@ -69,7 +69,7 @@ def _torch(raw: bytes, name: str) -> tuple[Json, str]:
         raise TorchNeeded(
             f"reading {quoted(name)} needs torch",
             cause="torch is not installed",
-            fix="`pip install 'moeconv[torch]'`, or give the map as JSON",
+            fix="`pip install 'moeconv[torch]'`, or pass the map as JSON",
         ) from None
 
     def plain(value: object) -> Json:
@@ -164,7 +164,7 @@ def _foreign(name: str, reader: str) -> Iterator[None]:
             f"{quoted(name)} cannot be read as {reader}",
             at=quoted(name),
             cause=quoted(text[:300]),
-            fix="make the file again, or give the map as JSON",
+            fix="make the file again, or pass the map as JSON",
         ) from None
 
 

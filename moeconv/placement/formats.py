@@ -50,7 +50,7 @@ def _parsed(doc: Json, bare: str, problems: Problems, where: str) -> RawMap:
             f"{quoted(where)} is a load record, not a placement",
             at=quoted(where),
             cause=f"{quoted(_LOAD_KEY)} counts tokens for each expert; it places none",
-            fix=f"give a map with {quoted(sglang.KEY)}; EPLB makes one from the counts",
+            fix=f"pass a map with {quoted(sglang.KEY)}; EPLB makes one from the counts",
         )
     for format_ in FORMATS.values():
         if format_.read is not None and format_.key in doc:

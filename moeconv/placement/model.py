@@ -105,7 +105,7 @@ def slots_for(experts: int, redundant: int, ep_size: int) -> int:
             f"{counted(experts, 'expert')} and {redundant} redundant do not fill "
             f"{counted(ep_size, 'rank')} evenly",
             cause=problem,
-            fix="give one of these to `--redundant`, or choose another `--ep`",
+            fix="pass one of these to `--redundant`, or choose another `--ep`",
         )
     return experts + redundant
 
@@ -386,5 +386,5 @@ def _not_by_stack(message: str, cause: str) -> BadPlacement:
     return BadPlacement(
         message,
         cause=cause,
-        fix="give a mapping from stack names to rows of expert ids, one id for each slot",
+        fix="pass a mapping from stack names to rows of expert ids, one id for each slot",
     )

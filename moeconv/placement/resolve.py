@@ -39,7 +39,7 @@ def resolve(
         raise UsageProblem(
             f"{quoted(str(map_layers))} is not a way to count layers",
             cause=f"`{MOE_ROWS}`: row n is of the n-th MoE layer; `{ALL_ROWS}`: it is of layer n",
-            fix=f"give `--map-layers {MOE_ROWS}` or `--map-layers {ALL_ROWS}`",
+            fix=f"pass `--map-layers {MOE_ROWS}` or `--map-layers {ALL_ROWS}`",
         )
     if raw.indexed == ALIKE:
         row = raw.rows[0][1]
@@ -112,7 +112,7 @@ def _two_interpretations(raw: RawMap, layers: MoeLayers, fitting: list[str]) -> 
         cause=f"there are {counted(layers.hidden, 'hidden layer')}, "
         f"{counted(len(layers.moe), 'MoE layer')} among them, and "
         f"{counted(len(layers.beyond), 'MTP layer')}; no key says which the rows are of",
-        fix=f"give `--map-layers {MOE_ROWS}` (row n is of the n-th MoE layer) or "
+        fix=f"pass `--map-layers {MOE_ROWS}` (row n is of the n-th MoE layer) or "
         f"`--map-layers {ALL_ROWS}` (row n is of layer n)",
     )
 
@@ -192,5 +192,5 @@ def ep_size_of(raw: RawMap, wanted: int | None) -> int | None:
     raise BadPlacement(
         f"the map is for {counted(raw.devices or 0, 'device')}, not for ep {wanted}",
         cause="the same slots on another number of ranks are a different placement",
-        fix=f"give `--ep {raw.devices}`, or regenerate the map for {counted(wanted, 'rank')}",
+        fix=f"pass `--ep {raw.devices}`, or regenerate the map for {counted(wanted, 'rank')}",
     )

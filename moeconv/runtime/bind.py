@@ -116,7 +116,7 @@ class _Problems:
         raise DoesNotFit(
             f"the output and the model do not match in {total:,} place(s)",
             cause="\n         ".join(lines),
-            fix="give `rename=`, `ignore=` or `cast=True` if that is what you mean",
+            fix="pass `rename=`, `ignore=` or `cast=True` if that is what you mean",
         )
 
 

@@ -77,7 +77,7 @@ def check_source_file(output: Path, entry: SourceFile, *, copied: bool) -> DataF
                 f"{quoted(entry.name)} was modified since the virtual output was made",
                 at=quoted(str(output)),
                 cause="it was written to, or copied; its size and header are the same",
-                fix="make it again; if the file is a copy, give its directory as `source=`",
+                fix="create it again; if the file is a copy, pass its directory as `source=`",
             )
     return DataFile(entry.name, path, facts.st_size, _identity(facts))
 

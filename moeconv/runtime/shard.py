@@ -129,7 +129,7 @@ def _number(value: int, option: str) -> int:
     try:
         return index(value)  # also those of numpy
     except TypeError:
-        raise UsageProblem(f"`{option}` is {value!r}", fix="give a whole number") from None
+        raise UsageProblem(f"`{option}` is {value!r}", fix="pass a whole number") from None
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

@@ -29,5 +29,5 @@ def fetch(address: str) -> Path:
             f"cannot fetch {quoted(address)}",
             cause=f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}",
             fix="check the name, the network and `hf auth whoami`; "
-            "or `hf download` it and give the directory",
+            "or `hf download` it and pass the directory",
         ) from None

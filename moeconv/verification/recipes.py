@@ -45,7 +45,7 @@ def recipe_problems(
             f"recipe {quoted(recipe)} in {quoted(name)} is not the known recipe of this name",
             at=f"`{ROOT_NAME}`, `recipes`, for {quoted(stack)}",
             cause=printable(cause),
-            fix="convert again; if it is a recipe of your own, give it with `--recipe FILE`",
+            fix="convert again; if it is a recipe of your own, pass it with `--recipe FILE`",
         )
         for (recipe, cause), stack in causes.items()
     ]

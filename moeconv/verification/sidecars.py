@@ -124,7 +124,7 @@ def origin_problems(output: Checkpoint, source: Checkpoint) -> list[MoeconvError
             at=f"`{ORIGIN_NAME}`, {quoted_list(differing, most=1)}",
             cause="its name, size, header or index is different: `unfuse` and `merge` would "
             "write other files than SRC's",
-            fix="convert again from this source, or give the one that OUT was made from",
+            fix="convert again from this source, or pass the one that OUT was made from",
         )
     ]
 

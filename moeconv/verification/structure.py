@@ -177,7 +177,7 @@ def _sidecar_size(root: Path, entry: FileEntry) -> list[MoeconvError]:
     except Malformed as problem:
         return [problem]
     if size != entry.size:
-        return [damaged(entry.name, f"it has {size:,} bytes, the manifest says {entry.size:,}")]
+        return [damaged(entry.name, f"it has {size:,} bytes; the manifest says {entry.size:,}")]
     return []
 
 

@@ -50,7 +50,7 @@ class Limits:
         if self.jobs < 1:
             raise UsageProblem(
                 f"{self.jobs} worker threads cannot do anything",
-                fix="give 1 or more, or drop `--jobs` for the default",
+                fix="pass 1 or more, or drop `--jobs` for the default",
             )
 
 

@@ -91,7 +91,7 @@ def _refuse_left_backup(out: Path, limits: Limits) -> None:
             f"a backup of {quoted(str(out))} exists",
             at=quoted(str(old.path)),
             cause="a run with `--overwrite` was killed before it started to write",
-            fix="give `--overwrite` to replace the old output, or move it back",
+            fix="pass `--overwrite` to replace the old output, or move it back",
         )
 
 
