@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint.header import Header
+from moeconv.checkpoint.header import Header, parse_header
 from moeconv.core.digest import digest
 from moeconv.core.names import MAX_FILE_NAME_BYTES
 from moeconv.errors import Damaged, MissingShard, quoted
@@ -44,7 +44,7 @@ def filled_name(part: str) -> str:
     return f"{PARTS_DIR}/{hidden_name(part.rpartition('/')[2], FILLED_SUFFIX)}"
 
 
-def differing_tensor(header: Header, part: Part) -> str | None:
+def _differing_tensor(header: Header, part: Part) -> str | None:
     """The name of a tensor on which a file's header and its part differ; None if they agree."""
     stored = sorted(header.tensors, key=lambda t: (t.offset, t.nbytes, t.name))
     listed = sorted(part.tensors, key=lambda t: (t.start, t.stop, t.name))
@@ -60,6 +60,20 @@ def differing_tensor(header: Header, part: Part) -> str | None:
         ):
             return b.name
     return None
+
+
+def check_header(part: Part, raw: bytes, parsed: Header | None = None) -> Header:
+    """Check the header of a data file against its part; `raw` is its 8 + N bytes.
+
+    parsed: the header, if it was parsed already. Raises Damaged, BadHeader or one of its classes.
+    """
+    if len(raw) != part.header_size or digest(raw) != part.header_digest:
+        raise damaged(part.file, "its header is not the one that was written")
+    header = parsed or parse_header(raw, file_size=part.size, file=0, where=part.file)
+    if (name := _differing_tensor(header, part)) is not None:
+        cause = f"it lists other tensors than the header; {quoted(name)} is the first"
+        raise damaged(f"{PARTS_DIR}/{part.file}.json", cause)
+    return header
 
 
 def damaged(name: str, cause: str) -> Damaged:

@@ -15,8 +15,7 @@ from typing import Final, cast
 
 import torch
 
-from moeconv.checkpoint.header import parse_header
-from moeconv.checkpoint.output_files import damaged, differing_tensor
+from moeconv.checkpoint.output_files import check_header, damaged
 from moeconv.core.digest import digest
 from moeconv.errors import IoFailed, MissingShard, SourceChanged, printable, quoted
 from moeconv.manifest.model import ROOT_NAME, Part, Run, SourceFile
@@ -54,11 +53,7 @@ def check_data_file(output: Path, part: Part) -> DataFile:
             cause = f"it has {facts.st_size:,} bytes; its part says {part.size:,}"
             raise damaged(part.file, cause)
         raw = _header(descriptor, facts, path, part.file, part.header_size)
-        if digest(raw) != part.header_digest:
-            raise damaged(part.file, "its header is not the one that was written")
-    header = parse_header(raw, file_size=part.size, file=0, where=part.file)
-    if (name := differing_tensor(header, part)) is not None:
-        raise damaged(part.file, f"its part does not describe {quoted(name)} as its header does")
+    check_header(part, raw)
     return DataFile(part.file, path, facts.st_size, _identity(facts))
 
 

@@ -8,17 +8,16 @@ from math import prod
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint.header import LENGTH_BYTES, StoredTensor, parse_header
+from moeconv.checkpoint.header import StoredTensor
 from moeconv.checkpoint.index import INDEX_NAME, parse_index
 from moeconv.checkpoint.origin import parse_origin
 from moeconv.checkpoint.output_files import (
+    check_header,
     damaged,
-    differing_tensor,
     missing,
     read_entry,
     read_root,
 )
-from moeconv.core.digest import digest
 from moeconv.core.dtypes import BITS
 from moeconv.core.strict_json import dumps
 from moeconv.detect.detect import Detection
@@ -37,7 +36,6 @@ from moeconv.layout.shipped import manifest_recipes
 from moeconv.manifest.model import (
     MAX_PART_BYTES,
     MINOR,
-    PARTS_DIR,
     ROOT_NAME,
     FileEntry,
     Manifest,
@@ -112,17 +110,10 @@ def _data_file(root: Path, part: Part, *, newer: bool) -> list[MoeconvError]:
                 fix="fetch that file again, or convert again",
             )
         )
-    if digest(raw) != part.header_digest:
-        problems.append(damaged(name, "its header is not the one that was written"))
-        return problems
     try:
-        header = parse_header(raw, file_size=part.size, file=0, where=name)
+        header = check_header(part, raw)
     except Malformed as problem:
         return [*problems, problem]
-    if differing_tensor(header, part) is not None or len(raw) < LENGTH_BYTES:
-        problems.append(
-            damaged(f"{PARTS_DIR}/{name}.json", "it lists other tensors than the header")
-        )
     if not newer and dict(header.metadata) != METADATA:
         cause = f"its `__metadata__` is not {dumps(dict(METADATA)).decode()}: loaders rely on it"
         problems.append(damaged(name, cause))
