@@ -26,7 +26,7 @@ _SAFE_DTYPES = tuple(d for d in DTYPES if d != "F4")
 
 
 @dataclass(frozen=True)
-class Line:
+class TensorTemplate:
     """One stored tensor of a layout, as the recipe says it."""
 
     key: str
@@ -44,7 +44,7 @@ class Layout:
     """One way to store a stack."""
 
     name: str
-    lines: tuple[Line, ...]
+    lines: tuple[TensorTemplate, ...]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Case:
             for component in self.components
         ]
 
-    def axes_in(self, line: Line, component: str) -> str:
+    def axes_in(self, line: TensorTemplate, component: str) -> str:
         """A component's axes in a line: listed there, or derived from the weight's."""
         if component == "weight":
             return line.axes
@@ -117,7 +117,7 @@ class Case:
         )
 
 
-def _straddles(axes: str, parts: Parts, line: Line, component: str) -> bool:
+def _straddles(axes: str, parts: Parts, line: TensorTemplate, component: str) -> bool:
     """A counted axis beside others must be the fastest of them, and fill its last block."""
     weight = parts[line.projections[0], "weight"]
     size = dict(zip(weight.letters, weight.items.shape[1:], strict=True))
@@ -228,7 +228,7 @@ def _layouts(
                 overrides[component] = draw(
                     arrangements([*tokens[component], *placed], first="E" if "E" in left else "")
                 )
-        lines.append(Line(key, f"{{stack}}{expert}.{tag}_{key}{hole}", axes, overrides))
+        lines.append(TensorTemplate(key, f"{{stack}}{expert}.{tag}_{key}{hole}", axes, overrides))
     return Layout(name, tuple(lines))
 
 

@@ -20,7 +20,7 @@ from moeconv.errors import (
     ScaleWithoutWeight,
     quoted,
 )
-from moeconv.layout.recipe import DOWN, WEIGHT, Layout, Line
+from moeconv.layout.recipe import DOWN, WEIGHT, Layout, TensorTemplate
 
 # integers and floating point of less than 16 bits mean nothing without their scales
 _QUANTISED = frozenset(d for d in BITS if d.startswith(("F4", "F6", "F8", "I", "U")))
@@ -105,7 +105,7 @@ def _says(experts: int | None) -> str:
     return "" if experts is None else f"; config.json states {experts} experts"
 
 
-def _missing_projection(matched: MatchedStack, line: Line) -> MoeconvError:
+def _missing_projection(matched: MatchedStack, line: TensorTemplate) -> MoeconvError:
     sample = matched.sample()
     return MissingExpert(
         f"{quoted(matched.name)} lacks {quoted(line.template.removeprefix('{stack}.'))}",
@@ -170,7 +170,7 @@ def _missing_weights(
     return problems
 
 
-def _companion_of(matched: MatchedStack, line: Line, expert: int) -> bool:
+def _companion_of(matched: MatchedStack, line: TensorTemplate, expert: int) -> bool:
     return any(
         template == line.template and component not in matched.recipe.weights and expert in tensors
         for (template, component), tensors in matched.tensors.items()
@@ -277,7 +277,9 @@ def _across_projections(matched: MatchedStack, layout: Layout) -> list[MoeconvEr
     return [*problems, *lost.values()]
 
 
-def _first_of(matched: MatchedStack, line: Line, layout: Layout) -> dict[str, StoredTensor]:
+def _first_of(
+    matched: MatchedStack, line: TensorTemplate, layout: Layout
+) -> dict[str, StoredTensor]:
     """Return a tensor of each component of a line's projections, in any line."""
     of = [ln for ln in layout.lines if set(line.projections) <= set(ln.projections)]
     templates = {ln.template for ln in of}

@@ -15,11 +15,11 @@ from moeconv.detect.detect import Detection
 from moeconv.detect.stack import PackingAxis, Sizes, Stack, StoredComponent
 from moeconv.errors import BadManifest, MissingExpert, MoeconvError, abridged, printable, quoted
 from moeconv.layout.axes import EXPERT, Axes, AxesSyntax, geometry, is_packing, parse_axes
-from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe, slots_before
+from moeconv.layout.recipe import DOWN, Component, Layout, Recipe, TensorTemplate, slots_before
 from moeconv.manifest.model import ExpertEntry, Manifest, StackEntry, TensorEntry
 
 _MAX_CAUSE: Final = 2000
-_Role = tuple[Line, Component, Axes]
+_Role = tuple[TensorTemplate, Component, Axes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class ExpertTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Ranks:
-    """The number of ranks, and `before` as in `Line.first_slot`."""
+    """The number of ranks, and `before` as in `TensorTemplate.first_slot`."""
 
     size: int
     before: int
@@ -85,7 +85,9 @@ def split_by_stack(
     return by_stack, tuple(others)
 
 
-def _role(layout: Layout, recipe: Recipe, one: ExpertTensor) -> tuple[Line, Component, Axes]:
+def _role(
+    layout: Layout, recipe: Recipe, one: ExpertTensor
+) -> tuple[TensorTemplate, Component, Axes]:
     """Return the line, component and axes that a tensor's entry states. Raises BadManifest."""
     expert = one.expert
     line = next((ln for ln in layout.lines if ln.projections == expert.projections), None)

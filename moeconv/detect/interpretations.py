@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 from moeconv.detect.match import ComponentKey, MatchedStack
 from moeconv.errors import BadRecipe, quoted
 from moeconv.layout.axes import EXPERT, PAIR, Axes
-from moeconv.layout.recipe import DOWN, Component, Layout, Line
+from moeconv.layout.recipe import DOWN, Component, Layout, TensorTemplate
 from moeconv.manifest.model import Manifest
 
 _MAX_INTERPRETATIONS: Final = 20_000
@@ -25,7 +25,9 @@ Interpretation: TypeAlias = dict[ComponentKey, tuple[Component, Axes]]
 RecordedRanks: TypeAlias = dict[tuple[str, str, str], int]
 
 
-def present_components(matched: MatchedStack, layout: Layout) -> Iterator[tuple[Line, Component]]:
+def present_components(
+    matched: MatchedStack, layout: Layout
+) -> Iterator[tuple[TensorTemplate, Component]]:
     """Yield the lines and components of a layout that have tensors."""
     for line in layout.lines:
         for component in matched.recipe.components:
@@ -65,7 +67,7 @@ def interpretations(
     only: the names of the components to interpret, as if there were no others.
     Raises BadRecipe if there are too many to try.
     """
-    groups: dict[tuple[str, bool], list[tuple[Line, Component]]] = {}
+    groups: dict[tuple[str, bool], list[tuple[TensorTemplate, Component]]] = {}
     for line, component in present_components(matched, layout):
         if only is not None and component.name not in only:
             continue
@@ -142,7 +144,7 @@ def recorded_first(
 
 
 def _choices(
-    matched: MatchedStack, members: list[tuple[Line, Component]], block_sizes: BlockSizes
+    matched: MatchedStack, members: list[tuple[TensorTemplate, Component]], block_sizes: BlockSizes
 ) -> Iterator[Interpretation]:
     """Yield the interpretations of one component that have the rank of its tensors.
 
@@ -154,7 +156,7 @@ def _choices(
         yield {key: (c, axes.bound(block_sizes)) for key, (c, axes) in interpretation.items()}
 
 
-def _forms(members: list[tuple[Line, Component]]) -> Iterator[Interpretation]:
+def _forms(members: list[tuple[TensorTemplate, Component]]) -> Iterator[Interpretation]:
     """Yield the interpretations of one component, block sizes still by name."""
     for axes in members[0][1].readings:
         read = [(line, component.read_as(axes)) for line, component in members]

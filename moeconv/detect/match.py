@@ -10,7 +10,7 @@ from typing import TypeAlias
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import ConfigMismatch, MoeconvError, quoted
-from moeconv.layout.recipe import WEIGHT, Line, Recipe
+from moeconv.layout.recipe import WEIGHT, Recipe, TensorTemplate
 
 ComponentKey: TypeAlias = tuple[str, str]  # name template and component
 SHARED = -1  # the expert id of a tensor that holds all experts
@@ -127,7 +127,9 @@ class _Matcher:
             return None  # an expert of another stack
         return _Rest("", "", SHARED) if self._stem.match(rest) else None
 
-    def _pattern(self, template: str, line: Line) -> tuple[re.Pattern[str], dict[str, str]]:
+    def _pattern(
+        self, template: str, line: TensorTemplate
+    ) -> tuple[re.Pattern[str], dict[str, str]]:
         """A template's regular expression, and its components by their words."""
         if template not in self._patterns:
             text = line.pattern(self.recipe.components, self.recipe.passed)

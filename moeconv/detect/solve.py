@@ -12,7 +12,7 @@ from moeconv.detect.match import MatchedStack
 from moeconv.detect.stack import PackingAxis, Sizes
 from moeconv.errors import quoted
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Axis
-from moeconv.layout.recipe import DOWN, Component, Layout, Line
+from moeconv.layout.recipe import DOWN, Component, Layout, TensorTemplate
 
 EXPERTS: Final = "experts"
 WIDTH: Final = "width"
@@ -124,7 +124,7 @@ def _equations(
                 yield _Equation(tensor, axes, size, factor, terms)
 
 
-def _variable(axis: Axis, line: Line, component: Component) -> _Variable:
+def _variable(axis: Axis, line: TensorTemplate, component: Component) -> _Variable:
     down = line.projections == (DOWN,)
     if axis.letter == EXPERT:
         return EXPERTS

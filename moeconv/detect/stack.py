@@ -8,7 +8,7 @@ from typing import NamedTuple
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.dtypes import BITS
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Geometry
-from moeconv.layout.recipe import DOWN, Component, Layout, Line, Recipe
+from moeconv.layout.recipe import DOWN, Component, Layout, Recipe, TensorTemplate
 from moeconv.layout.region import ProjectionRegions, Region
 
 
@@ -32,7 +32,9 @@ class Sizes:
     hidden: int
     packing: tuple[tuple[PackingAxis, int], ...] = ()
 
-    def of(self, line: Line, component: str, experts: int | None = None) -> dict[str, int]:
+    def of(
+        self, line: TensorTemplate, component: str, experts: int | None = None
+    ) -> dict[str, int]:
         """Return the size of every letter in a line's tensors: gate and up are [I, H], down [H, I].
 
         experts: how many are in the tensor, where it does not hold all of them.
@@ -58,7 +60,7 @@ class StoredComponent:
     where these do not follow from the line.
     """
 
-    line: Line
+    line: TensorTemplate
     component: Component
     dtype: str
     axes: Axes
@@ -114,7 +116,7 @@ class Stack:
                 return m
         return None
 
-    def axes_in(self, line: Line, component: Component) -> Axes:
+    def axes_in(self, line: TensorTemplate, component: Component) -> Axes:
         """Return the axes that a component has in a line of any of the family's layouts."""
         for m in self.members:
             here = m.component.name == component.name and m.line.template == line.template

@@ -66,7 +66,7 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class TensorTemplate:
     """One stored tensor of a layout: name template, the projections it joins, the weight's axes.
 
     template: begins with `{stack}`; may hold `{expert}`, and `{component}`, `{parameter}` or
@@ -201,7 +201,7 @@ class Layout:
     """
 
     name: str
-    lines: tuple[Line, ...]
+    lines: tuple[TensorTemplate, ...]
     square: str | None = None
     ask: str | None = None
     takes: str = ANYTHING
@@ -227,7 +227,7 @@ class Layout:
         return self.square is not None or self.in_parts
 
     @property
-    def weight_lines(self) -> tuple[Line, ...]:
+    def weight_lines(self) -> tuple[TensorTemplate, ...]:
         """The lines that store weights."""
         return tuple(line for line in self.lines if line.part != COMPANIONS)
 

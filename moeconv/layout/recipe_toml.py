@@ -23,8 +23,8 @@ from moeconv.layout.recipe import (
     ConfigKeys,
     Ids,
     Layout,
-    Line,
     Recipe,
+    TensorTemplate,
     forms_of,
     half_apart,
     matrix_axes,
@@ -251,7 +251,9 @@ def _layouts(table: Table, components: tuple[Component, ...]) -> tuple[Layout, .
     return tuple(out)
 
 
-def _line(entry: Table, key: str, special: Table | None, components: tuple[Component, ...]) -> Line:
+def _line(
+    entry: Table, key: str, special: Table | None, components: tuple[Component, ...]
+) -> TensorTemplate:
     template, colon, axes_text = entry.text(key).rpartition(": ")
     if not colon:
         entry.problem(key, "must be `NAME TEMPLATE: AXES`")
@@ -263,7 +265,7 @@ def _line(entry: Table, key: str, special: Table | None, components: tuple[Compo
             overrides.append((name, _readings(listed, name)))
             if name not in (c.name for c in components):
                 listed.problem(name, "is not a component of this recipe")
-    line = Line(_LINES[key], template, axes, tuple(overrides))
+    line = TensorTemplate(_LINES[key], template, axes, tuple(overrides))
     before = entry.problems.count
     _check_line(entry, key, line)
     if entry.problems.count == before:
@@ -271,7 +273,9 @@ def _line(entry: Table, key: str, special: Table | None, components: tuple[Compo
     return line
 
 
-def _check_matrices(entry: Table, key: str, line: Line, components: tuple[Component, ...]) -> None:
+def _check_matrices(
+    entry: Table, key: str, line: TensorTemplate, components: tuple[Component, ...]
+) -> None:
     """Every layout arranges the same matrices: the axes of a component are its own, E and G."""
     for component in components:
         listed = dict(line.overrides).get(component.name, ())
@@ -296,7 +300,7 @@ def _misfits(
     return tuple(dict.fromkeys(found))
 
 
-def _check_line(entry: Table, key: str, line: Line) -> None:
+def _check_line(entry: Table, key: str, line: TensorTemplate) -> None:
     holes = _HOLES.findall(line.template)
     unknown = set(holes) - {"stack", "expert", "component", "parameter", "suffix"}
     if unknown:
@@ -324,7 +328,7 @@ def _check_line(entry: Table, key: str, line: Line) -> None:
         entry.problem(key, "joins projections but has no axis G")
 
 
-def _check_layout(entry: Table, lines: list[Line], square: str | None) -> None:
+def _check_layout(entry: Table, lines: list[TensorTemplate], square: str | None) -> None:
     joined = [p for line in lines for p in line.projections]
     if len(set(joined)) != len(joined):
         entry.problem("", "stores one projection twice")

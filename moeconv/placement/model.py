@@ -120,8 +120,8 @@ def slots_problem(experts: int, slots: int, ep_size: int) -> str | None:
         return None
     below = slots - slots % ep_size
     near = [n for n in (below, below + ep_size) if n >= experts]
-    told = " or ".join(f"{n - experts} redundant ({counted(n, 'slot')})" for n in near)
-    return f"{counted(slots, 'slot')} do not divide by ep {ep_size}; the nearest that do: {told}"
+    nearest = " or ".join(f"{n - experts} redundant ({counted(n, 'slot')})" for n in near)
+    return f"{counted(slots, 'slot')} do not divide by ep {ep_size}; the nearest that do: {nearest}"
 
 
 def row_problems(
@@ -218,7 +218,7 @@ def _misfits(
         yield from row_problems(
             row,
             experts=layers.experts,
-            ep_size=ep_size if even else None,  # said once for all rows
+            ep_size=ep_size if even else None,  # stated once for all rows
             where=f"layer {layer}",
             allow_duplicates=allow_duplicates,
         )

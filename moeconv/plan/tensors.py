@@ -12,7 +12,7 @@ from moeconv.core.dtypes import BITS
 from moeconv.detect.stack import Stack, StoredComponent
 from moeconv.errors import ExpertDtype, StraddlingBlock, quoted
 from moeconv.layout.axes import EXPERT, PAIR, Axes, Geometry, geometry
-from moeconv.layout.recipe import Component, Layout, Line
+from moeconv.layout.recipe import Component, Layout, TensorTemplate
 from moeconv.layout.region import ProjectionRegions
 from moeconv.manifest.model import ExpertEntry
 from moeconv.plan.model import LedgerEntry
@@ -48,7 +48,7 @@ class OutputGroup:
 
     stack: Stack
     number: int  # of the stack, in the manifest
-    line: Line
+    line: TensorTemplate
     component: Component
     dtype: str
     axes: Axes
@@ -152,7 +152,7 @@ def refuse_two_dtypes(stack: Stack, joined: tuple[StoredComponent, ...]) -> None
         )
 
 
-def refuse_straddling(stack: Stack, line: Line, component: Component, axes: Axes) -> None:
+def refuse_straddling(stack: Stack, line: TensorTemplate, component: Component, axes: Axes) -> None:
     """Refuse blocks that cross two matrices: their bytes would belong to neither."""
     sizes = stack.sizes.of(line, component.name)
     for dim in axes.dims:
@@ -186,7 +186,7 @@ def ledger_entries(
 
     numbers: for each expert its slots, as all ranks that hold it count them, where names are by
     slot; replicated: components that are written once for each of these; before: as in
-    `Line.first_slot`.
+    `TensorTemplate.first_slot`.
     """
     out = []
     own = [[e] for e in range(stack.sizes.experts)]
@@ -239,7 +239,7 @@ def experts_read(member: StoredComponent, experts: int) -> list[list[int]]:
     return out
 
 
-def _shares(stack: Stack, line: Line, component: Component) -> bool:
+def _shares(stack: Stack, line: TensorTemplate, component: Component) -> bool:
     """Whether a line's tensor stores one value for several matrices."""
     letters = stack.axes_in(line, component).letters
     experts = not line.per_expert and stack.sizes.experts > 1 and EXPERT not in letters

@@ -10,7 +10,7 @@ from typing import Final
 
 from moeconv.core.names import natural_key
 from moeconv.detect.stack import Stack
-from moeconv.layout.recipe import Layout, Line
+from moeconv.layout.recipe import Layout, TensorTemplate
 from moeconv.manifest.model import StackEntry
 from moeconv.quantconfig.match_rules import Names
 
@@ -208,7 +208,7 @@ def _modules(stack: Stack, layout: Layout) -> dict[str, Matrices]:
     return out
 
 
-def _module(line: Line, expert: int | None) -> str:
+def _module(line: TensorTemplate, expert: int | None) -> str:
     """The suffix of a line's module: its tensors' names without stack and component."""
     rest = line.template.removeprefix("{stack}")
     for hole in (".{component}", "_{component}", "{component}", "_{parameter}", "{suffix}"):

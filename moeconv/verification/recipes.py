@@ -17,7 +17,7 @@ from moeconv.detect.detect import Detection
 from moeconv.detect.stack import Stack, StoredComponent
 from moeconv.errors import Damaged, MoeconvError, printable, quoted
 from moeconv.layout.axes import Axes, Axis, geometry
-from moeconv.layout.recipe import Component, Layout, Line, Recipe
+from moeconv.layout.recipe import Component, Layout, Recipe, TensorTemplate
 from moeconv.manifest.model import ROOT_NAME, ExpertEntry, Manifest, StackEntry
 
 Trusted: TypeAlias = Callable[[Stack], Recipe]
@@ -84,7 +84,7 @@ def _difference(stack: Stack, entry: StackEntry, source: Stack, trusted: Recipe)
     return None
 
 
-def _key(line: Line) -> tuple[object, ...]:
+def _key(line: TensorTemplate) -> tuple[object, ...]:
     return line.projections, line.template, line.axes, line.first, line.part
 
 

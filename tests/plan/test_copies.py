@@ -12,7 +12,7 @@ from moeconv.checkpoint.header import StoredTensor
 from moeconv.detect.stack import StoredComponent
 from moeconv.errors import SubByteAxis
 from moeconv.layout.axes import geometry, parse_axes
-from moeconv.layout.recipe import Component, Line
+from moeconv.layout.recipe import Component, TensorTemplate
 from moeconv.manifest.model import ExpertEntry
 from moeconv.plan.copies import tiles_of
 from moeconv.plan.model import CopyTile, PermuteTile, Tile
@@ -49,7 +49,7 @@ def component(
     tensors = tuple(
         StoredTensor(f"t{n}", dtype, shape.shape, n, skip, shape.numel * 2) for n in range(files)
     )
-    line = Line(projections, "{stack}" if "E" in axes else "{stack}.{expert}", parsed)
+    line = TensorTemplate(projections, "{stack}" if "E" in axes else "{stack}.{expert}", parsed)
     own = Component("weight", parsed, "", (parsed,))
     return StoredComponent(line, own, dtype, parsed, shape, tensors)
 
