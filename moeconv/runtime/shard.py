@@ -15,7 +15,6 @@ from moeconv.core.system_errors import system_errors
 from moeconv.errors import GeometryMismatch, UsageProblem, quoted
 from moeconv.placement.model import Given, by_stack
 from moeconv.runtime.bind import Rename, bind, patterns_of
-from moeconv.runtime.expert_catalog import changed_slots
 from moeconv.runtime.open import (
     Files,
     LocatedTensor,
@@ -26,7 +25,7 @@ from moeconv.runtime.open import (
     plain,
     rank_tensors,
 )
-from moeconv.runtime.rank_view import RankView
+from moeconv.runtime.rank_view import RankView, changed_slots
 from moeconv.runtime.rebalance import Moves
 from moeconv.runtime.transfer import checked_device, load_tensors
 from moeconv.runtime.updater import Report, Updater
