@@ -37,6 +37,7 @@ _ATOM = re.compile(r"(\\d|\[0-9\])|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _GROUP = re.compile(r"\((?:\?(?:[:=!>]|<[=!]|P<\w+>))?([^()]*)\)([*+{]?)")
 _OTHER_GROUP = re.compile(r"\(\?(?![:=!>]|<[=!]|P<\w+>)")
 _CHOICE = re.compile(r"(?P<digits>0[*+{])|(?P<repeat>[*+{])|(?P<option>\?)")
+_IN_A_ROW = re.compile(r"(?:[.a][*+][?+]?){3}")  # `.*.*.*`: cubic in a name's length
 _RUN = re.compile(r"\\\w|\{[^}]*\}|((?:[\w-]|\\[^\w\n])+)(?![*+?{])")
 _CODE_POINT = re.compile(r"\\[xuUN\d]")
 
@@ -191,10 +192,10 @@ def _refuse_long(text: str) -> None:
 
 
 def _ways(text: str) -> float:
-    """How many ways `re` may try to match a name, at most; infinite where that is exponential.
+    """How many ways `re` may try to match a name, at most; infinite where it never pays off.
 
-    That is a repeated group that holds repeats or alternatives (`(x+)+y`). Other repeats, options
-    and alternatives multiply.
+    That is a repeated group that holds repeats or alternatives (`(x+)+y`), and three repeats in a
+    row (`.*.*.*y`). Other repeats, options and alternatives multiply.
     """
     if _OTHER_GROUP.search(text):
         return float("inf")  # comments and flags could hide a group
@@ -206,6 +207,8 @@ def _ways(text: str) -> float:
             return float("inf")
         ways *= 1 + inner.count("|")
         text = text[: found.start()] + inner.replace("|", "\0") + text[found.end(1) + 1 :]
+    if _IN_A_ROW.search(text):
+        return float("inf")
     for choice in _CHOICE.finditer(text):
         ways *= _WAYS[choice.lastgroup or ""]
     return ways * (1 + text.count("|"))

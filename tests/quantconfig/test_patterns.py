@@ -65,6 +65,7 @@ def test_globs(text: str, stack: str, suffixes: set[str]):
     [
         *(r".*layers\.\d+\..*experts\.\d+\..*(gate|up|down)_proj.*", r"^(?!.*self_attn).*\d+$"),
         *("(?P<n>a)", r"(a)\1", r"\bexperts", r"\Aa", r"a\Z", "a++", "(?:ab)+c", "(a+)?b"),
+        *(r".*\w+y", ".*a.*b.*y"),
         f"model\\.layers\\.({'|'.join(map(str, range(61)))})\\.mlp\\.experts\\.\\d+\\..*_proj",
     ],
 )
@@ -79,6 +80,8 @@ SLOW = (
         "x?" * 30 + "x" * 30,
         "(x|x)" * 30 + "y",
         ".*.*.*.*.*y",
+        ".*.*.*y",
+        r"\w+(.*)(.*?)y",
         "((a|b)c)*",
         "(?:[(]+x)+",
         r"(\)+)+",
