@@ -1,4 +1,4 @@
-"""Files in the directory of an output that its manifest does not name: somebody added them."""
+"""Report files in the directory of an output that its manifest does not name."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def _started(workers: list[_Worker]) -> list[_Worker]:
 
 
 def _wait_out(thread: threading.Thread, done: threading.Event) -> None:
-    """Wait for a worker that was told to stop, whatever interrupts the wait."""
+    """Wait for a stopped worker to end, ignoring Ctrl-C."""
     while thread.ident is not None and not done.is_set():
         try:
             done.wait(0.2)
