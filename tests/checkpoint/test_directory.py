@@ -51,7 +51,7 @@ def _moved_out(path: Path) -> Path:
 def test_a_shard_that_is_a_link_out_of_the_directory(good: Path, out: Path):
     target = _moved_out(good / SHARD)
     with untouched(target.parent):
-        refused(UnsafePath, f"`{SHARD}`", str(target), "link out", src=good, out=out)
+        refused(UnsafePath, f"`{SHARD}`", str(target), "links to a file outside", src=good, out=out)
 
 
 def test_an_indexed_shard_that_is_a_link_out_of_the_directory(src: Path, out: Path):

@@ -325,7 +325,7 @@ def refusals(rank: int, directory: Path) -> None:
     model.register_buffer("x", turned)
     with pytest.raises(DoesNotFit) as caught:
         shard.load_into(model)
-    assert "in another order" in str(caught.value)
+    assert "in an order that differs from its mesh" in str(caught.value)
     # as many bytes here, but of other rows
     model = nn.ParameterDict({"x": blank(value, mesh, (Shard(0),))})
     updater = shard.updater(model)
