@@ -1,10 +1,8 @@
-"""Records of what a model holds: any order of loads, updates, placements is right or refused."""
+"""Records of what a model holds: loads, updates and placements one after the other."""
 
 import copy
 import io
-import random
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,212 +18,22 @@ from tests.helpers import write_checkpoint
 from tests.runtime.conftest import Opened
 from tests.runtime.handmade import STACK, all_same, checkpoint, write_virtual
 from tests.runtime.models import TinyMoe, like, state
-
-EXPERTS, LAYERS, EP, HIDDEN, WIDTH = 4, 2, 2, 4, 2
-STACKS = [f"model.layers.{n}.mlp.experts" for n in range(LAYERS)]
-Row = tuple[int, ...]
-OWN: Row = (0, 1, 2, 3, 0, 1)
-OTHER: Row = (3, 1, 0, 2, 1, 3)
-Whose = tuple[str, int, int]  # version, layer, expert
-
-
-@dataclass
-class Sets:
-    """Versions of one model as sets by (version, placement); whose bytes are whose."""
-
-    folder: Path
-    owner: dict[bytes, Whose] = field(default_factory=dict)
-
-    def open(self, version: str, row: Row = OWN, **options: object) -> runtime.Shard:
-        path = self.folder / f"{version}-{'own' if row == OWN else 'other'}"
-        return runtime.open(path, ep_rank=0, ep_size=EP, **options)  # type: ignore[arg-type]
+from tests.runtime.versions import (
+    EP,
+    EXPERTS,
+    HIDDEN,
+    LAYERS,
+    OTHER,
+    OWN,
+    STACKS,
+    WIDTH,
+    Row,
+    Sets,
+    held,
+    should,
+)
 
 
-@pytest.fixture(scope="module", params=["fused", "per-expert"])
-def sets(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sets:
-    made = Sets(tmp_path_factory.mktemp(request.param))
-    rnd = random.Random(request.param)
-    for version in ("a", "b"):
-        tensors = {"model.norm.weight": ("BF16", (HIDDEN,), rnd.randbytes(2 * HIDDEN))}
-        for layer, stack in enumerate(STACKS):
-            for e in range(EXPERTS):
-                for p in ("gate", "up", "down"):
-                    shape = (HIDDEN, WIDTH) if p == "down" else (WIDTH, HIDDEN)
-                    raw = rnd.randbytes(2 * HIDDEN * WIDTH)
-                    tensors[f"{stack}.{e}.{p}_proj.weight"] = ("BF16", shape, raw)
-                    made.owner[raw] = (version, layer, e)
-        src = write_checkpoint(made.folder / version, tensors, {"model_type": "qwen3_moe"})
-        for name, row in (("own", OWN), ("other", OTHER)):
-            moeconv.shard(
-                src,
-                made.folder / f"{version}-{name}",
-                ep_size=EP,
-                placement=dict.fromkeys(STACKS, row),
-                layout=request.param,
-            )
-    return made
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).tolist())
-
-
-def held(model: nn.Module, sets: Sets) -> dict[str, list[set[Whose]]]:
-    """Whose matrices are in each local slot of each stack."""
-    slots = len(OWN) // EP
-    found: dict[str, list[set[Whose]]] = {s: [set() for _ in range(slots)] for s in STACKS}
-    size = 2 * HIDDEN * WIDTH
-    for name, tensor in model.named_parameters():
-        stack = next((s for s in STACKS if name.startswith(s)), None)
-        if stack is None:
-            continue
-        number = name.removeprefix(f"{stack}.").split(".")[0]
-        numbers = [int(number)] if number.isdecimal() else range(slots)
-        data = raw(tensor)
-        share = len(data) // len(numbers)
-        for at, slot in enumerate(numbers):
-            part = data[at * share : (at + 1) * share]
-            for n in range(0, share, size):
-                nobody = ("nobody", 0, 0)
-                found[stack][slot].add(sets.owner.get(part[n : n + size], nobody))
-    return found
-
-
-def should(version: str, rows: dict[str, Row]) -> dict[str, list[set[Whose]]]:
-    """What `held` finds where a model of rank 0 is right."""
-    slots = len(OWN) // EP
-    return {
-        stack: [{(version, STACKS.index(stack), e)} for e in row[:slots]]
-        for stack, row in rows.items()
-    }
-
-
-def permuted(rnd: random.Random) -> Row:
-    """Each expert once at least, and no rank with one twice is needed."""
-    row = [*range(EXPERTS), *rnd.sample(range(EXPERTS), len(OWN) - EXPERTS)]
-    rnd.shuffle(row)
-    return tuple(row)
-
-
-class Broken(Exception):
-    """A read that fails."""
-
-
-@dataclass
-class Played:
-    """A model, what its router says, and what the loader may not know any more.
-
-    torn: a load ended early. unsure: and would have changed the placement.
-    """
-
-    sets: Sets
-    rnd: random.Random
-    patch: pytest.MonkeyPatch
-    model: nn.Module
-    version: str = "a"
-    rows: dict[str, Row] = field(default_factory=lambda: dict.fromkeys(STACKS, OWN))
-    torn: bool = False
-    unsure: bool = False
-    updaters: list[runtime.Updater] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def count(self, what: str) -> None:
-        self.counts[what] = self.counts.get(what, 0) + 1
-
-    def attempt(self, act: object, rows: dict[str, Row], version: str) -> bool:
-        """Do it, perhaps with a read that fails. Whether it was done."""
-        before = {n: raw(p) for n, p in self.model.named_parameters()}
-        left = self.rnd.choice([0, 1, 2, 3]) if self.rnd.random() < 0.25 else -1
-        real = Reader.into
-
-        def into(reader: Reader, *args: object) -> None:
-            nonlocal left
-            if left == 0:
-                raise Broken
-            left -= 1
-            real(reader, *args)  # type: ignore[arg-type]
-
-        with self.patch.context() as patch:
-            patch.setattr(Reader, "into", into)
-            try:
-                act()  # type: ignore[operator]
-            except Broken:
-                self.count("broken")
-                self.torn, self.unsure = True, self.unsure or rows != self.rows
-                return False
-            except (GeometryMismatch, DoesNotFit):
-                self.count("refused")
-                assert {n: raw(p) for n, p in self.model.named_parameters()} == before
-                return False
-        self.count("done")
-        self.rows, self.version = rows, version
-        return True
-
-    def load(self) -> None:
-        version, row = self.rnd.choice("ab"), self.rnd.choice([OWN, OTHER])
-        shard = self.sets.open(version, row)
-        if self.attempt(lambda: shard.load_into(self.model), dict.fromkeys(STACKS, row), version):
-            self.torn = self.unsure = False
-
-    def make_updater(self) -> None:
-        shard = self.sets.open("a", self.rnd.choice([OWN, OTHER]))
-        self.updaters.append(shard.updater(self.model))
-
-    def update(self) -> None:
-        if not self.updaters:
-            return
-        version, row = self.rnd.choice("ab"), self.rnd.choice([OWN, OTHER])
-        updater = self.rnd.choice(self.updaters)
-        newer = self.sets.open(version, row)
-        if self.attempt(lambda: updater.load(newer), self.rows, version):
-            assert not self.unsure
-            self.torn = False
-
-    def move(self) -> None:
-        version = self.rnd.choice([self.version] * 3 + ["a", "b"])
-        rows = {s: permuted(self.rnd) for s in self.rnd.sample(STACKS, self.rnd.choice([1, 2]))}
-        moves = self.sets.open(version, self.rnd.choice([OWN, OTHER])).replace(rows)
-        if self.rnd.random() < 0.3:
-            moves = moves.shard.replace(rows := {s: permuted(self.rnd) for s in STACKS})
-        if self.attempt(lambda: moves.load_into(self.model), self.rows | rows, self.version):
-            assert not self.torn
-
-    def disturb(self) -> None:
-        """What others do to a model without telling; its router goes on as it was."""
-        kind = self.rnd.choice(["copy", "memory", "written"])
-        if kind == "copy":
-            self.model, self.updaters = copy.deepcopy(self.model), []
-            return
-        parameter = self.rnd.choice(list(self.model.parameters()))
-        if kind == "memory":
-            parameter.data = parameter.data.clone()
-        else:
-            with torch.no_grad():
-                parameter.view(torch.int16).mul_(1)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_any_order_is_right_or_refused(
-    sets: Sets, seed: int, monkeypatch: pytest.MonkeyPatch, record_property: object
-):
-    rnd = random.Random(seed)
-    first = sets.open("a")
-    played = Played(sets, rnd, monkeypatch, like(first))
-    first.load_into(played.model)
-    for _ in range(25):
-        act = rnd.choices(
-            [played.load, played.make_updater, played.update, played.move, played.disturb],
-            [9 if played.torn else 1, 1, 3, 4, 1],
-        )[0]
-        act()
-        if not played.torn:
-            assert held(played.model, sets) == should(played.version, played.rows)
-    for what, number in played.counts.items():
-        record_property(what, number)  # type: ignore[operator]
-    assert played.counts["done"] >= 3
-
-
-# --- by hand -----------------------------------------------------------------------------------
 @pytest.fixture
 def loaded(sets: Sets) -> tuple[runtime.Shard, nn.Module]:
     shard = sets.open("a")
