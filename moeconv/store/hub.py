@@ -245,14 +245,13 @@ class HubStore:
                 "pass a branch, a tag or a commit of the repository after `@`",
             )
         if status is not None:
+            busy = status == 429 or status >= 500
+            # the client retries the reads of files, not the listing
+            retried = f", after {_RETRIES} retries" if busy and name else ""
             return self._failed(
                 f"cannot be read: the server refused {asked}",
-                f"it answered {status}, after {_RETRIES} retries"
-                if status == 429 or status >= 500
-                else f"it answered {status}",
-                "wait a while, then run again"
-                if status == 429 or status >= 500
-                else "check `hf auth whoami`",
+                f"it answered {status}{retried}",
+                "wait a while, then run again" if busy else "check `hf auth whoami`",
             )
         return self._failed(
             "cannot be reached",
