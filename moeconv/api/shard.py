@@ -87,7 +87,7 @@ def _request(
     if isinstance(placement, str) and _is_no_map(placement):
         raise UsageProblem(
             f"{quoted(placement)} is neither a placement rule nor a map",
-            cause=f"the rules are {', '.join(RULES)}; there is no file with this name",
+            cause=f"the rules are {', '.join(RULES)}; no file of that name exists",
             fix="pass one of the rules, a map file, or the map as JSON",
         )
     if isinstance(placement, Mapping):

@@ -107,7 +107,7 @@ def locate(src: str | Path) -> Path:
     if not there:
         raise SourceMissing(
             f"{quoted(text)} does not exist",
-            cause="there is no file or directory with this name",
+            cause="no such file or directory",
             fix=give,
         )
     return path

@@ -26,8 +26,8 @@ from moeconv.manifest.model import (
     addresses,
     part_name,
     part_names,
-    root_bytes,
 )
+from moeconv.manifest.writer import root_bytes
 
 
 def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Manifest:

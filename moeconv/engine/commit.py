@@ -50,9 +50,9 @@ from moeconv.manifest.model import (
     Manifest,
     Part,
     Root,
-    root_bytes,
 )
 from moeconv.manifest.reader import parse_root
+from moeconv.manifest.writer import root_bytes
 from moeconv.plan.model import OutputFile, Plan, Rewrite
 from moeconv.store.documents import opened, read_document, unreadable
 from moeconv.store.file_io import append, read_available

@@ -26,12 +26,11 @@ from moeconv.manifest.model import (
     TensorEntry,
     addresses,
     append_run,
-    part_bytes,
     part_name,
     part_names,
-    rank_part_bytes,
 )
 from moeconv.manifest.reader import parse_parts
+from moeconv.manifest.writer import part_bytes, rank_part_bytes
 from moeconv.plan.model import CopyTile, OutputFile, OutputTensor, PermuteTile, Plan
 
 Grouped: TypeAlias = dict[str, tuple[Part, ...]]  # by the name of the document

@@ -32,7 +32,7 @@ def src(tmp_path: Path) -> Path:
     return write(tmp_path / "src", qwen(4, 16, 24, layers=2), config=config(width=16))
 
 
-def aside(out: Path) -> Path:
+def backup_of(out: Path) -> Path:
     """Where an old output waits."""
     return out.with_name(f".{out.name}.replaced")
 
@@ -67,7 +67,7 @@ def copied(source: Path, out: Path) -> Callable[[], None]:
     """Put a copy of a directory in OUT's place, times and all; nothing else stays beside it."""
 
     def anew() -> None:
-        for place in (out, aside(out)):
+        for place in (out, backup_of(out)):
             shutil.rmtree(place, ignore_errors=True)
         if source.exists():
             shutil.copytree(source, out)
@@ -153,8 +153,8 @@ def test_the_old_output_goes_in_the_end(  # noqa: PLR0917 - fixtures
         moeconv.fuse(src, out, overwrite=True)
 
     for number in killed(overwrite, copied(kept, out), times, last=entries + 6):
-        if aside(out).exists():
-            met += tree(aside(out)) != before
+        if backup_of(out).exists():
+            met += tree(backup_of(out)) != before
         stood = (out / "moeconv.json").exists()
         assert moeconv.verify(out).ok if stood else True
         if number % 2:
@@ -162,7 +162,7 @@ def test_the_old_output_goes_in_the_end(  # noqa: PLR0917 - fixtures
         else:
             overwrite()
         assert tree(out) == wanted
-        assert not os.path.lexists(aside(out))
+        assert not os.path.lexists(backup_of(out))
     record_property("removals that were killed midway", met)
     assert met
 
@@ -178,10 +178,10 @@ def test_a_refused_plain_run_names_the_command_that_ends_the_removal(
         moeconv.fuse(src, out, overwrite=True)
 
     for _ in killed(overwrite, copied(kept, out), 1, last=3):
-        assert aside(out).exists()
+        assert backup_of(out).exists()
         with pytest.raises(WouldOverwrite) as caught:
             moeconv.fuse(src, out)
-        assert str(aside(out)) in str(caught.value)
+        assert str(backup_of(out)) in str(caught.value)
         assert "`--resume` removes the rest" in str(caught.value)
 
 
@@ -221,7 +221,7 @@ def test_a_restore_is_resumed_to_its_end(  # noqa: PLR0917 - fixtures
         else:
             moeconv.merge(tmp_path / "ranks", out, resume=True)
         assert tree(out) == wanted, number
-        assert not os.path.lexists(aside(out)), number
+        assert not os.path.lexists(backup_of(out)), number
     record_property("restores that were whole when they were killed", whole)
 
 

@@ -40,7 +40,7 @@ def out(src: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def aside(out: Path) -> Path:
+def backup_of(out: Path) -> Path:
     """Where the old output waits."""
     return out.with_name(f".{out.name}.replaced")
 
@@ -68,7 +68,7 @@ def half_done(src: Path, out: Path) -> None:
         moeconv.shard(src, out, overwrite=True, jobs=1, progress=die, **SAME)
 
     assert forked(work) == signal.SIGKILL
-    assert aside(out).exists()
+    assert backup_of(out).exists()
 
 
 def failing(*_: object) -> None:
@@ -93,9 +93,9 @@ def test_killed_at_any_call(  # noqa: PLR0917 - fixtures
     for number in range(times):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(tmp_path / "old", out)
-        # half of them while the old output is put aside
+        # half of them while the old output is a backup
         killed_at(src, out, rng.randint(1, calls if number % 2 else 12))
-        found += aside(out).exists()
+        found += backup_of(out).exists()
         before = tree(out)
         if then == "anew, and that fails":
             with pytest.raises(IoFailed):
@@ -108,8 +108,8 @@ def test_killed_at_any_call(  # noqa: PLR0917 - fixtures
         else:
             moeconv.shard(src, out, resume=True, **SAME)
             assert tree(out) == whole
-        assert not os.path.lexists(aside(out))
-    record_property("old outputs that were aside", found)
+        assert not os.path.lexists(backup_of(out))
+    record_property("backups of old outputs", found)
     assert found > times / 3
 
 
@@ -117,7 +117,7 @@ def test_the_error_says_where_the_old_output_is(src: Path, out: Path) -> None:
     half_done(src, out)
     with untouched(out), pytest.raises(WouldOverwrite, match="is unfinished") as caught:
         moeconv.shard(src, out, **SAME)
-    assert str(aside(out)) in str(caught.value)
+    assert str(backup_of(out)) in str(caught.value)
 
 
 def test_a_resumed_run_that_fails_says_so_too_and_the_next_one_ends_it(
@@ -128,12 +128,12 @@ def test_a_resumed_run_that_fails_says_so_too_and_the_next_one_ends_it(
     with pytest.raises(IoFailed) as caught:
         moeconv.shard(src, out, resume=True, jobs=1, **SAME)
     assert "`--resume` continues" in str(caught.value)
-    assert str(aside(out)) in str(caught.value)
-    assert tree(aside(out)) == tree(tmp_path / "old")
+    assert str(backup_of(out)) in str(caught.value)
+    assert tree(backup_of(out)) == tree(tmp_path / "old")
     monkeypatch.undo()
     moeconv.shard(src, out, resume=True, **SAME)
     assert tree(out) == tree(tmp_path / "whole")
-    assert not aside(out).exists()
+    assert not backup_of(out).exists()
 
 
 @pytest.mark.parametrize("more", [{"resume": True}, {"overwrite": True}], ids=str)
@@ -142,11 +142,11 @@ def test_the_new_output_stood_already(
 ) -> None:
     """Killed while the old one was being removed: what is left of it goes."""
     moeconv.shard(src, out, overwrite=True, **SAME)
-    shutil.copytree(tmp_path / "old", aside(out))
-    (aside(out) / "config.json").unlink()
+    shutil.copytree(tmp_path / "old", backup_of(out))
+    (backup_of(out) / "config.json").unlink()
     moeconv.shard(src, out, **more, **SAME)
     assert tree(out) == tree(tmp_path / "whole")
-    assert not aside(out).exists()
+    assert not backup_of(out).exists()
 
 
 def with_notes(old: Path) -> None:
@@ -177,10 +177,10 @@ def test_what_is_not_ours_stays(
     src: Path, out: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     half_done(src, out)
-    change(aside(out))
-    with untouched(aside(out), out), pytest.raises(WouldOverwrite, match="in the way"):
+    change(backup_of(out))
+    with untouched(backup_of(out), out), pytest.raises(WouldOverwrite, match="in the way"):
         moeconv.shard(src, out, overwrite=True, **SAME)
-    with untouched(aside(out)):
+    with untouched(backup_of(out)):
         moeconv.shard(src, out, resume=True, **SAME)
     assert tree(out) == tree(tmp_path / "whole")
 
@@ -201,22 +201,23 @@ def test_what_says_whose_it_is_goes_last(
     assert not out.exists()
 
 
-def test_a_plain_run_does_not_take_the_place_of_an_output_that_was_put_aside(
-    src: Path, tmp_path: Path
-) -> None:
+def test_a_plain_run_does_not_take_the_place_of_a_backup(src: Path, tmp_path: Path) -> None:
     """Else nothing would know of the old one any more, and `--overwrite` would not either."""
     out = tmp_path / "out"
     moeconv.fuse(src, out)
-    out.rename(aside(out))
+    out.rename(backup_of(out))
     for there in (False, True):
         if there:
             out.mkdir()
-        with untouched(aside(out)), pytest.raises(WouldOverwrite, match="a backup of") as caught:
+        with (
+            untouched(backup_of(out)),
+            pytest.raises(WouldOverwrite, match="a backup of") as caught,
+        ):
             moeconv.fuse(src, out)
         assert "`--overwrite`" in str(caught.value)
     moeconv.fuse(src, out, overwrite=True)
     assert moeconv.verify(out).ok
-    assert not aside(out).exists()
+    assert not backup_of(out).exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -226,18 +227,18 @@ def test_what_somebody_put_where_old_outputs_wait_is_not_called_ours(
     out = tmp_path / "out"
     moeconv.fuse(src, out)
     if kind == "folder":
-        aside(out).mkdir()
-        (aside(out) / "notes").write_text("mine")
+        backup_of(out).mkdir()
+        (backup_of(out) / "notes").write_text("mine")
     else:
-        aside(out).write_text("mine")
-    with untouched(aside(out).parent), pytest.raises(WouldOverwrite) as caught:
+        backup_of(out).write_text("mine")
+    with untouched(backup_of(out).parent), pytest.raises(WouldOverwrite) as caught:
         moeconv.fuse(src, out)
     assert "removes the rest" not in str(caught.value)
-    with untouched(aside(out).parent), pytest.raises(WouldOverwrite, match="something else"):
+    with untouched(backup_of(out).parent), pytest.raises(WouldOverwrite, match="something else"):
         moeconv.fuse(src, out, overwrite=True)
     done = moeconv.fuse(src, out, resume=True)
     assert "is kept" in done.plan.notes[-1]
-    assert os.path.lexists(aside(out))
+    assert os.path.lexists(backup_of(out))
 
 
 @pytest.mark.parametrize("verb", ["fuse", "unfuse"])
@@ -273,4 +274,4 @@ def test_a_file_that_somebody_changes_before_the_end_is_no_part_of_an_output(
     assert changed
     assert [p for p in out.rglob("*") if p.is_file()] == changed
     assert changed[0].read_bytes().endswith(b"!")
-    assert tree(aside(out)) == before
+    assert tree(backup_of(out)) == before

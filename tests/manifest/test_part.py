@@ -11,8 +11,9 @@ import pytest
 import moeconv
 from moeconv.core.digest import digest, fingerprint
 from moeconv.errors import BadJson, BadManifest, Damaged, DuplicateKey, MissingExpert, MissingShard
-from moeconv.manifest.model import MAX_EXPERTS, Manifest, part_bytes
+from moeconv.manifest.model import MAX_EXPERTS, Manifest
 from moeconv.manifest.reader import parse_part, parse_root
+from moeconv.manifest.writer import part_bytes
 from tests.badinput.checks import within
 from tests.manifest.broken import refused_everywhere, reported
 from tests.manifest.samples import (

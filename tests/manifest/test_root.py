@@ -10,8 +10,8 @@ import pytest
 import moeconv
 from moeconv.core.digest import digest
 from moeconv.errors import BadJson, BadManifest, Damaged, DuplicateKey, UnsupportedVersion
-from moeconv.manifest.model import root_bytes
 from moeconv.manifest.reader import parse_root
+from moeconv.manifest.writer import root_bytes
 from tests.badinput.checks import within
 from tests.manifest.broken import refused_everywhere, reported
 from tests.manifest.samples import (

@@ -28,13 +28,11 @@ from moeconv.manifest.model import (
     SourceFile,
     StackEntry,
     TensorEntry,
-    part_bytes,
     part_name,
     part_names,
     rank_name,
-    rank_part_bytes,
-    root_bytes,
 )
+from moeconv.manifest.writer import part_bytes, rank_part_bytes, root_bytes
 
 PAGE: Final = 4096
 STACK: Final = "model.layers.0.mlp.experts"

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from moeconv import runtime
 from moeconv.errors import DoesNotFit, GeometryMismatch
+from moeconv.manifest.model import Run
 from moeconv.runtime.files import Reader
 from tests.runtime.models import like
 from tests.runtime.versions import EXPERTS, OTHER, OWN, STACKS, Row, Sets, held, raw, should
@@ -47,23 +49,23 @@ class Played:
     def count(self, what: str) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1
 
-    def attempt(self, act: object, rows: dict[str, Row], version: str) -> bool:
+    def attempt(self, act: Callable[[], object], rows: dict[str, Row], version: str) -> bool:
         """Do it, perhaps with a read that fails. Whether it was done."""
         before = {n: raw(p) for n, p in self.model.named_parameters()}
         left = self.rnd.choice([0, 1, 2, 3]) if self.rnd.random() < 0.25 else -1
         real = Reader.into
 
-        def into(reader: Reader, *args: object) -> None:
+        def into(reader: Reader, address: int, runs: tuple[Run, ...]) -> None:
             nonlocal left
             if left == 0:
                 raise Broken
             left -= 1
-            real(reader, *args)  # type: ignore[arg-type]
+            real(reader, address, runs)
 
         with self.patch.context() as patch:
             patch.setattr(Reader, "into", into)
             try:
-                act()  # type: ignore[operator]
+                act()
             except Broken:
                 self.count("broken")
                 self.torn, self.unsure = True, self.unsure or rows != self.rows
@@ -121,7 +123,10 @@ class Played:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_any_order_is_right_or_refused(
-    sets: Sets, seed: int, monkeypatch: pytest.MonkeyPatch, record_property: object
+    sets: Sets,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ):
     rnd = random.Random(seed)
     first = sets.open("a")
@@ -136,5 +141,5 @@ def test_any_order_is_right_or_refused(
         if not played.torn:
             assert held(played.model, sets) == should(played.version, played.rows)
     for what, number in played.counts.items():
-        record_property(what, number)  # type: ignore[operator]
+        record_property(what, number)
     assert played.counts["done"] >= 3

@@ -12,6 +12,7 @@ from torch import nn
 import moeconv
 from moeconv import runtime
 from moeconv.errors import DoesNotFit, GeometryMismatch, IoFailed, MissingShard, MoeconvError
+from moeconv.manifest.model import Run
 from moeconv.runtime import slot_records
 from moeconv.runtime.files import Reader
 from tests.helpers import write_checkpoint
@@ -188,10 +189,10 @@ def test_after_a_load_that_ended_early(
     }
     real, calls = Reader.into, iter(range(100))
 
-    def failing(reader: Reader, *args: object) -> None:
+    def failing(reader: Reader, address: int, runs: tuple[Run, ...]) -> None:
         if next(calls) == 2:
             raise IoFailed("no", cause="a bad sector", fix="another disk")
-        real(reader, *args)  # type: ignore[arg-type]
+        real(reader, address, runs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Reader, "into", failing)

@@ -23,9 +23,9 @@ class Sets:
     folder: Path
     owner: dict[bytes, Whose] = field(default_factory=dict)
 
-    def open(self, version: str, row: Row = OWN, **options: object) -> runtime.Shard:
+    def open(self, version: str, row: Row = OWN) -> runtime.Shard:
         path = self.folder / f"{version}-{'own' if row == OWN else 'other'}"
-        return runtime.open(path, ep_rank=0, ep_size=EP, **options)  # type: ignore[arg-type]
+        return runtime.open(path, ep_rank=0, ep_size=EP)
 
 
 def raw(tensor: torch.Tensor) -> bytes:

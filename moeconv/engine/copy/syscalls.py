@@ -126,8 +126,8 @@ def _kind(path: Path) -> int | None:
 def clone_range(source: int, offset: int, target: int, at: int, nbytes: int) -> bool:
     """Share whole blocks of one file with another (ioctl_ficlonerange(2)); False if it cannot.
 
-    Offsets and length are in bytes, multiples of the block size. The caller copies what was not
-    cloned. Raises OSError if there is no space.
+    Offsets and length are in bytes, multiples of the block size. Raises OSError (ENOSPC) if the
+    disk is full.
     """
     try:
         fcntl.ioctl(target, _CLONE_RANGE, struct.pack("=qQQQ", source, offset, nbytes, at))
@@ -141,7 +141,7 @@ def clone_range(source: int, offset: int, target: int, at: int, nbytes: int) -> 
 def copy_in_kernel(source: int, offset: int, target: int, at: int, nbytes: int) -> int:
     """Copy bytes between two files with copy_file_range(2); return how many, from the first.
 
-    The caller reads and writes the rest itself. Raises OSError if there is no space.
+    May copy less than `nbytes`. Raises OSError (ENOSPC) if the disk is full.
     """
     done = 0
     while done < nbytes:

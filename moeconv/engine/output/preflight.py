@@ -143,9 +143,9 @@ def _not_ours(out: Path, foreign: dict[str, str]) -> WouldOverwrite:
 def find_backup(out: Path, limits: Limits, *, finished: bool = False) -> OldOutput | None:
     """Return the backup that a killed overwriting run left; None if other files are in it.
 
-    The journal of that run names it. There is no journal if the run was killed after its commit or
-    before it made anything. finished: OUT is known to be complete, though it has no manifest.
-    Raises OSError.
+    It is found by the journal of that run, or by its name where the run was killed before it wrote
+    a journal or after it removed it. finished: OUT is known to be complete, though it has no
+    manifest. Raises OSError.
     """
     journal, backup = read_journal(out), backup_path(out)
     if journal is not None:
