@@ -13,8 +13,6 @@ from moeconv.store.documents import read_document
 
 CONFIG_NAME: Final = "config.json"
 MAX_CONFIG_BYTES: Final = 64 * 1024 * 1024
-# the members that say how weights are quantised, and name modules
-QUANTIZATION: Final = frozenset({"quantization_config", "compression_config"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ def lost_layers(
     beside = _numbers(head, (t.name for t in others))
     present = {n for n in beside | _numbers(head, (s.name for s in stacks)) if n < stated}
     lost = [n for n in range(stated) if n not in present]
-    apart = {"encoder", "decoder"} & set(head.split("."))
+    apart = vocabulary().own_layer_counts.mentioned(head.split("."))
     if not lost or not present or not beside or apart:
         return []
     if lost[0] > max(present) and len(lost) <= mtp_layer_count(config):

@@ -18,7 +18,6 @@ from moeconv.errors import ConfigMismatch, MoeconvError, abridged, printable, qu
 from moeconv.layout.recipe import SECTIONS, ConfigKeys, Layout, Recipe
 from moeconv.layout.shipped import vocabulary
 
-LAYER_COUNTS: Final = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _NUMBER = re.compile(r"(?:^|\.)([0-9]{1,9})(?=\.|$)")
 
 _BY = re.compile(r"([0-9]{1,9})x([0-9]{1,9})", re.ASCII)
@@ -47,11 +46,14 @@ def states_scales(config: Config, recipe: Recipe, stack: str) -> bool:
     False if a list of modules that were not converted may include it: casts to fp8 have no scales.
     """
     known = vocabulary()
-    paths = tuple(f"quantization_config.{key}" for key in ("quant_method", *known.left_alone))
+    keys = ("quant_method", *known.left_alone.words)
+    paths = tuple(f"quantization_config.{key}" for key in keys)
     methods, *lists = (quantisation_values(config, recipe, stack, (path,)) for path in paths)
     left = [t for values in lists for v in values if isinstance(v, list) for t in v]
-    return any(method in known.scaled for method in methods) and not any(
-        isinstance(text, str) and ("experts" in text or stack.startswith(text)) for text in left
+    return any(method in known.quantisers.words for method in methods) and not any(
+        isinstance(text, str)
+        and (any(w in text for w in known.expert_modules.words) or stack.startswith(text))
+        for text in left
     )
 
 
@@ -62,7 +64,8 @@ def states_quantisation(config: Config, recipe: Recipe, stack: str) -> bool:
 
 def layer_count(config: Config, section: str) -> int | None:
     """Return the number of layers in a section, the least of several: LongCat counts halves."""
-    stated = [v for _, v in _in_section(config, section, LAYER_COUNTS) if type(v) is int]
+    keys = vocabulary().layer_counts.words
+    stated = [v for _, v in _in_section(config, section, keys) if type(v) is int]
     return min((v for v in stated if v > 0), default=None)
 
 
@@ -70,7 +73,8 @@ def mtp_layer_count(config: Config) -> int:
     """Return the number of multi-token prediction layers, from any key with such a name."""
     parts = [config.doc, *(config.at(section) for section in SECTIONS if section)]
     items = [item for part in parts if isinstance(part, dict) for item in part.items()]
-    return max((v for k, v in items if ("mtp" in k or "nextn" in k) and type(v) is int), default=0)
+    mtp = vocabulary().mtp
+    return max((v for k, v in items if type(v) is int and mtp.mentioned((k,))), default=0)
 
 
 def states_experts(stack: str, recipe: Recipe, config: Config) -> bool:
@@ -148,7 +152,8 @@ def _sizes(
     the same, so that one such value overrides them all; otherwise each key is on its own.
     """
     number = _NUMBER.search(stack)
-    layer_forms = recipe.config.layers_of(stack) if number else ()
+    restarts = vocabulary().mtp.mentioned(stack.split("."))
+    layer_forms = recipe.config.layers_of(stack, restarts=restarts) if number else ()
     for section in recipe.config.sections_of(stack):
         hits: list[_Hit] = []
         for several in (paths,) if alike else ((path,) for path in paths):

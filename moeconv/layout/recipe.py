@@ -283,12 +283,14 @@ class ConfigKeys:
         """The sections for a stack: those of the longest matching prefix."""
         return _longest(self.sections, stack)[1] or ("",)
 
-    def layers_of(self, stack: str) -> tuple[str, ...]:
-        """The paths to sizes of a stack's layer alone."""
+    def layers_of(self, stack: str, *, restarts: bool) -> tuple[str, ...]:
+        """The paths to sizes of a stack's layer alone.
+
+        restarts: whether the stack's layers count from 0 again, as those of MTP do: sizes stated
+        for the main layers are not theirs.
+        """
         prefix, paths = _longest(self.layers, stack)
-        # the layers of MTP count from 0 again: sizes stated for the main layers are not theirs
-        again = any(word.startswith("mtp") for word in stack.split("."))
-        return () if again and not prefix else paths
+        return () if restarts and not prefix else paths
 
 
 def _longest(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -113,60 +113,65 @@ def _plain(template: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Names of tensors: one of `words` between dots, or a word that contains one of `parts`.
+    """Names of one kind: a word of `words`, or one that contains one of `parts`.
 
-    except_parts: a word that contains one of these says that it is something else.
+    except_parts: what says that a name is of another kind all the same.
     """
 
-    words: frozenset[str]
+    words: tuple[str, ...]
     parts: tuple[str, ...]
     except_parts: tuple[str, ...]
 
-    def mentioned(self, words: Collection[str]) -> bool:
-        """Whether a name, split at its dots, has one of the words or parts."""
-        found = (p in w for w in words for p in self.parts)
-        return not self.words.isdisjoint(words) or any(found)
+    def mentioned(self, words: Iterable[str]) -> bool:
+        """Whether one of the words of a name, split at its dots, is of this kind."""
+        return any(word in self.words or any(p in word for p in self.parts) for word in words)
 
-    def excluded(self, words: Collection[str]) -> bool:
+    def excluded(self, words: Iterable[str]) -> bool:
         """Whether a name, split at its dots, says that it is something else."""
-        return any(p in w for w in words for p in self.except_parts)
+        return any(p in word for word in words for p in self.except_parts)
+
+    def in_text(self, text: str) -> bool:
+        """Whether any text, a pattern for example, contains one of `words` as itself."""
+        for other in self.except_parts:
+            text = text.replace(other, "")
+        return any(word in text for word in self.words)
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Names that mean the same whatever the recipe is: `recipes/shared/vocabulary.toml`.
+    """Names that mean the same whatever the recipe is: the tables of `shared/vocabulary.toml`.
 
-    scaled: quantisers whose weights have scales. left_alone: their keys for what they did not
-    convert. routers, experts, beside: tensors of routers, of experts stored together, and of what
-    is left alone beside experts.
+    list_rules: how lists in a quantization config match module names: by quantiser, then by key.
     """
 
-    scaled: frozenset[str]
-    left_alone: tuple[str, ...]
+    quantisers: Names
+    left_alone: Names
+    quantization_sections: Names
+    layer_counts: Names
+    mtp: Names
+    own_layer_counts: Names
     routers: Names
     experts: Names
+    expert_modules: Names
     beside: Names
+    list_rules: dict[str, dict[str, str]]
+
+    def list_rule(self, key: str, quantiser: str = "") -> str:
+        """The rule of a list; empty where none is known."""
+        special = self.list_rules.get(quantiser, {})
+        return special.get(key) or self.list_rules["any"].get(key, "")
 
 
 @cache
 def vocabulary() -> Vocabulary:
     """The vocabulary that ships with moeconv."""
     doc = tomllib.loads(_shared("vocabulary"))
-    routers, experts, beside = (
-        Names(
-            frozenset(table["words"]),
-            tuple(table.get("parts", ())),
-            tuple(table.get("except", ())),
-        )
-        for table in (doc["routers"], doc["experts"], doc["beside"])
-    )
-    return Vocabulary(
-        scaled=frozenset(doc["quantisers"]["scaled"]),
-        left_alone=tuple(doc["quantisers"]["left_alone"]),
-        routers=routers,
-        experts=experts,
-        beside=beside,
-    )
+    rules = doc.pop("list_rules")
+    kinds = {
+        name: Names(*(tuple(table.get(key, ())) for key in ("words", "parts", "except")))
+        for name, table in doc.items()
+    }
+    return Vocabulary(**kinds, list_rules=rules)
 
 
 def shipped_recipes() -> tuple[Recipe, ...]:

@@ -1,11 +1,9 @@
 """Which module names a text of a quantization config matches, by the rules of its reader.
 
-These depend on the key and on the quantizer. compressed-tensors and Quark write `re:`, modelopt and
-Quark globs, GPTQModel `+:` and `-:` in front of regular expressions. transformers
-(`should_convert_module`) takes what it must not convert for regular expressions of modules,
-with all that is in them, and for ends of names; AWQ for parts of names.
+These depend on the key and on the quantizer: see `list_rules` in `recipes/shared/vocabulary.toml`.
+compressed-tensors and Quark write `re:` in front of regular expressions, GPTQModel `+:` and `-:`.
 
-All of them use `re` and `fnmatch`, and so does moeconv. Two bounds keep a hostile pattern from
+All readers use `re` and `fnmatch`, and so does moeconv. Two bounds keep a hostile pattern from
 taking hours: the ways to match that a pattern may have, and the names that all patterns of a
 document are tried on.
 """
@@ -15,10 +13,12 @@ from __future__ import annotations
 import fnmatch
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
+
+from moeconv.layout.shipped import vocabulary
 
 MAX_PATTERN_CHARS: Final = 1000
 _MAX_NAMES: Final = 10_000_000  # a name takes about a microsecond
@@ -26,10 +26,6 @@ _BYTES_A_NAME: Final = 1024  # a search in so many bytes takes as long as a patt
 _MAX_WAYS: Final = 1 << 24
 _WAYS: Final = {"repeat": 64, "digits": 4, "option": 2}  # of a name with 64 characters
 
-_NAMES: Final = frozenset({"targets", "quantized_layers", "ignored_layers"})
-_GLOBS: Final = frozenset({"ignore", "exclude", "exclude_modules", "layer_quant_config"})
-_ENDS: Final = frozenset({"modules_to_not_convert", "llm_int8_skip_modules"})
-_DYNAMIC: Final = "dynamic"
 _SIGN = re.compile(r"[+-]:")
 _MORE_THAN_A_NAME = re.compile(r"[*+?\[\](){}|^$\\]")
 
@@ -97,58 +93,57 @@ class Matcher:
 
 
 class MatchRules:
-    """The rules for one key of a document.
+    """The rules for one list of a document.
 
-    exact: a name matches the module of this name alone; known: moeconv knows the rules of this key;
-    parts: texts are parts of names, and no patterns.
+    rule: which of those in `vocabulary.toml`; empty where none is known for its key.
+    exact: a name matches the module of this name alone.
     """
 
     def __init__(self, place: str, method: str) -> None:
         """method: the `quant_method` of the config."""
-        key = place.rpartition(".")[2]
-        self._dynamic = key == _DYNAMIC
-        self.parts = key in _ENDS and method == "awq"
-        self._ends = key in _ENDS and not self.parts
-        self._globs = key in _GLOBS and method != "compressed-tensors"
-        self.exact = not (self._dynamic or self.parts or self._ends)
-        self.known = not self.exact or key in _NAMES | _GLOBS
+        self.rule = vocabulary().list_rule(place.rpartition(".")[2], method)
+        self.exact = self.rule in {"", "name", "glob"}
 
     def matcher(self, text: str, budget: Budget) -> Matcher | None:
         """What a text matches; None where it names one module. Raises UnsupportedPattern."""
         if text.startswith("re:"):
             return _regex(text[3:], budget)
-        if self._dynamic:
-            return _regex(_SIGN.sub("", text, count=1), budget)
-        if self.parts:
-            return Matcher(lambda name: text in name, (text,), budget)
-        if self._ends:
-            return _module_or_end(text, budget, plain=self.is_plain(text))
-        if self._globs and is_pattern(text):
-            return _glob(text, budget)
+        match self.rule:
+            case "regex":
+                return _regex(_SIGN.sub("", text, count=1), budget)
+            case "part":
+                return Matcher(lambda name: text in name, (text,), budget)
+            case "end":
+                return _module_or_end(text, budget, plain=self.is_plain(text))
+            case "glob" if is_pattern(text):
+                return _glob(text, budget)
         return None
+
+    def guesses(self, text: str, budget: Budget) -> Iterator[Matcher]:
+        """What a text that names no known module may match. Raises UnsupportedPattern.
+
+        That is what it matches by the rules; and where to these it is no pattern, or one that its
+        writer meant otherwise, what it would match as one, or as the end of a name.
+        """
+        matcher = self.matcher(text, budget)
+        if matcher is not None:
+            yield matcher
+        if is_pattern(text) and (matcher is None or self.rule == "part"):
+            yield _regex(f".*(?:{text})", budget)
+            yield _glob(text, budget)
+        # a word is to a known reader a class of modules, if anything
+        elif matcher is None and ("." in text or not self.rule):
+            yield Matcher(lambda name: name.endswith(f".{text}"), (f".{text}\n",), budget)
 
     def is_plain(self, text: str) -> bool:
         """Whether a text matches a module with all that is in it, or ends of names; no pattern."""
         patterned = text.startswith("re:") or is_pattern(text) or text.endswith(".")
-        return self._ends and not patterned
+        return self.rule == "end" and not patterned
 
 
 def is_pattern(text: str) -> bool:
     """Whether a text is more than a name."""
     return _MORE_THAN_A_NAME.search(text) is not None
-
-
-def guesses(text: str, budget: Budget) -> tuple[Matcher, ...]:
-    """What a pattern may match under a key of unknown rules. Raises UnsupportedPattern."""
-    return (
-        Matcher(_compiled(f".*(?:{text})"), (_literal(text),), budget),
-        _glob(text, budget),
-    )
-
-
-def ending_with(text: str, budget: Budget) -> Matcher:
-    """All names that end with a text."""
-    return Matcher(lambda name: name.endswith(text), (f"{text}\n",), budget)
 
 
 def _regex(text: str, budget: Budget) -> Matcher:

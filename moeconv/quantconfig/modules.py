@@ -11,6 +11,7 @@ from typing import Final
 from moeconv.core.names import natural_key
 from moeconv.detect.stack import Stack
 from moeconv.layout.recipe import Layout, TensorTemplate
+from moeconv.layout.shipped import vocabulary
 from moeconv.manifest.model import StackEntry
 from moeconv.quantconfig.match_rules import Names
 
@@ -34,7 +35,7 @@ class Modules:
     """The modules of stacks that are alike, by what follows a stack's name (a suffix).
 
     Where experts are joined, the module around them counts too: engines look it up by its name.
-    It does not count where it is not called `experts`: a router may be in it.
+    It does not count where its name is not one of such modules: a router may be in it.
     """
 
     def __init__(self, stack: Stack, old: Layout, new: Layout) -> None:
@@ -100,7 +101,8 @@ class Renamings:
         """The modules of one stack; stacks that are alike share them."""
         if stack not in self._of:
             of, old, new = self._kinds[stack]
-            key = (of.recipe.name, old, new, of.sizes.experts, "experts" in stack.split("."))
+            named = _holds_experts_only(stack)
+            key = (of.recipe.name, old, new, of.sizes.experts, named)
             if key not in self._known:
                 self._known[key] = Modules(of, old, new)
             self._of[stack] = self._known[key]
@@ -153,6 +155,10 @@ class Renamings:
         return any(self.modules(head).lost(suffix) for head, suffix in inside)
 
 
+def _holds_experts_only(module: str) -> bool:
+    return vocabulary().expert_modules.mentioned(module.split("."))
+
+
 def _heads(name: str) -> Iterator[str]:
     return accumulate(name.split("."), "{}.{}".format)
 
@@ -187,7 +193,7 @@ def _named(stack: Stack, layout: Layout) -> tuple[dict[str, Matrices], str | Non
     modules = _modules(stack, layout)
     around = _around(modules)
     joined = not all(line.per_expert for line in layout.weight_lines)
-    if not joined or "experts" not in (stack.name + around).split("."):
+    if not joined or not _holds_experts_only(stack.name + around):
         return modules, None
     return modules | {around: _held(modules, modules)}, around
 

@@ -11,20 +11,12 @@ from typing import Final
 
 from moeconv.core.names import natural_key
 from moeconv.core.text import quoted_list
-from moeconv.quantconfig.document import Text, changed_lists, quant_methods, quant_texts
-from moeconv.quantconfig.match_rules import (
-    Budget,
-    Matcher,
-    MatchRules,
-    UnsupportedPattern,
-    ending_with,
-    guesses,
-    is_pattern,
-)
+from moeconv.layout.shipped import vocabulary
+from moeconv.quantconfig.document import changed_lists, quant_methods, quant_texts
+from moeconv.quantconfig.match_rules import Budget, Matcher, MatchRules, UnsupportedPattern
 from moeconv.quantconfig.modules import Renamings
 
 _NONE: Final = frozenset[str]()
-_EXPERTS: Final = re.compile(r"(?<!shared_)(?<!shared)experts")
 _WORD: Final = re.compile(r"\w+")
 
 
@@ -38,11 +30,12 @@ def renamed_document(
     if not renamings.changed:
         return first, []
     try:
-        document = json.loads(first)
-        renamer = _Renamer(renamings, quant_methods(document, inside=inside))
-        after, unchanged = changed_lists(first, renamer.renamed_list, inside=inside)
+        json.loads(first)
+        document = first.decode("utf-8")
+        texts = quant_texts(document, inside=inside)
+        renamer = _Renamer(renamings, quant_methods(texts))
+        after, unchanged = changed_lists(document, texts, renamer.renamed_list)
         renamer.leave(unchanged)
-        texts = list(quant_texts(document, inside=inside))
     except (ValueError, IndexError, RecursionError):
         return first, []  # no JSON, and nobody's list of modules
     notes = [f"{name}, `{p}`: {n:,} names of experts renamed" for p, n in renamer.renamed.items()]
@@ -50,8 +43,14 @@ def renamed_document(
         f"{name}, `{place}`: names some experts of a stack only, left as it is"
         for place in renamer.partial
     ]
-    ambiguous = [(t.place, t.text) for t in texts if renamer.is_ambiguous(t)]
-    return after, notes + _left_notes(name, [*renamer.left, *ambiguous])
+    ambiguous = [
+        (found.place, item.text)
+        for found in texts
+        for item in found.items
+        if not (item.rest and _WORD.fullmatch(item.text))  # a key of one word is no module
+        and renamer.is_ambiguous(found.place, item.text, single=found.single)
+    ]
+    return after.encode("utf-8"), notes + _left_notes(name, [*renamer.left, *ambiguous])
 
 
 def _left_notes(name: str, pairs: list[tuple[str, str]]) -> list[str]:
@@ -216,47 +215,28 @@ class _Renamer:
         unchanged = (self._renamings.names(stack)[0] for stack in self._renamings.unchanged)
         return _Match(old, new) if old or new or any(map(matcher.suffixes, unchanged)) else None
 
-    def is_ambiguous(self, found: Text) -> bool:
+    def is_ambiguous(self, place: str, text: str, *, single: bool) -> bool:
         """Whether a text that was not renamed may have meant experts, or may mean them now."""
-        text = found.text
-        if (found.place, text) in self._settled:
+        if (place, text) in self._settled:
             return False
         # a word such as `experts` is no module's whole name; as an end it was tried before
-        if _EXPERTS.search(text) and not _WORD.fullmatch(text):
+        if vocabulary().expert_modules.in_text(text) and not _WORD.fullmatch(text):
             return True
-        if found.alone and not ("." in text or "*" in text):
+        rules = self._rules(place)
+        is_setting = single and not ("." in text or "*" in text)
+        if is_setting or (rules.is_plain(text) and not self._renamings.near(text)):
             return False
-        rules = self._rules(found.place)
         try:
-            return self._may_match(found, rules)
+            guesses = rules.guesses(text, self._budget)
+            return self._renamings.lost(text) or any(map(self._changes, guesses))
         except UnsupportedPattern:
-            return rules.known or not found.alone
+            return bool(rules.rule) or not single
 
-    def _may_match(self, found: Text, rules: MatchRules) -> bool:
-        text = found.text
-        if rules.is_plain(text) and not self._renamings.near(text):
-            return False
-        matcher = rules.matcher(text, self._budget)
-        if matcher is not None:
-            # lists in lists were not tried; a reader may know the modules by shorter names
-            tried = (found.place, text) in self._matches
-            if (not tried and self._changes(matcher)) or self._changes(matcher, shorter=True):
-                return True
-        if is_pattern(text) and (matcher is None or rules.parts):
-            return any(map(self._changes, guesses(text, self._budget)))
-        if matcher is not None:
-            return False
-        if self._renamings.lost(text):
-            return True
-        if "." not in text and rules.known:
-            return False  # to its reader a class of modules, if anything
-        return self._changes(ending_with(f".{text}", self._budget))
-
-    def _changes(self, matcher: Matcher, *, shorter: bool = False) -> bool:
-        """Whether other experts match after than before; shorter: by shorter names of stacks."""
+    def _changes(self, matcher: Matcher) -> bool:
+        """Whether other experts match after than before, also by shorter names of the stacks."""
         for stack in self._renamings.changed:
             modules = self._renamings.modules(stack)
-            for called in self._renamings.shorter[stack] if shorter else (stack,):
+            for called in (stack, *self._renamings.shorter[stack]):
                 old, new = map(matcher.suffixes, self._renamings.names(stack, called))
                 if old != new and modules.changed(old, new):
                     return True

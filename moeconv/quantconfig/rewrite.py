@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from moeconv.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES, QUANTIZATION
+from moeconv.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.strict_json import may_escape
 from moeconv.detect.stack import Stack
+from moeconv.layout.shipped import vocabulary
 from moeconv.manifest.model import StackEntry
 from moeconv.plan.model import Plan, Rewrite
 from moeconv.store.documents import read_document
@@ -77,7 +78,8 @@ def _names_some(config: bytes | None) -> bool:
     """Whether a config.json may hold a list of modules: only these members have one."""
     if config is None:
         return False
-    return may_escape(config) or any(section.encode() in config for section in QUANTIZATION)
+    sections = vocabulary().quantization_sections.words
+    return may_escape(config) or any(section.encode() in config for section in sections)
 
 
 def _restoring(plan: Plan, checkpoint: Checkpoint) -> Plan:

@@ -7,7 +7,7 @@ import pytest
 
 import moeconv
 from moeconv.core.json_value import Json
-from moeconv.quantconfig.document import changed_lists
+from moeconv.quantconfig.document import changed_lists, quant_texts
 from tests.families.listing import checkpoint, config_of, modules
 from tests.phantoms import phantom
 from tests.quantised.test_half_apart import CONFIG, HALVES, rows
@@ -52,8 +52,10 @@ def replaced(
     document: dict[str, Json], new: dict[str, tuple[str, ...]]
 ) -> tuple[Json, tuple[tuple[str, str], ...]]:
     """A document with some names replaced, and the places that were left."""
-    raw = json.dumps({"quantization_config": document}).encode()
-    after, left = changed_lists(raw, lambda _, texts: tuple(new.get(t, (t,)) for t in texts))
+    raw = json.dumps({"quantization_config": document})
+    after, left = changed_lists(
+        raw, quant_texts(raw), lambda _, texts: tuple(new.get(t, (t,)) for t in texts)
+    )
     return json.loads(after)["quantization_config"], left
 
 

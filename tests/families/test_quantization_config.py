@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.quantconfig.document import changed_lists
+from moeconv.quantconfig.document import changed_lists, quant_texts
 from tests.families.listing import PROJECTIONS, STACK, checkpoint, config_of, modules
 from tests.helpers import Spec, tree_sha256, write_checkpoint
 
@@ -232,4 +232,4 @@ def test_lists_in_place(text: str, wanted: str):
     def change(_: str, texts: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
         return (("z",), *[()] * (len(texts) - 1))
 
-    assert changed_lists(text.encode(), change)[0].decode() == wanted
+    assert changed_lists(text, quant_texts(text), change)[0] == wanted

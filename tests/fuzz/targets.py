@@ -29,7 +29,7 @@ from moeconv.placement.files import read_map
 from moeconv.placement.formats import FORMATS, write_map
 from moeconv.placement.model import MoeLayers, Placement, trivial
 from moeconv.placement.resolve import resolve
-from moeconv.quantconfig.document import changed_lists
+from moeconv.quantconfig.document import changed_lists, quant_texts
 from moeconv.quantconfig.match_rules import Budget, MatchRules, Names, UnsupportedPattern
 from tests.badinput.builders import entries, framed, index_doc, nbytes, qwen, two_files
 from tests.badinput.test_recipes import GOOD
@@ -103,9 +103,11 @@ def _pattern(raw: bytes) -> None:
 def _lists(raw: bytes) -> None:
     """Only valid JSON comes this far; what nobody changes stays as it is."""
     loads(raw, where="config.json", constants=True)
-    assert changed_lists(raw, lambda _, __: None) == (raw, ())
-    changed, _ = changed_lists(raw, lambda _, texts: tuple((t, t + "x") for t in texts))
-    loads(changed, where="config.json", constants=True)
+    text = raw.decode("utf-8")
+    texts = quant_texts(text)
+    assert changed_lists(text, texts, lambda _, __: None) == (text, ())
+    changed, _ = changed_lists(text, texts, lambda _, ts: tuple((t, t + "x") for t in ts))
+    loads(changed.encode("utf-8"), where="config.json", constants=True)
 
 
 def _map(ending: str) -> Callable[[bytes], None]:
