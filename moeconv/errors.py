@@ -155,6 +155,12 @@ class DownloadFailed(IoFailed):
     code = "download-failed"
 
 
+class NotLocal(IoFailed):
+    """A file whose bytes are needed, in a store of which only headers are read."""
+
+    code = "not-local"
+
+
 class SourceChanged(IoFailed):
     """A source file changed while it was read."""
 

@@ -80,7 +80,7 @@ def own_documents(source: Opened) -> OutputDocuments:
     own = source.checkpoint.origin
     if own is None:
         raise NotAnOutput(
-            f"{quoted(str(source.path))} was not written by moeconv",
+            f"{quoted(source.address)} was not written by moeconv",
             cause=f"it has no `{ROOT_NAME}`, so its original files are not known",
             fix="`moeconv unfuse` splits the experts of any checkpoint",
         )

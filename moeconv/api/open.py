@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
+from moeconv.checkpoint.source import Checkpoint, locate, locate_headers, open_checkpoint
 from moeconv.core.system_errors import system_errors
 from moeconv.detect.detect import Detection
 from moeconv.detect.identify import identify
@@ -17,9 +17,10 @@ from moeconv.layout.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A checkpoint with its detected experts; `path` is the local SRC."""
+    """A checkpoint with its detected experts; `path` is the local SRC, None if it is elsewhere."""
 
-    path: Path
+    address: str
+    path: Path | None
     checkpoint: Checkpoint
     recipes: tuple[Recipe, ...]
     detection: Detection
@@ -45,14 +46,17 @@ def open_source(
     recipe: str | Path | None = None,
     from_layout: str | None = None,
     exclude: tuple[str, ...] = (),
+    with_data: bool = False,
 ) -> Opened:
     """Read headers and detect the expert stacks; problems stay in `detection.problems`.
 
     An output of moeconv carries its own recipes and layouts: `recipe` and `from_layout` are not
-    used for it. exclude: globs of sidecars to leave out.
+    used for it. exclude: globs of sidecars to leave out. with_data: download a repository on the
+    Hub, since more than headers will be read.
     Raises UnknownFamily, BadRecipe, and what `open_checkpoint` raises.
     """
-    path = locate(src)
-    checkpoint = open_checkpoint(path, exclude=exclude)
+    place = locate(src) if with_data else locate_headers(src)
+    checkpoint = open_checkpoint(place, exclude=exclude)
     recipes, detection = identify(checkpoint, recipe=recipe, from_layout=from_layout)
-    return Opened(path, checkpoint, recipes, detection)
+    path = place if isinstance(place, Path) else None
+    return Opened(str(path or src), path, checkpoint, recipes, detection)

@@ -37,7 +37,11 @@ class WriteOptions(RunOptions):
     def open(self, src: str | Path) -> Opened:
         """Open SRC with these options. Raises as `open_source`."""
         return open_source(
-            src, recipe=self.recipe, from_layout=self.from_layout, exclude=self.exclude
+            src,
+            recipe=self.recipe,
+            from_layout=self.from_layout,
+            exclude=self.exclude,
+            with_data=not self.dry_run or self.resume,
         )
 
 
@@ -50,7 +54,7 @@ class ReadOptions(WorkOptions):
 
     def open(self, src: str | Path) -> Opened:
         """Open a checkpoint with these options. Raises as `open_source`."""
-        return open_source(src, recipe=self.recipe, from_layout=self.from_layout)
+        return open_source(src, recipe=self.recipe, from_layout=self.from_layout, with_data=True)
 
 
 class WriteKeywords(TypedDict, total=False):

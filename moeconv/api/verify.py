@@ -22,6 +22,7 @@ from moeconv.layout.recipe import Recipe
 from moeconv.layout.shipped import load_recipe, shipped_recipe
 from moeconv.manifest.model import ROOT_NAME, FileEntry, Manifest
 from moeconv.store.documents import unreadable
+from moeconv.store.local import LocalStore
 from moeconv.verification.against_source import compare_source, tensor_differences
 from moeconv.verification.digests import (
     Contents,
@@ -128,7 +129,7 @@ def _refuse_nested(place: Path, source: Path) -> None:
     """Raise UsageProblem if SRC is OUT, or one is inside the other."""
     one, other = (Path(os.path.realpath(p)) for p in (place, source))
     if one.is_relative_to(other) or other.is_relative_to(one) or one.samefile(other):
-        raise _same_error(source, f"it is {quoted(str(other))}, OUT is {quoted(str(one))}")
+        raise _same_error(str(source), f"it is {quoted(str(other))}, OUT is {quoted(str(one))}")
 
 
 def _refuse_same_files(out: Checkpoint, source: Checkpoint) -> None:
@@ -139,7 +140,7 @@ def _refuse_same_files(out: Checkpoint, source: Checkpoint) -> None:
     for file in source.files:
         if (name := mine.get(_inode(file.path))) is not None:
             cause = f"{quoted(str(file.path))} is the same file as {quoted(name)} of OUT"
-            raise _same_error(source.root, cause)
+            raise _same_error(source.store.address, cause)
 
 
 def _inode(path: Path) -> tuple[int, int]:
@@ -150,9 +151,9 @@ def _inode(path: Path) -> tuple[int, int]:
     return facts.st_dev, facts.st_ino
 
 
-def _same_error(source: Path, cause: str) -> UsageProblem:
+def _same_error(source: str, cause: str) -> UsageProblem:
     return UsageProblem(
-        f"{quoted(str(source))} is OUT itself: comparing it with itself proves nothing",
+        f"{quoted(source)} is OUT itself: comparing it with itself proves nothing",
         cause=cause,
         fix="pass the checkpoint that OUT was made from, or verify without `--source`",
     )
@@ -247,7 +248,7 @@ def _structure(place: Path, level: str) -> tuple[VerifyReport, tuple[FileEntry, 
             cause=f"it has no `{ROOT_NAME}`, so its bytes cannot be checked against anything",
             fix="compare it with its source: `moeconv verify OUT --level source --source SRC`",
         )
-    manifest, problems = check_structure(place)
+    manifest, problems = check_structure(LocalStore(place))
     if manifest is None:
         return VerifyReport(level, limit_problems(problems)), ()
     added, warnings = foreign_problems(place, manifest)
@@ -291,7 +292,7 @@ def fingerprint(
 
 def _damaged(opened: Opened, addresses: tuple[str, ...]) -> Damaged:
     return Damaged(
-        f"{quoted(str(opened.path))} is damaged: its bytes are not those that were written",
+        f"{quoted(opened.address)} is damaged: its bytes are not those that were written",
         at=quoted_list(addresses, most=_MAX_NAMED),
         cause=f"{counted(len(addresses), 'matrix or tensor', 'matrices or tensors')} differ from "
         "its manifest, or between replicas",
@@ -350,6 +351,6 @@ def _refuse_other_recipes(
         return
     detection = side.detection.checked()
     trusted = _trusted(side, recipe, fallback)
-    found = recipe_problems(str(side.path), own.manifest, detection, detection, trusted)
+    found = recipe_problems(side.address, own.manifest, detection, detection, trusted)
     if found:
         raise found[0].with_also(tuple(found[1:]))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from moeconv.core.json_value import Json
 from moeconv.core.strict_json import loads
 from moeconv.errors import BadConfig, quoted
+from moeconv.store.base import Store
 from moeconv.store.documents import read_document
 
 CONFIG_NAME: Final = "config.json"
@@ -73,17 +73,18 @@ def _below(value: Json, path: str) -> Json:
     return value
 
 
-def read_config(path: Path) -> Config:
-    """Read a config.json; `present` is False where there is none. Raises BadConfig, BadJson."""
-    if not path.exists():
+def read_config(store: Store) -> Config:
+    """Read config.json; `present` is False where there is none. Raises BadConfig, BadJson."""
+    file = store.file(CONFIG_NAME)
+    if file is None:
         return Config()
-    raw = read_document(path, MAX_CONFIG_BYTES, name=CONFIG_NAME)
+    raw = read_document(file, MAX_CONFIG_BYTES)
     # configs of real models carry Infinity (time limits of state-space layers)
     doc = loads(raw, where=quoted(CONFIG_NAME), constants=True)
     if not isinstance(doc, dict):
         raise BadConfig(
             "config.json is not a JSON object",
-            at=quoted(str(path)),
+            at=quoted(store.address),
             cause=f"it is a {type(doc).__name__}",
             fix="download config.json again",
         )

@@ -6,10 +6,8 @@ reader, which takes duplicate names, unknown members and leading spaces, and nev
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Final, TypeAlias, TypeGuard
 
 from moeconv.core.dtypes import BITS
@@ -24,7 +22,8 @@ from moeconv.errors import (
     TruncatedFile,
     quoted,
 )
-from moeconv.store.documents import LFS_MARK, opened, read_start, refuse_lfs, unreadable
+from moeconv.store.base import File
+from moeconv.store.documents import LFS_MARK, refuse_lfs
 
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -66,21 +65,16 @@ class Header:
         return len(self.raw)
 
 
-def read_header(path: Path, *, name: str, file: int) -> tuple[Header, os.stat_result]:
-    """Read and check one shard's header; with the `fstat` of the open file.
+def read_header(file: File, *, number: int) -> Header:
+    """Read and check one shard's header; `number` is that of the shard in its checkpoint.
 
-    name: its name in the checkpoint; in the Hub's cache the file itself has another one.
     Raises BadHeader or one of its classes, LfsPointer, IoFailed.
     """
-    with opened(path, name=name) as (descriptor, facts):
-        try:
-            start = read_start(descriptor, facts, max(LENGTH_BYTES, len(LFS_MARK)))
-            refuse_lfs(start, name)
-            length = header_length(start, file_size=facts.st_size, where=name)
-            raw = read_start(descriptor, facts, LENGTH_BYTES + length)
-        except OSError as problem:
-            raise unreadable(path, problem, name=name) from None
-    return parse_header(raw, file_size=facts.st_size, file=file, where=name), facts
+    start = file.read(0, min(file.size, max(LENGTH_BYTES, len(LFS_MARK))))
+    refuse_lfs(start, file.name)
+    length = header_length(start, file_size=file.size, where=file.name)
+    raw = file.read(0, LENGTH_BYTES + length)
+    return parse_header(raw, file_size=file.size, file=number, where=file.name)
 
 
 def header_length(start: bytes, *, file_size: int, where: str) -> int:

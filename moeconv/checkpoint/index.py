@@ -9,7 +9,14 @@ from typing import Final
 from moeconv.core.json_value import Json
 from moeconv.core.names import file_name_problem
 from moeconv.core.strict_json import encodable, loads, may_escape
-from moeconv.errors import BadIndex, MoeconvError, UnsafePath, quoted
+from moeconv.errors import (
+    BadIndex,
+    MoeconvError,
+    TensorNotInFile,
+    TensorNotInIndex,
+    UnsafePath,
+    quoted,
+)
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_INDEX_BYTES: Final = 512 * 1024 * 1024
@@ -78,4 +85,41 @@ def _unsafe(name: str, file: str, problem: str) -> MoeconvError:
         at=f"{quoted(name)}, `weight_map`",
         cause="a checkpoint may only name files next to its index",
         fix="do not use this checkpoint unless you know who wrote it and why",
+    )
+
+
+def check_index(index: Index, stored: dict[str, str]) -> None:
+    """Compare the index with the files that hold the tensors, by the tensors' names.
+
+    Raises TensorNotInFile, TensorNotInIndex; the first problems are reported together.
+    """
+    if stored == index.weight_map:
+        return
+    names = index.weight_map
+    elsewhere = [t for t, file in names.items() if stored.get(t) != file]
+    unnamed = [t for t in stored if t not in names]
+    count = len(elsewhere) + len(unnamed)
+    problems: list[MoeconvError] = [
+        *(_not_in_file(index, t, names[t], stored.get(t)) for t in elsewhere[:_MAX_REPORTED]),
+        *(_not_in_index(index, t, stored[t]) for t in unnamed[:_MAX_REPORTED]),
+    ]
+    if count > 1:
+        problems[0].cause = f"{problems[0].cause}; {count:,} entries in total disagree"
+    if problems:
+        raise problems[0].with_also(tuple(problems[1:_MAX_REPORTED]))
+
+
+def _not_in_file(index: Index, tensor: str, file: str, where: str | None) -> MoeconvError:
+    return TensorNotInFile(
+        f"{quoted(tensor)} is not in {quoted(file)}",
+        at=f"{quoted(index.name)}, `weight_map`",
+        cause=f"it is in {quoted(where)}" if where else "no file of the checkpoint holds it",
+    )
+
+
+def _not_in_index(index: Index, tensor: str, file: str) -> MoeconvError:
+    return TensorNotInIndex(
+        f"{quoted(tensor)} is not in the index",
+        at=f"{quoted(file)}, tensor {quoted(tensor)}",
+        cause=f"{quoted(index.name)} does not name it, so loaders would never read it",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from moeconv.checkpoint.header import Header
 from moeconv.checkpoint.index import parse_index
@@ -17,12 +16,11 @@ from moeconv.checkpoint.output_files import (
     read_entry,
     read_root,
 )
-from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.core.names import natural_key
 from moeconv.manifest.model import MAX_PART_BYTES, PARTS_DIR, ROOT_NAME, Manifest, Part
 from moeconv.manifest.reader import parse_parts
 from moeconv.manifest.rules import contradictions
-from moeconv.store.paths import files_below, resolve_inside
+from moeconv.store.base import File, Store
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class OutputDocuments:
 
     manifest: Manifest
     origin_raw: bytes
-    sidecars: tuple[Sidecar, ...]
+    sidecars: tuple[File, ...]
 
     @cached_property
     def origin(self) -> Origin:
@@ -53,28 +51,27 @@ class OutputDocuments:
         return tuple(sorted(self.manifest.parts, key=lambda p: natural_key(p.file)))
 
 
-def open_output(root: Path) -> OutputDocuments:
+def open_output(store: Store) -> OutputDocuments:
     """Read root, parts, index and origin; sidecars must exist, but are not read.
 
     Raises Damaged, BadManifest, UnsupportedVersion, MissingShard.
     """
-    top = read_root(root)
+    top = read_root(store)
     parts: list[Part] = []
     for entry in top.parts:
-        parts += parse_parts(read_entry(root, entry, limit=MAX_PART_BYTES), top, where=entry.name)
+        parts += parse_parts(read_entry(store, entry, limit=MAX_PART_BYTES), top, where=entry.name)
     for cause in contradictions(Manifest(top, tuple(parts))):
         raise damaged(ROOT_NAME, cause)
-    origin_raw = read_entry(root, top.origin)
+    origin_raw = read_entry(store, top.origin)
     if top.index is not None:
         # loaders use it, so it must be valid; nothing here needs its content
-        parse_index(read_entry(root, top.index), name=top.index.name)
+        parse_index(read_entry(store, top.index), name=top.index.name)
     sidecars = []
     for entry in top.sidecars:
-        path = resolve_inside(root, entry.name)
-        if not path.is_file():
+        file = store.file(entry.name)
+        if file is None:
             raise damaged(entry.name, "it is missing")
-        stat = path.stat()
-        sidecars.append(Sidecar(entry.name, path, stat.st_size, stat.st_mtime_ns))
+        sidecars.append(file)
     return OutputDocuments(
         manifest=Manifest(top, tuple(parts)),
         origin_raw=origin_raw,
@@ -82,10 +79,10 @@ def open_output(root: Path) -> OutputDocuments:
     )
 
 
-def foreign_files(root: Path, manifest: Manifest) -> list[str]:
-    """Relative paths of files in an output's directory that its manifest does not name, sorted.
+def foreign_files(store: Store, manifest: Manifest) -> list[str]:
+    """Relative paths of files in an output's directory that its manifest does not name.
 
-    Folders that cannot be listed are among them, with a `/` at the end. Raises OSError.
+    Folders that cannot be listed are among them, with a `/` at the end. Raises SourceMissing.
     """
     top = manifest.root
     named = {ROOT_NAME, f"{PARTS_DIR}/journal"}
@@ -93,5 +90,4 @@ def foreign_files(root: Path, manifest: Manifest) -> list[str]:
     named |= {top.index.name} if top.index else set()
     named |= {p.file for p in manifest.parts}
     named |= {FILLED_ROOT, *(filled_name(e.name) for e in top.parts)}
-    there, unread = files_below(root)
-    return sorted((set(there) | {f"{n}/" for n in unread}) - named, key=natural_key)
+    return [name for name in store.names() if name not in named]

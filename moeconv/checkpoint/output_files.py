@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from itertools import zip_longest
-from pathlib import Path
 from typing import Final
 
 from moeconv.checkpoint.header import Header, parse_header
@@ -21,8 +21,8 @@ from moeconv.manifest.model import (
     Root,
 )
 from moeconv.manifest.reader import parse_root
-from moeconv.store.documents import read_document, unreadable
-from moeconv.store.paths import resolve_inside
+from moeconv.store.base import Store
+from moeconv.store.documents import read_document
 
 FILLED_SUFFIX: Final = ".filled"
 FILLED_ROOT: Final = f"{PARTS_DIR}/.root{FILLED_SUFFIX}"
@@ -96,53 +96,41 @@ def missing(name: str) -> MissingShard:
     )
 
 
-def read_bounded(path: Path, limit: int, *, name: str) -> bytes:
+def read_named(store: Store, name: str, *, limit: int) -> bytes:
     """All bytes of an output's file, at most `limit`. Raises MissingShard, Malformed, IoFailed."""
-    try:
-        there = path.exists()
-    except OSError as problem:
-        raise unreadable(path, problem, name=name) from None
-    if not there:
+    file = store.file(name)
+    if file is None:
         raise missing(name)
-    return read_document(path, limit, name=name)
+    return read_document(file, limit)
 
 
-def read_entry(root: Path, entry: FileEntry, *, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
+def read_entry(store: Store, entry: FileEntry, *, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
     """The bytes of a document that the root names, checked against size and digest.
 
     Where adding digests was interrupted after the root was replaced, they are those of the new
     document, which is not renamed yet.
     """
     try:
-        return _read_named(root, entry, limit=limit)
+        return _read_checked(store, entry, limit=limit)
     except (Damaged, MissingShard):
-        raw = _waiting(root, entry, limit=limit)
-        if raw is None:
-            raise
-        return raw
+        filled = FileEntry(filled_name(entry.name), entry.size, entry.digest)
+        with suppress(Damaged, MissingShard):
+            return _read_checked(store, filled, limit=limit)
+        raise
 
 
-def _waiting(root: Path, entry: FileEntry, *, limit: int) -> bytes | None:
-    """The new document of an interrupted addition of digests; None if the root does not name it."""
-    name = filled_name(entry.name)
-    if not (root / name).exists():
-        return None
-    try:
-        return _read_named(root, FileEntry(name, entry.size, entry.digest), limit=limit)
-    except (Damaged, MissingShard):
-        return None
-
-
-def _read_named(root: Path, entry: FileEntry, *, limit: int) -> bytes:
-    path = resolve_inside(root, entry.name)
-    if path.exists() and path.is_file() and path.stat().st_size != entry.size:
+def _read_checked(store: Store, entry: FileEntry, *, limit: int) -> bytes:
+    file = store.file(entry.name)
+    if file is None:
+        raise missing(entry.name)
+    if file.size != entry.size:
         raise damaged(entry.name, f"its size is not the {entry.size:,} bytes in the manifest")
-    raw = read_bounded(path, limit, name=entry.name)
-    if len(raw) != entry.size or digest(raw) != entry.digest:
+    raw = read_document(file, limit)
+    if digest(raw) != entry.digest:
         raise damaged(entry.name, "its digest is not the one in the manifest")
     return raw
 
 
-def read_root(root: Path) -> Root:
+def read_root(store: Store) -> Root:
     """The root of an output. Raises Damaged, BadManifest, MissingShard, IoFailed."""
-    return parse_root(read_bounded(resolve_inside(root, ROOT_NAME), MAX_ROOT_BYTES, name=ROOT_NAME))
+    return parse_root(read_named(store, ROOT_NAME, limit=MAX_ROOT_BYTES))

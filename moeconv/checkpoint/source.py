@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
 from moeconv.checkpoint.header import Header, StoredTensor, read_header
-from moeconv.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
+from moeconv.checkpoint.index import (
+    INDEX_NAME,
+    MAX_INDEX_BYTES,
+    Index,
+    check_index,
+    parse_index,
+)
 from moeconv.checkpoint.output import OutputDocuments, foreign_files, open_output
 from moeconv.checkpoint.output_files import missing, read_root
-from moeconv.checkpoint.sidecars import Sidecar, sidecar, sidecars
 from moeconv.checkpoint.warnings import missing_shards, source_warnings
 from moeconv.core.digest import digest
 from moeconv.core.names import natural_key
@@ -21,49 +26,67 @@ from moeconv.core.text import counted, quoted_list
 from moeconv.errors import (
     BadIndex,
     DuplicateTensor,
-    MoeconvError,
+    MissingShard,
     NoCheckpoint,
     SourceChanged,
     SourceMissing,
-    TensorNotInFile,
-    TensorNotInIndex,
     Unfinished,
     quoted,
 )
 from moeconv.manifest.model import ORIGIN_NAME, PARTS_DIR, ROOT_NAME, Manifest, SourceEntry
-from moeconv.store import hub
+from moeconv.store.base import File, Store
 from moeconv.store.documents import read_document
-from moeconv.store.paths import existing_file, matches, refuse_unsafe_name, resolve_inside
+from moeconv.store.hub import SCHEME, HubStore
+from moeconv.store.local import LocalFile, LocalStore
+from moeconv.store.paths import matches, refuse_unsafe_name
 
 SUFFIX: Final = ".safetensors"
 _OTHERS: Final = frozenset({".json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".md", ".txt"})
 _INDEX_SUFFIX: Final = ".safetensors.index.json"
-_MAX_REPORTED: Final = 20
+_REQUESTS: Final = 8  # at once, to a store that is elsewhere
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One shard: its name, the real file (links followed), and that file's size and time."""
+    """One shard: the file, and its header."""
 
-    name: str
-    path: Path
-    size: int
-    mtime_ns: int
+    file: File
     header: Header
+
+    @property
+    def name(self) -> str:
+        """Its name in the checkpoint."""
+        return self.file.name
+
+    @property
+    def path(self) -> Path:
+        """The local file, links followed. Raises NotLocal."""
+        return self.file.path
+
+    @property
+    def size(self) -> int:
+        """Bytes, with the header."""
+        return self.file.size
+
+    @property
+    def mtime_ns(self) -> int:
+        """When it was last changed."""
+        return self.file.mtime_ns
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint's facts, read from headers only. `own` is set for outputs of moeconv.
 
+    store: where its bytes are. sidecars: the files without tensors, copied byte for byte.
     virtual: the virtual output that was opened, whose bytes are in this checkpoint.
     """
 
-    root: Path
+    store: Store
     files: tuple[DataFile, ...]
     index: Index | None
     config: Config
-    sidecars: tuple[Sidecar, ...]
+    sidecars: tuple[File, ...]
     warnings: tuple[str, ...]
     own: OutputDocuments | None = None
     virtual: OutputDocuments | None = None
@@ -95,9 +118,24 @@ class Checkpoint:
 
 
 def locate(src: str | Path) -> Path:
-    """The local path of SRC; `hf://` addresses are fetched first. Raises SourceMissing."""
+    """The local path of SRC; a repository on the Hub is downloaded, unless the cache has all of it.
+
+    Raises SourceMissing, DownloadFailed, UsageProblem.
+    """
+    place = locate_headers(src)
+    return place if isinstance(place, Path) else place.download()
+
+
+def locate_headers(src: str | Path) -> Path | HubStore:
+    """The local path of SRC, or the repository on the Hub whose files are not all in the cache.
+
+    Raises SourceMissing, DownloadFailed, UsageProblem.
+    """
     text = str(src)
-    path = hub.fetch(text) if text.startswith(hub.SCHEME) else Path(text)
+    if text.startswith(SCHEME):
+        hub = HubStore(text)
+        return hub.snapshot() or hub
+    path = Path(text)
     give = "pass a directory, a `.safetensors` file, or `hf://org/name`"
     try:
         there = path.exists()
@@ -113,42 +151,57 @@ def locate(src: str | Path) -> Path:
     return path
 
 
-def open_checkpoint(path: Path, *, exclude: tuple[str, ...] = ()) -> Checkpoint:
+def open_checkpoint(src: Path | Store, *, exclude: tuple[str, ...] = ()) -> Checkpoint:
     """Read all headers, the index, config.json; list the sidecars. Opens no data.
 
     exclude: globs of sidecars to leave out. Raises the classes of `errors.files`.
     """
-    if path.is_file():
-        return _open_file(path)
-    if (path / ROOT_NAME).exists():
-        return _open_own(path, exclude)
-    if _unfinished(path / PARTS_DIR):
+    if isinstance(src, Path) and src.is_file():
+        return _open_file(src)
+    store = LocalStore(src) if isinstance(src, Path) else src
+    if store.file(ROOT_NAME) is not None:
+        return _open_own(store, exclude)
+    if _unfinished(store):
         raise Unfinished(
-            f"{quoted(path.name)} is an unfinished moeconv output",
-            at=quoted(str(path)),
+            f"{quoted(store.address.rpartition('/')[2])} is an unfinished moeconv output",
+            at=quoted(store.address),
             cause=f"it has `{PARTS_DIR}/` but no `{ROOT_NAME}`, which is written last",
             fix="convert again with `--overwrite`",
         )
-    return _open_directory(path, exclude)
+    return _open_directory(store, exclude)
 
 
-def _unfinished(parts: Path) -> bool:
+def _unfinished(store: Store) -> bool:
     """Whether a `moeconv/` is what a run of ours leaves, not just a folder of that name."""
-    marks = ("journal", Path(ORIGIN_NAME).name)
-    return any((parts / m).exists() for m in marks) or any(parts.glob(".*.partial"))
+    if any(store.file(name) for name in (f"{PARTS_DIR}/journal", ORIGIN_NAME)):
+        return True
+    if store.root is None:
+        return False
+    return any((store.root / PARTS_DIR).glob(".*.partial"))
 
 
-def _data_files(named: list[tuple[str, Path]]) -> tuple[DataFile, ...]:
-    out = []
-    for number, (name, path) in enumerate(sorted(named, key=lambda f: natural_key(f[0]))):
-        header, stat = read_header(path, name=name, file=number)
-        out.append(DataFile(name, path, stat.st_size, stat.st_mtime_ns, header))
-    return tuple(out)
+def _data_files(found: list[File]) -> tuple[DataFile, ...]:
+    """Read the headers, from elsewhere several at a time."""
+    files = sorted(found, key=lambda f: natural_key(f.name))
+    numbered = range(len(files))
+    if all(isinstance(file, LocalFile) for file in files):
+        headers = [read_header(file, number=n) for file, n in zip(files, numbered, strict=True)]
+    else:
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            waiting = [
+                pool.submit(read_header, f, number=n) for f, n in zip(files, numbered, strict=True)
+            ]
+            try:
+                headers = [each.result() for each in waiting]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return tuple(map(DataFile, files, headers))
 
 
 def _open_file(path: Path) -> Checkpoint:
-    config = path.parent / CONFIG_NAME
-    refuse_unsafe_name(path.name, path.parent)
+    store = LocalStore(path.parent)
+    refuse_unsafe_name(path.name, store.address)
     if path.suffix in _OTHERS:
         raise NoCheckpoint(
             f"{quoted(path.name)} is not a safetensors file",
@@ -156,69 +209,69 @@ def _open_file(path: Path) -> Checkpoint:
             cause=f"its name ends in {quoted(path.suffix)}",
             fix="pass the directory of the checkpoint, or one `.safetensors` file",
         )
-    _refuse_fragment(path)
-    files = _data_files([(path.name, path)])
-    others: tuple[Sidecar, ...] = ()
-    if config.exists():
-        others = (sidecar(path.parent, CONFIG_NAME),)
-        config = others[0].path
+    _refuse_fragment(store, path.name)
+    files = _data_files([LocalFile.at(path, name=path.name)])
+    config = store.file(CONFIG_NAME)
+    others = () if config is None else (config,)
     warnings = tuple(missing_shards([path.name]))
-    return Checkpoint(path.parent, files, None, read_config(config), others, warnings)
+    return Checkpoint(store, files, None, read_config(store), others, warnings)
 
 
-def _open_own(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
-    own = open_output(root)
+def _open_own(store: Store, exclude: tuple[str, ...]) -> Checkpoint:
+    own = open_output(store)
     if own.manifest.root.source is not None:
-        return _open_virtual(root, own, own.manifest.root.source, exclude)
-    places = [(p.file, resolve_inside(root, p.file)) for p in own.manifest.parts]
-    for name, path in places:
-        if not path.exists():
-            raise missing(name)
-    files = _data_files(places)
+        return _open_virtual(store, own, own.manifest.root.source, exclude)
+    found = []
+    for part in own.manifest.parts:
+        file = store.file(part.file)
+        if file is None:
+            raise missing(part.file)
+        found.append(file)
+    files = _data_files(found)
     own.check_headers(tuple((f.name, f.size, f.header) for f in files))
     kept = tuple(s for s in own.sidecars if not matches(s.name, exclude))
-    config = read_config(resolve_inside(root, CONFIG_NAME))
-    return Checkpoint(root, files, None, config, kept, _foreign_warning(root, own), own)
+    return Checkpoint(
+        store, files, None, read_config(store), kept, _foreign_warning(store, own), own
+    )
 
 
 def _open_virtual(
-    root: Path, own: OutputDocuments, source: SourceEntry, exclude: tuple[str, ...]
+    store: Store, own: OutputDocuments, source: SourceEntry, exclude: tuple[str, ...]
 ) -> Checkpoint:
     """The source that a virtual output points into; only the recorded files of it matter.
 
     Raises SourceMissing, SourceChanged.
     """
-    place = Path(source.directory)
-    if not place.is_dir():
+    if not Path(source.directory).is_dir():
         raise SourceMissing(
-            f"the source of the virtual output {quoted(str(root))} does not exist",
+            f"the source of the virtual output {quoted(store.address)} does not exist",
             at=quoted(source.directory),
             cause="there is no such directory",
             fix="restore it; a virtual output has no bytes of its own",
         )
+    place = LocalStore(Path(source.directory))
     inner = None
-    if (place / ROOT_NAME).exists():
+    if place.file(ROOT_NAME) is not None:
         if read_root(place).source is not None:
             raise _changed(source, "it is itself a virtual output, without bytes of its own")
-        found = open_checkpoint(place)
-        inner, files = found.own, found.files
+        opened = open_checkpoint(place)
+        inner, files = opened.own, opened.files
     else:
-        files = _data_files([(f.name, _pinned(place, f.name, source)) for f in source.files])
+        files = _data_files([_pinned(place, f.name, source) for f in source.files])
     wanted = {(f.name, f.size, f.mtime_ns, f.header_digest) for f in source.files}
     there = {(f.name, f.size, f.mtime_ns, digest(f.header.raw)) for f in files}
     changed = sorted({name for name, *_ in wanted ^ there}, key=natural_key)
     if changed:
         raise _changed(source, f"{quoted_list(changed, most=1)}: written to, replaced or removed")
     kept = tuple(s for s in own.sidecars if not matches(s.name, exclude))
-    config = read_config(resolve_inside(root, CONFIG_NAME))
-    return Checkpoint(place, files, None, config, kept, (), inner, own)
+    return Checkpoint(place, files, None, read_config(store), kept, (), inner, own)
 
 
-def _pinned(place: Path, name: str, source: SourceEntry) -> Path:
-    path = resolve_inside(place, name)
-    if not path.is_file():
+def _pinned(place: LocalStore, name: str, source: SourceEntry) -> LocalFile:
+    file = place.file(name)
+    if file is None:
         raise _changed(source, f"{quoted(name)} is missing")
-    return path
+    return file
 
 
 def _changed(source: SourceEntry, cause: str) -> SourceChanged:
@@ -230,118 +283,100 @@ def _changed(source: SourceEntry, cause: str) -> SourceChanged:
     )
 
 
-def _foreign_warning(root: Path, own: OutputDocuments) -> tuple[str, ...]:
+def _foreign_warning(store: Store, own: OutputDocuments) -> tuple[str, ...]:
     """Warn about files that were added to an output, since no command copies them."""
-    found = foreign_files(root, own.manifest)
+    found = foreign_files(store, own.manifest)
     if not found:
         return ()
     return (f"{quoted_list(found, most=1)} is not part of this output, and is not copied",)
 
 
-def _refuse_fragment(path: Path) -> None:
+def _refuse_fragment(store: LocalStore, name: str) -> None:
     """Refuse one shard of several: converted alone it would look like a whole model."""
-    index = _read_index(path.parent, sorted(os.listdir(path.parent)))  # noqa: PTH208
-    if index is not None and path.name in index.files and len(index.files) > 1:
+    index = _read_index(store, store.entries())
+    if index is not None and name in index.files and len(index.files) > 1:
         raise NoCheckpoint(
-            f"{quoted(path.name)} is one of {len(index.files)} shards",
-            at=quoted(str(path)),
+            f"{quoted(name)} is one of {len(index.files)} shards",
+            at=quoted(str(store.root / name)),
             cause=f"{quoted(index.name)} in the same directory names the others",
-            fix=f"pass the directory: {quoted(str(path.parent))}",
+            fix=f"pass the directory: {quoted(store.address)}",
         )
 
 
-def _open_directory(root: Path, exclude: tuple[str, ...]) -> Checkpoint:
-    try:
-        names = sorted(os.listdir(root), key=natural_key)  # noqa: PTH208 - names, not paths
-    except OSError as problem:
-        raise SourceMissing(
-            f"cannot list {quoted(str(root))}",
-            cause=problem.strerror,
-            fix="check that the directory is readable",
-        ) from None
-    shards = [n for n in names if n.endswith(SUFFIX)]
-    index = _read_index(root, names)
+def _open_directory(store: Store, exclude: tuple[str, ...]) -> Checkpoint:
+    entries = store.entries()
+    # a folder of such a name is refused when it is looked up
+    shards = [n for n in (e.rstrip("/") for e in entries) if n.endswith(SUFFIX)]
+    index = _read_index(store, entries)
     if index is not None:
-        files = _data_files([(n, existing_file(root, n, named_by=index.name)) for n in index.files])
+        files = _data_files([_existing(store, n, named_by=index.name) for n in index.files])
         _check_disjoint(files, fix="download the index and the shards again")
-        _check_index(index, files)
+        check_index(index, {t.name: f.name for f in files for t in f.header.tensors})
     elif shards:
         wanted = [n for n in shards if not matches(n, exclude)]
-        for name in wanted:
-            refuse_unsafe_name(name, root)
-        files = _data_files([(n, resolve_inside(root, n)) for n in wanted])
+        files = _data_files([_listed(store, n) for n in wanted])
         _check_disjoint(files, fix="pass the index, or leave one of them out with `--exclude`")
     else:
         raise NoCheckpoint(
-            f"{quoted(str(root))} holds no safetensors checkpoint",
-            cause=_no_checkpoint_cause(names),
+            f"{quoted(store.address)} holds no safetensors checkpoint",
+            cause=_no_checkpoint_cause(entries),
             fix="pass the directory that contains `model*.safetensors`",
         )
-    skip = frozenset({f.name for f in files} | ({index.name} if index else set()))
-    others = sidecars(root, skip=skip, exclude=exclude)
-    config = read_config(resolve_inside(root, CONFIG_NAME))
-    found = Checkpoint(root, files, index, config, others, ())
+    skip = {f.name for f in files} | ({index.name} if index else set())
+    sidecars = tuple(_listed(store, n) for n in store.names(exclude=exclude) if n not in skip)
+    config = read_config(store)
+    found = Checkpoint(store, files, index, config, sidecars, ())
     warnings = source_warnings(
-        index, tuple(f.name for f in files), found.tensor_bytes, others, has_config=config.present
+        index, tuple(f.name for f in files), found.tensor_bytes, sidecars, has_config=config.present
     )
     return replace(found, warnings=tuple(warnings))
 
 
-def _no_checkpoint_cause(names: list[str]) -> str:
-    pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth"))]
+def _existing(store: Store, name: str, *, named_by: str) -> File:
+    """A shard that the index names. Raises MissingShard, UnsafePath."""
+    file = store.file(name)
+    if file is None:
+        raise MissingShard(
+            f"{quoted(name)} is missing",
+            at=quoted(named_by),
+            cause=f"{quoted(named_by)} names it, but it is not in the directory",
+            fix="download the shard, then `moeconv inspect SRC`",
+        )
+    return file
+
+
+def _listed(store: Store, name: str) -> File:
+    """A file that the store lists. Raises UnsafePath, SourceMissing."""
+    file = store.file(name)
+    if file is None:
+        raise SourceMissing(
+            f"cannot read {quoted(name)}",
+            at=f"{quoted(name)} in {quoted(store.address)}",
+            cause="it is a broken link, or was removed meanwhile",
+            fix="restore the file, or leave it out with `--exclude`",
+        )
+    return file
+
+
+def _no_checkpoint_cause(entries: list[str]) -> str:
+    pickles = [n for n in entries if n.endswith((".bin", ".pt", ".pth"))]
     if pickles:
         return f"it has {quoted(pickles[0])}: reading a pickle runs code, so moeconv reads none"
-    return f"none of its {counted(len(names), 'entry', 'entries')} ends in `{SUFFIX}`"
+    return f"none of its {counted(len(entries), 'entry', 'entries')} ends in `{SUFFIX}`"
 
 
-def _read_index(root: Path, names: list[str]) -> Index | None:
-    found = [n for n in names if n.endswith(_INDEX_SUFFIX)]
+def _read_index(store: Store, entries: list[str]) -> Index | None:
+    found = [n for n in (e.rstrip("/") for e in entries) if n.endswith(_INDEX_SUFFIX)]
     name = INDEX_NAME if INDEX_NAME in found else next(iter(found), None)
     if name is None:
         return None
     if name != INDEX_NAME and len(found) > 1:
         raise BadIndex(
-            f"{quoted(str(root))} has {len(found)} index files, none of them `{INDEX_NAME}`",
+            f"{quoted(store.address)} has {len(found)} index files, none of them `{INDEX_NAME}`",
             cause=f"they are {', '.join(map(quoted, found))}",
             fix="keep only one of them in the directory",
         )
-    refuse_unsafe_name(name, root)
-    raw = read_document(resolve_inside(root, name), MAX_INDEX_BYTES, name=name)
-    return parse_index(raw, name=name)
-
-
-def _check_index(index: Index, files: tuple[DataFile, ...]) -> None:
-    stored = {t.name: f.name for f in files for t in f.header.tensors}
-    if stored == index.weight_map:
-        return
-    names = index.weight_map
-    elsewhere = [t for t, file in names.items() if stored.get(t) != file]
-    unnamed = [t for t in stored if t not in names]
-    count = len(elsewhere) + len(unnamed)
-    problems: list[MoeconvError] = [
-        *(_not_in_file(index, t, names[t], stored.get(t)) for t in elsewhere[:_MAX_REPORTED]),
-        *(_not_in_index(index, t, stored[t]) for t in unnamed[:_MAX_REPORTED]),
-    ]
-    if count > 1:
-        problems[0].cause = f"{problems[0].cause}; {count:,} entries in total disagree"
-    if problems:
-        raise problems[0].with_also(tuple(problems[1:_MAX_REPORTED]))
-
-
-def _not_in_file(index: Index, tensor: str, file: str, where: str | None) -> MoeconvError:
-    return TensorNotInFile(
-        f"{quoted(tensor)} is not in {quoted(file)}",
-        at=f"{quoted(index.name)}, `weight_map`",
-        cause=f"it is in {quoted(where)}" if where else "no file of the checkpoint holds it",
-    )
-
-
-def _not_in_index(index: Index, tensor: str, file: str) -> MoeconvError:
-    return TensorNotInIndex(
-        f"{quoted(tensor)} is not in the index",
-        at=f"{quoted(file)}, tensor {quoted(tensor)}",
-        cause=f"{quoted(index.name)} does not name it, so loaders would never read it",
-    )
+    return parse_index(read_document(_listed(store, name), MAX_INDEX_BYTES), name=name)
 
 
 def _check_disjoint(files: tuple[DataFile, ...], *, fix: str) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from moeconv.checkpoint.index import Index
-from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.core.text import human_size
 from moeconv.errors import quoted
-from moeconv.store.documents import LFS_MARK, opened, read_start, unreadable
+from moeconv.store.base import File
+from moeconv.store.documents import LFS_MARK
+from moeconv.store.local import LocalFile
 
 _NUMBERED = re.compile(r"(.+)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors", re.DOTALL)
 _POINTER_BYTES: Final = 1024
@@ -20,7 +21,7 @@ def source_warnings(
     index: Index | None,
     shards: tuple[str, ...],
     tensor_bytes: int,
-    sidecars: tuple[Sidecar, ...],
+    sidecars: tuple[File, ...],
     *,
     has_config: bool,
 ) -> Iterator[str]:
@@ -41,7 +42,7 @@ def source_warnings(
                 "as it is (`--exclude` leaves it out)"
             )
     for sidecar in sidecars:
-        if sidecar.size <= _POINTER_BYTES and _is_pointer(sidecar):
+        if _is_pointer(sidecar):
             yield (
                 f"{quoted(sidecar.name)} is a Git-LFS pointer, not the file itself; copied as it is"
             )
@@ -66,9 +67,8 @@ def missing_shards(names: Iterable[str]) -> Iterator[str]:
             )
 
 
-def _is_pointer(sidecar: Sidecar) -> bool:
-    with opened(sidecar.path, name=sidecar.name) as (descriptor, facts):
-        try:
-            return read_start(descriptor, facts, len(LFS_MARK)) == LFS_MARK
-        except OSError as problem:
-            raise unreadable(sidecar.path, problem, name=sidecar.name) from None
+def _is_pointer(sidecar: File) -> bool:
+    # the Hub sends what a pointer stands for
+    if not isinstance(sidecar, LocalFile) or not len(LFS_MARK) <= sidecar.size <= _POINTER_BYTES:
+        return False
+    return sidecar.read(0, len(LFS_MARK)) == LFS_MARK

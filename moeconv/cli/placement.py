@@ -141,8 +141,8 @@ def convert(
         ui.result(str(output), lambda: {**doc, "source_format": raw.format, "output": str(output)})
 
 
-def _layers(source: str) -> tuple[MoeLayers, Path]:
-    """The checkpoint's layers and its local path."""
+def _layers(source: str) -> tuple[MoeLayers, Path | None]:
+    """The checkpoint's layers and its path, if it is local."""
     from moeconv.api.open import open_source
     from moeconv.detect.moe_layers import layers_of
 

@@ -67,7 +67,7 @@ def plan_document(verb: str, result: Result) -> Json:
         "out": str(result.out),
         "restores_origin": plan.restores,
         "source": {
-            "path": str(source.root),
+            "path": source.store.address,
             "files": len(source.files),
             "tensors": len(source.tensors),
             "bytes": source.tensor_bytes,
@@ -166,7 +166,7 @@ def checkpoint_lines(opened: Opened) -> list[str]:
     config = checkpoint.config
     kind = printable(config.model_type) if config.model_type else "no model_type"
     lines = [
-        f"{printable(str(checkpoint.root))}: {kind}, {counted(len(checkpoint.files), 'file')}, "
+        f"{printable(checkpoint.store.address)}: {kind}, {counted(len(checkpoint.files), 'file')}, "
         f"{counted(len(checkpoint.tensors), 'tensor')}, {human_size(checkpoint.tensor_bytes)}"
     ]
     if checkpoint.origin is not None:
@@ -296,7 +296,7 @@ def checkpoint_document(opened: Opened, tensors: Iterable[StoredTensor] | None) 
     checkpoint, detection = opened.checkpoint, opened.detection
     doc: dict[str, Json] = {
         "type": "checkpoint",
-        "path": str(checkpoint.root),
+        "path": checkpoint.store.address,
         "model_type": checkpoint.config.model_type,
         "files": [
             {"name": f.name, "size": f.size, "tensors": len(f.header.tensors)}

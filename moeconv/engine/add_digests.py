@@ -10,7 +10,6 @@ from moeconv.checkpoint.output_files import (
     FILLED_SUFFIX,
     damaged,
     filled_name,
-    read_bounded,
     read_root,
 )
 from moeconv.core.digest import digest
@@ -28,6 +27,8 @@ from moeconv.manifest.model import (
     part_names,
 )
 from moeconv.manifest.writer import root_bytes
+from moeconv.store.documents import read_document
+from moeconv.store.local import LocalFile, LocalStore
 
 
 def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Manifest:
@@ -84,11 +85,11 @@ def finish_fill(place: Path) -> None:
     new_parts = sorted((place / PARTS_DIR).glob(f".*{FILLED_SUFFIX}"))
     if not new_parts:
         return
-    wanted = {filled_name(e.name): e for e in read_root(place).parts}
+    wanted = {filled_name(e.name): e for e in read_root(LocalStore(place)).parts}
     for path in new_parts:
         name = f"{PARTS_DIR}/{path.name}"
         entry = wanted.get(name)
-        raw = b"" if entry is None else read_bounded(path, MAX_PART_BYTES, name=name)
+        raw = b"" if entry is None else read_document(LocalFile.at(path, name=name), MAX_PART_BYTES)
         with writing(path):
             if entry is not None and digest(raw) == entry.digest:
                 path.replace(place / entry.name)

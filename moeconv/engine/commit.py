@@ -7,7 +7,6 @@ import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.digest import digest, hasher
 from moeconv.core.signals import defer_signals
@@ -54,6 +53,7 @@ from moeconv.manifest.model import (
 from moeconv.manifest.reader import parse_root
 from moeconv.manifest.writer import root_bytes
 from moeconv.plan.model import OutputFile, Plan, Rewrite
+from moeconv.store.base import File
 from moeconv.store.documents import opened, read_document, unreadable
 from moeconv.store.file_io import append, read_available
 from moeconv.version import __version__
@@ -266,7 +266,7 @@ class _Commit:
         self.work.rename(partial, final)
         return FileEntry(name, len(data), digest(data))
 
-    def _sidecar(self, sidecar: Sidecar) -> FileEntry:
+    def _sidecar(self, sidecar: File) -> FileEntry:
         final = self.out / sidecar.name
         rewrite = next((r for r in self.plan.rewrites if r.name == sidecar.name), None)
         if rewrite is not None:
@@ -282,8 +282,8 @@ class _Commit:
                 fsync_directory(final.parent)
         return FileEntry(sidecar.name, sidecar.size, value)
 
-    def _rewritten(self, sidecar: Sidecar, rewrite: Rewrite) -> FileEntry:
-        now = read_document(sidecar.path, MAX_DOCUMENT_BYTES, name=sidecar.name)
+    def _rewritten(self, sidecar: File, rewrite: Rewrite) -> FileEntry:
+        now = read_document(sidecar, MAX_DOCUMENT_BYTES)
         if now != rewrite.before:
             raise _changed(sidecar, f"and its content has changed ({len(now):,} bytes now)")
         self.recorded.check_sidecar(sidecar, digest(now))
@@ -293,7 +293,7 @@ class _Commit:
         return self._write(sidecar.name, rewrite.after)
 
 
-def copy_sidecar(sidecar: Sidecar, partial: Path, final: Path) -> str:
+def copy_sidecar(sidecar: File, partial: Path, final: Path) -> str:
     """Copy one file through a small buffer and fsync it; return its digest.
 
     Raises SourceChanged where it is not the file that was planned with, IoFailed, DiskFull.
@@ -313,7 +313,7 @@ def copy_sidecar(sidecar: Sidecar, partial: Path, final: Path) -> str:
     return state.hexdigest()
 
 
-def _changed(sidecar: Sidecar, now: str) -> SourceChanged:
+def _changed(sidecar: File, now: str) -> SourceChanged:
     return SourceChanged(
         f"{quoted(sidecar.name)} changed while SRC was being converted",
         at=quoted(str(sidecar.path)),
@@ -321,7 +321,7 @@ def _changed(sidecar: Sidecar, now: str) -> SourceChanged:
     )
 
 
-def _read(reader: int, buffer: memoryview, offset: int, sidecar: Sidecar) -> int:
+def _read(reader: int, buffer: memoryview, offset: int, sidecar: File) -> int:
     try:
         return read_available(reader, buffer, offset)
     except OSError as problem:

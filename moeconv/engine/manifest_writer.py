@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from dataclasses import replace
 from typing import Final, TypeAlias
@@ -142,7 +143,7 @@ def source_entry(checkpoint: Checkpoint) -> SourceEntry:
 
     Raises NotVirtual if the manifest cannot express it.
     """
-    directory = str(checkpoint.root.resolve())
+    directory = os.path.realpath(checkpoint.store.address)
     if not encodable(directory) or len(directory.encode()) > MAX_TEXT_BYTES:
         raise _inexpressible(directory, "its path is not UTF-8, or longer than 4,096 bytes")
     early = next((f.name for f in checkpoint.files if f.mtime_ns < 0), None)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.engine.copy.sink import (
     LATER,
@@ -20,6 +18,7 @@ from moeconv.engine.manifest_writer import entry_of
 from moeconv.errors import Damaged, quoted
 from moeconv.manifest.model import Part, StackEntry, addresses
 from moeconv.plan.model import OutputFile, Plan
+from moeconv.store.base import File
 from moeconv.store.documents import file_digest
 
 
@@ -30,18 +29,18 @@ class Recorded:
     complete: whether there is one for every unit. A foreign checkpoint records none.
     """
 
-    root: Path
+    source: str
     matrices: dict[str, str] = field(default_factory=dict)
     sidecars: dict[str, str] = field(default_factory=dict)
     complete: bool = False
 
-    def refuse_edited(self, sidecars: tuple[Sidecar, ...]) -> None:
+    def refuse_edited(self, sidecars: tuple[File, ...]) -> None:
         """Read all sidecars and compare them with their digests. Raises Damaged, IoFailed."""
         for sidecar in sidecars:
             if sidecar.name in self.sidecars:
                 self.check_sidecar(sidecar, file_digest(sidecar.path, name=sidecar.name))
 
-    def check_sidecar(self, sidecar: Sidecar, value: str) -> None:
+    def check_sidecar(self, sidecar: File, value: str) -> None:
         """Raise Damaged if the digest of a sidecar is not the recorded one."""
         wanted = self.sidecars.get(sidecar.name)
         if wanted is not None and wanted != value:
@@ -70,7 +69,7 @@ class Recorded:
     def _damaged(self, address: str, value: str, wanted: str | None) -> Damaged:
         return Damaged(
             f"{quoted(address)} differs from the source's manifest",
-            at=quoted(str(self.root)),
+            at=quoted(self.source),
             cause=f"its digest is {value or 'unknown'}, the manifest records {wanted or 'none'}",
             fix="fetch the source again; `moeconv verify SRC` lists all the damage",
         )
@@ -80,10 +79,10 @@ def recorded(checkpoint: Checkpoint) -> Recorded:
     """Return what the source's own manifest records; nothing for a foreign checkpoint."""
     own = checkpoint.origin
     if own is None:
-        return Recorded(checkpoint.root)
+        return Recorded(checkpoint.store.address)
     manifest = own.manifest
     return Recorded(
-        root=checkpoint.root,
+        source=checkpoint.store.address,
         matrices={address: value for address, _, _, value in manifest.matrices()},
         sidecars={entry.name: entry.digest for entry in manifest.root.sidecars},
         complete=manifest.complete,

@@ -21,6 +21,7 @@ from moeconv.engine.output.resume import is_restored, refuse_other_output
 from moeconv.engine.output.transaction import end_run
 from moeconv.manifest.model import ROOT_NAME, Manifest
 from moeconv.plan.model import Plan
+from moeconv.store.local import LocalStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +38,18 @@ class Outcome:
     methods: CopyMethods | None = None
 
 
-def run(plan: Plan, source: Checkpoint, out: Path, options: RunOptions, *, src: Path) -> Outcome:
+def run(
+    plan: Plan, source: Checkpoint, out: Path, options: RunOptions, *, src: Path | None
+) -> Outcome:
     """Write the plan's output to OUT, or in a dry run only check that it can be written.
 
-    src: the path that the source was opened by, which OUT must not overlap.
+    src: the path that the source was opened by, which OUT must not overlap; None if not local.
     Raises UnsafeOutput, WouldOverwrite, CannotResume, NameCollision, DiskFull, and what `commit`
     raises.
     """
     refuse_overlap(src, out)
     if source.virtual is not None:
-        refuse_overlap(source.root, out)  # where the bytes of a virtual output are
+        refuse_overlap(source.store.root, out)  # where the bytes of a virtual output are
     # a dangling link is refused; a link to a directory stands for that directory
     place = out if out.is_symlink() and not out.exists() else Path(os.path.realpath(out))
     limits = options.limits()
@@ -70,7 +73,7 @@ def run(plan: Plan, source: Checkpoint, out: Path, options: RunOptions, *, src: 
     if options.resume and (place / ROOT_NAME).exists():
         refuse_other_output(place, plan, source, limits)
         notes = end_run(place, limits)
-        return Outcome(_noted(plan, notes), space, Manifest(read_root(place), ()))
+        return Outcome(_noted(plan, notes), space, Manifest(read_root(LocalStore(place)), ()))
     manifest, methods, notes = commit(plan, source, place, options, space=space, replaced=replaced)
     return Outcome(_noted(plan, notes), space, manifest, methods)
 

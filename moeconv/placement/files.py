@@ -21,6 +21,7 @@ from moeconv.placement.parse import MAX_ROWS, MAX_SLOTS
 from moeconv.placement.vllm import VLLM
 from moeconv.placement.yaml_value import yaml_value
 from moeconv.store.documents import read_document
+from moeconv.store.local import LocalFile
 
 MAX_MAP_BYTES: Final = 16 * 1024 * 1024  # of a map for a thousand layers there is 1 MiB
 _MAX_YAML_BYTES: Final = 4 * 1024 * 1024  # its reader is slow
@@ -45,7 +46,7 @@ def read_map(which: str | Path) -> RawMap:
             cause=f"the file extensions are {', '.join(_READERS)}",
             fix="pass such a file, or the JSON text itself",
         )
-    doc, bare = reader(read_document(path, MAX_MAP_BYTES, name=path.name), path.name)
+    doc, bare = reader(read_document(LocalFile.at(path, name=path.name), MAX_MAP_BYTES), path.name)
     return parse_map(doc, where=path.name, bare=bare)
 
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Final
 
 from moeconv.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES
-from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.strict_json import may_escape
 from moeconv.detect.stack import Stack
 from moeconv.layout.shipped import vocabulary
 from moeconv.manifest.model import StackEntry
 from moeconv.plan.model import Plan, Rewrite
+from moeconv.store.base import File
 from moeconv.store.documents import read_document
 
 # the files that name modules, and whether all of a file is about quantization
@@ -99,6 +99,6 @@ def _read(checkpoint: Checkpoint, name: str) -> bytes | None:
     return None if sidecar is None else read_sidecar(sidecar)
 
 
-def read_sidecar(sidecar: Sidecar) -> bytes:
+def read_sidecar(sidecar: File) -> bytes:
     """The bytes of a document that conversions may change. Raises Malformed, IoFailed."""
-    return read_document(sidecar.path, MAX_CONFIG_BYTES, name=sidecar.name)
+    return read_document(sidecar, MAX_CONFIG_BYTES)

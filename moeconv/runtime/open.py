@@ -32,6 +32,7 @@ from moeconv.manifest.reader import parse_parts
 from moeconv.runtime.byte_runs import LocalTensor, SlotRange, equal_part, join_runs
 from moeconv.runtime.files import DataFile, check_data_file, check_source_file
 from moeconv.runtime.validate import Rows, is_stacked, manifest_error
+from moeconv.store.local import LocalStore
 
 ComponentKey: TypeAlias = tuple[int, tuple[str, ...], str]  # stack number, projections, component
 Files: TypeAlias = dict[int, DataFile]
@@ -74,7 +75,7 @@ class OpenOutput:
 
         Raises MissingShard, Damaged, SourceChanged, BadManifest, UnsafePath.
         """
-        raw = read_entry(self.path, entry, limit=MAX_PART_BYTES)
+        raw = read_entry(LocalStore(self.path), entry, limit=MAX_PART_BYTES)
         out: list[LocatedTensor] = []
         for part in parse_parts(raw, self.root, where=entry.name):
             known = (n for n, f in files.items() if f.name == part.file)
@@ -109,7 +110,7 @@ def find(path: Path, *, source: Path | None) -> tuple[Path, Root, Path | None]:
             cause=f"it has no `{ROOT_NAME}`",
             fix="convert the checkpoint with `moeconv shard` or `moeconv fuse`",
         )
-    root = read_root(path)
+    root = read_root(LocalStore(path))
     if root.source is None:
         return path, root, None
     return path, root, source if source is not None else path / root.source.directory

@@ -11,6 +11,7 @@ from pathlib import Path
 from moeconv.core.digest import hasher
 from moeconv.core.system_errors import explained
 from moeconv.errors import IoFailed, LfsPointer, Malformed, UnsafePath, quoted
+from moeconv.store.base import File
 from moeconv.store.file_io import FileEnded, read_available, read_bytes
 
 CHECK_READABLE = "check that the file exists and may be read"
@@ -62,21 +63,17 @@ def read_start(descriptor: int, facts: os.stat_result, count: int) -> bytes:
     return read_bytes(descriptor, min(count, facts.st_size))
 
 
-def read_document(path: Path, limit: int, *, name: str) -> bytes:
+def read_document(file: File, limit: int) -> bytes:
     """All bytes of a small file. Raises IoFailed, UnsafePath, LfsPointer, Malformed (too large)."""
-    with opened(path, name=name) as (descriptor, facts):
-        if facts.st_size > limit:
-            raise Malformed(
-                f"{quoted(name)} is too large",
-                at=quoted(str(path)),
-                cause=f"it has {facts.st_size:,} bytes, the limit is {limit:,}",
-                fix="check that this is the right file",
-            )
-        try:
-            raw = read_start(descriptor, facts, limit)
-        except OSError as problem:
-            raise unreadable(path, problem, name=name) from None
-    refuse_lfs(raw, name)
+    if file.size > limit:
+        raise Malformed(
+            f"{quoted(file.name)} is too large",
+            at=quoted(file.name),
+            cause=f"it has {file.size:,} bytes, the limit is {limit:,}",
+            fix="check that this is the right file",
+        )
+    raw = file.read(0, file.size)
+    refuse_lfs(raw, file.name)
     return raw
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from moeconv.core.names import relative_path_problem
-from moeconv.errors import MissingShard, UnsafePath, quoted
+from moeconv.errors import UnsafePath, quoted
 
 # directories of git, of huggingface_hub, and of a file system that SRC may be the root of
 NEVER_COPIED: Final = frozenset({".git", ".cache", "lost+found"})
@@ -38,26 +38,13 @@ def _hub_blobs(root: Path) -> Path | None:
     return None if snapshot is None else snapshot.parent.parent / "blobs"
 
 
-def existing_file(root: Path, name: str, *, named_by: str) -> Path:
-    """The real path of a shard, which must be a regular file. Raises MissingShard, UnsafePath."""
-    path = resolve_inside(root, name)
-    if not path.is_file():
-        raise MissingShard(
-            f"{quoted(name)} is missing",
-            at=quoted(named_by),
-            cause=f"{quoted(named_by)} names it, but it is not in the directory",
-            fix="download the shard, then `moeconv inspect SRC`",
-        )
-    return path
-
-
-def refuse_unsafe_name(name: str, root: Path) -> None:
+def refuse_unsafe_name(name: str, where: str) -> None:
     """Raise UnsafePath for a file that could not be named in an output."""
     problem = relative_path_problem(name)
     if problem:
         raise UnsafePath(
             f"{quoted(name)} {problem}",
-            at=quoted(str(root)),
+            at=quoted(where),
             cause="a file of this name cannot be copied safely to every system",
             fix="rename it, or leave it out with `--exclude` if it is not a tensor file",
         )

@@ -8,7 +8,7 @@ from typing import Final
 from moeconv.checkpoint.output import foreign_files
 from moeconv.errors import Damaged, MoeconvError, quoted
 from moeconv.manifest.model import Manifest
-from moeconv.store.documents import unreadable
+from moeconv.store.local import LocalStore
 
 _MAX_REPORTED: Final = 20
 _TENSORS: Final = (".safetensors", ".gguf", ".npz", ".npy", ".h5", ".msgpack", ".onnx", ".dduf")
@@ -47,10 +47,7 @@ def risk_of(name: str, *, sharded: bool = False) -> str | None:
 def foreign_problems(root: Path, manifest: Manifest) -> tuple[list[MoeconvError], list[str]]:
     """Report files that were added: a problem if programs load such files, else a warning."""
     try:
-        names = foreign_files(root, manifest)
-    except OSError as problem:
-        where = Path(problem.filename or root)
-        return [unreadable(where, problem, name=where.name)], []
+        names = foreign_files(LocalStore(root), manifest)
     except MoeconvError as problem:
         return [problem], []
     sharded = manifest.root.ep_size is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from moeconv.checkpoint.origin import Origin, OriginFile
-from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.digest import digest
 from moeconv.core.names import natural_key
@@ -12,6 +11,7 @@ from moeconv.detect.detect import Detection
 from moeconv.errors import Damaged, MoeconvError, quoted
 from moeconv.manifest.model import ORIGIN_NAME, StackEntry
 from moeconv.quantconfig.rewrite import is_rewritten, read_sidecar, rewritten
+from moeconv.store.base import File
 from moeconv.store.documents import file_digest
 from moeconv.verification.foreign import risk_of
 
@@ -52,7 +52,7 @@ def sidecar_problems(
 
 
 def _difference(
-    output: Checkpoint, mine: Sidecar, source: tuple[Checkpoint, Detection], its: Sidecar
+    output: Checkpoint, mine: File, source: tuple[Checkpoint, Detection], its: File
 ) -> str | None:
     """Why a sidecar of OUT is not what a conversion makes of SRC's, or None."""
     name = mine.name
@@ -71,8 +71,8 @@ def _difference(
 
 
 def _rewritten_otherwise(
-    mine: Sidecar,
-    its: Sidecar,
+    mine: File,
+    its: File,
     first: bytes | None,
     source: Detection,
     entries: tuple[StackEntry, ...],
@@ -99,7 +99,7 @@ def _kept(checkpoint: Checkpoint, name: str) -> bytes | None:
     return dict(own.origin.sidecars).get(name) if own else None
 
 
-def _first_digest(first: bytes | None, its: Sidecar) -> str:
+def _first_digest(first: bytes | None, its: File) -> str:
     return file_digest(its.path, name=its.name) if first is None else digest(first)
 
 

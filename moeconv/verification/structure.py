@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from math import prod
-from pathlib import Path
 from typing import Final
 
 from moeconv.checkpoint.header import StoredTensor
@@ -49,54 +48,50 @@ from moeconv.manifest.model import (
 from moeconv.manifest.reader import parse_parts
 from moeconv.manifest.rules import contradictions
 from moeconv.plan.pack import METADATA, index_text
-from moeconv.store.documents import opened, read_start, unreadable
-from moeconv.store.paths import resolve_inside
+from moeconv.store.base import Store
 
 _MAX_MISSING: Final = 20
 
 
-def check_structure(root: Path) -> tuple[Manifest | None, list[MoeconvError]]:
+def check_structure(store: Store) -> tuple[Manifest | None, list[MoeconvError]]:
     """Check everything about an output's own files that needs no data; return all problems.
 
     The manifest is returned, too, if all of its parts could be read.
     """
     try:
-        top = read_root(root)
+        top = read_root(store)
     except MoeconvError as problem:
         return None, [problem]
     problems: list[MoeconvError] = []
-    documents = list(_parts(root, top, problems))
+    documents = list(_parts(store, top, problems))
     parts = [part for document in documents for part in document]
     for part in parts:
-        problems += _data_file(root, part, newer=top.minor > MINOR) if part.file else []
+        problems += _data_file(store, part, newer=top.minor > MINOR) if part.file else []
     whole = len(documents) == len(top.parts)
-    problems += _index(root, top, parts if whole else None)
-    problems += _documents(root, top)
+    problems += _index(store, top, parts if whole else None)
+    problems += _documents(store, top)
     if not whole:
         return None, problems
     manifest = Manifest(top, tuple(parts))
     return manifest, problems + _coverage(manifest)
 
 
-def _parts(root: Path, top: Root, problems: list[MoeconvError]) -> Iterator[tuple[Part, ...]]:
+def _parts(store: Store, top: Root, problems: list[MoeconvError]) -> Iterator[tuple[Part, ...]]:
     for entry in top.parts:
         try:
-            yield parse_parts(read_entry(root, entry, limit=MAX_PART_BYTES), top, where=entry.name)
+            yield parse_parts(read_entry(store, entry, limit=MAX_PART_BYTES), top, where=entry.name)
         except (Malformed, IoFailed) as problem:
             problems.append(problem)
 
 
-def _data_file(root: Path, part: Part, *, newer: bool) -> list[MoeconvError]:
+def _data_file(store: Store, part: Part, *, newer: bool) -> list[MoeconvError]:
     name = part.file
     try:
-        path = resolve_inside(root, name)
-        if not path.exists():
+        file = store.file(name)
+        if file is None:
             return [missing(name)]
-        with opened(path, name=name) as (descriptor, facts):
-            size = facts.st_size
-            raw = read_start(descriptor, facts, part.header_size)
-    except OSError as problem:
-        return [unreadable(root / name, problem, name=name)]
+        size = file.size
+        raw = file.read(0, min(part.header_size, size))
     except (Malformed, IoFailed) as problem:
         return [problem]
     problems: list[MoeconvError] = []
@@ -120,7 +115,7 @@ def _data_file(root: Path, part: Part, *, newer: bool) -> list[MoeconvError]:
     return problems
 
 
-def _index(root: Path, top: Root, parts: list[Part] | None) -> list[MoeconvError]:
+def _index(store: Store, top: Root, parts: list[Part] | None) -> list[MoeconvError]:
     if top.index is None:
         return [
             damaged(
@@ -134,7 +129,7 @@ def _index(root: Path, top: Root, parts: list[Part] | None) -> list[MoeconvError
         cause = f"its index is {quoted(top.index.name)}, but loaders follow {quoted(INDEX_NAME)}"
         return [damaged(ROOT_NAME, cause)]
     try:
-        raw = read_entry(root, top.index)
+        raw = read_entry(store, top.index)
         index = parse_index(raw, name=top.index.name)
     except (Malformed, IoFailed) as problem:
         return [problem]
@@ -149,26 +144,27 @@ def _index(root: Path, top: Root, parts: list[Part] | None) -> list[MoeconvError
     return []
 
 
-def _documents(root: Path, top: Root) -> list[MoeconvError]:
+def _documents(store: Store, top: Root) -> list[MoeconvError]:
     problems: list[MoeconvError] = []
     try:
-        parse_origin(read_entry(root, top.origin))
+        parse_origin(read_entry(store, top.origin))
     except (Malformed, IoFailed) as problem:
         problems.append(problem)
     for entry in top.sidecars:
-        problems += _sidecar_size(root, entry)
+        problems += _sidecar_size(store, entry)
     return problems
 
 
-def _sidecar_size(root: Path, entry: FileEntry) -> list[MoeconvError]:
+def _sidecar_size(store: Store, entry: FileEntry) -> list[MoeconvError]:
     try:
-        size = resolve_inside(root, entry.name).stat().st_size
-    except OSError:
-        return [damaged(entry.name, "it is missing")]
-    except Malformed as problem:
+        file = store.file(entry.name)
+    except (Malformed, IoFailed) as problem:
         return [problem]
-    if size != entry.size:
-        return [damaged(entry.name, f"it has {size:,} bytes; the manifest says {entry.size:,}")]
+    if file is None:
+        return [damaged(entry.name, "it is missing")]
+    if file.size != entry.size:
+        cause = f"it has {file.size:,} bytes; the manifest says {entry.size:,}"
+        return [damaged(entry.name, cause)]
     return []
 
 

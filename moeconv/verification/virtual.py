@@ -68,6 +68,6 @@ def digests_missing(manifest: Manifest, checkpoint: Checkpoint) -> DigestsMissin
         "the output has no digests to verify",
         at=quoted(lacking[0]) if lacking else None,
         cause=f"{len(lacking):,} tensors have none: their bytes in "
-        f"{quoted(str(checkpoint.root))} were never read",
+        f"{quoted(checkpoint.store.address)} were never read",
         fix="`moeconv verify OUT --level source --source SRC --fill` compares, then adds them",
     )

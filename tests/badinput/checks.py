@@ -33,6 +33,7 @@ CODES: Final[dict[type[MoeconvError], tuple[str, int]]] = {
     errors.DiskFull: ("disk-full", IO),
     errors.MemoryShort: ("memory-short", IO),
     errors.DownloadFailed: ("download-failed", IO),
+    errors.NotLocal: ("not-local", IO),
     errors.SourceChanged: ("source-changed", IO),
     errors.Malformed: ("malformed", MALFORMED),
     errors.BadHeader: ("bad-header", MALFORMED),

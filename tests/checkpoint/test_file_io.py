@@ -19,6 +19,7 @@ from moeconv.errors import IoFailed
 from moeconv.store import file_io
 from moeconv.store.documents import file_digest, read_document
 from moeconv.store.file_io import FileEnded
+from moeconv.store.local import LocalFile
 from tests.badinput.builders import qwen, write
 from tests.badinput.checks import holds, tree
 
@@ -122,7 +123,7 @@ def test_a_file_that_is_cut_while_it_is_read(
     """After it was opened, so that its size is known, and before its bytes are."""
     path, data = tmp_path / "config.json", os.urandom(5000)
     readers: tuple[Callable[[], object], ...] = (
-        lambda: read_document(path, 1 << 20, name=path.name),
+        lambda: read_document(LocalFile.at(path, name=path.name), 1 << 20),
         lambda: file_digest(path, name=path.name),
     )
     real = {name: getattr(os, name) for name in ("pread", "preadv")}

@@ -70,7 +70,7 @@ def test_a_directory_where_a_file_should_be(src: Path, out: Path):
     write(src, FILES)
     (src / SECOND).unlink()
     (src / SECOND).mkdir()
-    refused(MissingShard, INDEX, f"`{SECOND}`", src=src, out=out)
+    refused(UnsafePath, f"`{SECOND}`", "not a regular file", src=src, out=out)
 
 
 def test_all_disagreements_are_reported_at_once(src: Path, out: Path):

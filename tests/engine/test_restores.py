@@ -9,11 +9,11 @@ import pytest
 
 import moeconv
 from moeconv.api.run import Result
-from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.engine import commit
 from moeconv.engine.copy import disk_sink
 from moeconv.engine.recorded_digests import Recorded
 from moeconv.errors import Damaged, UsageProblem
+from moeconv.store.base import File
 from tests.badinput.builders import config, qwen, two_files, write
 from tests.badinput.checks import untouched
 from tests.cli.run import moeconv as command
@@ -104,7 +104,7 @@ def test_what_an_earlier_run_kept_is_held_against_it_too(
     moeconv.fuse(src, made)
     flip(next(made.glob("*.safetensors")))
 
-    def stop(_: object, sidecar: Sidecar) -> None:
+    def stop(_: object, sidecar: File) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -15,6 +15,7 @@ from moeconv.errors import BadPlacement, Damaged, NoExperts, NotVirtual, UsagePr
 from moeconv.manifest.model import Run
 from moeconv.plan.model import CopyTile, OutputFile, OutputTensor
 from moeconv.plan.shard import refuse_permuted
+from moeconv.store.local import LocalStore
 from moeconv.verification.structure import check_structure
 from moeconv.verification.virtual import virtual_problems
 from tests.badinput.builders import config, fused, qwen, write
@@ -73,7 +74,7 @@ def test_runs_that_would_turn_values_are_found(tmp_path: Path):
         refuse_permuted(plan.files)
     out = tmp_path / "v"
     moeconv.shard(source, out, ep_size=2, virtual=True, layout="hub")
-    manifest, _ = check_structure(out)
+    manifest, _ = check_structure(LocalStore(out))
     assert manifest is not None
     stacks = tuple(replace(s, layout="fused") for s in manifest.root.stacks)
     turned = replace(manifest, root=replace(manifest.root, stacks=stacks))

@@ -106,10 +106,10 @@ def test_many_are_counted_not_listed(out: Path):
     assert "480 more" in report.warnings[-1]
 
 
-def test_a_folder_that_may_not_be_listed(out: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied", str(out / "closed"))
+def test_an_output_that_may_not_be_listed(out: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(out))
 
-    monkeypatch.setattr("moeconv.verification.foreign.foreign_files", refuse)
+    monkeypatch.setattr("moeconv.store.local.files_below", refuse)
     (problem,) = moeconv.verify(out, level="structure").problems
-    assert "cannot read `closed`" in str(problem)
+    assert "cannot list" in str(problem)

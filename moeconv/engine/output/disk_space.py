@@ -72,7 +72,7 @@ def refuse_short(out: Path, space: DiskSpace) -> None:
 
 def _clonable(plan: Plan, checkpoint: Checkpoint, place: Path) -> Iterator[int]:
     """Yield the bytes of each run that is on OUT's file system and at the same place in a block."""
-    if plan.virtual:
+    if plan.virtual or checkpoint.store.root is None:
         return
     here, block = file_system(place), max(os.statvfs(place).f_bsize, 4096)
     near = [file_system(file.path) == here for file in checkpoint.files]

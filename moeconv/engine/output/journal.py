@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint.output_files import read_bounded
+from moeconv.checkpoint.output_files import read_named
 from moeconv.core.digest import hasher
 from moeconv.core.json_value import Json
 from moeconv.core.schema import Problems, Table
@@ -27,6 +27,7 @@ from moeconv.manifest.model import PARTS_DIR
 from moeconv.plan.model import OutputFile, Plan
 from moeconv.store.documents import unreadable
 from moeconv.store.file_io import append, read_bytes
+from moeconv.store.local import LocalStore
 from moeconv.version import __version__
 
 JOURNAL_NAME: Final = "moeconv/journal"
@@ -67,7 +68,7 @@ def read_journal(out: Path) -> Journal | None:
     if not (out / JOURNAL_NAME).exists():
         return None
     try:
-        raw = read_bounded(out / JOURNAL_NAME, MAX_JOURNAL_BYTES, name=JOURNAL_NAME)
+        raw = read_named(LocalStore(out), JOURNAL_NAME, limit=MAX_JOURNAL_BYTES)
         lines = io.BytesIO(raw)
         problems = Problems()
         head = Table(loads(next(lines, b""), where=JOURNAL_NAME), "", problems)
@@ -214,7 +215,7 @@ def clear_aborted_start(out: Path) -> bool:
     try:
         if path.exists():
             journal.lock()
-            if b"\n" in read_bounded(path, MAX_JOURNAL_BYTES, name=JOURNAL_NAME):
+            if b"\n" in read_named(LocalStore(out), JOURNAL_NAME, limit=MAX_JOURNAL_BYTES):
                 return False
         with writing(path):
             path.unlink(missing_ok=True)

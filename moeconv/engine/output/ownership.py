@@ -13,8 +13,8 @@ from moeconv.checkpoint.header import read_header
 from moeconv.checkpoint.output_files import (
     FILLED_ROOT,
     filled_name,
-    read_bounded,
     read_entry,
+    read_named,
     read_root,
 )
 from moeconv.checkpoint.source import DataFile
@@ -38,6 +38,7 @@ from moeconv.manifest.model import (
 from moeconv.manifest.reader import parse_parts
 from moeconv.plan.onto_existing import PlacedHeader, plan_rereading
 from moeconv.store.documents import file_digest
+from moeconv.store.local import LocalFile, LocalStore
 
 NOT_MADE = "moeconv did not make it"
 _UNKNOWN = "it is newer than the manifest, which has no digests of it; `verify --fill` adds them"
@@ -220,7 +221,7 @@ def unfinished_file_problem(journal: Journal, name: str, facts: os.stat_result) 
 def _of_output(out: Path, there: _Listing, limits: Limits) -> _Claims:
     root_facts = there.regular(ROOT_NAME)
     try:
-        root = read_root(out)
+        root = read_root(LocalStore(out))
     except MoeconvError as problem:
         # without the root it is not known which files are ours
         return _Claims({ROOT_NAME: f"it cannot be relied on: {problem.message}"})
@@ -280,14 +281,14 @@ def _part(
     """Return why a part is not ours, if so, and its contents as far as they can be read."""
     reason = _file_problem(out, entry, there)
     try:
-        raw = read_entry(out, entry, limit=MAX_PART_BYTES)
+        raw = read_entry(LocalStore(out), entry, limit=MAX_PART_BYTES)
         parts = parse_parts(raw, root, where=entry.name)
     except (MoeconvError, OSError):
         return reason, ()
     if reason is not None and there.regular(entry.name) and there.regular(filled_name(entry.name)):
         # digests were being filled in: the old part differs from the new one in nothing else
         try:
-            old = read_bounded(out / entry.name, MAX_PART_BYTES, name=entry.name)
+            old = read_named(LocalStore(out), entry.name, limit=MAX_PART_BYTES)
             older = parse_parts(old, _lenient(root), where=entry.name)
         except MoeconvError:
             return reason, parts
@@ -318,7 +319,7 @@ def _data_problem(out: Path, part: Part, facts: os.stat_result | None) -> str | 
     if facts.st_size != part.size:
         return "its size is not the one it was written with"
     try:
-        header, _ = read_header(out / part.file, name=part.file, file=0)
+        header = read_header(LocalFile.at(out / part.file, name=part.file), number=0)
     except MoeconvError as problem:
         return f"its header cannot be compared: {problem.cause}"
     if len(header.raw) != part.header_size or digest(header.raw) != part.header_digest:
@@ -364,9 +365,8 @@ def _read_and_compare(
     there: list[DataFile] = []
     try:
         for number, part in enumerate(known):
-            header, facts = read_header(out / part.file, name=part.file, file=number)
-            path = out / part.file
-            there.append(DataFile(part.file, path, facts.st_size, facts.st_mtime_ns, header))
+            file = LocalFile.at(out / part.file, name=part.file)
+            there.append(DataFile(file, read_header(file, number=number)))
         headers = tuple(PlacedHeader(f.name, f.size, f.header) for f in there)
         planned = plan_rereading(Manifest(root, tuple(known)), headers)
         found = digests_of(planned, tuple(there), limits=limits, progress=lambda _: None)

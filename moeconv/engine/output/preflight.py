@@ -15,7 +15,7 @@ from moeconv.errors import IoFailed, UnsafeOutput, UsageProblem, WouldOverwrite,
 from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
 
 
-def refuse_overlap(src: Path, out: Path) -> None:
+def refuse_overlap(src: Path | None, out: Path) -> None:
     """Raise UnsafeOutput if OUT is, contains or is inside SRC; UsageProblem if it is not a path."""
     try:
         with suppress(OSError):
@@ -27,6 +27,8 @@ def refuse_overlap(src: Path, out: Path) -> None:
             cause=printable(str(problem)),
             fix="choose a directory that is absent or empty",
         ) from None
+    if src is None:  # it is not on this machine
+        return
     source = Path(os.path.realpath(src))
     target = Path(os.path.realpath(out))
     if target.is_relative_to(source) or source.is_relative_to(target):

@@ -8,7 +8,6 @@ from pathlib import Path
 from moeconv.checkpoint.header import read_header
 from moeconv.checkpoint.output import open_output
 from moeconv.checkpoint.output_files import read_root
-from moeconv.checkpoint.sidecars import Sidecar
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.core.digest import digest
 from moeconv.core.json_value import Json
@@ -21,7 +20,9 @@ from moeconv.errors import CannotResume, MoeconvError, quoted
 from moeconv.manifest.model import PARTS_DIR, ROOT_NAME, addresses
 from moeconv.plan.model import OutputFile, Plan
 from moeconv.plan.onto_existing import unchanged_file
-from moeconv.store.documents import file_digest, opened, read_document
+from moeconv.store.base import File
+from moeconv.store.documents import file_digest, read_document
+from moeconv.store.local import LocalFile, LocalStore
 
 
 def identity(checkpoint: Checkpoint) -> Json:
@@ -55,12 +56,13 @@ def finished_before(out: Path, plan: Plan, journal: Journal, limits: Limits) -> 
 def _written(out: Path, file: OutputFile, number: int) -> DataFile | None:
     """Return a file of the plan if it is in OUT with its planned header and size, else None."""
     try:
-        header, facts = read_header(out / file.name, name=file.name, file=number)
+        written = LocalFile.at(out / file.name, name=file.name)
+        header = read_header(written, number=number)
     except MoeconvError:
         return None
-    if header.raw != file.header or facts.st_size != file.size:
+    if header.raw != file.header or written.size != file.size:
         return None
-    return DataFile(file.name, out / file.name, facts.st_size, facts.st_mtime_ns, header)
+    return DataFile(written, header)
 
 
 def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> bool:
@@ -77,7 +79,9 @@ def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -
         if len(there) < len(written):
             return False
         if plan.index_name is not None:
-            index = read_document(out / plan.index_name, len(plan.index), name=plan.index_name)
+            index = read_document(
+                LocalFile.at(out / plan.index_name, name=plan.index_name), len(plan.index)
+            )
             if index != plan.index:
                 return False
         if not all(_same_sidecar(out, s, plan) for s in checkpoint.sidecars):
@@ -89,16 +93,15 @@ def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -
     return found == _wanted_digests(plan, checkpoint, limits)
 
 
-def _same_sidecar(out: Path, sidecar: Sidecar, plan: Plan) -> bool:
-    path = out / sidecar.name
+def _same_sidecar(out: Path, sidecar: File, plan: Plan) -> bool:
+    there = LocalFile.at(out / sidecar.name, name=sidecar.name)
     rewrite = next((r for r in plan.rewrites if r.name == sidecar.name), None)
     if rewrite is not None:
-        return read_document(path, len(rewrite.after), name=sidecar.name) == rewrite.after
-    with opened(path, name=sidecar.name) as (_, facts):
-        if facts.st_size != sidecar.size:
-            return False
+        return read_document(there, len(rewrite.after)) == rewrite.after
+    if there.size != sidecar.size:
+        return False
     expected = file_digest(sidecar.path, name=sidecar.name)
-    return file_digest(path, name=sidecar.name) == expected
+    return file_digest(there.path, name=sidecar.name) == expected
 
 
 def _wanted_digests(plan: Plan, checkpoint: Checkpoint, limits: Limits) -> dict[str, Digests]:
@@ -125,7 +128,7 @@ def refuse_other_output(out: Path, plan: Plan, checkpoint: Checkpoint, limits: L
     Stacks, layouts and headers are compared; digests too if the source may be another one, that
     is if SRC records digests, or is newer than the output.
     """
-    root = read_root(out)
+    root = read_root(LocalStore(out))
     totals = (root.tensor_count, root.tensor_bytes, root.ep_size, root.stacks, root.recipes)
     wanted = (plan.tensor_count, plan.tensor_bytes, plan.ep_size, plan.stacks, plan.recipes)
     same = totals == wanted and (
@@ -147,7 +150,7 @@ def refuse_other_output(out: Path, plan: Plan, checkpoint: Checkpoint, limits: L
 
 def _of_this_source(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -> bool:
     """Return whether a finished output records the digests of SRC's bytes, where in doubt."""
-    made, root = (out / ROOT_NAME).stat().st_mtime_ns, read_root(out)
+    made, root = (out / ROOT_NAME).stat().st_mtime_ns, read_root(LocalStore(out))
     names = {e.name: e.digest for e in root.sidecars}
     for sidecar in checkpoint.sidecars:
         rewrite = next((r for r in plan.rewrites if r.name == sidecar.name), None)
@@ -163,5 +166,5 @@ def _of_this_source(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limit
     both = own is not None and own.manifest.complete and not root.unread
     if not both and all(f.mtime_ns <= made for f in checkpoint.files):
         return True
-    digests = {a: value for a, _, _, value in open_output(out).manifest.matrices()}
+    digests = {a: value for a, _, _, value in open_output(LocalStore(out)).manifest.matrices()}
     return _by_file(plan, digests) == _wanted_digests(plan, checkpoint, limits)
