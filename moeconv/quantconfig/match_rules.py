@@ -55,12 +55,12 @@ class Budget:
             raise UnsupportedPattern("the budget is used up")
 
 
+@dataclass(frozen=True)
 class Names:
     """The names of a stack's modules: its own with each suffix appended."""
 
-    def __init__(self, stack: str, suffixes: frozenset[str]) -> None:
-        self.stack = stack
-        self.suffixes = suffixes
+    stack: str
+    suffixes: frozenset[str]
 
     @cached_property
     def lines(self) -> str:
@@ -68,27 +68,25 @@ class Names:
         return "\n".join(("", *(self.stack + suffix for suffix in self.suffixes), ""))
 
 
+@dataclass(frozen=True, slots=True)
 class Matcher:
     """What one text matches.
 
     literals: every match has one of these in its line.
     """
 
-    def __init__(
-        self, matches: Callable[[str], object], literals: tuple[str, ...], budget: Budget
-    ) -> None:
-        self._matches = matches
-        self._literals = literals
-        self._budget = budget
+    matches: Callable[[str], object]
+    literals: tuple[str, ...]
+    budget: Budget
 
     def suffixes(self, names: Names) -> frozenset[str]:
         """The suffixes of the names that match. Raises UnsupportedPattern."""
         lines = names.lines
-        self._budget.take(1 + len(lines) // _BYTES_A_NAME)
-        if not any(literal in lines for literal in self._literals):
+        self.budget.take(1 + len(lines) // _BYTES_A_NAME)
+        if not any(literal in lines for literal in self.literals):
             return frozenset()
-        self._budget.take(len(names.suffixes))
-        stack, matches = names.stack, self._matches
+        self.budget.take(len(names.suffixes))
+        stack, matches = names.stack, self.matches
         return frozenset(suffix for suffix in names.suffixes if matches(stack + suffix))
 
 

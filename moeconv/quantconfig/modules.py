@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from typing import Final
 
 from moeconv.core.names import natural_key
@@ -44,23 +44,21 @@ class Modules:
         self.leaves = self._old.keys() - {old_around}
         self.old, self.new = frozenset(self._old), frozenset(self._new)
         self.last_words = {s.rpartition(".")[2] for s in self.old | self.new}
-        self._within = [_within(names) for names in (self._old, self._new)]
+        self._within = [{h for rest in of for h in _heads(rest)} for of in (self._old, self._new)]
         self._known: dict[frozenset[str], Renamed] = {}
 
     def renamed(self, named: frozenset[str]) -> Renamed:
         """The new modules for these old ones; for a whole stack the module around it."""
         if named not in self._known:
-            self._known[named] = self._renamed(named)
+            matrices = _held(self._old, named)
+            allowed = frozenset(n for n, held in self._new.items() if held <= matrices)
+            wanted: tuple[str, ...] | None = None
+            if self._around in allowed:
+                wanted = (self._around,)
+            elif _held(self._new, allowed) == matrices:
+                wanted = tuple(sorted(allowed, key=natural_key))
+            self._known[named] = Renamed(wanted, allowed)
         return self._known[named]
-
-    def _renamed(self, named: frozenset[str]) -> Renamed:
-        matrices = _held(self._old, named)
-        allowed = frozenset(n for n, held in self._new.items() if held <= matrices)
-        if self._around in allowed:
-            return Renamed((self._around,), allowed)
-        if _held(self._new, allowed) != matrices:
-            return Renamed(None, allowed)
-        return Renamed(tuple(sorted(allowed, key=natural_key)), allowed)
 
     def is_held(self, suffix: str, held: frozenset[str]) -> bool:
         """Whether a new module, or everything in it, is among these."""
@@ -76,51 +74,46 @@ class Modules:
 
 
 class Renamings:
-    """The modules of all stacks; `changed`: stacks whose layout changes, in natural order."""
+    """The modules of all stacks, by their names; stacks that are alike share them.
+
+    changed: stacks whose layout changes, in natural order.
+    """
 
     def __init__(self, stacks: Iterable[Stack], entries: Iterable[StackEntry]) -> None:
         """entries: of the plan; the old names of a stack are those of its origin layout."""
         by_name = {s.name: s for s in stacks}
-        self._kinds: dict[str, tuple[Stack, Layout, Layout]] = {}
-        self._known: dict[object, Modules] = {}
-        self._of: dict[str, Modules] = {}
+        kinds: dict[object, Modules] = {}
+        self.modules: dict[str, Modules] = {}
         self._names: dict[tuple[str, str], tuple[Names, Names]] = {}
         changed = []
         for entry in entries:
             stack = by_name[entry.name]
             old, new = (stack.recipe.layout(n) for n in (entry.origin_layout, entry.layout))
             if old is not None and new is not None:
-                self._kinds[entry.name] = (stack, old, new)
+                alone = _holds_experts_only(stack.name)
+                kind = (stack.recipe.name, old, new, stack.sizes.experts, alone)
+                if kind not in kinds:
+                    kinds[kind] = Modules(stack, old, new)
+                self.modules[entry.name] = kinds[kind]
                 changed += [entry.name] if old.name != new.name else []
         self.changed = tuple(sorted(changed, key=natural_key))
-        self.unchanged = self._kinds.keys() - {*changed}
+        self.unchanged = self.modules.keys() - {*changed}
         self.nested = _nested(by_name)
         self.shorter = {name: tuple(_shorter(name)) for name in self.changed}
-
-    def modules(self, stack: str) -> Modules:
-        """The modules of one stack; stacks that are alike share them."""
-        if stack not in self._of:
-            of, old, new = self._kinds[stack]
-            named = _holds_experts_only(stack)
-            key = (of.recipe.name, old, new, of.sizes.experts, named)
-            if key not in self._known:
-                self._known[key] = Modules(of, old, new)
-            self._of[stack] = self._known[key]
-        return self._of[stack]
 
     def names(self, stack: str, called: str = "") -> tuple[Names, Names]:
         """The old and the new names of a stack's modules; called: another name for the stack."""
         key = (stack, called or stack)
         if key not in self._names:
-            modules = self.modules(stack)
+            modules = self.modules[stack]
             self._names[key] = (Names(key[1], modules.old), Names(key[1], modules.new))
         return self._names[key]
 
     def found(self, name: str) -> tuple[str, str] | None:
         """The stack that has a module of this name, old or new, and its suffix."""
         for head in _heads(name):
-            if head in self._kinds:
-                suffix, modules = name[len(head) :], self.modules(head)
+            if head in self.modules:
+                suffix, modules = name[len(head) :], self.modules[head]
                 if suffix in modules.old or suffix in modules.new:
                     return head, suffix
         return None
@@ -132,12 +125,12 @@ class Renamings:
         """
         if text in self._around or any(head in self._stems for head in _heads(text)):
             return True
-        head, _, word = text.rpartition(".")
-        return word in self._lasts if head else any(end.endswith(word) for end in self._lasts)
+        word = text.rpartition(".")[2]
+        return any(last.endswith(word) for last in self._lasts)
 
     @cached_property
     def _stems(self) -> frozenset[str]:
-        return frozenset(self._kinds).union(*self.shorter.values())
+        return frozenset(self.modules).union(*self.shorter.values())
 
     @cached_property
     def _around(self) -> frozenset[str]:
@@ -146,13 +139,13 @@ class Renamings:
     @cached_property
     def _lasts(self) -> frozenset[str]:
         """The last words of the names of stacks and of their modules."""
-        ends = (self.modules(stack).last_words for stack in self._kinds)
+        ends = (modules.last_words for modules in self.modules.values())
         return frozenset(head.rpartition(".")[2] for head in self._stems).union(*ends)
 
     def lost(self, name: str) -> bool:
         """Whether old modules of a stack are in this one, but no new ones."""
-        inside = [(h, name[len(h) :]) for h in _heads(name) if h in self._kinds]
-        return any(self.modules(head).lost(suffix) for head, suffix in inside)
+        heads = (head for head in _heads(name) if head in self.modules)
+        return any(self.modules[head].lost(name[len(head) :]) for head in heads)
 
 
 def _holds_experts_only(module: str) -> bool:
@@ -183,35 +176,22 @@ def _held(modules: dict[str, Matrices], names: Iterable[str]) -> Matrices:
     return frozenset[tuple[int, str]]().union(*(modules[n] for n in names))
 
 
-def _within(rests: Iterable[str]) -> frozenset[str]:
-    """These modules and all that contain one of them."""
-    return frozenset(head for rest in rests for head in accumulate(rest.split("."), "{}.{}".format))
-
-
 def _named(stack: Stack, layout: Layout) -> tuple[dict[str, Matrices], str | None]:
     """The modules of a layout, and the one around them, if it counts (see `Modules`)."""
-    modules = _modules(stack, layout)
-    around = _around(modules)
-    joined = not all(line.per_expert for line in layout.weight_lines)
-    if not joined or not _holds_experts_only(stack.name + around):
-        return modules, None
-    return modules | {around: _held(modules, modules)}, around
-
-
-def _around(rests: Iterable[str]) -> str:
-    """The innermost module that contains all of these."""
-    columns = zip(*(rest.split(".")[:-1] for rest in rests), strict=False)
-    return ".".join(words[0] for words in takewhile(lambda w: len(set(w)) == 1, columns))
-
-
-def _modules(stack: Stack, layout: Layout) -> dict[str, Matrices]:
-    out: dict[str, Matrices] = {}
+    modules: dict[str, Matrices] = {}
     everyone = range(stack.sizes.experts)
     for line in layout.weight_lines:
         for expert in everyone if line.per_expert else (None,):
             held = everyone if expert is None else (expert,)
-            out[_module(line, expert)] = frozenset((e, p) for e in held for p in line.projections)
-    return out
+            modules[_module(line, expert)] = frozenset(
+                (e, p) for e in held for p in line.projections
+            )
+    joined = not all(line.per_expert for line in layout.weight_lines)
+    shared = set[str].intersection(*({*_heads(rest.rpartition(".")[0])} for rest in modules))
+    around = max(shared, key=len, default="")
+    if joined and _holds_experts_only(stack.name + around):
+        return modules | {around: _held(modules, modules)}, around
+    return modules, None
 
 
 def _module(line: TensorTemplate, expert: int | None) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Final
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple
 
 from moeconv.core.names import natural_key
 from moeconv.core.text import quoted_list
@@ -64,31 +63,15 @@ def _left_notes(name: str, pairs: list[tuple[str, str]]) -> list[str]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Match:
-    """Suffixes of the old modules and of the new ones that a text matches, by stack."""
+class _Hit(NamedTuple):
+    """The suffixes of a stack's old modules and of its new ones that a text matches.
 
-    old: dict[str, frozenset[str]]
-    new: dict[str, frozenset[str]]
-
-
-@dataclass(slots=True)
-class _List:
-    """A list of texts; out: what replaces each of them.
-
-    named: the indices of exact names, by stack and suffix; patterns: the rest, by index.
+    exact: it is the name of one module.
     """
 
-    place: str
-    texts: tuple[str, ...]
-    out: list[list[str]]
-    named: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    patterns: dict[int, _Match] = field(default_factory=dict)
-
-    def stacks(self) -> list[str]:
-        """The stacks that it speaks of."""
-        matched = ({*m.old, *m.new} for m in self.patterns.values())
-        return sorted({*self.named}.union(*matched), key=natural_key)
+    old: frozenset[str]
+    new: frozenset[str]
+    exact: bool = False
 
 
 class _Renamer:
@@ -103,7 +86,7 @@ class _Renamer:
         self._renamings = renamings
         self._budget = Budget()
         self._methods = methods
-        self._matches: dict[tuple[str, str], _Match | None] = {}
+        self._patterns: dict[tuple[str, str], dict[str, _Hit] | None] = {}
         self._settled: set[tuple[str, str]] = set()
         self.renamed: Counter[str] = Counter()
         self.partial: dict[str, None] = {}
@@ -113,26 +96,26 @@ class _Renamer:
         self, place: str, texts: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...] | None:
         """What replaces each text of a list; None where nothing changes."""
-        found = _List(place, texts, [[text] for text in texts])
         rules = self._rules(place)
+        by_stack: dict[str, dict[int, _Hit]] = defaultdict(dict)
+        settled = []
         for number, text in enumerate(texts):
-            if hit := self._module(rules, text):
-                self._settled.add((place, text))
-                if hit[0] not in self._renamings.unchanged:
-                    found.named.setdefault(hit[0], {}).setdefault(hit[1], []).append(number)
-            elif match := self._match(place, rules, text):
-                self._settled.add((place, text))
-                found.patterns[number] = match
+            hits = self._hits(place, rules, text)
+            if hits is not None:
+                settled.append((place, text))
+                for stack, hit in hits.items():
+                    by_stack[stack][number] = hit
+        self._settled.update(settled)
+        out: list[tuple[str, ...]] = [(text,) for text in texts]
         try:
-            for stack in found.stacks():
-                self._rename(found, stack)
+            for stack in sorted(by_stack, key=natural_key):
+                self._rename(place, texts, stack, by_stack[stack], out)
         except UnsupportedPattern:
-            self.leave(tuple((place, text) for text in texts if (place, text) in self._settled))
+            self.leave(settled)
             return None
-        made = tuple(map(tuple, found.out))
-        return None if made == tuple((text,) for text in texts) else made
+        return None if out == [(text,) for text in texts] else tuple(out)
 
-    def leave(self, pairs: tuple[tuple[str, str], ...]) -> None:
+    def leave(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Note that nothing was changed in these places after all; a text of each."""
         for place, text in pairs:
             self.renamed.pop(place, None)
@@ -142,78 +125,73 @@ class _Renamer:
         around = [path for path in self._methods if not path or f"{place}.".startswith(f"{path}.")]
         return MatchRules(place, self._methods[max(around, key=len)] if around else "")
 
-    def _module(self, rules: MatchRules, text: str) -> tuple[str, str] | None:
-        """Stack and suffix of a module, if a text matches this one alone."""
-        hit = self._renamings.found(text)
-        if hit is None or rules.exact:
-            return hit
-        stack, suffix = hit
-        alone = suffix in self._renamings.modules(stack).leaves
-        return hit if alone and stack not in self._renamings.nested else None
+    def _rename(
+        self,
+        place: str,
+        texts: tuple[str, ...],
+        stack: str,
+        hits: dict[int, _Hit],
+        out: list[tuple[str, ...]],
+    ) -> None:
+        """Put the new names of one stack's modules in the place of the old ones.
 
-    def _rename(self, found: _List, stack: str) -> None:
-        """Put the new names of one stack's modules in the place of the old ones."""
-        place, modules = found.place, self._renamings.modules(stack)
-        named = found.named.get(stack, {})
-        patterns = {
-            number: (match.old.get(stack, _NONE), match.new.get(stack, _NONE))
-            for number, match in found.patterns.items()
-        }
-        self._budget.take(sum(1 + len(old) + len(new) for old, new in patterns.values()))
-        old = named.keys() & modules.old
-        renamed = modules.renamed(_NONE.union(old, *(before for before, _ in patterns.values())))
+        hits: by the numbers of texts; out: what replaces each text.
+        """
+        modules = self._renamings.modules[stack]
+        self._budget.take(sum(1 + len(hit.old) + len(hit.new) for hit in hits.values()))
+        renamed = modules.renamed(_NONE.union(*(hit.old for hit in hits.values())))
         if renamed.wanted is None:
             self.partial[place] = None
             return
-        # names that no module had, and one has now; patterns that match more than before
-        fresh = named.keys() - old
-        for suffix in fresh - renamed.allowed:
-            self.left[place, stack + suffix] = None
-        for number, (_, after) in patterns.items():
-            if not after <= renamed.allowed:
-                self.left[place, found.texts[number]] = None
-        held = _NONE.union(fresh, *(after for _, after in patterns.values()))
-        staying = old & set(renamed.wanted)  # names of both layouts
-        lacking = [
-            stack + suffix
-            for suffix in renamed.wanted
-            if suffix not in staying and not modules.is_held(suffix, held)
-        ]
-        self._settled.update((place, stack + suffix) for suffix in renamed.wanted)
-        going = [number for suffix in old - staying for number in named[suffix]]
+        wanted = frozenset(renamed.wanted)
+        own = {number for number, hit in hits.items() if hit.exact and hit.old}
+        going = {number for number in own if hits[number].old.isdisjoint(wanted)}
+        staying = [(number, hit) for number, hit in hits.items() if number not in going]
+        for number, hit in staying:
+            # the name of a module that there was not, or a pattern that matches more than before
+            if not hit.new <= renamed.allowed:
+                self.left[place, texts[number]] = None
+        held = _NONE.union(*(hit.new for _, hit in staying))
+        lacking = [suffix for suffix in renamed.wanted if not modules.is_held(suffix, held)]
+        self._settled.update((place, stack + suffix) for suffix in wanted)
         for number in going:
-            found.out[number] = []
-        if going or (old and lacking):
-            first = min(going or [number for suffix in old for number in named[suffix]])
-            found.out[first] += lacking
-            self.renamed[place] += len(old) - len(staying)
+            out[number] = ()
+        if going or (own and lacking):
+            out[min(going or own)] += tuple(stack + suffix for suffix in lacking)
+            self.renamed[place] += len(going)
         elif lacking:
-            for number, (before, _) in patterns.items():
-                if before:
-                    self.left[place, found.texts[number]] = None
+            self.left |= {(place, texts[number]): None for number, hit in hits.items() if hit.old}
 
-    def _match(self, place: str, rules: MatchRules, text: str) -> _Match | None:
-        """The experts that a text matches; None where it is a name, matches none, or is left."""
+    def _hits(self, place: str, rules: MatchRules, text: str) -> dict[str, _Hit] | None:
+        """The experts that a text names or matches, by stacks that change; None if it has none."""
+        found = self._renamings.found(text)
+        if found is not None:
+            stack, suffix = found
+            modules = self._renamings.modules[stack]
+            alone = suffix in modules.leaves and stack not in self._renamings.nested
+            if rules.exact or alone:
+                one = frozenset((suffix,))
+                hit = _Hit(one & modules.old, one & modules.new, exact=True)
+                return {} if stack in self._renamings.unchanged else {stack: hit}
         key = (place, text)
-        if key not in self._matches:
-            self._matches[key] = None
+        if key not in self._patterns:
+            self._patterns[key] = None
             if not rules.is_plain(text) or self._renamings.near(text):
                 try:
                     matcher = rules.matcher(text, self._budget)
-                    self._matches[key] = None if matcher is None else self._matched(matcher)
+                    self._patterns[key] = None if matcher is None else self._matched(matcher)
                 except UnsupportedPattern:
                     self.left[key] = None
-        return self._matches[key]
+        return self._patterns[key]
 
-    def _matched(self, matcher: Matcher) -> _Match | None:
-        old: dict[str, frozenset[str]] = {}
-        new: dict[str, frozenset[str]] = {}
+    def _matched(self, matcher: Matcher) -> dict[str, _Hit] | None:
+        hits: dict[str, _Hit] = {}
         for stack in self._renamings.changed:
-            for names, hits in zip(self._renamings.names(stack), (old, new), strict=True):
-                if suffixes := matcher.suffixes(names):
-                    hits[stack] = suffixes
+            old, new = map(matcher.suffixes, self._renamings.names(stack))
+            if old or new:
+                hits[stack] = _Hit(old, new)
         unchanged = (self._renamings.names(stack)[0] for stack in self._renamings.unchanged)
-        return _Match(old, new) if old or new or any(map(matcher.suffixes, unchanged)) else None
+        return hits if hits or any(map(matcher.suffixes, unchanged)) else None
 
     def is_ambiguous(self, place: str, text: str, *, single: bool) -> bool:
         """Whether a text that was not renamed may have meant experts, or may mean them now."""
@@ -235,7 +213,7 @@ class _Renamer:
     def _changes(self, matcher: Matcher) -> bool:
         """Whether other experts match after than before, also by shorter names of the stacks."""
         for stack in self._renamings.changed:
-            modules = self._renamings.modules(stack)
+            modules = self._renamings.modules[stack]
             for called in (stack, *self._renamings.shorter[stack]):
                 old, new = map(matcher.suffixes, self._renamings.names(stack, called))
                 if old != new and modules.changed(old, new):

@@ -10,7 +10,7 @@ from moeconv.core.text import quoted_list
 from moeconv.detect.detect import Detection
 from moeconv.errors import Damaged, MoeconvError, quoted
 from moeconv.manifest.model import ORIGIN_NAME, StackEntry
-from moeconv.quantconfig.rewrite import is_rewritten, read_sidecar, rewritten
+from moeconv.quantconfig.rewrite import REWRITTEN, read_sidecar, renamed_documents
 from moeconv.store.base import File
 from moeconv.store.documents import file_digest
 from moeconv.verification.foreign import risk_of
@@ -63,7 +63,7 @@ def _difference(
         if kept is not None and digest(kept) != _first_digest(first, its):
             return f"`{ORIGIN_NAME}` records different bytes: a restore would write those"
         entries = own.manifest.root.stacks
-        if is_rewritten(name):
+        if name in REWRITTEN:
             return _rewritten_otherwise(mine, its, first, source[1], entries, kept=kept)
     if file_digest(mine.path, name=name) != _first_digest(first, its):
         return "its bytes differ"
@@ -81,7 +81,7 @@ def _rewritten_otherwise(
 ) -> str | None:
     """Why a document that conversions rewrite is not what they make of SRC's, or None."""
     before = read_sidecar(its) if first is None else first
-    after = rewritten(mine.name, before, source.stacks, entries)
+    after = renamed_documents({mine.name: before}, source.stacks, entries)[0][mine.name]
     if read_sidecar(mine) != after:
         return (
             "its bytes differ"
