@@ -6,8 +6,12 @@ reader, which takes duplicate names, unknown members and leading spaces, and nev
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from queue import SimpleQueue
+from threading import Thread
 from typing import Final, TypeAlias, TypeGuard
 
 from moeconv.core.dtypes import BITS
@@ -24,6 +28,7 @@ from moeconv.errors import (
 )
 from moeconv.store.base import File
 from moeconv.store.documents import LFS_MARK, refuse_lfs
+from moeconv.store.local import LocalFile
 
 LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -31,6 +36,7 @@ MAX_RANK: Final = 32
 MAX_BITS: Final = 2**63 - 1
 MAX_COUNT: Final = 2**53 - 1
 MAX_NAME_BYTES: Final = 4096
+_REQUESTS: Final = 8  # at once, to a server
 _METADATA: Final = "__metadata__"
 _KEYS: Final = frozenset(("dtype", "shape", "data_offsets"))
 # one object for each dtype, however many tensors name it
@@ -75,6 +81,45 @@ def read_header(file: File, *, number: int) -> Header:
     length = header_length(start, file_size=file.size, where=file.name)
     raw = file.read(0, LENGTH_BYTES + length)
     return parse_header(raw, file_size=file.size, file=number, where=file.name)
+
+
+def read_headers(files: Sequence[File]) -> Iterator[Header]:
+    """The headers of all shards of a checkpoint; those of files elsewhere are fetched in parallel.
+
+    Raises as `read_header`, for the first file that has a problem.
+    """
+    if all(isinstance(file, LocalFile) for file in files):
+        for number, file in enumerate(files):
+            yield read_header(file, number=number)
+        return
+    waiting = deque(enumerate(files))
+    arriving: SimpleQueue[tuple[int, Header | Exception]] = SimpleQueue()
+
+    def fetch() -> None:
+        while waiting:
+            try:
+                number, file = waiting.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            try:
+                arriving.put((number, read_header(file, number=number)))
+            except Exception as problem:  # noqa: BLE001 - it is raised where the header is wanted
+                arriving.put((number, problem))
+
+    # not a pool: at an interrupt it would wait for a server that does not answer
+    for _ in range(min(_REQUESTS, len(files))):
+        Thread(target=fetch, daemon=True).start()
+    arrived: dict[int, Header | Exception] = {}
+    try:
+        for number in range(len(files)):
+            while number not in arrived:
+                arrived |= [arriving.get()]
+            found = arrived.pop(number)
+            if isinstance(found, Exception):
+                raise found
+            yield found
+    finally:
+        waiting.clear()
 
 
 def header_length(start: bytes, *, file_size: int, where: str) -> int:

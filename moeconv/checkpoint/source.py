@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from moeconv.checkpoint.config import CONFIG_NAME, Config, read_config
-from moeconv.checkpoint.header import Header, StoredTensor, read_header
+from moeconv.checkpoint.header import Header, StoredTensor, read_headers
 from moeconv.checkpoint.index import (
     INDEX_NAME,
     MAX_INDEX_BYTES,
@@ -43,7 +43,6 @@ from moeconv.store.paths import matches, refuse_unsafe_name
 SUFFIX: Final = ".safetensors"
 _OTHERS: Final = frozenset({".json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".md", ".txt"})
 _INDEX_SUFFIX: Final = ".safetensors.index.json"
-_REQUESTS: Final = 8  # at once, to a store that is elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,23 +179,9 @@ def _unfinished(store: Store) -> bool:
     return any((store.root / PARTS_DIR).glob(".*.partial"))
 
 
-def _data_files(found: list[File]) -> tuple[DataFile, ...]:
-    """Read the headers, from elsewhere several at a time."""
+def _data_files(found: Iterable[File]) -> tuple[DataFile, ...]:
     files = sorted(found, key=lambda f: natural_key(f.name))
-    numbered = range(len(files))
-    if all(isinstance(file, LocalFile) for file in files):
-        headers = [read_header(file, number=n) for file, n in zip(files, numbered, strict=True)]
-    else:
-        with ThreadPoolExecutor(_REQUESTS) as pool:
-            waiting = [
-                pool.submit(read_header, f, number=n) for f, n in zip(files, numbered, strict=True)
-            ]
-            try:
-                headers = [each.result() for each in waiting]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    return tuple(map(DataFile, files, headers))
+    return tuple(map(DataFile, files, read_headers(files)))
 
 
 def _open_file(path: Path) -> Checkpoint:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from tests.cli.run import Done, moeconv
+from tests.cli.run import Done, environment, moeconv
 from tests.helpers import read_header, tree_sha256, write_checkpoint
 from tests.store.hub_server import (
     COMMIT,
@@ -193,6 +197,19 @@ def test_pointers_instead_of_shards(server: HubServer, tmp_path: Path) -> None:
     for name in [n for n in server.files if n.endswith(".safetensors")]:
         server.files[name] = pointer
     assert "Git-LFS pointer" in _refused(server, tmp_path, "lfs-pointer")
+
+
+def test_an_interrupt_does_not_wait_for_a_server(server: HubServer, tmp_path: Path) -> None:
+    server.fault = "stalls"
+    env = environment(**client_environment(server, tmp_path))
+    command = [sys.executable, "-m", "moeconv", "inspect", ADDRESS]
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+        while not any(name.endswith(".safetensors") for name in server.requests):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert "interrupted" in process.communicate(timeout=30)[1]
+    assert process.returncode == 130
 
 
 def test_no_server(server: HubServer, tmp_path: Path) -> None:
