@@ -12,7 +12,7 @@ from moeconv.cli.ui import Ui, handled
 
 if TYPE_CHECKING:
     from moeconv.core.json_value import Json
-    from moeconv.placement.foreign_map import RawMap
+    from moeconv.placement.base import RawMap
     from moeconv.placement.model import MoeLayers, Placement
 
 _SOURCE_HELP = "The checkpoint that the map is for: a directory, or anything else SRC may be."

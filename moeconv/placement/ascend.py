@@ -8,21 +8,20 @@ from typing import Final
 from moeconv.core.schema import Problems, Table
 from moeconv.core.text import counted
 from moeconv.errors import BadPlacement
-from moeconv.placement.foreign_map import BY_ID, MapFormat, RawMap, moe_layers, row_of
+from moeconv.placement import base
 from moeconv.placement.model import MoeLayers, Placement
-from moeconv.placement.parse import MAX_ROWS, MAX_SLOTS, parse_row
 
 ASCEND: Final = "ascend"
 KEY: Final = "layer_list"
 
 
-def read(top: Table, problems: Problems) -> RawMap:
+def read(top: Table, problems: Problems) -> base.RawMap:
     """Parse the list of layers, each with a list of devices."""
     stated = top.integer("moe_layer_count")
     rows: dict[int, tuple[int, ...]] = {}
     sizes: dict[int, str] = {}  # device counts, and where each was first
     count = 0
-    for table in top.tables(KEY, MAX_ROWS):
+    for table in top.tables(KEY, base.MAX_ROWS):
         count += 1
         layer = table.integer("layer_id")
         if layer in rows:
@@ -37,7 +36,9 @@ def read(top: Table, problems: Problems) -> RawMap:
         top.problem(KEY, "has no layers")
     for size, place in list(sizes.items())[1:]:
         problems.add(place, f"is {size}, but {next(iter(sizes))} in other layers")
-    return RawMap(ASCEND, BY_ID, tuple(sorted(rows.items())), devices=next(iter(sizes), None))
+    return base.RawMap(
+        ASCEND, base.BY_ID, tuple(sorted(rows.items())), devices=next(iter(sizes), None)
+    )
 
 
 def _devices(layer: Table, problems: Problems) -> tuple[int, tuple[int, ...]]:
@@ -45,11 +46,11 @@ def _devices(layer: Table, problems: Problems) -> tuple[int, tuple[int, ...]]:
     stated = layer.integer("device_count", least=1)
     count = 0
     by_device: dict[int, tuple[int, ...]] = {}
-    for device in layer.tables("device_list", MAX_SLOTS):
+    for device in layer.tables("device_list", base.MAX_SLOTS):
         count += 1
         number = device.integer("device_id")
         place = device.place("device_expert")
-        row = parse_row(device.raw("device_expert"), place, problems)
+        row = base.parse_row(device.raw("device_expert"), place, problems)
         if number in by_device:
             device.problem("device_id", f"{number} appears twice")
         elif by_device and len(row) != (others := len(next(iter(by_device.values())))):
@@ -73,9 +74,9 @@ def write(placement: Placement, layers: MoeLayers, ep_size: int | None) -> str:
         )
     per_device = placement.slots // ep_size
     lines = []
-    ids = moe_layers(placement, layers)
+    ids = base.moe_layers(placement, layers)
     for number, layer in enumerate(ids):
-        row = row_of(placement, layer)
+        row = base.row_of(placement, layer)
         devices = [
             {"device_id": d, "device_expert": row[d * per_device : (d + 1) * per_device]}
             for d in range(ep_size)
@@ -87,4 +88,4 @@ def write(placement: Placement, layers: MoeLayers, ep_size: int | None) -> str:
 
 
 # vllm-ascend's own tool numbers the MoE layers, so that it has no rows of dense layers
-FORMAT: Final = MapFormat(ASCEND, KEY, read, write, ids_count_moe=True)
+FORMAT: Final = base.MapFormat(ASCEND, KEY, read, write, ids_count_moe=True)

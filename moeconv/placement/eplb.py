@@ -5,32 +5,24 @@ from __future__ import annotations
 from typing import Final
 
 from moeconv.core.schema import Problems, Table
-from moeconv.placement.foreign_map import (
-    MOE_LAYERS_FIRST,
-    MapFormat,
-    RawMap,
-    moe_layers,
-    rows_by_number,
-    rows_text,
-)
+from moeconv.placement import base
 from moeconv.placement.model import MoeLayers, Placement
-from moeconv.placement.parse import parse_rows
 
 EPLB: Final = "eplb"
 KEY: Final = "phy2log"
 
 
-def read(top: Table, problems: Problems) -> RawMap:
+def read(top: Table, problems: Problems) -> base.RawMap:
     """Parse `{"phy2log": [L_moe, P]}`; the other results of `rebalance_experts` may be there."""
     top.expects(("log2phy", "logcnt"))
-    phy2log = parse_rows(top.raw(KEY), KEY, problems)
+    phy2log = base.parse_rows(top.raw(KEY), KEY, problems)
     top.finish()
-    return rows_by_number(EPLB, phy2log)
+    return base.rows_by_number(EPLB, phy2log)
 
 
 def write(placement: Placement, layers: MoeLayers, _ep_size: int | None) -> str:
     """The JSON text of `{"phy2log": [L_moe, P]}`."""
-    return f'{{"{KEY}": {rows_text(placement, moe_layers(placement, layers))}}}\n'
+    return f'{{"{KEY}": {base.rows_text(placement, base.moe_layers(placement, layers))}}}\n'
 
 
-FORMAT: Final = MapFormat(EPLB, KEY, read, write, MOE_LAYERS_FIRST, in_torch_files=True)
+FORMAT: Final = base.MapFormat(EPLB, KEY, read, write, base.MOE_LAYERS_FIRST, in_torch_files=True)

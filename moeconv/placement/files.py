@@ -14,10 +14,9 @@ from typing import Final
 from moeconv.core.json_value import Json
 from moeconv.core.strict_json import loads
 from moeconv.errors import BadPlacementFile, MoeconvError, TorchNeeded, UsageProblem, quoted
+from moeconv.placement import base
 from moeconv.placement.eplb import EPLB
-from moeconv.placement.foreign_map import RawMap
 from moeconv.placement.formats import FORMATS, parse_map
-from moeconv.placement.parse import MAX_ROWS, MAX_SLOTS
 from moeconv.placement.vllm import VLLM
 from moeconv.placement.yaml_value import yaml_value
 from moeconv.store.documents import read_document
@@ -29,7 +28,7 @@ _MAX_DEPTH: Final = 100
 INLINE: Final = "inline JSON"
 
 
-def read_map(which: str | Path) -> RawMap:
+def read_map(which: str | Path) -> base.RawMap:
     """Read the map in a file, or in `which` itself if that begins like JSON.
 
     Raises BadPlacementFile, BadJson, DuplicateKey, UsageProblem, TorchNeeded, IoFailed.
@@ -133,10 +132,10 @@ def _numpy(raw: bytes, name: str) -> tuple[Json, str]:
 def _check_shape(shape: tuple[int, ...], what: str) -> None:
     """Refuse rows without slots, of which a few bytes can hold any number. Raises ValueError."""
     *rows, slots = shape or (1,)
-    if not 0 < slots <= MAX_SLOTS:
-        raise ValueError(f"{what} has rows of {slots:,} slots; there are 1 to {MAX_SLOTS:,}")
-    if any(not 0 < count <= MAX_ROWS for count in rows):
-        raise ValueError(f"{what} is of shape {list(shape)}; rows are 1 to {MAX_ROWS:,}")
+    if not 0 < slots <= base.MAX_SLOTS:
+        raise ValueError(f"{what} has rows of {slots:,} slots; there are 1 to {base.MAX_SLOTS:,}")
+    if any(not 0 < count <= base.MAX_ROWS for count in rows):
+        raise ValueError(f"{what} is of shape {list(shape)}; rows are 1 to {base.MAX_ROWS:,}")
 
 
 _READERS: Final[dict[str, Callable[[bytes, str], tuple[Json, str]]]] = {

@@ -11,18 +11,16 @@ from moeconv.core.json_value import Json
 from moeconv.core.schema import Problems, Table
 from moeconv.core.text import counted
 from moeconv.errors import BadPlacement, BadPlacementFile, quoted
-from moeconv.placement import ascend, eplb, sglang, trtllm, vllm
-from moeconv.placement.foreign_map import ALIKE, BY_ROW, MapFormat, RawMap, rows_by_number
+from moeconv.placement import ascend, base, eplb, sglang, trtllm, vllm
 from moeconv.placement.model import MoeLayers, Placement, check
-from moeconv.placement.parse import kind_of, parse_row, parse_rows
 
-FORMATS: Final[dict[str, MapFormat]] = {
+FORMATS: Final[dict[str, base.MapFormat]] = {
     f.name: f for f in (sglang.FORMAT, vllm.FORMAT, trtllm.FORMAT, ascend.FORMAT, eplb.FORMAT)
 }
 _LOAD_KEY: Final = "logical_count"
 
 
-def parse_map(doc: Json, *, where: str, bare: str = vllm.VLLM) -> RawMap:
+def parse_map(doc: Json, *, where: str, bare: str = vllm.VLLM) -> base.RawMap:
     """The map in a decoded document. `bare`: the format of rows without any key.
 
     Raises BadPlacementFile with all problems of the document.
@@ -39,12 +37,12 @@ def parse_map(doc: Json, *, where: str, bare: str = vllm.VLLM) -> RawMap:
     return raw
 
 
-def _parsed(doc: Json, bare: str, problems: Problems, where: str) -> RawMap:
+def _parsed(doc: Json, bare: str, problems: Problems, where: str) -> base.RawMap:
     if isinstance(doc, list):
         return _bare_rows(doc, bare, problems)
     if not isinstance(doc, dict):
-        problems.add("", f"is neither an object nor a list of rows, but {kind_of(doc)}")
-        return RawMap(bare, BY_ROW, ())
+        problems.add("", f"is neither an object nor a list of rows, but {base.kind_of(doc)}")
+        return base.RawMap(bare, base.BY_ROW, ())
     if _LOAD_KEY in doc and sglang.KEY not in doc:
         raise BadPlacementFile(
             f"{quoted(where)} is a load record, not a placement",
@@ -57,13 +55,13 @@ def _parsed(doc: Json, bare: str, problems: Problems, where: str) -> RawMap:
             return format_.read(Table(doc, "", problems), problems)
     keys = [quoted(f.key) for f in FORMATS.values() if f.key is not None]
     problems.add("", f"has none of the keys {', '.join(keys)}")
-    return RawMap(bare, BY_ROW, ())
+    return base.RawMap(bare, base.BY_ROW, ())
 
 
-def _bare_rows(doc: list[Json], bare: str, problems: Problems) -> RawMap:
+def _bare_rows(doc: list[Json], bare: str, problems: Problems) -> base.RawMap:
     if doc and not any(isinstance(item, list) for item in doc):
-        return RawMap(vllm.VLLM, ALIKE, ((0, parse_row(doc, "", problems)),))
-    return rows_by_number(bare, parse_rows(doc, "", problems), keyed=False)
+        return base.RawMap(vllm.VLLM, base.ALIKE, ((0, base.parse_row(doc, "", problems)),))
+    return base.rows_by_number(bare, base.parse_rows(doc, "", problems), keyed=False)
 
 
 def write_map(name: str, placement: Placement, layers: MoeLayers, *, ep_size: int | None) -> bytes:

@@ -175,12 +175,8 @@ def _twice(row: Sequence[int], ep_size: int, where: str) -> Iterator[str]:
             held[expert].append(slot)
         for expert, slots in held.items():
             if len(slots) > 1:
-                times = _times(len(slots))
+                times = "twice" if len(slots) == 2 else f"{len(slots)} times"
                 yield f"{where}: expert {expert} is {times} on rank {rank} (slots {listed(slots)})"
-
-
-def _times(count: int) -> str:
-    return "twice" if count == 2 else f"{count} times"
 
 
 def check(
@@ -211,7 +207,7 @@ def _misfits(
         )
     if list(placement.layers) != sorted(set(placement.layers)):
         yield "its layers are not in ascending order"
-    yield from layer_problems(placement.layers, layers)
+    yield from _layer_problems(placement.layers, layers)
     yield from _row_length_problems(placement, layers, ep_size)
     for layer, row in zip(placement.layers, placement.physical_to_logical, strict=False):
         even = ep_size is not None and slots_problem(layers.experts, len(row), ep_size) is None
@@ -224,36 +220,26 @@ def _misfits(
         )
 
 
-def layer_problems(given: Sequence[int], layers: MoeLayers) -> list[str]:
+def _layer_problems(given: Sequence[int], layers: MoeLayers) -> Iterator[str]:
     """Layers that a map has and the checkpoint lacks, and the other way round."""
-    problems = []
-    strange = sorted(set(given) - set(layers.all_moe))
-    if strange:
-        problems.append(f"the checkpoint has no experts in {layer_names(strange)}")
-    absent = sorted(set(layers.moe) - set(given))
-    if absent:
-        problems.append(f"{layer_names(absent)} of the checkpoint {_have(absent)} no row")
-    return problems
+    if strange := sorted(set(given) - set(layers.all_moe)):
+        yield f"the checkpoint has no experts in {layer_names(strange)}"
+    if absent := sorted(set(layers.moe) - set(given)):
+        have = "has" if len(absent) == 1 else "have"
+        yield f"{layer_names(absent)} of the checkpoint {have} no row"
 
 
-def _have(ids: Sequence[int]) -> str:
-    return "has" if len(ids) == 1 else "have"
-
-
-def _row_length_problems(placement: Placement, layers: MoeLayers, ep_size: int | None) -> list[str]:
+def _row_length_problems(
+    placement: Placement, layers: MoeLayers, ep_size: int | None
+) -> Iterator[str]:
     lengths = Counter(map(len, placement.physical_to_logical))
-    problems = []
-    if len(lengths) > 1:
-        usual = lengths.most_common(1)[0][0]
-        problems += [
-            f"layer {layer} has {counted(len(row), 'slot')}, others {usual}"
-            for layer, row in zip(placement.layers, placement.physical_to_logical, strict=False)
-            if len(row) != usual
-        ]
+    usual = lengths.most_common(1)[0][0] if lengths else 0
+    for layer, row in zip(placement.layers, placement.physical_to_logical, strict=False):
+        if len(row) != usual:
+            yield f"layer {layer} has {counted(len(row), 'slot')}, others {usual}"
     if ep_size is not None:
         found = (slots_problem(layers.experts, length, ep_size) for length in sorted(lengths))
-        problems += [problem for problem in found if problem]
-    return problems
+        yield from filter(None, found)
 
 
 def refuse_misfits(texts: Iterable[str]) -> None:

@@ -10,16 +10,7 @@ from typing import Final
 
 from moeconv.core.text import counted, layer_names, spans
 from moeconv.errors import BadPlacement, UsageProblem, quoted
-from moeconv.placement.foreign_map import (
-    ABSOLUTE,
-    ALIKE,
-    BY_ROW,
-    LAYER,
-    LAYER_AND_MTP,
-    MOE,
-    MOE_AND_MTP,
-    RawMap,
-)
+from moeconv.placement import base
 from moeconv.placement.formats import FORMATS
 from moeconv.placement.model import MoeLayers, Placement
 
@@ -28,7 +19,7 @@ ALL_ROWS: Final = "all"  # row n is of layer n
 
 
 def resolve(
-    raw: RawMap, layers: MoeLayers, *, map_layers: str | None = None
+    raw: base.RawMap, layers: MoeLayers, *, map_layers: str | None = None
 ) -> tuple[Placement, str]:
     """The placement of a map for a checkpoint, and one sentence that says what was assumed.
 
@@ -41,12 +32,12 @@ def resolve(
             cause=f"`{MOE_ROWS}`: row n is of the n-th MoE layer; `{ALL_ROWS}`: it is of layer n",
             fix=f"pass `--map-layers {MOE_ROWS}` or `--map-layers {ALL_ROWS}`",
         )
-    if raw.indexed == ALIKE:
+    if raw.indexed == base.ALIKE:
         row = raw.rows[0][1]
         assumed = f"one row: all {counted(len(layers.moe), 'MoE layer')} alike"
         return _placement(dict.fromkeys(layers.moe, row), layers), assumed + _if_not_stated(layers)
     rows = dict(raw.rows)
-    if raw.indexed == BY_ROW:
+    if raw.indexed == base.BY_ROW:
         ids, assumed = _by_row(raw, layers, map_layers)
     else:
         ids, assumed = _by_id(raw, layers)
@@ -76,17 +67,17 @@ def _if_not_stated(layers: MoeLayers) -> str:
 
 def _row_counts(layers: MoeLayers) -> dict[str, int]:
     """How many rows each interpretation of a map would have."""
-    counts = {LAYER: layers.hidden, MOE: len(layers.moe)}
+    counts = {base.LAYER: layers.hidden, base.MOE: len(layers.moe)}
     if layers.beyond:
-        counts[LAYER_AND_MTP] = layers.beyond[-1] + 1
-        counts[MOE_AND_MTP] = len(layers.all_moe)
+        counts[base.LAYER_AND_MTP] = layers.beyond[-1] + 1
+        counts[base.MOE_AND_MTP] = len(layers.all_moe)
     return counts
 
 
 def _row_indices(interpretation: str, layers: MoeLayers) -> dict[int, int]:
     """The index of each layer's row in a map."""
-    moe = layers.moe if interpretation in (LAYER, MOE) else layers.all_moe
-    return {layer: layer if interpretation in ABSOLUTE else n for n, layer in enumerate(moe)}
+    moe = layers.moe if interpretation in (base.LAYER, base.MOE) else layers.all_moe
+    return {layer: layer if interpretation in base.ABSOLUTE else n for n, layer in enumerate(moe)}
 
 
 def _indices_counted(map_layers: str, ids: dict[int, int], layers: MoeLayers) -> dict[int, int]:
@@ -96,7 +87,7 @@ def _indices_counted(map_layers: str, ids: dict[int, int], layers: MoeLayers) ->
     return {layer: n for n, layer in enumerate(layers.all_moe) if layer in ids}
 
 
-def _two_interpretations(raw: RawMap, layers: MoeLayers, fitting: list[str]) -> BadPlacement:
+def _two_interpretations(raw: base.RawMap, layers: MoeLayers, fitting: list[str]) -> BadPlacement:
     """The error for rows that nothing but their number identifies, where two counts match it."""
     interpretations = {r: _row_indices(r, layers) for r in fitting}
     # the main layers may have the same rows in both: then one of the two has rows of MTP layers
@@ -117,12 +108,16 @@ def _two_interpretations(raw: RawMap, layers: MoeLayers, fitting: list[str]) -> 
     )
 
 
-def _by_row(raw: RawMap, layers: MoeLayers, map_layers: str | None) -> tuple[dict[int, int], str]:
+def _by_row(
+    raw: base.RawMap, layers: MoeLayers, map_layers: str | None
+) -> tuple[dict[int, int], str]:
     counts = _row_counts(layers)
     fitting = [r for r in FORMATS[raw.format].layer_order if counts.get(r) == raw.count]
     if not raw.keyed and len(fitting) > 1:
         if map_layers is not None:
-            fitting = [r for r in fitting if (r in ABSOLUTE) == (map_layers == ALL_ROWS)] or fitting
+            fitting = [
+                r for r in fitting if (r in base.ABSOLUTE) == (map_layers == ALL_ROWS)
+            ] or fitting
         elif any(_row_indices(r, layers) != _row_indices(fitting[0], layers) for r in fitting[1:]):
             raise _two_interpretations(raw, layers, fitting)
     if not fitting:
@@ -141,7 +136,7 @@ def _by_row(raw: RawMap, layers: MoeLayers, map_layers: str | None) -> tuple[dic
     return ids, assumed
 
 
-def _dense_rows(ids: dict[int, int], raw: RawMap) -> str:
+def _dense_rows(ids: dict[int, int], raw: base.RawMap) -> str:
     used = tuple(ids.values())
     if len(used) < len(raw.rows):
         plural = "row" if len(used) == 1 else "rows"
@@ -152,12 +147,12 @@ def _dense_rows(ids: dict[int, int], raw: RawMap) -> str:
     return f", which are {layer_names(tuple(ids))}"
 
 
-def _by_id(raw: RawMap, layers: MoeLayers) -> tuple[dict[int, int], str]:
+def _by_id(raw: base.RawMap, layers: MoeLayers) -> tuple[dict[int, int], str]:
     given = {index for index, _ in raw.rows}
     dense = given - set(layers.all_moe)
     named = tuple(n for n in layers.all_moe if n in given)
     absolute = given.issuperset(layers.moe) and all(n < layers.hidden for n in dense)
-    ordinal = {MOE: len(layers.moe), MOE_AND_MTP: len(layers.all_moe)}
+    ordinal = {base.MOE: len(layers.moe), base.MOE_AND_MTP: len(layers.all_moe)}
     counted_off = [r for r, n in ordinal.items() if given == set(range(n))]
     # ascend's own tool numbers the MoE layers, so that a row of a dense layer cannot be there
     if absolute and not (counted_off and dense and FORMATS[raw.format].ids_count_moe):
@@ -185,7 +180,7 @@ def _by_id(raw: RawMap, layers: MoeLayers) -> tuple[dict[int, int], str]:
     )
 
 
-def ep_size_of(raw: RawMap, wanted: int | None) -> int | None:
+def ep_size_of(raw: base.RawMap, wanted: int | None) -> int | None:
     """The EP size: the wanted one, or what the map says. Raises BadPlacement where they differ."""
     if wanted is None or raw.devices in (None, wanted):
         return wanted or raw.devices

@@ -6,34 +6,26 @@ from typing import Final
 
 from moeconv.core.schema import Problems, Table
 from moeconv.errors import quoted
-from moeconv.placement.foreign_map import (
-    ALL_LAYERS_FIRST,
-    MapFormat,
-    RawMap,
-    has_mtp_rows,
-    rows_by_number,
-    rows_text,
-)
+from moeconv.placement import base
 from moeconv.placement.model import MoeLayers, Placement
-from moeconv.placement.parse import parse_rows
 
 SGLANG: Final = "sglang"
 KEY: Final = "physical_to_logical_map"
 
 
-def read(top: Table, problems: Problems) -> RawMap:
+def read(top: Table, problems: Problems) -> base.RawMap:
     """Parse `{"physical_to_logical_map": [L, P]}`."""
     for key in top.names():
         if key != KEY:
             # sglang passes the members on as arguments, so that any other is an error there
             top.problem(key, f"is not allowed together with {quoted(KEY)}: sglang refuses it")
-    return rows_by_number(SGLANG, parse_rows(top.raw(KEY), KEY, problems))
+    return base.rows_by_number(SGLANG, base.parse_rows(top.raw(KEY), KEY, problems))
 
 
 def write(placement: Placement, layers: MoeLayers, _ep_size: int | None) -> str:
     """The JSON text, with the trivial row for dense layers."""
-    last = layers.beyond[-1] + 1 if has_mtp_rows(placement, layers) else layers.hidden
-    return f'{{"{KEY}": {rows_text(placement, range(last))}}}\n'
+    last = layers.beyond[-1] + 1 if base.has_mtp_rows(placement, layers) else layers.hidden
+    return f'{{"{KEY}": {base.rows_text(placement, range(last))}}}\n'
 
 
-FORMAT: Final = MapFormat(SGLANG, KEY, read, write, ALL_LAYERS_FIRST, in_torch_files=True)
+FORMAT: Final = base.MapFormat(SGLANG, KEY, read, write, base.ALL_LAYERS_FIRST, in_torch_files=True)

@@ -8,27 +8,26 @@ from typing import Final
 
 from moeconv.core.schema import Problems, Table
 from moeconv.core.text import counted
-from moeconv.placement.foreign_map import BY_ID, MapFormat, RawMap
+from moeconv.placement import base
 from moeconv.placement.model import MoeLayers, Placement
-from moeconv.placement.parse import MAX_ROWS, parse_row, too_many_rows
 
 TRTLLM: Final = "trtllm"
 KEY: Final = "initial_global_assignments"
 _LAYER_ID: Final = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 
 
-def read(top: Table, problems: Problems) -> RawMap:
+def read(top: Table, problems: Problems) -> base.RawMap:
     """Parse `{layer id: physical_to_logical [P]}` and the number of slots."""
     given = top.raw(KEY)
     members = given if isinstance(given, dict) else {}
     if not members:
         top.problem(KEY, "must be an object of rows by layer id")
-    if len(members) > MAX_ROWS:
-        top.problem(KEY, too_many_rows(len(members)))
+    if len(members) > base.MAX_ROWS:
+        top.problem(KEY, base.too_many_rows(len(members)))
         members = {}
     rows = {}
     for key, value in members.items():
-        row = parse_row(value, f"{KEY}.{key}", problems)
+        row = base.parse_row(value, f"{KEY}.{key}", problems)
         if _LAYER_ID.fullmatch(key):
             rows[int(key)] = row
         else:
@@ -41,7 +40,7 @@ def read(top: Table, problems: Problems) -> RawMap:
         if slots is not None and len(row) != slots:
             text = f"has {counted(len(row), 'slot')}, `num_slots` says {slots}"
             top.problem(f"{KEY}.{layer}", text)
-    return RawMap(TRTLLM, BY_ID, tuple(sorted(rows.items())))
+    return base.RawMap(TRTLLM, base.BY_ID, tuple(sorted(rows.items())))
 
 
 def write(placement: Placement, _layers: MoeLayers, _ep_size: int | None) -> str:
@@ -52,4 +51,4 @@ def write(placement: Placement, _layers: MoeLayers, _ep_size: int | None) -> str
     return "\n".join([*lines, f"num_slots: {placement.slots}", "layer_updates_per_iter: 0", ""])
 
 
-FORMAT: Final = MapFormat(TRTLLM, KEY, read, write)
+FORMAT: Final = base.MapFormat(TRTLLM, KEY, read, write)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from moeconv.placement.foreign_map import MOE_LAYERS_FIRST, MapFormat, moe_layers, rows_text
+from moeconv.placement import base
 from moeconv.placement.model import MoeLayers, Placement
 
 VLLM: Final = "vllm"
@@ -12,8 +12,8 @@ VLLM: Final = "vllm"
 
 def write(placement: Placement, layers: MoeLayers, _ep_size: int | None) -> str:
     """The JSON text: physical_to_logical, [L_moe, P]."""
-    return f"{rows_text(placement, moe_layers(placement, layers))}\n"
+    return f"{base.rows_text(placement, base.moe_layers(placement, layers))}\n"
 
 
 # rows without a key are read by `formats.parse_map`
-FORMAT: Final = MapFormat(VLLM, None, None, write, MOE_LAYERS_FIRST)
+FORMAT: Final = base.MapFormat(VLLM, None, None, write, base.MOE_LAYERS_FIRST)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from moeconv.errors import BadPlacement
-from moeconv.placement.foreign_map import RawMap
+from moeconv.placement.base import RawMap
 from moeconv.placement.model import MoeLayers, Placement, trivial
 from moeconv.placement.resolve import resolve
 from tests.badinput.checks import holds

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moeconv.placement.formats import FORMATS
 from tests.badinput import builders
 from tests.badinput.checks import untouched
 from tests.cli.run import moeconv
@@ -24,6 +25,12 @@ def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = builders.without(builders.qwen(layers=5), "layers.0.") | builders.dense(0)
     folder = tmp_path_factory.mktemp("placement") / "src"
     return builders.write(folder, tensors, config=builders.config(num_hidden_layers=4))
+
+
+def test_help_lists_every_format():
+    """By hand, as the table of formats takes longer to import than the help to print."""
+    *names, last = FORMATS
+    assert f"{', '.join(names)} or {last}." in moeconv("placement", "convert", "--help").out
 
 
 def test_show_tells_what_was_assumed(src: Path):

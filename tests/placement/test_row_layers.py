@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moeconv.placement.ascend import ASCEND
+from moeconv.placement.base import ALIKE
 from moeconv.placement.eplb import EPLB
-from moeconv.placement.foreign_map import ALIKE
 from moeconv.placement.formats import parse_map
 from moeconv.placement.model import MoeLayers, check
 from moeconv.placement.resolve import resolve

@@ -16,8 +16,8 @@ from moeconv.api import shard
 from moeconv.core.json_value import Json
 from moeconv.errors import BadPlacement, UsageProblem
 from moeconv.placement.ascend import ASCEND
+from moeconv.placement.base import RawMap
 from moeconv.placement.files import read_map
-from moeconv.placement.foreign_map import RawMap
 from moeconv.placement.formats import parse_map
 from moeconv.placement.model import MoeLayers
 from moeconv.placement.resolve import resolve
