@@ -60,13 +60,17 @@ def lost_stacks(
                 continue
             if name not in reported:
                 reported.add(name)
-                yield _lost(name, there[0], len(layers))
+                yield MissingExpert(
+                    f"{quoted(name)} has no experts at all",
+                    at=quoted(there[0].name),
+                    cause=f"it has this tensor, as do {len(layers)} other layers with experts",
+                )
 
 
 def lost_layers(
     stacks: tuple[Stack, ...], others: Iterable[StoredTensor], config: Config
-) -> list[MoeconvError]:
-    """Return the problem of layers that config.json counts but that have no tensor at all.
+) -> Iterator[MoeconvError]:
+    """Yield the problem of layers that config.json counts but that have no tensor at all.
 
     Checked for the kind with most stacks, in models with one sequence of layers: an encoder and a
     decoder are counted under keys of their own. Not checked where there are only experts or only
@@ -76,25 +80,23 @@ def lost_layers(
     kind = kind_and_layer(main[0].name) if main else None
     stated = layers_stated(main, config) if kind else None
     if kind is None or stated is None or stated > MAX_LAYERS:
-        return []
+        return
     head = kind[0][0]
     beside = _numbers(head, (t.name for t in others))
     present = {n for n in beside | _numbers(head, (s.name for s in stacks)) if n < stated}
     lost = [n for n in range(stated) if n not in present]
     apart = vocabulary().own_layer_counts.mentioned(head.split("."))
     if not lost or not present or not beside or apart:
-        return []
+        return
     if lost[0] > max(present) and len(lost) <= mtp_layer_count(config):
-        return []
-    return [
-        ConfigMismatch(
-            f"layer {lost[0]} has no tensor, but config.json states {stated} layers",
-            at=f"{quoted(f'{head}{lost[0]}')}, next to {quoted(main[0].name)}",
-            cause=f"{len(lost)} of {stated} layers have no tensors: {spans(tuple(lost))}",
-            fix="download the shards that hold them, or use the config.json that belongs to "
-            "these tensors",
-        )
-    ]
+        return
+    yield ConfigMismatch(
+        f"layer {lost[0]} has no tensor, but config.json states {stated} layers",
+        at=f"{quoted(f'{head}{lost[0]}')}, next to {quoted(main[0].name)}",
+        cause=f"{len(lost)} of {stated} layers have no tensors: {spans(tuple(lost))}",
+        fix="download the shards that hold them, or use the config.json that belongs to these "
+        "tensors",
+    )
 
 
 def _numbers(head: str, names: Iterable[str]) -> set[int]:
@@ -103,8 +105,8 @@ def _numbers(head: str, names: Iterable[str]) -> set[int]:
     return {int(match[1]) for match in found if match}
 
 
-def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[MoeconvError]:
-    """Return the problems of stacks of one kind with different numbers of experts.
+def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> Iterator[MoeconvError]:
+    """Yield the problems of stacks of one kind with different numbers of experts.
 
     A missing last expert leaves no gap in the ids; only other layers show it. stated: names of the
     stacks whose number config.json states, which have been checked against it.
@@ -114,22 +116,18 @@ def unequal_stacks(stacks: Iterable[Stack], stated: frozenset[str]) -> list[Moec
         found = kind_and_layer(stack.name)
         if found and stack.name not in stated:
             groups[found[0]].append(stack)
-    problems: list[MoeconvError] = []
     for alike in groups.values():
         usual = max(s.sizes.experts for s in alike)
         odd = [s for s in alike if s.sizes.experts != usual]
         if odd:
-            problems.append(
-                ConfigMismatch(
-                    f"{quoted(odd[0].name)} has {odd[0].sizes.experts} experts, others {usual}",
-                    at=quoted(odd[0].name),
-                    cause=f"{len(odd)} of {len(alike)} stacks have fewer, and config.json does not "
-                    "say how many there should be",
-                    fix="use the config.json that belongs to these tensors, or download the "
-                    "shards again",
-                )
+            yield ConfigMismatch(
+                f"{quoted(odd[0].name)} has {odd[0].sizes.experts} experts, others {usual}",
+                at=quoted(odd[0].name),
+                cause=f"{len(odd)} of {len(alike)} stacks have fewer, and config.json does not "
+                "say how many there should be",
+                fix="use the config.json that belongs to these tensors, or download the shards "
+                "again",
             )
-    return problems
 
 
 def bare_stacks(stacks: Iterable[Stack]) -> Iterator[MoeconvError]:
@@ -177,12 +175,4 @@ def _routes(
         return not routers.excluded(words)
     return rest.startswith(tail.partition(".")[0] + ".") and all(
         tensors[n].shape[:1] == (stack.sizes.experts,) for n, stack in layers.items()
-    )
-
-
-def _lost(name: str, router: StoredTensor, count: int) -> MoeconvError:
-    return MissingExpert(
-        f"{quoted(name)} has no experts at all",
-        at=quoted(router.name),
-        cause=f"it has this tensor, as do {count} other layers with experts",
     )

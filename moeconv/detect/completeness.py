@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import combinations, islice
 
 from moeconv.checkpoint.header import StoredTensor
@@ -35,16 +36,12 @@ def completeness(
     """
     problems: list[MoeconvError] = []
     ids = _expert_ids(matched, layout)
-    for line in layout.weight_lines:
-        weights = matched.weights(line.template)
-        if not weights and not ids:
-            problems.append(_missing_projection(matched, line))
-    if layout.numbered and ids:
-        gaps = _missing_ids(matched, ids, experts)
-        problems += gaps
+    if not ids:
+        problems += _missing_projections(matched, layout)
+    elif layout.numbered:
+        gap = _missing_ids(matched, ids, experts)
         # an id out of range would make every other expert look incomplete, too
-        if not gaps:
-            problems += _missing_weights(matched, layout, ids, experts)
+        problems += [gap] if gap else _missing_weights(matched, layout, ids, experts)
     for (_, component), tensors in matched.tensors.items():
         if component not in matched.recipe.passed:  # a JSON blob is as long as its numbers
             problems += _outliers(matched, tensors)
@@ -90,95 +87,77 @@ def _bare(matched: MatchedStack, *, quantised: bool) -> list[MoeconvError]:
 
 def _expert_ids(matched: MatchedStack, layout: Layout) -> list[int]:
     templates = {line.template for line in layout.lines}
-    return sorted(
-        {
-            expert
-            for (template, _), tensors in matched.tensors.items()
-            if template in templates
-            for expert in tensors
-            if expert != SHARED
-        }
-    )
+    by_expert = (ts for (template, _), ts in matched.tensors.items() if template in templates)
+    return sorted({expert for ts in by_expert for expert in ts} - {SHARED})
 
 
 def _says(experts: int | None) -> str:
     return "" if experts is None else f"; config.json states {experts} experts"
 
 
-def _missing_projection(matched: MatchedStack, line: TensorTemplate) -> MoeconvError:
-    sample = matched.sample()
-    return MissingExpert(
-        f"{quoted(matched.name)} lacks {quoted(line.template.removeprefix('{stack}.'))}",
-        at=matched.where(sample),
-        cause=f"it has this tensor, but none for {' and '.join(line.projections)}",
-    )
+def _missing_projections(matched: MatchedStack, layout: Layout) -> Iterator[MoeconvError]:
+    for line in layout.weight_lines:
+        if not matched.weights(line.template):
+            yield MissingExpert(
+                f"{quoted(matched.name)} lacks {quoted(line.template.removeprefix('{stack}.'))}",
+                at=matched.where(matched.sample()),
+                cause=f"it has this tensor, but none for {' and '.join(line.projections)}",
+            )
 
 
-def _missing_ids(matched: MatchedStack, ids: list[int], experts: int | None) -> list[MoeconvError]:
-    last = matched.tensor_of(ids[-1])
+def _missing_ids(matched: MatchedStack, ids: list[int], experts: int | None) -> MoeconvError | None:
     if experts is not None and ids[-1] >= experts:
         beyond = [i for i in ids if i >= experts]
-        return [
-            ExpertOutOfRange(
-                f"{quoted(matched.name)} has expert {beyond[0]}, but config.json states only "
-                f"{experts}",
-                at=matched.where(matched.tensor_of(beyond[0])),
-                cause=f"ids must be below {experts}; these are not: {listed(beyond)}",
-                fix="correct config.json, or remove the experts that do not belong",
-            )
-        ]
-    present = set(ids)
+        return ExpertOutOfRange(
+            f"{quoted(matched.name)} has expert {beyond[0]}, but config.json states only {experts}",
+            at=matched.where(matched.tensor_of(beyond[0])),
+            cause=f"ids must be below {experts}; these are not: {listed(beyond)}",
+            fix="correct config.json, or remove the experts that do not belong",
+        )
     count = ids[-1] + 1 - len(ids)
     if not count:
-        return []
+        return None
+    present = set(ids)
     # lazily: one absurd id must not produce a list of two billion missing ones
     missing = list(islice((i for i in range(ids[-1]) if i not in present), LISTED))
-    return [
-        ExpertGap(
-            f"{quoted(matched.name)} has no tensor of expert {missing[0]}",
-            at=f"its last expert is in {matched.where(last)}",
-            cause=f"ids go up to {ids[-1]}; these are missing: "
-            f"{listed(missing, count=count)}{_says(experts)}",
-        )
-    ]
+    return ExpertGap(
+        f"{quoted(matched.name)} has no tensor of expert {missing[0]}",
+        at=f"its last expert is in {matched.where(matched.tensor_of(ids[-1]))}",
+        cause=f"ids go up to {ids[-1]}; these are missing: "
+        f"{listed(missing, count=count)}{_says(experts)}",
+    )
 
 
 def _missing_weights(
     matched: MatchedStack, layout: Layout, ids: list[int], experts: int | None
-) -> list[MoeconvError]:
-    problems: list[MoeconvError] = []
+) -> Iterator[MoeconvError]:
+    weight_names = matched.recipe.weights
     for line in layout.weight_lines:
         weights = matched.weights(line.template)
         # companions without a weight are reported by `_companions`
-        lacking = [i for i in ids if i not in weights and not _companion_of(matched, line, i)]
+        companions = [
+            tensors
+            for (template, component), tensors in matched.tensors.items()
+            if template == line.template and component not in weight_names
+        ]
+        lacking = [i for i in ids if i not in weights and not any(i in ts for ts in companions)]
         if not lacking:
             continue
         rest = line.template.removeprefix("{stack}.").removeprefix("{expert}.")
-        kind = next((c for t, c in matched.tensors if c in matched.recipe.weights), WEIGHT)
+        kind = next((c for _, c in matched.tensors if c in weight_names), WEIGHT)
         rest = rest.replace("{component}", kind).replace("{parameter}", kind)
         # its other projections show where it should be, perhaps in the next shard
         near = matched.tensor_of(lacking[0])
-        problems.append(
-            MissingExpert(
-                f"{quoted(matched.name)} lacks expert {lacking[0]}'s {quoted(rest)}",
-                at=f"another tensor of it is in {matched.where(near)}",
-                cause=("" if weights else "no expert has it: ")
-                + f"{len(weights)} of {len(ids)} experts have it; "
-                f"missing: {listed(lacking)}{_says(experts)}",
-            )
+        yield MissingExpert(
+            f"{quoted(matched.name)} lacks expert {lacking[0]}'s {quoted(rest)}",
+            at=f"another tensor of it is in {matched.where(near)}",
+            cause=("" if weights else "no expert has it: ")
+            + f"{len(weights)} of {len(ids)} experts have it; "
+            f"missing: {listed(lacking)}{_says(experts)}",
         )
-    return problems
 
 
-def _companion_of(matched: MatchedStack, line: TensorTemplate, expert: int) -> bool:
-    return any(
-        template == line.template and component not in matched.recipe.weights and expert in tensors
-        for (template, component), tensors in matched.tensors.items()
-    )
-
-
-def _companions(matched: MatchedStack, layout: Layout) -> list[MoeconvError]:
-    problems: list[MoeconvError] = []
+def _companions(matched: MatchedStack, layout: Layout) -> Iterator[MoeconvError]:
     for (template, component), tensors in matched.tensors.items():
         known = template in (line.template for line in layout.weight_lines)
         if component in matched.recipe.weights or not known:
@@ -187,34 +166,28 @@ def _companions(matched: MatchedStack, layout: Layout) -> list[MoeconvError]:
         alone = [i for i in tensors if i not in weights]
         if alone:
             tensor = tensors[alone[0]]
-            problems.append(
-                ScaleWithoutWeight(
-                    f"{quoted(tensor.name)} has no weight",
-                    at=matched.where(tensor),
-                    cause=f"this stack has {counted(len(alone), 'tensor')} of component "
-                    f"{quoted(component)} without a weight",
-                )
+            yield ScaleWithoutWeight(
+                f"{quoted(tensor.name)} has no weight",
+                at=matched.where(tensor),
+                cause=f"this stack has {counted(len(alone), 'tensor')} of component "
+                f"{quoted(component)} without a weight",
             )
         # a weight of another dtype may need none, and its dtype has been reported
         usual = Counter(t.dtype for t in weights.values()).most_common(1)
         bare = [i for i, t in weights.items() if i not in tensors and t.dtype == usual[0][0]]
         if bare:
             tensor = weights[bare[0]]
-            problems.append(
-                MissingScale(
-                    f"{quoted(tensor.name)} lacks its {quoted(component)}",
-                    at=matched.where(tensor),
-                    cause=f"{len(weights) - len(bare)} of {len(weights)} experts have it; "
-                    f"these lack it: {listed(sorted(bare))}",
-                )
+            yield MissingScale(
+                f"{quoted(tensor.name)} lacks its {quoted(component)}",
+                at=matched.where(tensor),
+                cause=f"{len(weights) - len(bare)} of {len(weights)} experts have it; "
+                f"these lack it: {listed(sorted(bare))}",
             )
-    return problems
 
 
-def _outliers(matched: MatchedStack, tensors: dict[int, StoredTensor]) -> list[MoeconvError]:
-    problems: list[MoeconvError] = []
+def _outliers(matched: MatchedStack, tensors: dict[int, StoredTensor]) -> Iterator[MoeconvError]:
     if len({(t.dtype, t.shape) for t in tensors.values()}) == 1:
-        return problems
+        return
     for kind, what, facts in (
         (ExpertDtype, "dtype", {e: t.dtype for e, t in tensors.items()}),
         (ExpertShape, "shape", {e: str(list(t.shape)) for e, t in tensors.items()}),
@@ -223,40 +196,34 @@ def _outliers(matched: MatchedStack, tensors: dict[int, StoredTensor]) -> list[M
         odd = sorted(e for e, fact in facts.items() if fact != usual)
         if odd:
             tensor = tensors[odd[0]]
-            problems.append(
-                kind(
-                    f"{quoted(tensor.name)} has {what} {facts[odd[0]]}, not {usual}",
-                    at=matched.where(tensor),
-                    cause=f"in {quoted(matched.name)} {count} of {len(tensors)} experts have "
-                    f"{usual}; odd: {listed(odd)}",
-                )
+            yield kind(
+                f"{quoted(tensor.name)} has {what} {facts[odd[0]]}, not {usual}",
+                at=matched.where(tensor),
+                cause=f"in {quoted(matched.name)} {count} of {len(tensors)} experts have "
+                f"{usual}; odd: {listed(odd)}",
             )
-    return problems
 
 
-def _across_projections(matched: MatchedStack, layout: Layout) -> list[MoeconvError]:
-    """Return where projections differ in ways that no checkpoint has on purpose.
+def _across_projections(matched: MatchedStack, layout: Layout) -> Iterator[MoeconvError]:
+    """Yield where projections differ in ways that no checkpoint has on purpose.
 
     Every fused layout joins gate and up, so these need one dtype and the same components. Down may
     have another precision, but quantised weights of one dtype all have scales or none has.
     """
-    problems: list[MoeconvError] = []
     samples = {line.projections: _first_of(matched, line, layout) for line in layout.weight_lines}
     kinds = {p: [c for c in matched.recipe.weights if c in samples[p]] for p in samples}
     weights = {p: samples[p][kinds[p][0]] for p in samples if kinds[p]}
-    two = _mixed_formats(matched, kinds, samples)
-    if two:
-        return [two]
+    if two := _mixed_formats(matched, kinds, samples):
+        yield two
+        return
     pair = [t for p, t in weights.items() if DOWN not in p]
     if len({t.dtype for t in pair}) > 1:
-        problems.append(
-            ExpertDtype(
-                f"gate and up of {quoted(matched.name)} have different dtypes: "
-                f"{' and '.join(t.dtype for t in pair)}",
-                at=matched.where(*pair),
-                cause="one tensor cannot hold both",
-                fix="convert from a checkpoint whose projections are alike",
-            )
+        yield ExpertDtype(
+            f"gate and up of {quoted(matched.name)} have different dtypes: "
+            f"{' and '.join(t.dtype for t in pair)}",
+            at=matched.where(*pair),
+            cause="one tensor cannot hold both",
+            fix="convert from a checkpoint whose projections are alike",
         )
     lost: dict[tuple[str, tuple[str, ...]], MoeconvError] = {}
     for a, b in combinations(weights, 2):
@@ -274,7 +241,7 @@ def _across_projections(matched: MatchedStack, layout: Layout) -> list[MoeconvEr
                 cause=f"this {weights[lacks].dtype} lacks it, {quoted(weights[has].name)} has it",
             )
             lost.setdefault((component, lacks), problem)
-    return [*problems, *lost.values()]
+    yield from lost.values()
 
 
 def _first_of(

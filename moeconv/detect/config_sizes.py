@@ -94,35 +94,28 @@ def stated_sizes(matched: MatchedStack, config: Config) -> dict[str, int]:
 
 def config_mismatches(
     matched: MatchedStack, sizes: dict[str, int], config: Config
-) -> list[MoeconvError]:
-    """Return the problems of a stack whose tensors have other sizes than config.json states."""
+) -> Iterator[MoeconvError]:
+    """Yield the problems of a stack whose tensors have other sizes than config.json states."""
     words = {"experts": "experts", "width": "rows in gate and up", "hidden": "inputs to an expert"}
-    problems: list[MoeconvError] = []
     for what, paths in _keys(matched.recipe):
         hits = _sizes(config, matched.recipe, matched.name, paths, alike=what == "experts")
         # one model has one number of experts; the keys of its widths mean different things
         for key, stated in hits if what == "experts" else hits[:1]:
             # a list that is not one of layers states something else
-            if what not in sizes or isinstance(stated, list | dict) or _same(stated, sizes[what]):
+            if what not in sizes or isinstance(stated, list | dict):
                 continue
-            problems.append(
-                ConfigMismatch(
+            if type(stated) is not int or stated != sizes[what]:
+                yield ConfigMismatch(
                     f"config.json and the tensors of {quoted(matched.name)} disagree on the {what}",
                     at=f"config.json, key {quoted(key)}",
                     cause=f"config.json says {printable(abridged(str(stated), 200))}, "
                     f"the tensors have {sizes[what]} {words[what]}",
                 )
-            )
-    return problems
 
 
 def _keys(recipe: Recipe) -> tuple[tuple[str, tuple[str, ...]], ...]:
     keys = recipe.config
     return (("experts", keys.experts), ("width", keys.width), ("hidden", keys.hidden))
-
-
-def _same(stated: object, size: int) -> bool:
-    return type(stated) is int and stated == size
 
 
 def _in_section(config: Config, section: str, paths: tuple[str, ...]) -> list[_Hit]:

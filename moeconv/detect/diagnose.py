@@ -46,7 +46,7 @@ def no_fit(
 
     def fits(layout: Layout, only: frozenset[str]) -> bool:
         return any(
-            solve(matched, layout, interpretation, hints).sizes is not None
+            isinstance(solve(matched, layout, interpretation, hints), Sizes)
             for block_sizes in blocks.choices
             for interpretation in interpretations(matched, layout, block_sizes, only=only)
         )

@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 from moeconv.detect.match import ComponentKey, MatchedStack
 from moeconv.errors import BadRecipe, quoted
 from moeconv.layout.axes import EXPERT, PAIR, Axes
-from moeconv.layout.recipe import DOWN, Component, Layout, TensorTemplate
+from moeconv.layout.recipe import Component, Layout, TensorTemplate
 from moeconv.manifest.model import Manifest
 
 _MAX_INTERPRETATIONS: Final = 20_000
@@ -72,7 +72,7 @@ def interpretations(
         if only is not None and component.name not in only:
             continue
         # down may have another precision than gate and up; scales of one name are of one kind
-        separate_down = component.weight and line.projections == (DOWN,)
+        separate_down = component.weight and line.is_down
         groups.setdefault((component.name, separate_down), []).append((line, component))
     choices = [list(_choices(matched, members, block_sizes)) for members in groups.values()]
     count = prod(map(len, choices))

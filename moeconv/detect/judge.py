@@ -101,7 +101,7 @@ def judge_passthrough(matched: MatchedStack, config: Config) -> list[MoeconvErro
     problems = completeness(matched, layouts[0], experts=experts, quantised=False)
     if problems or not layouts[0].per_expert:
         return problems
-    return config_mismatches(matched, {EXPERTS: _count(matched)}, config)
+    return list(config_mismatches(matched, {EXPERTS: _count(matched)}, config))
 
 
 def _candidates(matched: MatchedStack) -> list[Layout] | MoeconvError:
@@ -126,11 +126,11 @@ def _solve(
             options = recorded_first(options, layout, matched.name, evidence.ranks)
             first_reasons: list[str] | None = None
             for interpretation in options:
-                solution = solve(matched, layout, interpretation, hints)
-                if solution.sizes is not None:
-                    fits.append(_Fit(layout, block_sizes, interpretation, solution.sizes))
+                solved = solve(matched, layout, interpretation, hints)
+                if isinstance(solved, Sizes):
+                    fits.append(_Fit(layout, block_sizes, interpretation, solved))
                     break
-                first_reasons = solution.reasons if first_reasons is None else first_reasons
+                first_reasons = solved if first_reasons is None else first_reasons
             else:
                 reasons += first_reasons or []
     return fits or no_fit(matched, layouts, blocks, hints, reasons)
@@ -153,7 +153,7 @@ def _ambiguity(
     if others:
         return ambiguous_block_size(matched, [chosen, *others])
     for other in transposed_variants(interpretations(matched, layout, best.block_sizes), chosen):
-        fitting = solve(matched, layout, other, hints).sizes is not None
+        fitting = isinstance(solve(matched, layout, other, hints), Sizes)
         if fitting and _differs(layout, best.sizes, chosen, other):
             return ambiguous_axis_order(matched, chosen, other)
     return None
@@ -164,7 +164,7 @@ def _cross_check(matched: MatchedStack, sizes: Sizes, evidence: Evidence) -> lis
     solved = (sizes.experts, sizes.width, sizes.hidden)
     if evidence.recorded is None:
         named = dict(zip((EXPERTS, WIDTH, HIDDEN), solved, strict=True))
-        return config_mismatches(matched, named, evidence.config)
+        return list(config_mismatches(matched, named, evidence.config))
     if evidence.recorded.sizes != solved:
         return [sizes_differ_from_manifest(evidence.recorded, sizes)]
     return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from moeconv.checkpoint.header import StoredTensor
@@ -12,7 +12,7 @@ from moeconv.detect.match import MatchedStack
 from moeconv.detect.stack import PackingAxis, Sizes
 from moeconv.errors import quoted
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Axis
-from moeconv.layout.recipe import DOWN, Component, Layout, TensorTemplate
+from moeconv.layout.recipe import Component, Layout, TensorTemplate
 
 EXPERTS: Final = "experts"
 WIDTH: Final = "width"
@@ -31,14 +31,6 @@ class SizeHints:
 
     experts: int | None
     stated: dict[str, int]
-
-
-@dataclass(slots=True)
-class Solution:
-    """The sizes that fit all shapes, or the reasons why none do."""
-
-    sizes: Sizes | None = None
-    reasons: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,37 +61,41 @@ class _Equation:
 
 def solve(
     matched: MatchedStack, layout: Layout, interpretation: Interpretation, hints: SizeHints
-) -> Solution:
-    """Solve E, I, H and the packing axes of a stack stored in `layout` with these axes."""
-    out = Solution()
-    equations = list(_equations(matched, layout, interpretation, out))
+) -> Sizes | list[str]:
+    """Solve E, I, H and the packing axes of a stack stored in `layout` with these axes.
+
+    Returns the reasons why no sizes fit all shapes, if none do.
+    """
+    reasons: list[str] = []
+    equations = list(_equations(matched, layout, interpretation, reasons))
     values: dict[_Variable, int] = {} if hints.experts is None else {EXPERTS: hints.experts}
-    if out.reasons or not _propagate(equations, values, out):
-        return out
+    if reasons or not _propagate(equations, values, reasons):
+        return reasons
     for name in (EXPERTS, WIDTH, HIDDEN):
         if name not in values and name in hints.stated:
             values[name] = hints.stated[name]
-            if not _propagate(equations, values, out):
-                return out
+            if not _propagate(equations, values, reasons):
+                return reasons
     for equation in equations:
         if unsolved := equation.open_terms(values):
-            out.reasons.append(f"{layout.name}: nothing determines the size of `{unsolved[0][0]}`")
+            reasons.append(f"{layout.name}: nothing determines the size of `{unsolved[0][0]}`")
         elif (needed := equation.product(values)) != equation.size:
-            out.reasons.append(
+            reasons.append(
                 f"{layout.name}: {quoted(equation.tensor.name)} is {list(equation.tensor.shape)}, "
                 f"but `{equation.axes}` needs {needed} instead of {equation.size}"
             )
-    if not out.reasons and values[EXPERTS] < 1:
-        out.reasons.append(f"{layout.name}: there are no experts in these tensors")
-    if not out.reasons:
-        out.sizes = _sizes(values)
-    return out
+    if not reasons and values[EXPERTS] < 1:
+        reasons.append(f"{layout.name}: there are no experts in these tensors")
+    if reasons:
+        return reasons
+    packing = sorted((axis, size) for axis, size in values.items() if not isinstance(axis, str))
+    return Sizes(values[EXPERTS], values[WIDTH], values[HIDDEN], tuple(packing))
 
 
 def _equations(
-    matched: MatchedStack, layout: Layout, interpretation: Interpretation, out: Solution
+    matched: MatchedStack, layout: Layout, interpretation: Interpretation, reasons: list[str]
 ) -> Iterator[_Equation]:
-    """One equation for each dimension; tensors that cannot fit are added to `out.reasons`."""
+    """One equation for each dimension; tensors that cannot fit are added to `reasons`."""
     square = tuple((layout.square or "").split("_"))
     for line in layout.lines:
         for name in (c.name for c in matched.recipe.components):
@@ -108,13 +104,13 @@ def _equations(
             tensor = matched.sample((line.template, name))
             component, axes = interpretation[line.template, name]
             if len(axes.dims) != len(tensor.shape):
-                out.reasons.append(
+                reasons.append(
                     f"{layout.name}: {quoted(tensor.name)} is {list(tensor.shape)}, but `{axes}` "
                     f"has {len(axes.dims)} dimension(s)"
                 )
                 continue
             if layout.square and line.projections == square and len(set(tensor.shape[-2:])) != 1:
-                out.reasons.append(f"{layout.name}: {quoted(tensor.name)} is not square")
+                reasons.append(f"{layout.name}: {quoted(tensor.name)} is not square")
                 continue
             for dim, size in zip(axes.dims, tensor.shape, strict=True):
                 factor = len(line.projections) if any(a.letter == PAIR for a in dim) else 1
@@ -125,15 +121,16 @@ def _equations(
 
 
 def _variable(axis: Axis, line: TensorTemplate, component: Component) -> _Variable:
-    down = line.projections == (DOWN,)
     if axis.letter == EXPERT:
         return EXPERTS
     if axis.letter in (OUT, IN):
-        return HIDDEN if (axis.letter == OUT) == down else WIDTH
-    return PackingAxis(component.name, down, axis.letter)
+        return HIDDEN if (axis.letter == OUT) == line.is_down else WIDTH
+    return PackingAxis(component.name, line.is_down, axis.letter)
 
 
-def _propagate(equations: list[_Equation], values: dict[_Variable, int], out: Solution) -> bool:
+def _propagate(
+    equations: list[_Equation], values: dict[_Variable, int], reasons: list[str]
+) -> bool:
     """Solve equations with one unknown until there are none; False if one has no whole solution."""
     progress = True
     while progress:
@@ -145,7 +142,7 @@ def _propagate(equations: list[_Equation], values: dict[_Variable, int], out: So
             variable = unknown[0][0]
             rest = equation.product(values, without=variable)
             if rest == 0 or equation.size % rest:
-                out.reasons.append(
+                reasons.append(
                     f"{quoted(equation.tensor.name)} is {list(equation.tensor.shape)}: "
                     f"{equation.size} is not divisible by {rest} (`{equation.axes}`)"
                 )
@@ -153,8 +150,3 @@ def _propagate(equations: list[_Equation], values: dict[_Variable, int], out: So
             values[variable] = equation.size // rest
             progress = True
     return True
-
-
-def _sizes(values: dict[_Variable, int]) -> Sizes:
-    packing = sorted((axis, size) for axis, size in values.items() if not isinstance(axis, str))
-    return Sizes(values[EXPERTS], values[WIDTH], values[HIDDEN], tuple(packing))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.dtypes import BITS
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, Geometry
-from moeconv.layout.recipe import DOWN, Component, Layout, Recipe, TensorTemplate
+from moeconv.layout.recipe import Component, Layout, Recipe, TensorTemplate
 from moeconv.layout.region import ProjectionRegions, Region
 
 
@@ -39,15 +39,14 @@ class Sizes:
 
         experts: how many are in the tensor, where it does not hold all of them.
         """
-        down = line.projections == (DOWN,)
         letters = {
             EXPERT: self.experts if experts is None else experts,
             PAIR: len(line.projections),
-            OUT: self.hidden if down else self.width,
-            IN: self.width if down else self.hidden,
+            OUT: self.hidden if line.is_down else self.width,
+            IN: self.width if line.is_down else self.hidden,
         }
         for axis, size in self.packing:
-            if axis.component == component and axis.is_down == down:
+            if axis.component == component and axis.is_down == line.is_down:
                 letters[axis.letter] = size
         return letters
 

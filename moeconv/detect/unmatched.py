@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
-from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.names import natural_key
 from moeconv.core.text import counted, quoted_list
 from moeconv.detect.detect import Detection, detect
 from moeconv.errors import MoeconvError, UnknownExpertTensor, quoted
 from moeconv.layout.recipe import Recipe
-from moeconv.layout.shipped import vocabulary
+from moeconv.layout.shipped import shipped_recipes, vocabulary
 
 # not `shared_experts.0.`, nor attention's `experts.input_linear`: no router chooses these
 _ONE_EXPERT = re.compile(r"(?:^|\.)experts\.(?:expert_)?[0-9]+\.", re.ASCII)
 STACK_DIMENSIONS: Final = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Headers:
-    """What detection needs beside the tensors: config.json and the names of the files."""
-
-    config: Config
-    files: tuple[str, ...]
-
-
 def with_unmatched(
-    headers: Headers,
-    stated: tuple[Recipe, ...],
-    detection: Detection,
-    shipped: Callable[[], Iterable[Recipe]],
+    checkpoint: Checkpoint, stated: tuple[Recipe, ...], detection: Detection
 ) -> tuple[tuple[Recipe, ...], Detection]:
     """Return recipes and detection, extended by stacks whose names other families' recipes know.
 
-    stated: the recipes that `detection` was made with; shipped: returns all recipes, called only if
-    needed. Only recipes of families published per expert are tried: their names leave no layout
-    open. Experts that no recipe knows are a problem: readers of the output would not find them.
+    stated: the recipes that `detection` was made with. Only recipes of families published per
+    expert are tried: their names leave no layout open. Experts that no recipe knows are a problem:
+    readers of the output would not find them.
     """
+    files = tuple(f.name for f in checkpoint.files)
     recipes = stated
     unfit: tuple[MoeconvError, ...] = ()
-    for recipe in _candidates(stated, shipped()) if _unmatched(detection) else ():
+    for recipe in _candidates(stated) if _unmatched(detection) else ():
         if not _unmatched(detection):
             break
         untouched = set(detection.passthrough_tensors)
         rest = tuple(t for t in detection.others if t not in untouched)
-        found = detect(rest, headers.config, (recipe,), files=headers.files)
+        found = detect(rest, checkpoint.config, (recipe,), files=files)
         if found.problems:
             known = not any(isinstance(p, UnknownExpertTensor) for p in found.problems)
             unfit = unfit or (found.problems if known else ())
@@ -59,16 +49,16 @@ def with_unmatched(
     if not left and not (detection.stacks or detection.passthrough or detection.problems):
         left = _fused_lookalikes(detection)
     if left:
-        problems = unfit or (_unknown(left, headers, stated),)
+        problems = unfit or (_unknown(left, files, stated),)
         detection = replace(detection, problems=(*detection.problems, *problems))
     return recipes, replace(detection, notes=(*detection.notes, *_fused_notes(detection)))
 
 
-def _candidates(stated: tuple[Recipe, ...], shipped: Iterable[Recipe]) -> Iterator[Recipe]:
+def _candidates(stated: tuple[Recipe, ...]) -> Iterator[Recipe]:
     """Yield other families' recipes, with the config.json keys of this one."""
     names = {r.name for r in stated}
     keys = stated[0].config
-    for recipe in sorted(shipped, key=lambda r: -len(r.model_types)):
+    for recipe in sorted(shipped_recipes(), key=lambda r: -len(r.model_types)):
         layout = recipe.layout(recipe.unfuse) if recipe.unfuse else None
         if layout and layout.per_expert and recipe.name not in names and recipe.ids is None:
             same = dict(recipe.config.block_sizes).keys() <= dict(keys.block_sizes).keys()
@@ -129,12 +119,12 @@ def _joined(
 
 
 def _unknown(
-    left: list[StoredTensor], headers: Headers, stated: tuple[Recipe, ...]
+    left: list[StoredTensor], files: tuple[str, ...], stated: tuple[Recipe, ...]
 ) -> MoeconvError:
     first = left[0]
     return UnknownExpertTensor(
         f"{quoted(first.name)} has a name like an expert's, but no recipe knows it",
-        at=f"{quoted(headers.files[first.file])}, tensor {quoted(first.name)}",
+        at=f"{quoted(files[first.file])}, tensor {quoted(first.name)}",
         cause=f"there are {counted(len(left), 'tensor')} with such names, not known to "
         f"{' or '.join(quoted(r.name) for r in stated)}",
     )

@@ -90,6 +90,11 @@ class TensorTemplate:
         return self.part == "" or (self.part == WEIGHTS) == component.weight
 
     @property
+    def is_down(self) -> bool:
+        """Whether it stores the down projection: [H, I], where gate and up are [I, H]."""
+        return self.projections == (DOWN,)
+
+    @property
     def per_expert(self) -> bool:
         """Whether each expert has a tensor of its own."""
         return "{expert}" in self.template
