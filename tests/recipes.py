@@ -1,7 +1,9 @@
 """Random recipes, and checkpoints in their layouts: axes in any legal order and grouping."""
 
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ COMPONENTS: dict[str, tuple[str, dict[str, str]]] = {
     "meta": ("", {}),
 }
 BLOCK_SIZES = {"2": 2, "3": 3, "block.1": 2}
+_SHARED = Path(__file__).parents[1] / "recipes" / "shared"
 _SAFE_DTYPES = tuple(d for d in DTYPES if d != "F4")
 
 
@@ -268,3 +271,8 @@ def _parts(
                     part = parts["gate", component]
                 parts[p, component] = part
     return parts
+
+
+def shared_layouts() -> tuple[str, ...]:
+    """The names of the layouts that every family can be written in."""
+    return tuple(tomllib.loads((_SHARED / "gated.toml").read_text("utf-8"))["layouts"])

@@ -12,7 +12,8 @@ import pytest
 
 from moeconv import errors
 from moeconv.cli.main import app
-from moeconv.layout.shipped import parts, recipes_for, shared_layouts, shipped_recipes
+from moeconv.layout.shipped import parts, recipes_for, shipped_recipes
+from tests.recipes import shared_layouts
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

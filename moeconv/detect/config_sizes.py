@@ -164,14 +164,12 @@ def _of_layer(
     there = config.among(tuple(owner for owner, _ in owners)) if owners else {}
     for owner, rest in owners if there else ():
         value = config.at(full := f"{owner}.{number}{rest}") if owner in there else None
-        # a plain list may be of anything else, of two kinds of experts for example
-        if value is not None and (rest or _of_layers(there[owner], config, section)):
+        if value is None:
+            continue
+        # a plain list of another length may be of anything, of two kinds of experts for example
+        items = there[owner]
+        if rest or (isinstance(items, list) and len(items) == layer_count(config, section)):
             yield full, value
-
-
-def _of_layers(owner: object, config: Config, section: str) -> bool:
-    """Whether it is a list with an item for each layer."""
-    return isinstance(owner, list) and len(owner) == layer_count(config, section)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,12 @@ class Detection:
     notes: tuple[str, ...] = ()
     passthrough_tensors: tuple[StoredTensor, ...] = ()
 
+    @property
+    def unclaimed(self) -> tuple[StoredTensor, ...]:
+        """The tensors that no recipe knows as an expert's."""
+        known = set(self.passthrough_tensors)
+        return tuple(t for t in self.others if t not in known) if known else self.others
+
     def checked(self) -> Detection:
         """Return this detection. Raises the first of its problems, with the others attached."""
         if self.problems:

@@ -150,7 +150,12 @@ def _choices(
 
     If there is none, the first one of any rank, so that messages have axes to show.
     """
-    known = [i for i in _forms(members) if _bindable(i, block_sizes) and _packable(matched, i)]
+    known = [
+        i
+        for i in _forms(members)
+        if all(axes.block_names <= block_sizes.keys() for _, axes in i.values())
+        and _packable(matched, i)
+    ]
     fitting = [i for i in known if all(_same_rank(matched, key, a) for key, (_, a) in i.items())]
     for interpretation in fitting or known[:1]:
         yield {key: (c, axes.bound(block_sizes)) for key, (c, axes) in interpretation.items()}
@@ -166,11 +171,6 @@ def _forms(members: list[tuple[TensorTemplate, Component]]) -> Iterator[Interpre
                 (line.template, component.name): (component, options[min(n, len(options) - 1)])
                 for (line, component), options in zip(read, forms, strict=True)
             }
-
-
-def _bindable(interpretation: Interpretation, block_sizes: BlockSizes) -> bool:
-    """Whether all block sizes that the axes name have a number."""
-    return all(axes.block_names <= block_sizes.keys() for _, axes in interpretation.values())
 
 
 def _packable(matched: MatchedStack, interpretation: Interpretation) -> bool:

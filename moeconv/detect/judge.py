@@ -73,7 +73,10 @@ def judge(matched: MatchedStack, evidence: Evidence) -> Stack | list[MoeconvErro
     recorded = evidence.recorded
     preferred = recorded.layout if recorded else evidence.from_layout
     layouts = [layout for layout in layouts if layout.name == preferred] or layouts
-    stated = _sizes_of(recorded) if recorded else stated_sizes(matched, evidence.config)
+    if recorded:
+        stated = dict(zip((EXPERTS, WIDTH, HIDDEN), recorded.sizes, strict=True))
+    else:
+        stated = stated_sizes(matched, evidence.config)
     problems = completeness(
         matched,
         layouts[0],
@@ -168,10 +171,6 @@ def _cross_check(matched: MatchedStack, sizes: Sizes, evidence: Evidence) -> lis
     if evidence.recorded.sizes != solved:
         return [sizes_differ_from_manifest(evidence.recorded, sizes)]
     return []
-
-
-def _sizes_of(entry: StackEntry) -> dict[str, int]:
-    return {EXPERTS: entry.experts, WIDTH: entry.width, HIDDEN: entry.hidden}
 
 
 def _count(matched: MatchedStack) -> int:

@@ -36,9 +36,7 @@ def with_unmatched(
     for recipe in _candidates(stated) if _unmatched(detection) else ():
         if not _unmatched(detection):
             break
-        untouched = set(detection.passthrough_tensors)
-        rest = tuple(t for t in detection.others if t not in untouched)
-        found = detect(rest, checkpoint.config, (recipe,), files=files)
+        found = detect(detection.unclaimed, checkpoint.config, (recipe,), files=files)
         if found.problems:
             known = not any(isinstance(p, UnknownExpertTensor) for p in found.problems)
             unfit = unfit or (found.problems if known else ())
@@ -66,9 +64,7 @@ def _candidates(stated: tuple[Recipe, ...]) -> Iterator[Recipe]:
 
 
 def _unmatched(detection: Detection) -> list[StoredTensor]:
-    likely = [t for t in detection.others if _ONE_EXPERT.search(t.name)]
-    untouched = set(detection.passthrough_tensors) if likely else set()
-    return [t for t in likely if t not in untouched]
+    return [t for t in detection.unclaimed if _ONE_EXPERT.search(t.name)]
 
 
 def _fused_notes(detection: Detection) -> Iterator[str]:
@@ -83,9 +79,7 @@ def _fused_notes(detection: Detection) -> Iterator[str]:
 
 
 def _fused_lookalikes(detection: Detection) -> list[StoredTensor]:
-    likely = [t for t in detection.others if _looks_fused(t)]
-    untouched = set(detection.passthrough_tensors) if likely else set()
-    return [t for t in likely if t not in untouched]
+    return [t for t in detection.unclaimed if _looks_fused(t)]
 
 
 def _looks_fused(tensor: StoredTensor) -> bool:

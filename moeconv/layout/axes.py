@@ -178,7 +178,7 @@ def derived(own: Axes, line: Axes) -> Axes:
     groups = {axis.letter: dim for dim in line.dims for axis in dim}
     first = next((axis.letter for axis in own.flat), "")
     if EXPERT not in (a.letter for a in groups.get(first, ())[:1]):
-        groups = {letter: _without_expert(dim) for letter, dim in groups.items()}
+        groups = {c: tuple(a for a in dim if a.letter != EXPERT) for c, dim in groups.items()}
     placed: set[str] = set()
     dims: list[tuple[Axis, ...]] = []
     for dim in own.dims:
@@ -212,10 +212,6 @@ def shared_by_pair(own: Axes, line: Axes) -> Axes | None:
         return None
     dims = (tuple(a for a in dim if a.letter != PAIR) for dim in line.dims)
     return derived(own, Axes(tuple(dims)))
-
-
-def _without_expert(dim: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    return tuple(axis for axis in dim if axis.letter != EXPERT)
 
 
 @cache

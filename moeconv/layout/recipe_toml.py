@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from functools import cache
-from typing import Final
+from typing import Final, TypeAlias
 
 from moeconv.core.schema import MAX_KEPT, Problems, Table
 from moeconv.errors import BadRecipe, quoted
@@ -37,6 +37,7 @@ _LINES: Final[dict[str, tuple[str, ...]]] = {
     "gate_up": (GATE, UP),
     "up_gate": (UP, GATE),
 }
+_TextLists: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _HOLES = re.compile(r"\{([^{}]*)\}")
 # a key of two characters costs a kilobyte once it is parsed, and each of its parts again
@@ -343,30 +344,28 @@ def _check_layout(entry: Table, lines: list[TensorTemplate], square: str | None)
 
 
 def _config(table: Table) -> ConfigKeys:
-    block_sizes = table.table("granules") if table.has("granules") else None
-    sections = table.table("sections") if table.has("sections") else None
-    layers = table.table("layers") if table.has("layers") else None
     keys = ConfigKeys(
         experts=table.texts("experts", default=()),
         width=table.texts("width", default=()),
         hidden=table.texts("hidden", default=()),
-        block_sizes=tuple((k, block_sizes.texts(k)) for k in block_sizes.names())
-        if block_sizes
-        else (),
-        sections=tuple((k, sections.texts(k)) for k in sections.names())
-        if sections
-        else (("", SECTIONS),),
-        layers=tuple((k, layers.texts(k, default=())) for k in layers.names()) if layers else (),
+        block_sizes=_text_lists(table, "granules", default=()),
+        sections=_text_lists(table, "sections", default=(("", SECTIONS),)),
+        layers=_text_lists(table, "layers", default=()),
     )
     for prefix, paths in keys.layers:
         for path in paths:
             if sorted(_HOLES.findall(path)) != ["key", "layer"]:
                 table.problem(f"layers.{prefix}", "must contain `{layer}` and `{key}`, each once")
-    for inner in (block_sizes, sections, layers):
-        if inner:
-            inner.finish()
     table.finish()
     return keys
+
+
+def _text_lists(table: Table, key: str, *, default: _TextLists) -> _TextLists:
+    """A table of lists of texts."""
+    if not table.has(key):
+        return default
+    inner = table.table(key)
+    return tuple((name, inner.texts(name)) for name in inner.names())
 
 
 def _check_whole(recipe: Recipe, top: Table) -> None:

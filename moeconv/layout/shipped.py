@@ -40,12 +40,8 @@ def _folder() -> Traversable:
 @cache
 def _texts() -> dict[str, str]:
     """The text of each shipped recipe by file name, in the order of names."""
-    found = sorted((f for f in _folder().iterdir() if f.name.endswith(".toml")), key=_file_name)
-    return {f.name: f.read_text("utf-8") for f in found}
-
-
-def _file_name(file: Traversable) -> str:
-    return file.name
+    found = {f.name: f for f in _folder().iterdir() if f.name.endswith(".toml")}
+    return {name: file.read_text("utf-8") for name, file in sorted(found.items())}
 
 
 @cache
@@ -67,13 +63,14 @@ def _completed(text: str, *, where: str) -> Recipe:
     own = tomllib.loads(text)
     has = {(name, part.get("suffix")) for name, part in own.get("components", {}).items()}
     taken = {word for words in has for word in words}
+    headers = set(_HEADER.findall(text))
     parts = [text.rstrip("\n")]
     for key, block in _tables(_shared("components")):
         kind, _, name = key.partition(".")
         suffix = _SUFFIX.search(block)
         if kind == "components" and ({name, suffix[1] if suffix else name} & taken):
             continue
-        if key not in _headers(text):
+        if key not in headers:
             parts.append(block)
     if "fuse" in own:
         at = own.get("targets", "{stack}")
@@ -95,10 +92,6 @@ def _tables(text: str) -> list[tuple[str, str]]:
         if header := _HEADER.search(block):
             found.append((".".join(header[1].split(".")[:2]), block))
     return found
-
-
-def _headers(text: str) -> set[str]:
-    return set(_HEADER.findall(text))
 
 
 def _templates(lines: dict[str, object]) -> set[str]:
@@ -184,11 +177,6 @@ def shipped_recipe(name: str) -> Recipe | None:
     # to parse all of them takes long, and most files are named as their recipe
     first = sorted(_texts(), key=lambda file: file != f"{name}.toml")
     return next((r for r in map(_shipped, first) if r.name == name), None)
-
-
-def shared_layouts() -> tuple[str, ...]:
-    """The names of the layouts that every family can be written in."""
-    return tuple(tomllib.loads(_shared("gated"))["layouts"])
 
 
 def parts(recipes: tuple[Recipe, ...]) -> tuple[tuple[Component, tuple[str, ...]], ...]:

@@ -121,7 +121,8 @@ class MatchRules:
         """What a text that names no known module may match. Raises UnsupportedPattern.
 
         That is what it matches by the rules; and where to these it is no pattern, or one that its
-        writer meant otherwise, what it would match as one, or as the end of a name.
+        writer meant otherwise, what it would match as one, as the end of a name or as a module
+        with all that is in it.
         """
         matcher = self.matcher(text, budget)
         if matcher is not None:
@@ -131,7 +132,12 @@ class MatchRules:
             yield _glob(text, budget)
         # a word is to a known reader a class of modules, if anything
         elif matcher is None and ("." in text or not self.rule):
-            yield Matcher(lambda name: name.endswith(f".{text}"), (f".{text}\n",), budget)
+            end, start = f".{text}", f"{text}."
+            yield Matcher(
+                lambda name: name.endswith(end) or name.startswith(start),
+                (f"{end}\n", f"\n{start}"),
+                budget,
+            )
 
     def is_plain(self, text: str) -> bool:
         """Whether a text matches a module with all that is in it, or ends of names; no pattern."""

@@ -44,7 +44,6 @@ class Modules:
         self.leaves = self._old.keys() - {old_around}
         self.old, self.new = frozenset(self._old), frozenset(self._new)
         self.last_words = {s.rpartition(".")[2] for s in self.old | self.new}
-        self._within = [{h for rest in of for h in _heads(rest)} for of in (self._old, self._new)]
         self._known: dict[frozenset[str], Renamed] = {}
 
     def renamed(self, named: frozenset[str]) -> Renamed:
@@ -67,10 +66,6 @@ class Modules:
     def changed(self, old: frozenset[str], new: frozenset[str]) -> bool:
         """Whether these old modules and these new ones hold different matrices."""
         return _held(self._old, old) != _held(self._new, new)
-
-    def lost(self, suffix: str) -> bool:
-        """Whether this module contains old modules, but no new ones."""
-        return suffix in self._within[0] and suffix not in self._within[1]
 
 
 class Renamings:
@@ -141,11 +136,6 @@ class Renamings:
         """The last words of the names of stacks and of their modules."""
         ends = (modules.last_words for modules in self.modules.values())
         return frozenset(head.rpartition(".")[2] for head in self._stems).union(*ends)
-
-    def lost(self, name: str) -> bool:
-        """Whether old modules of a stack are in this one, but no new ones."""
-        heads = (head for head in _heads(name) if head in self.modules)
-        return any(self.modules[head].lost(name[len(head) :]) for head in heads)
 
 
 def _holds_experts_only(module: str) -> bool:

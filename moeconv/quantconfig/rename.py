@@ -205,8 +205,7 @@ class _Renamer:
         if is_setting or (rules.is_plain(text) and not self._renamings.near(text)):
             return False
         try:
-            guesses = rules.guesses(text, self._budget)
-            return self._renamings.lost(text) or any(map(self._changes, guesses))
+            return any(map(self._changes, rules.guesses(text, self._budget)))
         except UnsupportedPattern:
             return bool(rules.rule) or not single
 

@@ -7,9 +7,10 @@ import pytest
 
 import moeconv
 from moeconv.errors import AmbiguousLayout, UnknownLayout
-from moeconv.layout.shipped import shared_layouts, shipped_recipes
+from moeconv.layout.shipped import shipped_recipes
 from tests.helpers import Spec, read_tensors, tree_sha256, write_checkpoint
 from tests.phantoms import phantom, rows
+from tests.recipes import shared_layouts
 
 STACK = "model.layers.0.mlp.experts"
 E, I, H = 3, 4, 5  # noqa: E741 - the letters of the notation
