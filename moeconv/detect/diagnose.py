@@ -61,11 +61,8 @@ def no_fit(
     if not names:
         return _contradiction(matched, tried, reasons)
     keys = " or ".join(dict.fromkeys(quoted(blocks.unstated[name]) for name in names))
-    tensor = next(
-        matched.sample((line.template, component.name))
-        for line, component in present_components(matched, layout)
-        if component.name in unfit
-    )
+    line, component = next(present_components(matched, layout, only=unfit))
+    tensor = matched.sample((line.template, component.name))
     sizes = sorted({f"`{name}` {n}" for choice in blocks.choices for name, n in choice.items()})
     stated = f"only {', '.join(sizes)}, which does not fit" if sizes else "none"
     return ConfigMismatch(
@@ -84,12 +81,11 @@ def _shown(tensor: StoredTensor) -> str:
 def _tried(matched: MatchedStack, layout: Layout, components: frozenset[str]) -> list[str]:
     """Return a line for each of these tensors: what it is, and the axes that were tried."""
     lines = []
-    for line, component in present_components(matched, layout):
-        if component.name in components:
-            tensor = matched.sample((line.template, component.name))
-            forms = (f for r in component.readings for f in line.forms(component.read_as(r)))
-            axes = ", ".join(dict.fromkeys(f"`{f}`" if f.dims else "one number" for f in forms))
-            lines.append(f"{_shown(tensor)} was tried as {axes}")
+    for line, component in present_components(matched, layout, only=components):
+        tensor = matched.sample((line.template, component.name))
+        forms = (f for r in component.readings for f in line.forms(component.read_as(r)))
+        axes = ", ".join(dict.fromkeys(f"`{f}`" if f.dims else "one number" for f in forms))
+        lines.append(f"{_shown(tensor)} was tried as {axes}")
     return lines
 
 

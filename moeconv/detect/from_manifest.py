@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.names import natural_key
@@ -15,20 +15,28 @@ from moeconv.detect.detect import Detection
 from moeconv.detect.stack import PackingAxis, Sizes, Stack, StoredComponent
 from moeconv.errors import BadManifest, MissingExpert, MoeconvError, abridged, printable, quoted
 from moeconv.layout.axes import EXPERT, Axes, AxesSyntax, geometry, is_packing, parse_axes
-from moeconv.layout.recipe import DOWN, Component, Layout, Recipe, TensorTemplate, slots_before
+from moeconv.layout.recipe import Component, Layout, Recipe, TensorTemplate, slots_before
 from moeconv.manifest.model import ExpertEntry, Manifest, StackEntry, TensorEntry
 
 _MAX_CAUSE: Final = 2000
-_Role = tuple[TensorTemplate, Component, Axes]
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertTensor:
+class _ExpertTensor:
     """An expert tensor of an output: its entry in a manifest part, and where it is stored."""
 
     entry: TensorEntry
     expert: ExpertEntry
     stored: StoredTensor
+
+
+class _Role(NamedTuple):
+    """What a tensor is by its entry; `form`: its axes with block sizes by name."""
+
+    line: TensorTemplate
+    component: Component
+    axes: Axes
+    form: Axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,7 @@ def detection_from_manifest(
     stored: the headers' tensors, by file and tensor name. Problems are collected, not raised.
     """
     by_name = {r.name: r for r in recipes}
-    by_stack, others = split_by_stack(manifest, stored)
+    by_stack, others = _split_by_stack(manifest, stored)
     stacks: list[Stack] = []
     problems: list[MoeconvError] = []
     size = manifest.root.ep_size or 1
@@ -65,11 +73,11 @@ def detection_from_manifest(
     return Detection(tuple(stacks), others, tuple(problems), rejected)
 
 
-def split_by_stack(
+def _split_by_stack(
     manifest: Manifest, stored: dict[tuple[str, str], StoredTensor]
-) -> tuple[dict[int, list[ExpertTensor]], tuple[StoredTensor, ...]]:
+) -> tuple[dict[int, list[_ExpertTensor]], tuple[StoredTensor, ...]]:
     """Return the expert tensors of each stack, by its number, and the tensors of no expert."""
-    by_stack: dict[int, list[ExpertTensor]] = defaultdict(list)
+    by_stack: dict[int, list[_ExpertTensor]] = defaultdict(list)
     others: list[StoredTensor] = []
     for part in manifest.parts:
         for entry in part.tensors:
@@ -80,15 +88,13 @@ def split_by_stack(
                 others.append(stored_tensor)
             else:
                 by_stack[entry.expert.stack].append(
-                    ExpertTensor(entry, entry.expert, stored_tensor)
+                    _ExpertTensor(entry, entry.expert, stored_tensor)
                 )
     return by_stack, tuple(others)
 
 
-def _role(
-    layout: Layout, recipe: Recipe, one: ExpertTensor
-) -> tuple[TensorTemplate, Component, Axes]:
-    """Return the line, component and axes that a tensor's entry states. Raises BadManifest."""
+def _role(layout: Layout, recipe: Recipe, one: _ExpertTensor) -> _Role:
+    """Return what a tensor's entry states that it is. Raises BadManifest."""
     expert = one.expert
     line = next((ln for ln in layout.lines if ln.projections == expert.projections), None)
     component = recipe.component(expert.component)
@@ -102,12 +108,13 @@ def _role(
         recorded = parse_axes(expert.axes)
     except AxesSyntax as problem:
         raise _unfit(one.entry.name, str(problem)) from None
-    options = [component.read_as(axes) for axes in component.readings]
-    for option in options:
-        if any(_binds(form, recorded) for form in line.forms(option)):
-            return line, option, recorded
-    forms = " or ".join(f"`{form}`" for option in options for form in line.forms(option))
-    raise _unfit(one.entry.name, f"its axes are `{recorded}`, the recipe says {forms}")
+    options = map(component.read_as, component.readings)
+    forms = [(option, form) for option in options for form in line.forms(option)]
+    for option, form in forms:
+        if _binds(form, recorded):
+            return _Role(line, option, recorded, form)
+    known = " or ".join(f"`{form}`" for _, form in forms)
+    raise _unfit(one.entry.name, f"its axes are `{recorded}`, the recipe says {known}")
 
 
 def _binds(named: Axes, recorded: Axes) -> bool:
@@ -118,19 +125,20 @@ def _binds(named: Axes, recorded: Axes) -> bool:
     )
 
 
-def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, tensors: list[ExpertTensor]) -> Stack:
+def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, tensors: list[_ExpertTensor]) -> Stack:
     layout = recipe.layout(entry.layout)
     if layout is None or not tensors:
         raise _unfit(entry.name, "no tensor of the output belongs to this stack")
-    roles: dict[tuple[tuple[str, ...], str], tuple[_Role, list[ExpertTensor]]] = {}
+    roles: dict[tuple[tuple[str, ...], str], tuple[_Role, list[_ExpertTensor]]] = {}
     block_sizes: dict[str, int] = {}
     packing: dict[PackingAxis, int] = {}
     for one in tensors:
-        line, component, axes = role = _role(layout, recipe, one)
-        roles.setdefault((line.projections, component.name), (role, []))[1].append(one)
-        named = next(form for form in line.forms(component) if _binds(form, axes))
-        block_sizes |= _block_sizes(named, axes)
-        packing |= _packing(one, component)
+        role = _role(layout, recipe, one)
+        key = (role.line.projections, role.component.name)
+        roles.setdefault(key, (role, []))[1].append(one)
+        axes = zip(role.form.flat, role.axes.flat, strict=True)
+        block_sizes |= {own.named: axis.block for own, axis in axes if own.named}
+        packing |= _packing(one, role)
     sizes = Sizes(entry.experts, entry.width, entry.hidden, tuple(sorted(packing.items())))
     stack = Stack(entry.name, recipe, layout, sizes, tuple(sorted(block_sizes.items())), ())
     members = tuple(
@@ -142,26 +150,17 @@ def _stack(entry: StackEntry, ranks: _Ranks, recipe: Recipe, tensors: list[Exper
     return replace(stack, members=members)
 
 
-def _block_sizes(named: Axes, recorded: Axes) -> dict[str, int]:
-    """Return the numbers that a tensor's axes have where the recipe's have names."""
-    return {
-        own.named: axis.block
-        for own, axis in zip(named.flat, recorded.flat, strict=True)
-        if own.named and not axis.named
-    }
-
-
-def _packing(one: ExpertTensor, component: Component) -> dict[PackingAxis, int]:
+def _packing(one: _ExpertTensor, role: _Role) -> dict[PackingAxis, int]:
     """Return the sizes of the packing axes, from the canonical shape of one matrix."""
+    component = role.component
     canonical = component.axes.canonical
     if len(canonical) != len(one.expert.matrix):
         raise _unfit(
             one.entry.name, f"a matrix `{component.axes}` has another number of dimensions"
         )
-    down = one.expert.projections == (DOWN,)
     sizes = zip(canonical, one.expert.matrix, strict=True)
     return {
-        PackingAxis(component.name, down, letter): size
+        PackingAxis(component.name, role.line.is_down, letter): size
         for letter, size in sizes
         if is_packing(letter)
     }
@@ -172,9 +171,9 @@ def _member(
     entry: StackEntry,
     ranks: _Ranks,
     role: _Role,
-    group: list[ExpertTensor],
+    group: list[_ExpertTensor],
 ) -> StoredComponent:
-    line, component, axes = role
+    line, component, axes, _ = role
     row = entry.physical_to_logical
     share = len(row) // ranks.size if row else 0
     first: dict[int, tuple[int, int]] = {}
@@ -208,9 +207,9 @@ def _member(
     )
 
 
-def _check(stack: Stack, role: _Role, one: ExpertTensor, share: int, before: int) -> None:
+def _check(stack: Stack, role: _Role, one: _ExpertTensor, share: int, before: int) -> None:
     """Check a tensor against what its recipe makes of its stack. Raises BadManifest."""
-    line, component, axes = role
+    line, component, axes, _ = role
     expert, slots = one.expert, one.expert.slots
     here = geometry(axes, stack.sizes.of(line, component.name, len(expert.experts)))
     number, local = None, None

@@ -6,7 +6,7 @@ axes that fit all tensors of the stack together decide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import product
 from math import prod
 from typing import Final, TypeAlias
@@ -26,27 +26,30 @@ RecordedRanks: TypeAlias = dict[tuple[str, str, str], int]
 
 
 def present_components(
-    matched: MatchedStack, layout: Layout
+    matched: MatchedStack, layout: Layout, *, only: Container[str] | None = None
 ) -> Iterator[tuple[TensorTemplate, Component]]:
-    """Yield the lines and components of a layout that have tensors."""
+    """Yield the lines and components of a layout that have tensors.
+
+    only: the names of the components to look at, as if there were no others.
+    """
     for line in layout.lines:
         for component in matched.recipe.components:
-            if matched.tensors.get((line.template, component.name)):
+            wanted = only is None or component.name in only
+            if wanted and matched.tensors.get((line.template, component.name)):
                 yield line, component
 
 
 def named_block_sizes(
-    matched: MatchedStack, layout: Layout, *, only: frozenset[str] | None = None
+    matched: MatchedStack, layout: Layout, *, only: Container[str] | None = None
 ) -> set[str]:
     """Return the names of the block sizes in the axes that the stack's tensors may have.
 
     Axes of another rank than the tensor are left out: scales that are one number need no block
-    size. only: the names of the components to look at.
+    size. only: see `present_components`.
     """
     return {
         name
-        for line, component in present_components(matched, layout)
-        if only is None or component.name in only
+        for line, component in present_components(matched, layout, only=only)
         for axes in component.readings
         for form in line.forms(component.read_as(axes))
         if _same_rank(matched, (line.template, component.name), form)
@@ -59,18 +62,16 @@ def interpretations(
     layout: Layout,
     block_sizes: BlockSizes,
     *,
-    only: frozenset[str] | None = None,
+    only: Container[str] | None = None,
 ) -> list[Interpretation]:
     """Return all interpretations of the tensors in `layout`, the recipe's first choices first.
 
     block_sizes: those that config.json states; interpretations that need others are left out.
-    only: the names of the components to interpret, as if there were no others.
+    only: see `present_components`.
     Raises BadRecipe if there are too many to try.
     """
     groups: dict[tuple[str, bool], list[tuple[TensorTemplate, Component]]] = {}
-    for line, component in present_components(matched, layout):
-        if only is not None and component.name not in only:
-            continue
+    for line, component in present_components(matched, layout, only=only):
         # down may have another precision than gate and up; scales of one name are of one kind
         separate_down = component.weight and line.is_down
         groups.setdefault((component.name, separate_down), []).append((line, component))

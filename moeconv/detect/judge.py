@@ -112,7 +112,7 @@ def _candidates(matched: MatchedStack) -> list[Layout] | MoeconvError:
     if matched.unknown:
         return unknown_tensors(matched)
     if matched.recipe.ids and not matched.recipe.taken:
-        return no_range(matched)
+        return no_range(matched, matched.recipe.ids)
     return candidate_layouts(matched)
 
 

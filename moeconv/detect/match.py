@@ -10,7 +10,7 @@ from typing import TypeAlias
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.errors import ConfigMismatch, MoeconvError, quoted
-from moeconv.layout.recipe import WEIGHT, Recipe, TensorTemplate
+from moeconv.layout.recipe import WEIGHT, Ids, Recipe, TensorTemplate
 
 ComponentKey: TypeAlias = tuple[str, str]  # name template and component
 SHARED = -1  # the expert id of a tensor that holds all experts
@@ -202,13 +202,11 @@ def _number(paths: tuple[str, ...], config: Config) -> int | None:
     return None
 
 
-def no_range(matched: MatchedStack) -> MoeconvError:
+def no_range(matched: MatchedStack, ids: Ids) -> MoeconvError:
     """Return the problem that config.json does not state where one kind of experts ends."""
-    ids = matched.recipe.ids
-    keys = (*ids.first, *ids.stop) if ids else ()
     return ConfigMismatch(
         f"{quoted(matched.name)} shares its expert ids with another stack, "
         "but config.json does not state where its own ids end",
-        at=f"config.json, key {quoted(keys[0])}" if keys else "config.json",
+        at=f"config.json, key {quoted((*ids.first, *ids.stop)[0])}",
         cause="text and vision experts are numbered in one sequence",
     )
