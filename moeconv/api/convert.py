@@ -12,7 +12,7 @@ from typing import Unpack
 from moeconv.api.open import Opened, gc_paused
 from moeconv.api.options import ConvertKeywords, WriteOptions
 from moeconv.api.run import Result, carry_out
-from moeconv.checkpoint.output import OutputDocuments
+from moeconv.checkpoint.output import RecordedDocuments
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.system_errors import system_errors
 from moeconv.detect.identify import identify_origin
@@ -75,7 +75,7 @@ def origin_layouts(checkpoint: Checkpoint) -> dict[str, str]:
     return {s.name: s.origin_layout for s in own.manifest.root.stacks} if own else {}
 
 
-def own_documents(source: Opened) -> OutputDocuments:
+def own_documents(source: Opened) -> RecordedDocuments:
     """The documents of an output of moeconv. Raises NotAnOutput for other checkpoints."""
     own = source.checkpoint.origin
     if own is None:

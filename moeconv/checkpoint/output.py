@@ -18,13 +18,13 @@ from moeconv.checkpoint.output_files import (
 )
 from moeconv.core.names import natural_key
 from moeconv.manifest.model import MAX_PART_BYTES, PARTS_DIR, ROOT_NAME, Manifest, Part
-from moeconv.manifest.reader import parse_parts
+from moeconv.manifest.part_reader import parse_parts
 from moeconv.manifest.rules import contradictions
 from moeconv.store.base import File, Store
 
 
 @dataclass(frozen=True)
-class OutputDocuments:
+class RecordedDocuments:
     """The documents of an output, already checked against the root's digests."""
 
     manifest: Manifest
@@ -51,7 +51,7 @@ class OutputDocuments:
         return tuple(sorted(self.manifest.parts, key=lambda p: natural_key(p.file)))
 
 
-def open_output(store: Store) -> OutputDocuments:
+def open_output(store: Store) -> RecordedDocuments:
     """Read root, parts, index and origin; sidecars must exist, but are not read.
 
     Raises Damaged, BadManifest, UnsupportedVersion, MissingShard.
@@ -72,7 +72,7 @@ def open_output(store: Store) -> OutputDocuments:
         if file is None:
             raise damaged(entry.name, "it is missing")
         sidecars.append(file)
-    return OutputDocuments(
+    return RecordedDocuments(
         manifest=Manifest(top, tuple(parts)),
         origin_raw=origin_raw,
         sidecars=tuple(sidecars),

@@ -16,7 +16,7 @@ from moeconv.checkpoint.index import (
     check_index,
     parse_index,
 )
-from moeconv.checkpoint.output import OutputDocuments, foreign_files, open_output
+from moeconv.checkpoint.output import RecordedDocuments, foreign_files, open_output
 from moeconv.checkpoint.output_files import missing, read_root
 from moeconv.checkpoint.warnings import missing_shards, source_warnings
 from moeconv.core.digest import digest
@@ -87,8 +87,8 @@ class Checkpoint:
     config: Config
     sidecars: tuple[File, ...]
     warnings: tuple[str, ...]
-    own: OutputDocuments | None = None
-    virtual: OutputDocuments | None = None
+    own: RecordedDocuments | None = None
+    virtual: RecordedDocuments | None = None
 
     @property
     def stored(self) -> dict[tuple[str, str], StoredTensor]:
@@ -96,7 +96,7 @@ class Checkpoint:
         return {(f.name, t.name): t for f in self.files for t in f.header.tensors}
 
     @property
-    def origin(self) -> OutputDocuments | None:
+    def origin(self) -> RecordedDocuments | None:
         """The output that records the first foreign source: this one, or the virtual one."""
         return self.virtual or self.own
 
@@ -221,7 +221,7 @@ def _open_own(store: Store, exclude: tuple[str, ...]) -> Checkpoint:
 
 
 def _open_virtual(
-    store: Store, own: OutputDocuments, source: SourceEntry, exclude: tuple[str, ...]
+    store: Store, own: RecordedDocuments, source: SourceEntry, exclude: tuple[str, ...]
 ) -> Checkpoint:
     """The source that a virtual output points into; only the recorded files of it matter.
 
@@ -268,7 +268,7 @@ def _changed(source: SourceEntry, cause: str) -> SourceChanged:
     )
 
 
-def _foreign_warning(store: Store, own: OutputDocuments) -> tuple[str, ...]:
+def _foreign_warning(store: Store, own: RecordedDocuments) -> tuple[str, ...]:
     """Warn about files that were added to an output, since no command copies them."""
     found = foreign_files(store, own.manifest)
     if not found:

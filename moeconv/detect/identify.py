@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.checkpoint.output import OutputDocuments
+from moeconv.checkpoint.output import RecordedDocuments
 from moeconv.checkpoint.source import Checkpoint
 from moeconv.detect.detect import Detection, detect
 from moeconv.detect.from_manifest import detection_from_manifest
@@ -54,7 +54,7 @@ def identify(
     return _identify_foreign(checkpoint, recipe, from_layout)
 
 
-def identify_origin(output: OutputDocuments, config: Config) -> Detection:
+def identify_origin(output: RecordedDocuments, config: Config) -> Detection:
     """Return the stacks of the foreign checkpoint that an output was made from."""
     tensors = tuple(t for f in output.origin.files for t in f.header.tensors)
     names = tuple(f.name for f in output.origin.files)

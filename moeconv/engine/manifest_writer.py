@@ -30,7 +30,7 @@ from moeconv.manifest.model import (
     part_name,
     part_names,
 )
-from moeconv.manifest.reader import parse_parts
+from moeconv.manifest.part_reader import parse_parts
 from moeconv.manifest.writer import part_bytes, rank_part_bytes
 from moeconv.plan.model import CopyTile, OutputFile, OutputTensor, PermuteTile, Plan
 

@@ -174,14 +174,14 @@ def notes_of(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str, ...
 
 def format_notes(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str, ...]:
     """The recipes' notes on components that get their family's fused names here."""
-    said = {
+    notes = {
         f"{member.component.name}: {member.component.note}": None
         for stack, target in zip(stacks, targets, strict=True)
         if stack.layout.name != target.name == stack.recipe.fuse and not target.per_expert
         for member in stack.members
         if member.component.note
     }
-    return tuple(said)
+    return tuple(notes)
 
 
 def prove(plan: Plan, detection: Detection) -> None:

@@ -139,11 +139,11 @@ def plan_onto_set(
 
 def plan_rereading(manifest: Manifest, files: tuple[PlacedHeader, ...]) -> tuple[OutputFile, ...]:
     """Plan to re-read the files of an expert-parallel output: every slot from its own bytes."""
-    said = {(p.file, t.name): t.expert for p in manifest.parts for t in p.tensors}
+    recorded = {(p.file, t.name): t.expert for p in manifest.parts for t in p.tensors}
     return tuple(
         _existing_file(
             file,
-            {t.name: unchanged_tensor(t, said[file.name, t.name]) for t in file.header.tensors},
+            {t.name: unchanged_tensor(t, recorded[file.name, t.name]) for t in file.header.tensors},
         )
         for file in files
     )

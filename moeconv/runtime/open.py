@@ -28,7 +28,7 @@ from moeconv.manifest.model import (
     TensorEntry,
     part_names,
 )
-from moeconv.manifest.reader import parse_parts
+from moeconv.manifest.part_reader import parse_parts
 from moeconv.runtime.byte_runs import LocalTensor, SlotRange, equal_part, join_runs
 from moeconv.runtime.files import DataFile, check_data_file, check_source_file
 from moeconv.runtime.validate import Rows, is_stacked, manifest_error

@@ -75,10 +75,10 @@ def plan_held_files(
 def tensor_differences(output: Detection, source: Detection) -> list[MoeconvError]:
     """Report tensors and stacks that only one side has, or that differ in dtype or size."""
     problems: list[MoeconvError] = []
-    ours = _facts(output)
-    theirs = _facts(source)
-    for name in sorted(ours.keys() | theirs.keys()):
-        mine, wanted = ours.get(name), theirs.get(name)
+    in_output = _facts(output)
+    in_source = _facts(source)
+    for name in sorted(in_output.keys() | in_source.keys()):
+        mine, wanted = in_output.get(name), in_source.get(name)
         if mine == wanted:
             continue
         problems.append(
@@ -136,10 +136,10 @@ class CompareSink(Sink):
     def write(self, view: memoryview, offset: int, origin: SourcePosition | None = None) -> None:
         """Compare; the first difference of each tensor is reported."""
         for at in range(0, len(view), BUFFER_BYTES):
-            ours = view[at : at + BUFFER_BYTES]
-            theirs = self._actual_bytes(offset + at, len(ours))
-            if theirs != ours.tobytes():
-                self._differs(ours, theirs, offset + at)
+            expected = view[at : at + BUFFER_BYTES]
+            actual = self._actual_bytes(offset + at, len(expected))
+            if actual != expected.tobytes():
+                self._differs(expected, actual, offset + at)
 
     def _actual_bytes(self, offset: int, nbytes: int) -> bytes:
         """Read all of these bytes; whatever cannot be read is an error."""
@@ -148,9 +148,9 @@ class CompareSink(Sink):
         except OSError as problem:
             raise unreadable(self._actual.path, problem, name=self._actual.name) from None
 
-    def _differs(self, ours: memoryview, theirs: bytes, offset: int) -> None:
-        count = len(ours)
-        different = np.frombuffer(ours, np.uint8) != np.frombuffer(theirs, np.uint8)
+    def _differs(self, expected: memoryview, actual: bytes, offset: int) -> None:
+        count = len(expected)
+        different = np.frombuffer(expected, np.uint8) != np.frombuffer(actual, np.uint8)
         first = max(bisect_right(self._starts, offset) - 1, 0)
         for tensor in self._file.tensors[first:]:
             if tensor.offset >= offset + count:

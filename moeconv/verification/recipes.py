@@ -26,17 +26,17 @@ Trusted: TypeAlias = Callable[[Stack], Recipe]
 def recipe_problems(
     name: str, manifest: Manifest, detection: Detection, source: Detection, trusted: Trusted
 ) -> list[MoeconvError]:
-    """Where the recipes of a set, or what it says of its tensors, differ from the trusted ones.
+    """Where the recipes of an output, or what it says of its tensors, differ from the trusted ones.
 
     name: of the set, for messages. detection: the set by its own recipes. source: what it was made
     from. trusted: the recipe to believe for a stack of the source.
     """
-    theirs = {s.name: s for s in source.stacks}
+    in_source = {s.name: s for s in source.stacks}
     entries = {s.name: s for s in manifest.root.stacks}
     causes: dict[tuple[str, str], str] = {}
     for stack in detection.stacks:
-        if stack.name in theirs and stack.name in entries:
-            of = theirs[stack.name]
+        if stack.name in in_source and stack.name in entries:
+            of = in_source[stack.name]
             cause = _difference(stack, entries[stack.name], of, trusted(of))
             if cause is not None:
                 causes.setdefault((stack.recipe.name, cause), stack.name)
@@ -96,7 +96,7 @@ def _first_difference(own: Layout, other: Layout) -> str:
     for one, two in ((own, other), (other, own)):
         for line in one.lines:
             if _key(line) not in _lines(two):
-                where = "the set's" if one is own else "the known recipe's"
+                where = "the output's" if one is own else "the known recipe's"
                 words = " and ".join(line.projections)
                 return f"{where} has {words} as `{line.template}: {line.axes}`"
     return "they are in another order"
@@ -105,7 +105,7 @@ def _first_difference(own: Layout, other: Layout) -> str:
 def _component_difference(
     own: Component, other: Component, mine: Layout, its: Layout
 ) -> str | None:
-    """How the tensors of a component differ in name or in axes; `own` as it is read in the set."""
+    """How the tensors of a component differ in name or axes; `own` as read in the output."""
     if (own.suffix, own.parameter, own.weight) != (other.suffix, other.parameter, other.weight):
         return f"its name is `{own.suffix or own.name}`, not `{other.suffix or other.name}`"
     readings = [axes for axes in other.readings if same_axes(axes, own.axes)]
@@ -175,10 +175,10 @@ def origin_layout_problems(
 
     detection: SRC's.
     """
-    ours, theirs = output.origin, source.origin
+    ours, in_source = output.origin, source.origin
     layouts = {s.name: s.layout.name for s in detection.stacks}
-    if theirs is not None:
-        layouts = {s.name: s.origin_layout for s in theirs.manifest.root.stacks}
+    if in_source is not None:
+        layouts = {s.name: s.origin_layout for s in in_source.manifest.root.stacks}
     return [
         Damaged(
             f"{quoted(entry.name)} was not in the layout that OUT records",

@@ -23,12 +23,12 @@ def sidecar_problems(
 
     The stacks of both sides must be the same already.
     """
-    ours = {s.name: s for s in output.sidecars}
-    theirs = {s.name: s for s in source[0].sidecars}
+    in_output = {s.name: s for s in output.sidecars}
+    in_source = {s.name: s for s in source[0].sidecars}
     problems: list[MoeconvError] = []
     warnings: list[str] = []
-    for name in sorted(ours.keys() | theirs.keys(), key=natural_key):
-        mine, its = ours.get(name), theirs.get(name)
+    for name in sorted(in_output.keys() | in_source.keys(), key=natural_key):
+        mine, its = in_output.get(name), in_source.get(name)
         if its is None and output.origin is None and risk_of(name) is None:
             warnings.append(f"{quoted(name)} is in OUT only")  # OUT has no manifest that lists it
             continue
@@ -109,10 +109,10 @@ def origin_problems(output: Checkpoint, source: Checkpoint) -> list[MoeconvError
     if own is None:
         return []
     kept, wanted = own.origin, _origin(source)
-    mine = {f.name: (f.size, f.header.raw) for f in kept.files}
-    theirs = {f.name: (f.size, f.header.raw) for f in wanted.files}
-    differing = [n for n in sorted(mine.keys() | theirs.keys(), key=natural_key)
-           if mine.get(n) != theirs.get(n)]  # fmt: skip
+    kept_files = {f.name: (f.size, f.header.raw) for f in kept.files}
+    wanted_files = {f.name: (f.size, f.header.raw) for f in wanted.files}
+    differing = [n for n in sorted(kept_files.keys() | wanted_files.keys(), key=natural_key)
+           if kept_files.get(n) != wanted_files.get(n)]  # fmt: skip
     indexes = [(i.name, i.raw) if i else None for i in (kept.index, wanted.index)]
     if indexes[0] != indexes[1]:
         differing.append(next(i[0] for i in indexes if i))

@@ -45,7 +45,7 @@ from moeconv.manifest.model import (
     matrix_address,
     rank_part,
 )
-from moeconv.manifest.reader import parse_parts
+from moeconv.manifest.part_reader import parse_parts
 from moeconv.manifest.rules import contradictions
 from moeconv.plan.pack import METADATA, index_text
 from moeconv.store.base import Store

@@ -14,7 +14,8 @@ from moeconv.core.json_value import error_json
 from moeconv.detect.detect import detect
 from moeconv.errors import MoeconvError
 from moeconv.layout.recipe_toml import parse_recipe
-from moeconv.manifest.reader import parse_part, parse_root
+from moeconv.manifest.part_reader import parse_part
+from moeconv.manifest.reader import parse_root
 from tests.badinput.builders import entries, framed, index_doc, nbytes, qwen, two_files
 from tests.badinput.test_recipes import GOOD
 from tests.checkpoint.mutations import broken, flipped

@@ -23,7 +23,8 @@ from moeconv.core.strict_json import loads
 from moeconv.errors import MoeconvError
 from moeconv.layout.recipe_toml import parse_recipe
 from moeconv.layout.shipped import shipped_recipes
-from moeconv.manifest.reader import parse_part, parse_parts, parse_root
+from moeconv.manifest.part_reader import parse_part, parse_parts
+from moeconv.manifest.reader import parse_root
 from moeconv.placement.eplb import KEY as EPLB_KEY
 from moeconv.placement.files import read_map
 from moeconv.placement.formats import FORMATS, write_map

@@ -7,7 +7,8 @@ import pytest
 import moeconv
 from moeconv.api.open import open_source
 from moeconv.errors import MoeconvError
-from moeconv.manifest.reader import parse_parts, parse_root
+from moeconv.manifest.part_reader import parse_parts
+from moeconv.manifest.reader import parse_root
 from tests.badinput.checks import holds, untouched, within
 from tests.manifest.breaches import OPENING, PARTS, READER, ROOTS, Breach
 from tests.manifest.broken import reported

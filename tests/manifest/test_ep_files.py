@@ -229,10 +229,10 @@ def test_a_source_directory_that_is_no_name(virtual: Path, directory: str):
 
 
 def test_the_source_is_never_fetched(virtual: Path, monkeypatch: pytest.MonkeyPatch):
-    def fetch(_address: str) -> Path:
+    def connect(*_: object) -> None:
         pytest.fail("a manifest must not make anybody connect")
 
-    monkeypatch.setattr("moeconv.store.hub.fetch", fetch)
+    monkeypatch.setattr("moeconv.store.hub.HubStore.__init__", connect)
     edit_root(virtual, lambda doc: doc["source"].update(directory="hf://org/name"))
     reported(virtual, BadManifest, "source.directory")
 

@@ -12,7 +12,8 @@ import moeconv
 from moeconv.core.digest import digest, fingerprint
 from moeconv.errors import BadJson, BadManifest, Damaged, DuplicateKey, MissingExpert, MissingShard
 from moeconv.manifest.model import MAX_EXPERTS, Manifest
-from moeconv.manifest.reader import parse_part, parse_root
+from moeconv.manifest.part_reader import parse_part
+from moeconv.manifest.reader import parse_root
 from moeconv.manifest.writer import part_bytes
 from tests.badinput.checks import within
 from tests.manifest.broken import refused_everywhere, reported

@@ -7,7 +7,8 @@ from typing import Any
 
 from moeconv.core.digest import digest, fingerprint
 from moeconv.manifest.model import Manifest
-from moeconv.manifest.reader import parse_parts, parse_root
+from moeconv.manifest.part_reader import parse_parts
+from moeconv.manifest.reader import parse_root
 from tests.manifest.samples import ROOT_NAME, body_of, dump, signed
 
 Edit = Callable[[Any], object]

@@ -35,7 +35,7 @@ from moeconv.manifest.model import (
     Root,
     data_name,
 )
-from moeconv.manifest.reader import parse_parts
+from moeconv.manifest.part_reader import parse_parts
 from moeconv.plan.onto_existing import PlacedHeader, plan_rereading
 from moeconv.store.documents import file_digest
 from moeconv.store.local import LocalFile, LocalStore
