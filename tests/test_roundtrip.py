@@ -192,7 +192,7 @@ def test_a_block_across_gate_and_up_is_refused(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_half_bytes_are_never_turned(tmp_path: Path):
+def test_half_bytes_are_never_transposed(tmp_path: Path):
     stack = "model.layers.0.mlp.experts"
     tensors = {
         f"{stack}.{name}": ("F4", shape, bytes(nbytes("F4", shape)))

@@ -148,7 +148,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert peak < 200_000_000
 
 
-def test_a_virtual_set_of_kimi_k2(tmp_path: Path) -> None:
+def test_a_virtual_output_of_kimi_k2(tmp_path: Path) -> None:
     """139,644 tensors, 1 TB: megabytes are written, and every expert of every rank is placed."""
     write_phantom(tmp_path / "kimi", "kimi-k2")
     out = tmp_path / "out"

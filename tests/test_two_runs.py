@@ -87,7 +87,7 @@ def test_an_edited_sidecar_is_the_users_own(source: Path, tmp_path: Path) -> Non
     assert (out / "config.json").read_text() == "{}"
 
 
-def test_files_added_to_a_set_are_said(source: Path, tmp_path: Path) -> None:
+def test_files_added_to_an_output_are_reported(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     moeconv.fuse(source, out)
     (out / "notes.txt").write_text("mine")

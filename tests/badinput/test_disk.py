@@ -51,7 +51,9 @@ def test_a_dry_run_only_says_that_the_disk_is_full(
     assert (space.enough, space.free) == (False, 1000)
 
 
-def test_room_that_is_just_enough_is_enough(good: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
+def test_space_that_is_just_enough_is_enough(
+    good: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
     needed = moeconv.fuse(good, out, dry_run=True).disk_space.needed
     _claim(monkeypatch, needed)
     assert moeconv.fuse(good, out).disk_space.enough
@@ -61,14 +63,14 @@ def test_room_that_is_just_enough_is_enough(good: Path, out: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("experts", [1, 4, 64])
-def test_what_is_said_to_be_needed_is_enough(src: Path, out: Path, experts: int):
+def test_the_space_that_is_reported_as_needed_is_enough(src: Path, out: Path, experts: int):
     write(src, qwen(experts), config={})
     done = moeconv.fuse(src, out, recipe="qwen3_moe")
     written = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     assert written <= done.disk_space.needed <= 4 * written
 
 
-def test_a_restored_source_needs_no_room_for_papers(src: Path, out: Path):
+def test_a_restored_source_needs_no_space_for_documents(src: Path, out: Path):
     write(src, qwen())
     moeconv.fuse(src, out)
     restored = moeconv.unfuse(out, out.with_name("back"))
@@ -116,7 +118,7 @@ def test_a_disk_that_fills_up_on_the_way(
     holds(caught.value, DiskFull, "model-00001-of-00001.safetensors", "No space left")
 
 
-def test_a_disk_that_fills_up_with_the_papers(
+def test_a_disk_that_fills_up_with_the_documents(
     src: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # all data is written already when the last few files no longer fit
@@ -132,7 +134,7 @@ def test_a_disk_that_fills_up_with_the_papers(
     assert tree(small_disk / "out") is None
 
 
-def test_a_resumed_run_has_the_room_that_its_own_remains_took(
+def test_a_resumed_run_counts_the_space_that_its_own_files_take(
     src: Path, small_disk: Path, tmp_path: Path
 ):
     # killed in its first file, on a disk where that fits once

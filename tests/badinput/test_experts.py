@@ -123,14 +123,14 @@ def test_one_expert_of_another_shape(src: Path, out: Path):
     )
 
 
-def test_one_expert_turned(src: Path, out: Path):
+def test_one_expert_transposed(src: Path, out: Path):
     write(src, changed(qwen(), part="experts.1.down_proj", shape=(8, 24)))
     refused(
         ExpertShape, f"{STACK}.1.down_proj.weight", "[8, 24]", "[24, 8]", "3 of 4", src=src, out=out
     )
 
 
-def test_all_experts_turned(src: Path, out: Path):
+def test_all_experts_transposed(src: Path, out: Path):
     write(src, changed(qwen(), part="down_proj", shape=(8, 24)))
     refused(LayoutContradiction, STACK, "down_proj.weight", "[8, 24]", "needs 24", src=src, out=out)
 

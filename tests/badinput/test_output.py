@@ -48,7 +48,7 @@ def test_out_is_a_link_to_nowhere(good: Path, out: Path):
     refused(WouldOverwrite, str(out), src=good, out=out)
 
 
-def test_out_lies_below_a_file(good: Path, out: Path):
+def test_out_is_below_a_file(good: Path, out: Path):
     out.write_text("mine")
     refused(IoFailed, str(out), src=good, out=out / "deeper")
 
@@ -76,12 +76,12 @@ def test_out_is_src_under_another_name(good: Path, out: Path, *, overwrite: bool
     refused(UnsafeOutput, "OUT is SRC", str(good), src=good, out=out, overwrite=overwrite)
 
 
-def test_out_lies_inside_src(good: Path):
+def test_out_is_inside_src(good: Path):
     refused(UnsafeOutput, "inside SRC", str(good), src=good, out=good / "deep" / "out")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_src_lies_inside_out(out: Path, *, overwrite: bool):
+def test_src_is_inside_out(out: Path, *, overwrite: bool):
     src = write(out / "deep" / "src", qwen())
     refused(UnsafeOutput, "OUT contains SRC", str(src), src=src, out=out, overwrite=overwrite)
 
@@ -147,7 +147,7 @@ def test_overwrite_refuses_a_foreign_file_deep_in_our_output(good: Path, out: Pa
     refused(WouldOverwrite, "`runs/1/log`", src=good, out=out, overwrite=True)
 
 
-def test_overwrite_refuses_a_foreign_file_beside_our_papers(good: Path, out: Path):
+def test_overwrite_refuses_a_foreign_file_beside_our_documents(good: Path, out: Path):
     moeconv.fuse(good, out)
     (out / "moeconv" / "notes.txt").write_text("mine")
     refused(WouldOverwrite, "`moeconv/notes.txt`", src=good, out=out, overwrite=True)

@@ -161,7 +161,7 @@ def test_a_block_size_that_config_does_not_name():
 @pytest.mark.parametrize(
     "path", ["x.{layer}", "{key}", "{key}.{layer}.{layer}", "{key}.{layer}.{x}"]
 )
-def test_where_a_size_of_one_layer_is_said_takes_both_holes(path: str):
+def test_a_size_of_one_layer_takes_both_placeholders(path: str):
     bad = f'[config.layers]\n"mtp." = ["{path}"]\n\n[config.granules]'
     _refused(_with("[config.granules]", bad), "layers.mtp.", "`{layer}` and `{key}`")
 
@@ -286,7 +286,7 @@ def test_all_problems_are_reported_at_once():
     _refused(text, *facts, "components.weight.suffix: is missing", "did you mean `stack`?")
 
 
-def test_the_number_of_problems_is_said():
+def test_the_number_of_problems_is_reported():
     _refused(_with("stack =", "stak ="), "2 problem(s)")
 
 
@@ -337,7 +337,7 @@ def test_a_recipe_in_a_manifest_is_no_longer_than_a_file():
     ["{prefix}{prefix}{layer}.mlp.experts", "{prefix}{layer}.{layer}.experts",
      "{prefix}a{prefix}b{prefix}{layer}"],
 )  # fmt: skip
-def test_a_hole_that_stands_twice(stack: str):
+def test_a_placeholder_that_appears_twice(stack: str):
     _refused(_with("{prefix}{layer}.mlp.experts", stack), "stack: ", "each once")
 
 

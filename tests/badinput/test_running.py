@@ -140,7 +140,7 @@ def test_a_sidecar_disappears(src: Path, out: Path):
     assert "cannot write" not in problem.message
 
 
-def test_a_set_of_ours_whose_data_is_damaged(src: Path, out: Path):
+def test_an_output_whose_data_is_damaged(src: Path, out: Path):
     write(src, qwen())
     moeconv.fuse(src, out)
     data = out / "model-00001-of-00001.safetensors"
@@ -151,7 +151,7 @@ def test_a_set_of_ours_whose_data_is_damaged(src: Path, out: Path):
     holds(caught.value, Damaged, str(out), "its digest is", "moeconv verify")
 
 
-def test_a_set_of_ours_whose_config_is_damaged(src: Path, out: Path):
+def test_an_output_whose_config_is_damaged(src: Path, out: Path):
     write(src, qwen())
     moeconv.fuse(src, out)
     raw = bytearray((out / CONFIG).read_bytes())
@@ -268,7 +268,7 @@ def test_folders_made_above_out_are_taken_back(src: Path, out: Path):
         moeconv.fuse(src, out / "a" / "b", progress=press)
 
 
-def test_a_stranger_s_file_in_out_survives_an_interrupt(src: Path, out: Path):
+def test_a_foreign_file_in_out_survives_an_interrupt(src: Path, out: Path):
     # put there by somebody else after OUT was found empty
     write(src, {**qwen(), **LARGE})
 

@@ -81,7 +81,7 @@ def test_a_folder_of_the_file_system_is_never_a_sidecar(
     assert plain_user("fuse", good, "-o", out).code == 0
 
 
-def test_a_folder_in_a_set_that_may_not_be_read_is_named(
+def test_an_unreadable_directory_in_an_output_is_named(
     good: Path, out: Path, closed: Callable[[Path], None]
 ):
     moeconv.fuse(good, out)

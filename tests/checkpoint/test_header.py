@@ -143,7 +143,7 @@ def test_a_hole_before_the_first_tensor(src: Path, out: Path):
     refused(HoleBetweenTensors, SHARD, f"`{A}`", src=src, out=out)
 
 
-def test_tensors_without_bytes_may_stand_anywhere_in_order(src: Path, out: Path):
+def test_tensors_without_bytes_may_be_anywhere_in_the_order(src: Path, out: Path):
     tensors: Tensors = {**qwen(), "model.empty": ("F32", (0, 4)), "model.one": ("F32", ())}
     write(src, tensors)
     moeconv.fuse(src, out)

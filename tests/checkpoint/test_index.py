@@ -79,7 +79,7 @@ def test_all_disagreements_are_reported_at_once(src: Path, out: Path):
     assert len(problem.also) == 1
 
 
-def test_the_number_of_disagreements_is_said(src: Path, out: Path):
+def test_the_number_of_disagreements_is_reported(src: Path, out: Path):
     ghosts = {f"ghost.{n}": FIRST for n in range(500)}
     write(src, FILES, index=_mapped(**ghosts))
     refused(TensorNotInFile, "500", src=src, out=out)

@@ -27,7 +27,7 @@ def shell(arguments: str, rest: str, folder: Path) -> subprocess.CompletedProces
 
 
 @pytest.mark.parametrize("arguments", WORDS)
-def test_a_full_standard_output_is_said(arguments: list[str]) -> None:
+def test_a_full_standard_output_is_reported(arguments: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "moeconv", *arguments],
@@ -124,7 +124,7 @@ def test_a_reader_who_does_not_read_keeps_nobody(
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_disk_that_takes_a_part_of_it_is_said(unbuffered: str, tmp_path: Path) -> None:
+def test_a_disk_that_takes_a_part_of_it_is_reported(unbuffered: str, tmp_path: Path) -> None:
     """A file of 1,024 bytes at most: `ulimit` counts in blocks."""
     line = f"ulimit -f 1; exec {sys.executable} -m moeconv recipes show qwen3_moe > f"
     env = {**environment(), "PYTHONUNBUFFERED": unbuffered}
@@ -143,7 +143,7 @@ HOSTS = {
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_program_that_calls_it_loses_nothing_it_said(host: str) -> None:
+def test_a_program_that_calls_it_loses_none_of_its_output(host: str) -> None:
     code = f"import codecs, io, sys; {HOSTS[host]}; sys.argv = ['moeconv', 'recipes', 'list']"
     code += "; from moeconv.cli.main import main; main()"
     done = subprocess.run(

@@ -184,7 +184,7 @@ def test_any_width_keeps_every_word(source: Path, columns: int) -> None:
     assert "117 tensors" in shown
 
 
-def test_nothing_moe_is_said(tmp_path: Path) -> None:
+def test_a_model_without_experts_is_reported(tmp_path: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 

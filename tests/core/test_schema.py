@@ -25,7 +25,7 @@ def test_counts_are_read_as_they_are(rows: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("odd", ODD, ids=repr)
 @pytest.mark.parametrize("place", range(3))
-def test_what_is_no_count_is_refused_where_it_stands(odd: Json, place: int) -> None:
+def test_what_is_not_a_count_is_refused_where_it_is(odd: Json, place: int) -> None:
     row: list[Json] = [1, 2, 3]
     row[place] = odd
     rows, problems = read([[1, 2, 3], row])
@@ -83,7 +83,7 @@ def test_a_long_key_is_not_repeated_below_it() -> None:
     assert len(problems.found[0]) < 400
 
 
-def test_a_number_of_any_length_can_be_said() -> None:
+def test_a_number_of_any_length_can_be_reported() -> None:
     problems = Problems()
     Table({"size": 1 << 100_000}, "", problems).integer("size")
     assert problems.found == ["size: must be between 0 and 2^53-1, not a far larger one"]

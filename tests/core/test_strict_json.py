@@ -53,7 +53,7 @@ def test_shallow_or_not_is_one(text: str, more: str, cut: int) -> None:
 @pytest.mark.parametrize(
     "end", [',"u":NaN}', ',"u":99999999999999999999}', ',"u":1e999}', ',"u":' + "[" * 1500, " x"]
 )
-def test_a_key_that_stands_twice_is_said_before_what_follows(end: str) -> None:
+def test_a_duplicate_key_is_reported_before_what_follows(end: str) -> None:
     with pytest.raises(DuplicateKey):
         loads(b'{"t":{"a":1,"a":1}' + end.encode(), where="here", shallow=True)
 
@@ -71,7 +71,7 @@ def test_a_key_that_stands_twice_is_said_before_what_follows(end: str) -> None:
         '{"a" :{"b":1},"a" :{":":1}}',
     ],
 )
-def test_a_key_that_stands_twice_is_seen(text: str) -> None:
+def test_a_duplicate_key_is_found(text: str) -> None:
     with pytest.raises(DuplicateKey):
         loads(text.encode(), where="here", shallow=True)
 

@@ -111,7 +111,7 @@ def test_a_stack_costs_little() -> None:
     assert a_stack < 5000  # 8,700 when each looked up config.json anew
 
 
-def test_more_stacks_than_a_set_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_stacks_than_an_output_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found(one_expert_each(4)).problems
     monkeypatch.setattr(moeconv.detect.detect, "MAX_STACKS", 3)
     (problem,) = found(one_expert_each(4)).problems

@@ -50,7 +50,7 @@ def test_a_number_of_layers_that_is_not_stated(tmp_path: Path):
     assert layers == MoeLayers(builders.E, (0, 1, 2, 3, 4), (), 5, stated=False)
 
 
-def test_the_number_of_layers_stands_in_the_section_of_the_stacks(tmp_path: Path):
+def test_the_number_of_layers_is_in_the_section_of_the_stacks(tmp_path: Path):
     layers, _ = found(tmp_path, TENSORS, num_hidden_layers=99, text_config={"num_hidden_layers": 3})
     assert (layers.moe, layers.beyond) == ((0, 1, 2), (3, 4))
 

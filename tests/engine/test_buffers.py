@@ -31,7 +31,7 @@ def test_a_block_of_the_same_size_is_used_again():
     assert mapped(memory) == 2 * PAGE_BYTES
 
 
-def test_free_blocks_make_room_for_others():
+def test_free_blocks_make_space_for_others():
     memory = BufferPool(LIMIT)
     for pages in (1, 2, 3, 4, 1):
         with memory.hold(pages * PAGE_BYTES) as take:

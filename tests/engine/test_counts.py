@@ -75,7 +75,7 @@ def extents(path: Path) -> list[tuple[int, bool]]:
     return [(length, bool(flags & SHARED)) for _, _, length, _, _, flags, *_ in found]
 
 
-def test_what_is_said_to_be_cloned_takes_no_room(cloning: Path, tmp_path: Path) -> None:
+def test_what_is_reported_as_cloned_takes_no_space(cloning: Path, tmp_path: Path) -> None:
     src = source(tmp_path / "src")
     moeconv.fuse(src, cloning / "fused")
     os.sync()
@@ -96,7 +96,7 @@ def test_what_is_said_to_be_cloned_takes_no_room(cloning: Path, tmp_path: Path) 
         shutil.rmtree(cloning / out)
 
 
-def test_clones_need_no_room(
+def test_clones_need_no_space(
     cloning: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -133,7 +133,7 @@ def test_clones_need_no_room(
 
 
 @pytest.mark.parametrize("digests", ["now", "later"])
-def test_what_lies_across_pages_goes_past_the_page_cache_but_for_its_ends(
+def test_unaligned_runs_bypass_the_page_cache_but_for_their_ends(
     tmp_path: Path, digests: str
 ) -> None:
     """With `--align source` matrices seldom begin with a page."""

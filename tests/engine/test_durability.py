@@ -71,7 +71,7 @@ def each_file_is_there_before_its_name(steps: Steps) -> None:
             steps.first("sync", os.path.dirname(name) or ".", at)  # noqa: PTH120 - a name
 
 
-def test_a_set(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     steps = Steps(monkeypatch, out)
     moeconv.fuse(src, out, max_shard_size=100_000, jobs=1)
@@ -123,7 +123,7 @@ def test_a_restored_source(
     steps.first("sync", ".", gone)
 
 
-def test_an_overwritten_set_stands_until_the_new_one_is_on_the_disk(
+def test_an_overwritten_output_is_kept_until_the_new_one_is_on_the_disk(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"

@@ -173,7 +173,7 @@ def test_other_times_rights_and_names_refuse_nothing(
     assert not out.with_name(".out.replaced").exists()
 
 
-def test_what_was_not_compared_is_said(src: Path, tmp_path: Path) -> None:
+def test_what_was_not_compared_is_reported(src: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     moeconv.fuse(src, out, max_shard_size=10_000)
     for path in out.glob("*.safetensors"):
@@ -204,7 +204,7 @@ def test_newer_files_without_digests_are_refused(
     assert "has no digests of it" in str(caught.value)
 
 
-def test_sets_without_digests_are_replaced_at_once(src: Path, tmp_path: Path) -> None:
+def test_outputs_without_digests_are_replaced_at_once(src: Path, tmp_path: Path) -> None:
     """Small ones are written within one tick of the file system's clock."""
     for _ in range(8):
         moeconv.fuse(src, tmp_path / "out", digests="later", overwrite=True)
@@ -305,7 +305,7 @@ HARMLESS = {"touch", "age", "chmod", "rewrite"}
     kind=st.sampled_from(["whole", "ranks", "half-done"]),
     edits=st.lists(st.tuples(st.sampled_from(sorted(EDITS)), PATHS), min_size=1, max_size=3),
 )
-def test_nothing_of_somebody_else_is_ever_removed(
+def test_foreign_files_are_never_removed(
     src: Path,
     made: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,

@@ -222,7 +222,7 @@ def test_who_is_left_alone_on_btrfs(  # noqa: PLR0917
         shutil.rmtree(cloning / out)
 
 
-def test_turned_matrices_go_past_the_page_cache_too(cloning: Path, tmp_path: Path) -> None:
+def test_transposed_matrices_bypass_the_page_cache_too(cloning: Path, tmp_path: Path) -> None:
     src = big(tmp_path / "src")
     result = moeconv.fuse(src, cloning / "out", layout="kn")
     assert result.methods is not None
@@ -232,7 +232,7 @@ def test_turned_matrices_go_past_the_page_cache_too(cloning: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("digests", ["now", "later"])
-def test_what_stands_in_a_row_is_cloned_at_once(
+def test_contiguous_runs_are_cloned_at_once(
     cloning: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests: str
 ) -> None:
     src = source(tmp_path / "src")

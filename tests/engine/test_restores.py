@@ -130,7 +130,7 @@ def test_a_sidecar_that_changes_after_it_was_looked_at(
 
 
 @pytest.mark.parametrize("digests", ["now", "later"])
-def test_a_set_without_digests_is_restored_but_promises_nothing(
+def test_an_output_without_digests_is_restored_but_promises_nothing(
     digests: str, tmp_path: Path
 ) -> None:
     src = small(tmp_path / "src")
@@ -146,7 +146,7 @@ def test_a_set_without_digests_is_restored_but_promises_nothing(
         assert (f"{count} of {count} tensors have no recorded digest" in said) is (count > 0)
 
 
-def test_unchecked_is_said(tmp_path: Path) -> None:
+def test_unchecked_is_reported(tmp_path: Path) -> None:
     moeconv.fuse(small(tmp_path / "src"), tmp_path / "made")
     done = command("unfuse", tmp_path / "made", "-o", tmp_path / "a", "--unchecked")
     assert done.code == 0

@@ -27,7 +27,7 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("what", BESIDE)
-def test_what_stands_beside_experts_is_copied(what: str, tmp_path: Path):
+def test_what_is_beside_experts_is_copied(what: str, tmp_path: Path):
     src = phantom(tmp_path / "src", rows(f"{QWEN}\n{BESIDE[what]}"), {"model_type": "qwen3_moe"})
     plan = moeconv.fuse(src, tmp_path / "out").plan
     made = {entry.source: entry.into for entry in plan.ledger if entry.verb == "copied"}
@@ -112,7 +112,7 @@ def test_files_cut_for_tensor_parallelism_are_refused(tmp_path: Path):
         moeconv.fuse(src, tmp_path / "out")
 
 
-def test_a_weight_and_its_scale_lie_in_different_files(tmp_path: Path):
+def test_a_weight_and_its_scale_are_in_different_files(tmp_path: Path):
     """By turns in two files: no expert has all its parts in one."""
     parts = "\n".join(
         f"model.layers.0.mlp.experts.{{0-3}}.{p}_proj.{part}"

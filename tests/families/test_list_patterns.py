@@ -56,7 +56,7 @@ def test_a_pattern_that_is_true_of_the_new_names_stays(
         ("modules_to_not_convert", [r"model.layers.1.mlp.experts.\d+.\w+"]),
     ],
 )
-def test_a_pattern_that_no_new_name_matches_is_left_and_said(
+def test_a_pattern_that_no_new_name_matches_is_left_and_reported(
     place: str, texts: list[str], tmp_path: Path
 ):
     src = checkpoint(tmp_path / "src", lists(place, *texts))
@@ -83,7 +83,9 @@ def test_a_pattern_that_no_new_name_matches_is_left_and_said(
         ("modules_to_not_convert", [r"model\.layers\.1\.mlp\.experts\.2"]),
     ],
 )
-def test_a_pattern_of_some_experts_is_left_and_said(place: str, texts: list[str], tmp_path: Path):
+def test_a_pattern_of_some_experts_is_left_and_reported(
+    place: str, texts: list[str], tmp_path: Path
+):
     src = checkpoint(tmp_path / "src", lists(place, *texts))
     plan = moeconv.fuse(src, tmp_path / "out").plan
     assert plan.rewrites == ()
@@ -118,7 +120,7 @@ def test_a_pattern_of_some_experts_is_left_and_said(place: str, texts: list[str]
         ({"ignore": [r"re:.*mlp\.experts$"]}, "ignore", "experts"),
     ],
 )
-def test_other_patterns_are_left_and_said(
+def test_other_patterns_are_left_and_reported(
     quantization: dict[str, object], place: str, text: str, tmp_path: Path
 ):
     src = checkpoint(tmp_path / "src", quantization)

@@ -101,7 +101,7 @@ def test_a_format_of_joined_experts_becomes_that_of_each(tmp_path: Path):
     assert made == {"quantized_layers": wanted}
 
 
-def test_a_name_that_means_nothing_yet_is_said(tmp_path: Path):
+def test_a_name_that_means_nothing_yet_is_reported(tmp_path: Path):
     """One that experts have where they are joined, of experts that are not."""
     result = converted(tmp_path, ALONE, {"ignore": [STACK.format(0), "lm_head"]})
     assert texts_now(result, "ignore") == [STACK.format(0), "lm_head"]
@@ -129,7 +129,7 @@ def test_transformers_takes_ends_of_names_and_all_that_is_in_a_module(
     assert [left in note for note in notes(result)] == [True] * bool(left)
 
 
-def test_an_end_that_half_a_new_name_has_is_said(tmp_path: Path):
+def test_a_suffix_that_half_a_new_name_has_is_reported(tmp_path: Path):
     result = converted(tmp_path, ALONE, {"modules_to_not_convert": ["up_proj"]})
     (note,) = notes(result)
     assert "names some experts of a stack only" in note
@@ -152,7 +152,7 @@ def test_awq_takes_parts_of_names(texts: list[str], left: str, tmp_path: Path):
     assert [left in note for note in notes(result)[:1]] == [True] * bool(left)
 
 
-def test_the_name_of_a_block_that_moves_is_left_and_said(tmp_path: Path):
+def test_the_name_of_a_renamed_block_is_left_and_reported(tmp_path: Path):
     """Step 3's experts are in `moe` on the Hub, in `mlp.experts` where they are joined."""
     lists = {"modules_to_not_convert": ["model.layers.3.moe"]}
     result = converted(tmp_path, STEP, lists, {"model_type": "step3p5"})
@@ -216,7 +216,7 @@ def test_a_text_where_a_list_is_usual(tmp_path: Path):
         (KIMI, "kimi_k25", {"ignore": alone(0)}, "experts.0.down_proj"),
     ],
 )
-def test_what_is_not_understood_is_said(
+def test_what_is_not_understood_is_reported(
     text: str, model_type: str, quantization: dict[str, object], told: str, tmp_path: Path
 ):
     config = {"model_type": model_type, "n_routed_experts": 3} if model_type else None
@@ -241,7 +241,9 @@ def test_what_is_not_understood_is_said(
         {"dynamic": {"-:.*self_attn.*": {}}},
     ],
 )
-def test_what_is_about_other_modules_is_not_said(quantization: dict[str, object], tmp_path: Path):
+def test_what_is_about_other_modules_is_not_reported(
+    quantization: dict[str, object], tmp_path: Path
+):
     result = converted(tmp_path, ALONE, quantization)
     assert now(result) == quantization
     assert notes(result) == []

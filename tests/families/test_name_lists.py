@@ -78,7 +78,7 @@ def test_a_key_with_two_values_leaves_the_object_as_it_is():
         {r"+:.*experts\.0\..*": {"bits": 8}, r"-:.*experts\.\d+": {}},
     ],
 )
-def test_the_first_that_matches_counts_so_mixed_rules_are_left_and_said(
+def test_the_first_match_counts_so_mixed_rules_are_left_and_reported(
     dynamic: dict[str, dict[str, int]], tmp_path: Path
 ):
     src = checkpoint(tmp_path / "src", {"dynamic": dynamic})

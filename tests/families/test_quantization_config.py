@@ -48,7 +48,7 @@ def test_one_projection_becomes_its_tensor(tmp_path: Path):
 
 
 @pytest.mark.parametrize("names", [modules(0)[:-1], modules(0, "gate_proj"), modules(1)[:1]])
-def test_what_the_new_names_cannot_say_is_left_and_said(names: list[str], tmp_path: Path):
+def test_what_the_new_names_cannot_express_is_left_and_reported(names: list[str], tmp_path: Path):
     src = checkpoint(tmp_path / "src", {"modules_to_not_convert": names})
     result = moeconv.fuse(src, tmp_path / "out")
     assert any("left as it is" in note for note in result.plan.notes)
@@ -175,7 +175,7 @@ def test_a_router_beside_the_experts_does_not_come_along(tmp_path: Path):
     assert config_of(tmp_path / "fused") == {"ignore": [f"{block}.experts"]}
 
 
-def test_from_set_to_set_and_by_ranks(tmp_path: Path):
+def test_from_output_to_output_and_by_ranks(tmp_path: Path):
     """The first config.json stays the one that all start from, and the way back."""
     src = checkpoint(tmp_path / "src", {"ignore": modules(0, "gate_proj", "up_proj")})
     moeconv.unfuse(src, tmp_path / "alone")  # already per expert: nothing to rename

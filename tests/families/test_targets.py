@@ -96,7 +96,7 @@ def test_gated_experts(layout: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("layout", shared_layouts())
-def test_a_foreign_set_in_that_layout_is_read(layout: str, tmp_path: Path):
+def test_a_foreign_checkpoint_in_that_layout_is_read(layout: str, tmp_path: Path):
     """The names say which layout it is, but for one that others use otherwise."""
     tensors = {f"{STACK}.{n}": bf16(np.ascontiguousarray(a)) for n, a in GATED[layout].items()}
     config = {"model_type": "qwen3_moe", "num_experts": E}

@@ -67,7 +67,7 @@ def test_half_an_expert_does_not_consume_the_others(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_turned_form_is_asked_about_where_shapes_leave_it_open(tmp_path: Path):
+def test_the_transposed_form_is_asked_about_where_shapes_leave_it_open(tmp_path: Path):
     text = "model.layers.0.mlp.experts.gate_up_proj BF16 4,16,16\n"
     text += "model.layers.0.mlp.experts.down_proj BF16 4,16,8"
     with pytest.raises(AmbiguousLayout):
@@ -90,7 +90,7 @@ def others(block: str, *projections: str) -> str:
     return f"{QWEN}\n{OTHERS.format(*words)}"
 
 
-def test_a_stack_under_another_family_s_names_is_taken_and_said(tmp_path: Path):
+def test_a_stack_under_another_family_s_names_is_taken_and_reported(tmp_path: Path):
     text = others("block_sparse_moe.experts", "w1", "w3", "w2")
     config = {"model_type": "qwen3_moe", "moe_intermediate_size": 8, "intermediate_size": 99}
     src = phantom(tmp_path / "src", rows(text), config)
@@ -144,7 +144,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("family", LAYERS)
-def test_a_layer_that_lost_its_experts_is_told_by_its_router(family: str, tmp_path: Path):
+def test_a_layer_that_lost_its_experts_is_recognised_by_its_router(family: str, tmp_path: Path):
     config: dict[str, object] = {"model_type": family}
     text = LAYERS[family] + "\nmodel.layers.{0-3}.self_attn.gate.weight BF16 4,16"
     whole = rows(text)
@@ -218,7 +218,7 @@ def test_fused_text_of_dots3_is_not_taken_for_vision(tmp_path: Path):
         assert len(projections) == 3
 
 
-def test_the_number_of_experts_may_stand_under_llm_config(tmp_path: Path):
+def test_the_number_of_experts_may_be_under_llm_config(tmp_path: Path):
     with pytest.raises(ConfigMismatch, match="llm_config"):
         planned(tmp_path, QWEN, {"model_type": "qwen3_moe", "llm_config": {"num_experts": 13}})
 
@@ -309,7 +309,7 @@ def test_hunyuan_has_up_before_gate(tmp_path: Path):
     assert tree_sha256(tmp_path / "back") == tree_sha256(src)
 
 
-def test_dbrx_has_gate_in_w1_up_in_v1_and_down_turned(tmp_path: Path):
+def test_dbrx_has_gate_in_w1_up_in_v1_and_down_transposed(tmp_path: Path):
     stack = "transformer.blocks.0.ffn.experts"
     tensors: dict[str, Spec] = {
         f"{stack}.mlp.w1": ("U8", (4, 3), b"g00g01g10g11"),

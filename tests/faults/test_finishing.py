@@ -78,7 +78,7 @@ def copied(source: Path, out: Path) -> Callable[[], None]:
 # --- verify --fill -----------------------------------------------------------------------------
 @pytest.mark.parametrize("times", AS_MANY)
 @pytest.mark.parametrize("kind", ["later", "virtual"])
-def test_a_filling_is_always_a_set(  # noqa: PLR0917 - fixtures
+def test_an_interrupted_fill_leaves_a_valid_output(  # noqa: PLR0917 - fixtures
     src: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -253,7 +253,7 @@ def test_a_restore_that_somebody_changed_is_not_done(src: Path, tmp_path: Path, 
         moeconv.unfuse(tmp_path / "ours", out, resume=True)
 
 
-def test_a_restore_of_a_set_without_digests_is_held_against_the_set(
+def test_a_restore_of_an_output_without_digests_is_compared_with_it(
     src: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"

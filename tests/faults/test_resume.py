@@ -131,7 +131,7 @@ def test_another_source_is_refused(src: Path, tmp_path: Path) -> None:
         moeconv.shard(src, out, resume=True, **SAME)
 
 
-def test_a_finished_set_is_done_at_once(src: Path, tmp_path: Path) -> None:
+def test_a_finished_output_is_done_at_once(src: Path, tmp_path: Path) -> None:
     moeconv.shard(src, tmp_path / "out", **SAME)
     with untouched(tmp_path / "out"):
         moeconv.shard(src, tmp_path / "out", resume=True, **SAME)
@@ -258,7 +258,7 @@ def test_a_journal_of_tensors_without_digests_is_read(tmp_path: Path):
 
 @pytest.mark.parametrize("where", ["model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("verb", ["fuse", "shard"])
-def test_a_finished_set_of_an_older_source_is_not_done(
+def test_a_finished_output_of_an_older_source_is_not_done(
     tmp_path: Path, verb: str, where: str
 ) -> None:
     """As where a run with `--overwrite` was killed before it had put the old output aside."""
@@ -275,7 +275,7 @@ def test_a_finished_set_of_an_older_source_is_not_done(
         make(src, out, resume=True, **more)
 
 
-def test_a_finished_set_of_another_set_of_ours_is_not_done(tmp_path: Path) -> None:
+def test_a_finished_output_of_another_output_is_not_done(tmp_path: Path) -> None:
     """Their digests are recorded: no times are needed to tell them apart."""
     src = write(tmp_path / "src", qwen(4, 16, 24), config=config(width=16))
     moeconv.fuse(src, tmp_path / "first")
@@ -289,7 +289,7 @@ def test_a_finished_set_of_another_set_of_ours_is_not_done(tmp_path: Path) -> No
         moeconv.shard(tmp_path / "first", tmp_path / "out", ep_size=2, resume=True)
 
 
-def test_a_finished_set_without_digests_is_done(tmp_path: Path) -> None:
+def test_a_finished_output_without_digests_is_done(tmp_path: Path) -> None:
     src = write(tmp_path / "src", qwen(4, 16, 24), config=config(width=16))
     moeconv.fuse(src, tmp_path / "ours")
     for source in (src, tmp_path / "ours"):

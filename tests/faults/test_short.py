@@ -163,7 +163,7 @@ def turns(calls: ShortCalls, verb: Verb, place: Place, times: int) -> tuple[obje
 
 @pytest.mark.parametrize("times", HOW_OFTEN)
 @pytest.mark.parametrize("name", VERBS)
-def test_a_call_that_moves_a_part_is_called_again(
+def test_a_short_transfer_is_called_again(
     place: Place,
     calls: ShortCalls,
     name: str,

@@ -20,7 +20,7 @@ HOW_OFTEN = [pytest.param(15), pytest.param(400, marks=pytest.mark.soak)]
 
 
 @pytest.mark.parametrize("times", HOW_OFTEN)
-def test_a_torn_set_never_opens(
+def test_a_torn_output_never_opens(
     tmp_path: Path, times: int, record_property: Callable[[str, object], None]
 ) -> None:
     src = write(

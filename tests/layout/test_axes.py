@@ -54,7 +54,7 @@ SIZES = {"E": E, "G": G, "O": O, "K": K, "b": B}
         ("E", Geometry((E,), 1, 0, ())),
     ],
 )  # fmt: skip
-def test_where_matrices_lie(axes: str, expected: Geometry):
+def test_where_matrices_are(axes: str, expected: Geometry):
     assert geometry(parse_axes(axes), SIZES) == expected
 
 
@@ -170,7 +170,7 @@ def test_one_number_for_gate_and_up(own: str, line: str, expected: str):
     assert str(shared_by_pair(parse_axes(own), parse_axes(line))) == expected
 
 
-def test_parts_of_a_group_that_a_companion_lacks_stay_away():
+def test_axes_of_a_group_that_a_companion_lacks_are_dropped():
     assert str(derived(parse_axes("O"), parse_axes("E (O K)"))) == "E O"
     assert str(derived(parse_axes("K"), parse_axes("E (G O K)"))) == "E (G K)"
 

@@ -145,7 +145,7 @@ def test_layouts_that_describe_different_matrices_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_blocks_beside_a_packing_axis_lie_in_one_matrix(tmp_path: Path):
+def test_blocks_beside_a_packing_axis_are_in_one_matrix(tmp_path: Path):
     """`(O/2 b) K`: no other matrix is in that dimension, so nothing straddles."""
     (tmp_path / "r.toml").write_text(small_recipe("E O K", zeros="(O/2 b) K"))
     src = small_checkpoint(tmp_path, zeros=(4, 3))
@@ -169,7 +169,7 @@ weight = { axes = "O K", suffix = "" }
 """
 
 
-def test_a_set_of_ours_says_its_layout_whatever_the_recipe(tmp_path: Path):
+def test_an_output_states_its_layout_whatever_the_recipe(tmp_path: Path):
     recipe = tmp_path / "r.toml"
     recipe.write_text(TWO_READINGS)
     stack = "model.layers.0.mlp.experts"

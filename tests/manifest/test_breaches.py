@@ -39,7 +39,7 @@ def _refused(call: object, made: Path, breach: Breach) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_good_set_is_good(tmp_path: Path, kind: str):
+def test_a_valid_output_passes(tmp_path: Path, kind: str):
     made = fresh(tmp_path, kind)
     _read(made)
     assert not open_source(made).detection.problems

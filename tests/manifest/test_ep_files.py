@@ -71,7 +71,7 @@ def test_a_part_is_missing(made: Path, name: str):
 
 
 @pytest.mark.parametrize("name", [COMMON, RANK_1])
-def test_a_part_is_of_another_set(made: Path, name: str):
+def test_a_part_is_of_another_output(made: Path, name: str):
     raw = (made / name).read_bytes()
     (made / name).write_bytes(raw.replace(b"BF16", b"BF32"))
     reported(made, Damaged, name, "digest")
@@ -159,7 +159,7 @@ def test_a_file_beside_the_source_s_is_none_of_it(virtual: Path, name: str):
     assert moeconv.verify(virtual, level="structure", jobs=1).ok
 
 
-def test_a_virtual_set_of_one_file_among_others(virtual: Path, tmp_path: Path):
+def test_a_virtual_output_of_one_file_among_others(virtual: Path, tmp_path: Path):
     shutil.copy(_source(virtual) / SOURCE_FILE, _source(virtual) / "other.safetensors")
     for number, (src, exclude) in enumerate(
         [(_source(virtual) / SOURCE_FILE, ()), (_source(virtual), ("other*",))]
@@ -213,7 +213,7 @@ def test_a_source_that_is_a_file(virtual: Path):
     assert not report.ok
 
 
-def test_a_virtual_set_of_itself(virtual: Path):
+def test_a_virtual_output_of_itself(virtual: Path):
     edit_root(virtual, lambda doc: doc["source"].update(directory=str(virtual)))
     reported(virtual, SourceChanged, "itself a virtual output")
     _opened(virtual, SourceChanged, "itself a virtual output")

@@ -44,7 +44,7 @@ def test_a_flipped_bit_is_found_and_named(made: Path, name: str):
 
 
 @pytest.mark.parametrize("name", EP_FILES)
-def test_a_flipped_bit_of_a_set_for_ranks_is_found_and_named(tmp_path: Path, name: str):
+def test_a_flipped_bit_of_a_sharded_output_is_found_and_named(tmp_path: Path, name: str):
     _flip(epsamples.fresh(tmp_path, "fused"), name)
 
 

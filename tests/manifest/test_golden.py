@@ -53,7 +53,7 @@ def _as_golden(made: Path, name: str) -> bytes:
 
 
 @pytest.mark.parametrize("name", [DATA, INDEX_NAME, PART_NAME, ORIGIN_NAME, ROOT_NAME])
-def test_the_smallest_set_has_exactly_these_bytes(made: Path, name: str):
+def test_the_smallest_output_has_exactly_these_bytes(made: Path, name: str):
     golden = GOLDEN / "smallest" / name
     raw = _as_golden(made, name)
     if os.environ.get("MOECONV_UPDATE_GOLDEN") == "1":

@@ -154,7 +154,7 @@ def test_an_origin_of_another_model(made: Path):
         moeconv.unfuse(made, made.with_name("out"))
 
 
-def test_an_origin_with_fewer_tensors_than_the_set(made: Path):
+def test_an_origin_with_fewer_tensors_than_the_output(made: Path):
     # what is restored must be all there was: a tensor left over is a tensor lost
     head = json.loads(HEAD)
     doc = json.loads(PAYLOAD[8:])

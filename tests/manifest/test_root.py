@@ -38,7 +38,7 @@ def _put(made: Path, raw: bytes) -> Path:
 
 
 # --- the frame ---------------------------------------------------------------------------------
-def test_the_good_set_is_good(made: Path):
+def test_the_valid_output_passes(made: Path):
     assert moeconv.verify(made).ok
 
 
@@ -306,7 +306,7 @@ def test_a_sidecar_that_is_a_data_file(made: Path):
     _refused(made, edit, DATA)
 
 
-def test_a_part_that_stands_outside_its_folder(made: Path):
+def test_a_part_outside_its_directory(made: Path):
     raw = (made / PART_NAME).read_bytes()
     (made / "part.json").write_bytes(raw)
     _refused(made, lambda doc: doc["parts"][0].update(name="part.json"), "parts[0].name")

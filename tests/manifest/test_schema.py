@@ -49,7 +49,7 @@ def test_documents_for_ranks_are_taken(tmp_path: Path, kind: str):
         assert not refused(doc), name
 
 
-def test_documents_of_a_filled_virtual_set_are_taken(tmp_path: Path):
+def test_documents_of_a_filled_virtual_output_are_taken(tmp_path: Path):
     made = fresh(tmp_path, "virtual")
     report = moeconv.verify(
         made, level="source", source=tmp_path / "source", recipe=tmp_path / "tiny.toml", fill=True
@@ -60,7 +60,7 @@ def test_documents_of_a_filled_virtual_set_are_taken(tmp_path: Path):
 
 
 @pytest.mark.parametrize("layout", ["fused", "per-expert"])
-def test_documents_of_a_whole_set_are_taken(tmp_path: Path, layout: str):
+def test_documents_of_a_whole_output_are_taken(tmp_path: Path, layout: str):
     src = write(tmp_path / "src", qwen(2, 2, 4), config=config(experts=2, width=2, hidden=4))
     moeconv.fuse(src, tmp_path / "out", layout=layout, max_shard_size=5000, jobs=1)
     found = list(documents(tmp_path / "out"))

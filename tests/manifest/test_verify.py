@@ -206,7 +206,7 @@ def test_all_damage_is_reported_at_once(made: Path):
 
 # --- no set ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("verb", [moeconv.fuse, moeconv.unfuse])
-def test_an_unfinished_set_is_no_source(made: Path, verb: Callable[..., object]):
+def test_an_unfinished_output_is_not_a_source(made: Path, verb: Callable[..., object]):
     (made / ROOT_NAME).unlink()
     out = made.with_name("out")
     with untouched(made, out), pytest.raises(Unfinished) as caught:
@@ -215,13 +215,15 @@ def test_an_unfinished_set_is_no_source(made: Path, verb: Callable[..., object])
 
 
 @pytest.mark.parametrize("ask", [moeconv.fingerprint, lambda path: moeconv.diff(path, path)])
-def test_an_unfinished_set_answers_no_question(made: Path, ask: Callable[[Path], object]):
+def test_an_unfinished_output_is_refused_by_every_command(
+    made: Path, ask: Callable[[Path], object]
+):
     (made / ROOT_NAME).unlink()
     with pytest.raises(Unfinished):
         ask(made)
 
 
-def test_verify_of_an_unfinished_set_says_so(made: Path):
+def test_verify_of_an_unfinished_output_says_so(made: Path):
     # it was written by moeconv, just not to the end
     (made / ROOT_NAME).unlink()
     try:

@@ -126,7 +126,7 @@ def test_dequantising_is_equal_before_and_after(model_type: str, tmp_path: Path)
 
 @pytest.mark.usefixtures("fused_fp8")
 @pytest.mark.parametrize("numbers", [0, 1, 2])
-def test_dequantising_a_stack_that_is_turned_on_loading(tmp_path: Path, *, numbers: int):
+def test_dequantising_a_stack_that_is_transposed_on_loading(tmp_path: Path, *, numbers: int):
     """transformers has a rule for these names already, which turns [E, K, O]: it comes after."""
     model = tiny_model("qwen3_vl_moe")
     model.save_pretrained(tmp_path)

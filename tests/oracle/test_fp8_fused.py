@@ -113,7 +113,7 @@ def test_weights_under_the_hubs_names_and_scales_under_others(
     assert tree_sha256(tmp_path / "back") == tree_sha256(tmp_path / "halves")
 
 
-def test_blocks_of_turned_weights_are_turned(tmp_path: Path):
+def test_blocks_of_transposed_weights_are_transposed(tmp_path: Path):
     """Llama 4: the block is one of the tensor as it lies, [K, O]."""
     saved(tmp_path, "dynamic", (8, 8), "llama4_text")
     moeconv.unfuse(tmp_path / "src", tmp_path / "out")

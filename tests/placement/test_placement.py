@@ -184,7 +184,7 @@ def test_all_problems_of_all_rows_at_once():
         assert fact in text
 
 
-def test_slots_that_do_not_divide_are_said_once_for_all_layers():
+def test_slots_that_do_not_divide_are_reported_once_for_all_layers():
     found = placed(SMALL, *((0, 1, 2, 3, 0),) * 3)
     text = misfit("1 problem", "5 slots", placement=found, layers=SMALL, ep_size=2)
     assert text.count("do not divide") == 1

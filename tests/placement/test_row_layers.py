@@ -81,7 +81,7 @@ def test_one_row_for_all_layers():
     assert assumed == "one row: all 3 MoE layers alike"
 
 
-def test_a_number_of_layers_that_is_not_stated_is_said():
+def test_a_number_of_layers_that_is_not_stated_is_reported():
     layers = MoeLayers(4, (1, 2, 3), (), 4, stated=False)
     for raw in (by_row(VLLM, A, B, C), by_id(TRTLLM, 1, 2, 3), parse_map([0, 1, 2, 3], where="m")):
         assert (

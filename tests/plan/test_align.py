@@ -130,7 +130,7 @@ def test_of_two_files_that_end_alike_the_first_goes_on() -> None:
     assert rows == [[0, 3], [1], [2]]
 
 
-def test_what_stands_at_4_mod_8_in_the_source_is_clonable_too(tmp_path: Path) -> None:
+def test_data_at_4_mod_8_in_the_source_is_clonable_too(tmp_path: Path) -> None:
     """As behind an odd number of scalar scales: the file starts at a multiple of 8 all the same."""
     tensors = {"model.layers.0.scale": ("F32", (1,)), **qwen(4, 64, 1024)}
     src = padded(write(tmp_path / "src", tensors, config=config(width=64, hidden=1024)))
@@ -156,9 +156,7 @@ def test_where_the_source_s_order_misplaces_it_is_that_of_other_files(tmp_path: 
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("outer", [0, 1])
-def test_a_stack_stands_where_its_first_byte_stands(
-    tmp_path: Path, outer: int, whole: bool
-) -> None:
+def test_a_stack_is_where_its_first_byte_is(tmp_path: Path, outer: int, whole: bool) -> None:
     """Not where its first expert does, or its last; whether it can be cloned or not."""
     plain = qwen(2, 64, 512, layers=2)
     parts = {n: s for n, s in plain.items() if ".experts." in n}
@@ -178,7 +176,7 @@ def test_a_stack_stands_where_its_first_byte_stands(
     assert [int(n.split(".")[2]) for n in names] == [outer, outer, inner, inner]
 
 
-def test_ranks_have_few_files_though_what_stands_between_is_not_theirs(tmp_path: Path) -> None:
+def test_ranks_have_few_files_though_what_is_between_is_not_theirs(tmp_path: Path) -> None:
     """Norms of 256 bytes are common: a rank's layers want eight phases in turn, not 48."""
     write_phantom(tmp_path / "src", "qwen3-30b-a3b", shard_bytes=10**12)
     result = moeconv.shard(

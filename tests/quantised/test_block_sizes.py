@@ -88,7 +88,7 @@ def test_a_size_that_none_of_them_needs_is_none(tmp_path: Path):
         ),
     ],
 )
-def test_what_fits_no_reading_is_said_with_all_of_them(
+def test_what_fits_no_interpretation_is_reported_with_all_of_them(
     parts: dict[str, str],
     said: dict[str, object],
     kind: type[MoeconvError],

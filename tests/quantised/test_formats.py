@@ -127,7 +127,7 @@ def test_by_ranks_and_back(name: str, tmp_path: Path):
         assert tree_sha256(tmp_path / f"{layout}-back") == tree_sha256(src)
 
 
-def test_a_fused_set_says_that_nothing_reads_it(tmp_path: Path):
+def test_a_fused_output_warns_that_nothing_reads_it(tmp_path: Path):
     for name, told in (
         ("INT4, pack-quantized", "weight_packed"),
         ("GPTQ", "qweight"),
@@ -178,7 +178,7 @@ def test_it_says_so_of_every_family(stacked: bool, tmp_path: Path):
         ("INT4, pack-quantized, asymmetric", "weight_g_idx"),
     ],
 )
-def test_unequal_halves_are_kept_and_said(name: str, part: str, tmp_path: Path):
+def test_unequal_halves_are_kept_and_reported(name: str, part: str, tmp_path: Path):
     form = FORMATS[name]
     packed = experts(form)
     for e in range(E):

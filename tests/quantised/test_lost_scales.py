@@ -31,7 +31,7 @@ def test_a_companion_that_is_missing(part: str, which: str, tmp_path: Path):
     refused(MissingScale, tmp_path, tensors, GROUPS, part)
 
 
-def test_one_expert_of_16_bits_among_fp8_is_said_to_be_that(tmp_path: Path):
+def test_one_expert_of_16_bits_among_fp8_is_reported_as_that(tmp_path: Path):
     """It has no scales because it needs none: there is nothing to download."""
     tensors = per_expert({"weight": "F8_E4M3 N K", "weight_scale": "F32 N 1"}, width=64)
     tensors |= {

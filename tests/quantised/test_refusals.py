@@ -235,7 +235,7 @@ NF4 = {
 }
 
 
-def test_bitsandbytes_is_passed_through_and_said(tmp_path: Path):
+def test_bitsandbytes_is_passed_through_and_reported(tmp_path: Path):
     tensors = per_expert(NF4, width=64)
     blob = f"{STACK}.1.up_proj.weight.quant_state.bitsandbytes__nf4"
     tensors[blob] = ("U8", (88,))  # a JSON text, as long as its numbers
@@ -275,7 +275,7 @@ def test_passed_experts_beyond_those_of_config_json(tmp_path: Path):
     refused(ExpertOutOfRange, tmp_path, per_expert(NF4, width=64), config)
 
 
-def test_passed_experts_are_not_shared_among_ranks_and_that_is_said(tmp_path: Path):
+def test_passed_experts_are_not_split_among_ranks_which_is_reported(tmp_path: Path):
     tensors = per_expert(NF4, width=64)
     plain = per_expert({"weight": "BF16 N K"}, width=64)
     tensors |= {name.replace(".0.mlp", ".1.mlp"): t for name, t in plain.items()}
@@ -357,7 +357,7 @@ def test_mxfp4_of_gpt_oss_one_expert_at_a_time(tmp_path: Path):
     assert read_tensors(tmp_path / "again") == tensors
 
 
-def test_a_size_that_is_said_and_does_not_fit_is_named(tmp_path: Path):
+def test_a_stated_size_that_does_not_fit_is_named(tmp_path: Path):
     """config.json says groups of 64, the scales are of 128."""
     parts = {
         "weight_packed": "I32 N K//8",

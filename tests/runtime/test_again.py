@@ -155,7 +155,7 @@ def test_ties_are_compared_to_their_end_and_counted(
         opened(made).load_into(model)
 
 
-def test_a_file_that_went_away(opened: Opened, tmp_path: Path):
+def test_a_file_that_has_disappeared(opened: Opened, tmp_path: Path):
     shard = opened(checkpoint())
     for file in tmp_path.rglob("rank-00000*.safetensors"):
         file.unlink()

@@ -106,7 +106,7 @@ def test_rename(opened: Opened, rename: object):
     assert same(embed, made.common["model.embed.weight"])
 
 
-def test_rename_takes_whole_names_and_may_take_them_away(opened: Opened):
+def test_rename_takes_whole_names_and_may_drop_them(opened: Opened):
     made = Made({}, {}, {"model.a.weight": numbers(2, 2), "model.ab": numbers(3)}, 1)
     inner = nn.Module()
     inner.a, inner.c = nn.Linear(2, 2, bias=False), nn.Parameter(torch.zeros(3))
@@ -115,7 +115,7 @@ def test_rename_takes_whole_names_and_may_take_them_away(opened: Opened):
     assert "two names become one" in refusal(opened(made), inner, rename=lambda _: "c")
 
 
-def test_cast_is_said(opened: Opened):
+def test_cast_is_reported(opened: Opened):
     made = checkpoint(dtype=torch.bfloat16)
     shard, model = opened(made), TinyMoe(3)
     assert "another dtype (4)" in refusal(shard, model)

@@ -176,7 +176,7 @@ def test_casts_and_matching_are_reported(opened: Opened, monkeypatch: pytest.Mon
     assert report.seconds >= 0.2
 
 
-def test_moves_refuse_to_ignore_what_changes(opened: Opened):
+def test_rebalancing_refuses_to_ignore_what_changes(opened: Opened):
     made, model = checkpoint(), TinyMoe(3)
     shard = opened(made)
     shard.load_into(model)

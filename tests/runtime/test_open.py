@@ -106,7 +106,7 @@ def test_a_placement_of_other_stacks(out: Path):
     refused(BadPlacement, out, placement={"no.such": (0, 1)})
 
 
-def test_no_set(tmp_path: Path):
+def test_not_an_output(tmp_path: Path):
     refused(NotAnOutput, tmp_path)
     refused(NotAnOutput, tmp_path / "absent")
 
@@ -166,7 +166,7 @@ def test_a_flipped_bit(out: Path, name: str):
     refused(Damaged, out)
 
 
-def test_a_link_out_of_the_set(out: Path, tmp_path: Path):
+def test_a_link_out_of_the_output(out: Path, tmp_path: Path):
     shutil.move(out / RANK_1, tmp_path / "elsewhere")
     (out / RANK_1).symlink_to(tmp_path / "elsewhere")
     refused(UnsafePath, out)
@@ -211,7 +211,7 @@ def _part(out: Path, name: str, edit: object) -> None:
 
 
 # --- whole and virtual sets --------------------------------------------------------------------
-def test_a_whole_set_is_rank_0_of_1(tmp_path: Path):
+def test_a_whole_output_is_rank_0_of_1(tmp_path: Path):
     made = checkpoint()
     out = write_whole(tmp_path / "set", made)
     shard = moeconv.runtime.open(out, ep_rank=0, ep_size=1, placement={STACK: range(5)})

@@ -118,7 +118,7 @@ WANTED = [
 
 @pytest.mark.parametrize("wanted", WANTED)
 @pytest.mark.parametrize("limit", [1, 80, 100, 1000, 100_000])
-def test_blocks_and_their_moves(limit: int, wanted: Selection):
+def test_blocks_and_their_rebalancing(limit: int, wanted: Selection):
     sizes = (6, 8, 10)
     full = numbers(*sizes)
     read = covering(sizes, 4, wanted)

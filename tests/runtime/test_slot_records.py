@@ -134,7 +134,7 @@ def test_a_stack_that_the_new_placement_does_not_name(sets: Sets, loaded: Loaded
     assert held(model, sets) == should("a", A)
 
 
-def test_slots_of_an_older_set_are_not_mixed_in(sets: Sets, loaded: Loaded):
+def test_slots_of_an_older_output_are_not_mixed_in(sets: Sets, loaded: Loaded):
     shard, model = loaded
     newer = sets.open("b")
     shard.updater(model).load(newer)
@@ -145,7 +145,7 @@ def test_slots_of_an_older_set_are_not_mixed_in(sets: Sets, loaded: Loaded):
     assert held(model, sets) == should("b", A)
 
 
-def test_sets_without_digests_are_told_apart_by_their_files(tmp_path: Path):
+def test_outputs_without_digests_are_distinguished_by_their_files(tmp_path: Path):
     a, b = (checkpoint(start=n) for n in (0, 100_000))
     sets = [
         runtime.open(write_virtual(tmp_path / n, tmp_path / f"{n}-src", m), ep_rank=0, ep_size=2)
@@ -270,7 +270,7 @@ def notes(model: nn.Module) -> list[object]:
     ]
 
 
-def test_whole_sets_leave_no_note(sets: Sets, tmp_path: Path):
+def test_whole_outputs_leave_no_records(sets: Sets, tmp_path: Path):
     moeconv.fuse(sets.folder / "a", tmp_path / "whole")
     row = dict.fromkeys(STACKS, (1, 0, 3, 2))
     moeconv.shard(sets.folder / "a", tmp_path / "one", ep_size=1, placement=row)

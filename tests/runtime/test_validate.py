@@ -127,7 +127,7 @@ def test_a_stack_that_is_not_shared(tmp_path: Path):
         moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=1, ep_size=2)
 
 
-def test_a_whole_set(tmp_path: Path):
+def test_a_whole_output(tmp_path: Path):
     made = checkpoint()
     del made.experts[f"{STACK}.gate_up_proj"]
     with pytest.raises(BadManifest, match="no weight of up"):

@@ -31,7 +31,7 @@ from tests.shard.test_shards import placements
 
 
 @given(models(), disks(), st.data())
-def test_a_set_opens_and_a_flipped_bit_is_named_with_its_tensor(
+def test_an_output_opens_and_a_flipped_bit_is_named_with_its_tensor(
     model: Model, disk: Disk, data: st.DataObject
 ):
     layouts = list(FAMILIES[model.family].layouts)
@@ -123,7 +123,7 @@ def test_packed_experts_without_their_weight_are_none(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("layout", ["kn", "megablocks", "up-gate", "fused"])
-def test_whole_sets_with_turned_matrices(layout: str, tmp_path: Path):
+def test_whole_outputs_with_transposed_matrices(layout: str, tmp_path: Path):
     form = FORMATS["fp8 by tensor"]
     src = checkpoint(tmp_path / "src", form, experts(form))
     moeconv.fuse(src, tmp_path / "out", layout=layout)
@@ -221,7 +221,7 @@ def test_a_file_of_another_rank_that_changes_after_it_was_verified(tmp_path: Pat
         moves.load()
 
 
-def test_virtual_sets_with_digests_are_verified_when_placed_anew(tmp_path: Path):
+def test_virtual_outputs_with_digests_are_verified_when_placed_anew(tmp_path: Path):
     out = sharded(tmp_path, "per-expert", virtual=True)
     source = tmp_path / "src" / "model.safetensors"
     start = {name: at for name, at, _ in read_header(source)}
@@ -234,7 +234,7 @@ def test_virtual_sets_with_digests_are_verified_when_placed_anew(tmp_path: Path)
         shard.replace({STACK: NEW})
 
 
-def test_a_copy_of_a_virtual_set_s_source_is_verified_where_asked(tmp_path: Path):
+def test_a_copy_of_a_virtual_output_s_source_is_verified_where_asked(tmp_path: Path):
     out, copy = sharded(tmp_path, "per-expert", virtual=True), tmp_path / "copy"
     shutil.copytree(tmp_path / "src", copy, copy_function=shutil.copyfile)
     os.utime(copy / "model.safetensors", ns=(1, 1))
@@ -251,7 +251,7 @@ def test_a_copy_of_a_virtual_set_s_source_is_verified_where_asked(tmp_path: Path
 
 
 @pytest.mark.parametrize("placed", [False, True])
-def test_an_updater_of_a_verified_set_verifies_the_newer_ones(tmp_path: Path, placed: bool):
+def test_an_updater_of_a_verified_output_verifies_the_newer_ones(tmp_path: Path, placed: bool):
     out, newer = sharded(tmp_path, "fused"), tmp_path / "newer"
     shutil.copytree(out, newer)
     shard = runtime.open(out, ep_rank=0, ep_size=3, verify="digest")

@@ -18,7 +18,7 @@ from tests.shard.test_shards import EPS, placements
 
 @settings(max_examples=15)
 @given(models(), disks(), st.data())
-def test_any_set(model: Model, disk: Disk, data: st.DataObject):
+def test_any_output(model: Model, disk: Disk, data: st.DataObject):
     layouts = list(FAMILIES[model.family].layouts)
     source, target = (data.draw(st.sampled_from(layouts)) for _ in range(2))
     ep = data.draw(st.sampled_from(EPS))

@@ -109,7 +109,7 @@ def test_out_that_is_not_empty(src: Path, out: Path):
     refuses(WouldOverwrite, "notes.txt", src=src, out=out, ep_size=2)
 
 
-def test_merge_of_what_is_no_set(src: Path, out: Path):
+def test_merge_of_what_is_not_an_output(src: Path, out: Path):
     refused(NotAnOutput, "moeconv.json", src=src, out=out, verb=moeconv.merge)
 
 
@@ -121,7 +121,7 @@ def test_a_layout_that_turns_the_values_is_not_virtual(tmp_path: Path, out: Path
     moeconv.shard(source, out, ep_size=2, virtual=True, layout="hub")
 
 
-def test_a_virtual_set_whose_source_has_changed(src: Path, out: Path):
+def test_a_virtual_output_whose_source_has_changed(src: Path, out: Path):
     moeconv.shard(src, out, ep_size=2, virtual=True)
     victim = src / "model.safetensors"
     facts = victim.stat()
@@ -135,14 +135,14 @@ def test_a_virtual_set_whose_source_has_changed(src: Path, out: Path):
     assert moeconv.verify(out, level="structure").ok
 
 
-def test_a_virtual_set_whose_source_is_gone(src: Path, out: Path):
+def test_a_virtual_output_whose_source_is_gone(src: Path, out: Path):
     moeconv.shard(src, out, ep_size=2, virtual=True)
     src.rename(src.with_name("moved"))
     with pytest.raises(SourceMissing):
         moeconv.open_source(out)
 
 
-def test_nothing_is_written_into_the_source_of_a_virtual_set(src: Path, out: Path):
+def test_nothing_is_written_into_the_source_of_a_virtual_output(src: Path, out: Path):
     moeconv.shard(src, out, ep_size=2, virtual=True)
     refused(UnsafeOutput, "SRC", src=out, out=src / "inside", verb=moeconv.merge)
 
@@ -170,7 +170,9 @@ def test_fill_adds_nothing_where_the_source_is_another(src: Path, tmp_path: Path
         assert not moeconv.verify(out, level="source", source=other, fill=True).ok
 
 
-def test_a_virtual_set_of_a_virtual_set_points_to_the_bytes(src: Path, tmp_path: Path, out: Path):
+def test_a_virtual_output_of_a_virtual_output_points_to_the_bytes(
+    src: Path, tmp_path: Path, out: Path
+):
     moeconv.shard(src, out, ep_size=2, virtual=True)
     moeconv.shard(out, tmp_path / "again", ep_size=4, virtual=True)
     root = json.loads((tmp_path / "again" / "moeconv.json").read_bytes().partition(b"\n")[0])

@@ -117,7 +117,9 @@ def test_ranks_to_other_ranks_and_back_is_the_identity(
 
 
 @given(models(), disks(), st.data())
-def test_a_virtual_set_is_its_source_seen_by_ranks(model: Model, disk: Disk, data: st.DataObject):
+def test_a_virtual_output_is_its_source_seen_by_ranks(
+    model: Model, disk: Disk, data: st.DataObject
+):
     layouts = list(FAMILIES[model.family].layouts)
     source, target = (data.draw(st.sampled_from(layouts)) for _ in range(2))
     ep = data.draw(st.sampled_from(EPS))

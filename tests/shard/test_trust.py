@@ -48,7 +48,7 @@ def filled(src: Path, out: Path) -> Path:
     return out
 
 
-def test_conversions_of_a_filled_virtual_set_mind_its_digests(src: Path, tmp_path: Path):
+def test_conversions_of_a_filled_virtual_output_mind_its_digests(src: Path, tmp_path: Path):
     out = filled(src, tmp_path / "v")
     silently_damaged(src / "model.safetensors")
     assert not moeconv.verify(out).ok
@@ -59,14 +59,14 @@ def test_conversions_of_a_filled_virtual_set_mind_its_digests(src: Path, tmp_pat
         assert not (tmp_path / "to").exists()
 
 
-def test_a_virtual_set_of_a_filled_one_carries_its_digests(src: Path, tmp_path: Path):
+def test_a_virtual_output_of_a_filled_one_carries_its_digests(src: Path, tmp_path: Path):
     out = filled(src, tmp_path / "v")
     moeconv.shard(out, tmp_path / "again", ep_size=4, virtual=True)
     assert moeconv.verify(tmp_path / "again").ok
     assert moeconv.fingerprint(tmp_path / "again") == moeconv.fingerprint(src)
 
 
-def test_runs_that_would_turn_values_are_found(tmp_path: Path):
+def test_runs_that_would_transpose_values_are_found(tmp_path: Path):
     """The proof plans anew and must refuse what the writer would not have written."""
     source = write(tmp_path / "vl", fused((4, 24, 16), (4, 8, 24)), config=config("qwen3_vl_moe"))
     plan = moeconv.shard(source, tmp_path / "n", ep_size=2, dry_run=True).plan
@@ -158,7 +158,7 @@ def test_runs_of_two_files_are_not_joined():
 
 
 # --- words and choices -------------------------------------------------------------------------
-def test_no_experts_is_said_as_by_fuse(tmp_path: Path):
+def test_no_experts_is_reported_as_by_fuse(tmp_path: Path):
     src = write(tmp_path / "src", {"a.weight": ("BF16", (4, 4))}, config=config())
     out = tmp_path / "out"
     refused(NoExperts, "no routed experts", src=src, out=out, verb=moeconv.shard, ep_size=2)
@@ -212,7 +212,7 @@ def test_names_reach_the_screen_escaped(tmp_path: Path):
     )
 
 
-def test_tensor_files_beside_the_index_are_not_copied_into_a_virtual_set(tmp_path: Path):
+def test_tensor_files_beside_the_index_are_not_copied_into_a_virtual_output(tmp_path: Path):
     src = write(
         tmp_path / "src",
         {

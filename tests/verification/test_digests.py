@@ -22,7 +22,7 @@ def damaged(out: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["out", "ranks"])
-def test_a_damaged_set_is_not_the_same(kind: str, src: Path, request: pytest.FixtureRequest):
+def test_a_damaged_output_is_not_the_same(kind: str, src: Path, request: pytest.FixtureRequest):
     bad = damaged(request.getfixturevalue(kind))
     differing = [d for d in moeconv.diff(bad, src) if d.mark != "="]
     assert [(d.mark, d.why, d.damaged) for d in differing] == [("*", "bytes", ("A",))]
@@ -31,7 +31,7 @@ def test_a_damaged_set_is_not_the_same(kind: str, src: Path, request: pytest.Fix
     assert differing[0].address in str(caught.value)
 
 
-def test_two_sets_that_are_damaged_alike(out: Path):
+def test_two_outputs_that_are_damaged_alike(out: Path):
     bad = damaged(out)
     found = moeconv.diff(bad, bad)
     assert {d.mark for d in found} == {"="}
@@ -44,7 +44,7 @@ def test_two_sets_that_are_damaged_alike(out: Path):
     assert doc["damaged"]["a"] == doc["damaged"]["b"] != []
 
 
-def test_replicas_that_differ_in_a_set_without_digests(src: Path, tmp_path: Path):
+def test_replicas_that_differ_in_an_output_without_digests(src: Path, tmp_path: Path):
     """Nothing is recorded, but of two copies of an expert one must be wrong."""
     out = tmp_path / "later"
     moeconv.shard(src, out, ep_size=2, redundant=2, digests="later")
@@ -58,7 +58,7 @@ def test_replicas_that_differ_in_a_set_without_digests(src: Path, tmp_path: Path
     assert any(d.damaged for d in moeconv.diff(src, out))
 
 
-def test_a_virtual_set_is_held_against_its_digests(src: Path, tmp_path: Path):
+def test_a_virtual_output_is_compared_with_its_digests(src: Path, tmp_path: Path):
     out = tmp_path / "v"
     moeconv.shard(src, out, ep_size=2, virtual=True, layout="per-expert")
     assert moeconv.verify(out, level="source", source=src, fill=True).ok
@@ -84,7 +84,7 @@ def test_recorded_digests_are_believed_where_asked(out: Path, src: Path):
         assert json.loads(command(verb[0], src, *verb[2:], "--json").out)["recorded"] is False
 
 
-def test_a_set_that_lacks_digests_is_read_all_the_same(src: Path, tmp_path: Path):
+def test_an_output_that_lacks_digests_is_read_all_the_same(src: Path, tmp_path: Path):
     moeconv.fuse(src, tmp_path / "later", digests="later")
     bad = damaged(tmp_path / "later")
     assert {d.mark for d in moeconv.diff(bad, src, recorded=True)} == {"=", "*"}

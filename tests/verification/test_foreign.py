@@ -54,7 +54,7 @@ def test_a_link_to_a_folder(out: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["out", "ranks"])
-def test_a_header_that_says_more_than_a_set_does(kind: str, request: pytest.FixtureRequest):
+def test_a_header_with_more_than_an_output_has(kind: str, request: pytest.FixtureRequest):
     """Programs choose by it how they read the tensors."""
     out: Path = request.getfixturevalue(kind)
     data = max(out.glob("*.safetensors"))
@@ -73,7 +73,7 @@ def test_a_header_that_says_more_than_a_set_does(kind: str, request: pytest.Fixt
     assert "`__metadata__` is not" in str(problem)
 
 
-def test_an_index_that_says_more_than_a_set_does(out: Path):
+def test_an_index_with_more_than_an_output_has(out: Path):
     path = out / "model.safetensors.index.json"
     doc = json.loads(path.read_bytes())
     doc["metadata"]["format"] = "mlx"

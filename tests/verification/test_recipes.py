@@ -57,7 +57,7 @@ def test_gate_and_up_exchanged_in_bytes_and_recipe(
     assert "up and gate as" in stated
 
 
-def test_a_turned_matrix_that_the_recipe_says(out: Path, src: Path):
+def test_a_transposed_matrix_of_the_recipe(out: Path, src: Path):
     """Square, so no shape speaks against it."""
     (data,) = out.glob("*.safetensors")
     raw = bytearray(data.read_bytes())
@@ -206,7 +206,7 @@ def test_digests_that_are_not_those_of_the_bytes(out: Path, ranks: Path, src: Pa
         assert "OUT records a wrong digest of `model.embed_tokens.weight`" in stated
 
 
-def test_a_source_that_is_a_set_is_believed_but_not_its_recipes(
+def test_a_source_that_is_an_output_is_believed_but_not_its_recipes(
     out: Path, src: Path, tmp_path: Path
 ):
     swap_halves(out)

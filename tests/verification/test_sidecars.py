@@ -149,7 +149,7 @@ def test_a_source_in_or_around_out(name: str, src: Path, tmp_path: Path):
         moeconv.verify(out, level="source", source=out / name)
 
 
-def test_a_virtual_set_and_its_source_share_their_bytes(src: Path, out: Path, tmp_path: Path):
+def test_a_virtual_output_and_its_source_share_their_bytes(src: Path, out: Path, tmp_path: Path):
     for number, source in enumerate((src, out)):
         made = tmp_path / f"v{number}"
         layout = "per-expert" if source is src else None
@@ -168,7 +168,7 @@ def test_an_index_that_no_loader_follows(out: Path):
         assert "`model.safetensors.index.json` does not belong" in stated
 
 
-def test_an_index_among_the_sidecars_of_a_sharded_set(ranks: Path):
+def test_an_index_among_the_sidecars_of_a_sharded_output(ranks: Path):
     name = "model.safetensors.index.json"
     (ranks / name).write_text("{}")
 

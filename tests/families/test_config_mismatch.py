@@ -29,7 +29,7 @@ def test_where_config_json_says_another_family_the_names_win(tmp_path: Path):
         ("kimi_k2", "NobodyKnowsForCausalLM", None),
     ],
 )
-def test_a_type_and_an_architecture_of_two_families_are_said(
+def test_a_type_and_an_architecture_of_two_families_are_reported(
     model_type: str, architecture: str, other: str | None, tmp_path: Path
 ):
     config = {"model_type": model_type, "architectures": [architecture]}
@@ -52,7 +52,7 @@ def test_names_win_only_where_they_leave_no_layout_open(tmp_path: Path):
         planned(tmp_path, fused, {"model_type": "dbrx"})
 
 
-def test_stacks_that_no_recipe_knows_are_said(tmp_path: Path):
+def test_stacks_that_no_recipe_knows_are_reported(tmp_path: Path):
     """MLX's, alone: there are experts, but nothing can be done. Beside others: left as they are."""
     mlx = "\n".join(
         f"model.layers.1.mlp.switch_mlp.{p}_proj.weight BF16 4,{shape}"

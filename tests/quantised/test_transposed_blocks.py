@@ -47,7 +47,7 @@ def test_both_are_read(scales: bool, tmp_path: Path):
         assert tree_sha256(tmp_path / f"{out}-back") == tree_sha256(src)
 
 
-def test_the_hubs_layout_is_written_turned_as_a_whole(tmp_path: Path):
+def test_the_hubs_layout_is_written_transposed_as_a_whole(tmp_path: Path):
     src = write_checkpoint(tmp_path / "src", tensors(weights=False, scales=False), CONFIG)
     moeconv.fuse(src, tmp_path / "out", layout="hub")
     assert read_tensors(tmp_path / "out") == tensors(weights=True, scales=True)
@@ -86,7 +86,7 @@ SIZES = {
 
 @pytest.mark.parametrize("scales", [True, False])
 @pytest.mark.parametrize("family", FUSED)
-def test_where_the_fused_form_is_turned(family: str, scales: bool, tmp_path: Path):
+def test_where_the_fused_form_is_transposed(family: str, scales: bool, tmp_path: Path):
     """transformers has the blocks of the tensor as it lies; others turned the weights alone."""
     stack, *parts = FUSED[family]
     given = {}
@@ -110,7 +110,7 @@ def test_where_the_fused_form_is_turned(family: str, scales: bool, tmp_path: Pat
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_dbrxs_down_is_turned(flat: bool, tmp_path: Path):
+def test_dbrxs_down_is_transposed(flat: bool, tmp_path: Path):
     stack = "transformer.blocks.0.ffn.experts"
     grid = SCALES["down_proj"].transpose(0, 2, 1).reshape(-1, H // B) if flat else None
     tensors = {}

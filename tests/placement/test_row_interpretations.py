@@ -1,4 +1,4 @@
-"""Rows without a key whose number fits two readings are refused until the user says which."""
+"""Rows without a key whose count fits two interpretations are refused until the user says which."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_user_says_which():
 
 
 @pytest.mark.parametrize("way", ["moe", "all"])
-def test_what_is_said_must_be_what_fits(way: str):
+def test_what_is_stated_must_be_what_fits(way: str):
     rows, other = (A, B, C), "all" if way == "moe" else "moe"
     if way == "all":
         rows = (A, B, C, D, A)  # one more than all layers that have experts
