@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from contextlib import suppress
-from itertools import zip_longest
 from typing import Final
 
 from moeconv.checkpoint.header import Header, parse_header
 from moeconv.core.digest import digest
 from moeconv.core.names import MAX_FILE_NAME_BYTES
+from moeconv.core.text import quoted_list
 from moeconv.errors import Damaged, MissingShard, quoted
 from moeconv.manifest.model import (
     MAX_DOCUMENT_BYTES,
@@ -19,6 +20,7 @@ from moeconv.manifest.model import (
     FileEntry,
     Part,
     Root,
+    part_name,
 )
 from moeconv.manifest.reader import parse_root
 from moeconv.store.base import Store
@@ -44,36 +46,50 @@ def filled_name(part: str) -> str:
     return f"{PARTS_DIR}/{hidden_name(part.rpartition('/')[2], FILLED_SUFFIX)}"
 
 
-def _differing_tensor(header: Header, part: Part) -> str | None:
-    """The name of a tensor on which a file's header and its part differ; None if they agree."""
-    stored = sorted(header.tensors, key=lambda t: (t.offset, t.nbytes, t.name))
-    listed = sorted(part.tensors, key=lambda t: (t.start, t.stop, t.name))
-    for a, b in zip_longest(stored, listed):
-        if a is None or b is None:
-            return (a or b).name if a or b else None
-        if (a.name, a.dtype, a.shape, a.offset, a.offset + a.nbytes) != (
-            b.name,
+def _differing_tensors(header: Header, part: Part) -> list[str]:
+    """Names of tensors that a file's header and its part describe differently, or one of them."""
+    listed = {t.name: t for t in part.tensors}
+    names = []
+    if len(listed) < len(part.tensors):
+        names = [name for name, n in Counter(t.name for t in part.tensors).items() if n > 1]
+    for a in header.tensors:
+        b = listed.pop(a.name, None)
+        if b is None or (a.dtype, a.shape, a.offset, a.offset + a.nbytes) != (
             b.dtype,
             b.shape,
             b.start,
             b.stop,
         ):
-            return b.name
-    return None
+            names.append(a.name)
+    return [*names, *listed]
 
 
-def check_header(part: Part, raw: bytes, parsed: Header | None = None) -> Header:
-    """Check the header of a data file against its part; `raw` is its 8 + N bytes.
+def header_of(part: Part, raw: bytes, parsed: Header | None = None) -> Header:
+    """The header of a data file, if its 8 + N bytes `raw` are those that its part records.
 
     parsed: the header, if it was parsed already. Raises Damaged, BadHeader or one of its classes.
     """
     if len(raw) != part.header_size or digest(raw) != part.header_digest:
         raise damaged(part.file, "its header is not the one that was written")
-    header = parsed or parse_header(raw, file_size=part.size, file=0, where=part.file)
-    if (name := _differing_tensor(header, part)) is not None:
-        cause = f"it lists other tensors than the header; {quoted(name)} is the first"
-        raise damaged(f"{PARTS_DIR}/{part.file}.json", cause)
-    return header
+    return parsed or parse_header(raw, file_size=part.size, file=0, where=part.file)
+
+
+def tensor_problems(header: Header, part: Part) -> list[Damaged]:
+    """One error that names all tensors on which a header and its part differ; empty if none."""
+    names = _differing_tensors(header, part)
+    if not names:
+        return []
+    return [
+        damaged(
+            part_name(part.file), f"it lists other tensors than the header: {quoted_list(names)}"
+        )
+    ]
+
+
+def check_header(part: Part, raw: bytes, parsed: Header | None = None) -> None:
+    """Check the header of a data file against its part. Parameters and errors as `header_of`."""
+    for problem in tensor_problems(header_of(part, raw, parsed), part):
+        raise problem
 
 
 def damaged(name: str, cause: str) -> Damaged:

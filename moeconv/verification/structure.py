@@ -11,11 +11,12 @@ from moeconv.checkpoint.header import StoredTensor
 from moeconv.checkpoint.index import INDEX_NAME, parse_index
 from moeconv.checkpoint.origin import parse_origin
 from moeconv.checkpoint.output_files import (
-    check_header,
     damaged,
+    header_of,
     missing,
     read_entry,
     read_root,
+    tensor_problems,
 )
 from moeconv.core.dtypes import BITS
 from moeconv.core.strict_json import dumps
@@ -106,9 +107,10 @@ def _data_file(store: Store, part: Part, *, newer: bool) -> list[MoeconvError]:
             )
         )
     try:
-        header = check_header(part, raw)
+        header = header_of(part, raw)
     except Malformed as problem:
         return [*problems, problem]
+    problems += tensor_problems(header, part)
     if not newer and dict(header.metadata) != METADATA:
         cause = f"its `__metadata__` is not {dumps(dict(METADATA)).decode()}: loaders rely on it"
         problems.append(damaged(name, cause))

@@ -226,6 +226,18 @@ def test_a_tensor_that_the_header_has_otherwise(made: Path, changes: dict[str, o
     _untrue(made, lambda doc: doc["tensors"][0].update(changes), PART_NAME)
 
 
+def test_all_tensors_that_the_header_has_otherwise_are_named_at_once(made: Path):
+    names: list[str] = []
+
+    def edit(doc: Any) -> None:
+        for tensor in doc["tensors"][:2]:
+            names.append(tensor["name"])
+            tensor["dtype"] = "F16"
+
+    edit_part(made, edit)
+    reported(made, Damaged, PART_NAME, ", ".join(f"`{name}`" for name in names))
+
+
 def test_a_tensor_too_few(made: Path):
     _untrue(made, lambda doc: doc["tensors"].pop(0), PART_NAME, "than the header")
 
