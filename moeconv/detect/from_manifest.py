@@ -167,11 +167,7 @@ def _packing(one: _ExpertTensor, role: _Role) -> dict[PackingAxis, int]:
 
 
 def _member(
-    stack: Stack,
-    entry: StackEntry,
-    ranks: _Ranks,
-    role: _Role,
-    group: list[_ExpertTensor],
+    stack: Stack, entry: StackEntry, ranks: _Ranks, role: _Role, group: list[_ExpertTensor]
 ) -> StoredComponent:
     line, component, axes, _ = role
     row = entry.physical_to_logical

@@ -20,20 +20,12 @@ from moeconv.detect.interpretations import recorded_ranks
 from moeconv.detect.unmatched import with_unmatched
 from moeconv.errors import UnknownExpertTensor, UnknownFamily, quoted
 from moeconv.layout.recipe import SECTIONS, Recipe
-from moeconv.layout.shipped import (
-    load_recipe,
-    manifest_recipes,
-    recipes_for,
-    shipped_recipes,
-)
+from moeconv.layout.shipped import load_recipe, manifest_recipes, recipes_for, shipped_recipes
 from moeconv.manifest.model import Manifest
 
 
 def identify(
-    checkpoint: Checkpoint,
-    *,
-    recipe: str | Path | None = None,
-    from_layout: str | None = None,
+    checkpoint: Checkpoint, *, recipe: str | Path | None = None, from_layout: str | None = None
 ) -> tuple[tuple[Recipe, ...], Detection]:
     """Return the recipes of a checkpoint and its stacks by them; problems are in the detection.
 

@@ -253,13 +253,7 @@ def half_apart(published: Layout, fused: Layout) -> Layout:
 
 
 # where a model of several parts has the config of the one that speaks, and then the root
-SECTIONS: Final = (
-    "text_config",
-    "language_config",
-    "llm_config",
-    "thinker_config.text_config",
-    "",
-)
+SECTIONS: Final = ("text_config", "language_config", "llm_config", "thinker_config.text_config", "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from moeconv.layout.recipe import (
     DOWN,
     GATE,
     HALF_APART,
-    SECTIONS,
     TAKES,
     UP,
     WEIGHT,
@@ -349,7 +348,7 @@ def _config(table: Table) -> ConfigKeys:
         width=table.texts("width", default=()),
         hidden=table.texts("hidden", default=()),
         block_sizes=_text_lists(table, "granules", default=()),
-        sections=_text_lists(table, "sections", default=(("", SECTIONS),)),
+        sections=_text_lists(table, "sections", default=ConfigKeys().sections),
         layers=_text_lists(table, "layers", default=()),
     )
     for prefix, paths in keys.layers:

@@ -180,11 +180,7 @@ def _twice(row: Sequence[int], ep_size: int, where: str) -> Iterator[str]:
 
 
 def check(
-    placement: Placement,
-    layers: MoeLayers,
-    *,
-    ep_size: int | None,
-    allow_duplicates: bool = False,
+    placement: Placement, layers: MoeLayers, *, ep_size: int | None, allow_duplicates: bool = False
 ) -> None:
     """Raise BadPlacement with everything in which the placement does not fit the checkpoint.
 

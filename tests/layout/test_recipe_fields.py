@@ -135,3 +135,9 @@ def test_all_problems_of_the_fields_are_reported_at_once(tmp_path: Path):
         parse_recipe(path.read_text(), where="mine.toml")
     for place in ("components.amax.scales", "components.seen.inputs", "layouts.toy.takes"):
         assert place in str(caught.value.cause)
+
+
+def test_sizes_are_where_the_language_model_has_them_unless_the_recipe_says_otherwise():
+    assert parse_recipe(RECIPE, where="mine").config.sections_of(STACK)[0] == "text_config"
+    own = RECIPE.replace("[layouts.alone]", '[config.sections]\n"" = ["mine"]\n\n[layouts.alone]')
+    assert parse_recipe(own, where="mine").config.sections_of(STACK) == ("mine",)
