@@ -18,7 +18,7 @@ from moeconv.placement.files import read_map
 from moeconv.placement.model import Placement, by_stack, check
 from moeconv.placement.resolve import ep_size_of, resolve
 from moeconv.plan.assign import RULES, TRIVIAL, PlacementRequest, placed
-from moeconv.plan.convert import FUSE, refuse_no_experts
+from moeconv.plan.convert import FUSE, refuse_no_experts, target_of
 from moeconv.plan.shard import plan_shards, refuse_tensor_sidecars
 
 # a rule's name, a map (file or inline JSON), a placement, or rows [P] by stack name
@@ -61,7 +61,7 @@ def shard(
         plan = plan_shards(
             detection,
             sharding,
-            layout=options.layout,
+            {s.name: target_of(s, FUSE, options.layout) for s in detection.stacks},
             packing=options.packing(),
             origin_layouts=origin_layouts(source.checkpoint),
             virtual=virtual,

@@ -13,7 +13,7 @@ from moeconv.checkpoint.output_files import (
     read_root,
 )
 from moeconv.core.digest import digest
-from moeconv.engine.manifest_writer import document, read_back
+from moeconv.engine.manifest_writer import document, grouped, read_back
 from moeconv.engine.output.atomic_file import fsync_directory, write_new, writing
 from moeconv.errors import quoted
 from moeconv.manifest.model import (
@@ -23,8 +23,6 @@ from moeconv.manifest.model import (
     FileEntry,
     Manifest,
     addresses,
-    part_name,
-    part_names,
 )
 from moeconv.manifest.writer import root_bytes
 from moeconv.store.documents import read_document
@@ -54,13 +52,7 @@ def fill_digests(place: Path, manifest: Manifest, known: dict[str, str]) -> Mani
         )
         for part in manifest.parts
     )
-    ranks = part_names(root.ep_size) if root.ep_size is not None else {}
-    groups = {
-        entry.name: tuple(p for p in parts if p.rank == ranks[entry.name])
-        if ranks
-        else tuple(p for p in parts if part_name(p.file) == entry.name)
-        for entry in root.parts
-    }
+    groups = grouped(parts, root.ep_size)
     raws = {name: document(name, parts, root.ep_size) for name, parts in groups.items()}
     entries = tuple(FileEntry(name, len(raw), digest(raw)) for name, raw in raws.items())
     filled = read_back(replace(root, parts=entries, unread=False), groups)

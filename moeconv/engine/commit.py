@@ -227,7 +227,8 @@ class _Commit:
 
     def _documents(self, sidecars: tuple[FileEntry, ...]) -> Manifest:
         """Write parts and origin; return the manifest, which is written last."""
-        groups = grouped(self.plan, self.parts, self.virtual)
+        written = [self.parts[f.name] for f in self.plan.files if f.name in self.parts]
+        groups = grouped([*written, *self.virtual], self.plan.ep_size)
         entries = tuple(
             self._write(name, document(name, parts, self.plan.ep_size))
             for name, parts in groups.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, TypeAlias
 
@@ -103,16 +104,12 @@ def virtual_parts(
     return tuple(Part("", 0, 0, "", tuple(entries), rank) for rank, entries in tensors.items())
 
 
-def grouped(plan: Plan, parts: dict[str, Part], virtual: tuple[Part, ...]) -> Grouped:
-    """Return the parts that each document of an output contains, in the order of the root.
-
-    parts: by data file; virtual: of an output without data files.
-    """
-    if plan.ep_size is None:
-        return {part_name(f.name): (parts[f.name],) for f in plan.files}
-    every = [*(parts[f.name] for f in plan.files if f.name in parts), *virtual]
-    names = part_names(plan.ep_size).items()
-    return {name: tuple(p for p in every if p.rank == rank) for name, rank in names}
+def grouped(parts: Sequence[Part], ep_size: int | None) -> Grouped:
+    """Return the parts that each document of an output contains, in the order of the root."""
+    if ep_size is None:
+        return {part_name(p.file): (p,) for p in parts}
+    names = part_names(ep_size).items()
+    return {name: tuple(p for p in parts if p.rank == rank) for name, rank in names}
 
 
 def document(name: str, parts: tuple[Part, ...], ep_size: int | None) -> bytes:

@@ -153,6 +153,11 @@ def stack_entry(
     )
 
 
+def entries_as_stored(stacks: tuple[Stack, ...]) -> tuple[StackEntry, ...]:
+    """The manifest entries of stacks in the layouts that they have, without a history."""
+    return tuple(stack_entry(s, s.layout, {}) for s in stacks)
+
+
 def recipes_of(stacks: tuple[Stack, ...]) -> tuple[RecipeText, ...]:
     """The recipes that the output must carry."""
     used = {s.recipe.name: s.recipe.toml for s in stacks}

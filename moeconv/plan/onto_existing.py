@@ -12,7 +12,7 @@ from moeconv.errors import BadManifest, quoted
 from moeconv.layout.axes import geometry, parse_axes, stored_sizes
 from moeconv.layout.region import ProjectionRegions, Region
 from moeconv.manifest.model import ExpertEntry, Manifest
-from moeconv.plan.convert import copied_entries, prove, stack_entry
+from moeconv.plan.convert import copied_entries, entries_as_stored, prove
 from moeconv.plan.model import LedgerEntry, OutputFile, Plan
 from moeconv.plan.pack import output_file
 from moeconv.plan.shard import Sharding, tensors_by_rank
@@ -38,7 +38,7 @@ def plan_restore(detection: Detection, original: Detection, origin: Origin) -> P
         files=files,
         index_name=origin.index.name if origin.index else None,
         index=origin.index.raw if origin.index else b"",
-        stacks=tuple(stack_entry(s, s.layout, {}) for s in original.stacks),
+        stacks=entries_as_stored(original.stacks),
         recipes=(),
         ledger=_ledger_onto(detection, original),
         notes=("back to the original files",),

@@ -17,14 +17,11 @@ from moeconv.errors import NameCollision, NotVirtual, quoted
 from moeconv.layout.recipe import Layout, slots_before
 from moeconv.manifest.model import files_name
 from moeconv.plan.convert import (
-    FUSE,
     copied_entries,
     format_notes,
     prove,
     recipes_of,
-    refuse_no_experts,
     stack_entry,
-    target_of,
 )
 from moeconv.plan.model import LedgerEntry, OutputFile, PermuteTile, Plan
 from moeconv.plan.pack import Packing, pack
@@ -45,36 +42,6 @@ class Sharding:
 def plan_shards(
     detection: Detection,
     sharding: Sharding,
-    *,
-    layout: str | None,
-    packing: Packing,
-    origin_layouts: dict[str, str],
-    virtual: bool,
-    notes: tuple[str, ...] = (),
-) -> Plan:
-    """Plan files for each rank and common files; stacks in `layout` or the family's fused one.
-
-    Raises NoExperts, UnknownLayout, StraddlingBlock, NameCollision, SubByteAxis, NotVirtual.
-    """
-    refuse_no_experts(detection)
-    targets = {s.name: target_of(s, FUSE, layout) for s in detection.stacks}
-    plan = shards_in(
-        detection,
-        sharding,
-        targets,
-        packing=packing,
-        origin_layouts=origin_layouts,
-        virtual=virtual,
-        notes=notes,
-    )
-    if virtual:
-        refuse_permuted(plan.files)
-    return plan
-
-
-def shards_in(
-    detection: Detection,
-    sharding: Sharding,
     targets: dict[str, Layout],
     *,
     packing: Packing,
@@ -82,7 +49,10 @@ def shards_in(
     virtual: bool,
     notes: tuple[str, ...] = (),
 ) -> Plan:
-    """`plan_shards` with a layout for each stack by name."""
+    """Plan files for each rank and common files; targets: the layout of each stack by name.
+
+    Raises StraddlingBlock, NameCollision, SubByteAxis, NotVirtual.
+    """
     stacks = detection.stacks
     common, ranks = tensors_by_rank(detection, sharding, targets)
     _refuse_two_meanings(common, ranks)
@@ -114,6 +84,8 @@ def shards_in(
         virtual=virtual,
     )
     prove(plan, detection)
+    if virtual:
+        refuse_permuted(plan.files)
     return plan
 
 
@@ -199,13 +171,8 @@ def _ledger_entries(
     numbers: list[list[int]] = [[] for _ in range(stack.sizes.experts)]
     for slot, expert in enumerate(row):
         numbers[expert].append(slot % share)
-    replicated = not_global(stack)
+    replicated = frozenset(m.component.name for m in stack.members if not m.component.is_global)
     return ledger_entries(stack, layout, numbers=numbers, replicated=replicated, before=before)
-
-
-def not_global(stack: Stack) -> frozenset[str]:
-    """The names of components that every slot has one of."""
-    return frozenset(m.component.name for m in stack.members if not m.component.is_global)
 
 
 def refuse_tensor_sidecars(names: tuple[str, ...]) -> None:

@@ -18,11 +18,12 @@ from moeconv.engine.manifest_writer import entry_of
 from moeconv.engine.recorded_digests import Recorded, recorded
 from moeconv.errors import Damaged, MoeconvError, TensorNotInFile, quoted
 from moeconv.manifest.model import StackEntry, addresses
+from moeconv.plan.convert import entries_as_stored
 from moeconv.plan.model import OutputFile, OutputTensor
 from moeconv.plan.onto_existing import plan_onto, plan_onto_set
 from moeconv.store.documents import unreadable
 from moeconv.store.file_io import read_bytes
-from moeconv.verification.digests import detected_stack_entries, placed_headers
+from moeconv.verification.digests import placed_headers
 from moeconv.verification.report import MAX_REPORTED
 
 
@@ -44,7 +45,7 @@ def compare_source(
     (read, detection), (held, target) = (source, output) if sharded else (output, source)
     files = plan_held_files(detection, target, held)
     by_name = {f.name: f for f in held.files}
-    record, stacks = recorded(output[0]), detected_stack_entries(source[1])
+    record, stacks = recorded(output[0]), entries_as_stored(source[1].stacks)
     lock = threading.Lock()
 
     def report(problem: MoeconvError) -> None:

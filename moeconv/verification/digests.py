@@ -15,6 +15,7 @@ from moeconv.engine.manifest_writer import entry_of
 from moeconv.engine.recorded_digests import recorded
 from moeconv.errors import Damaged, IoFailed, Malformed, MoeconvError, quoted
 from moeconv.manifest.model import (
+    ExpertEntry,
     FileEntry,
     Manifest,
     StackEntry,
@@ -22,6 +23,7 @@ from moeconv.manifest.model import (
     addresses,
     canonical_shape,
 )
+from moeconv.plan.convert import entries_as_stored
 from moeconv.plan.onto_existing import PlacedHeader, plan_onto, plan_rereading
 from moeconv.store.documents import file_digest
 
@@ -69,23 +71,7 @@ def stack_entries(checkpoint: Checkpoint, detection: Detection) -> tuple[StackEn
     manifest = checkpoint.manifest
     if manifest is not None and manifest.root.ep_size is not None:
         return manifest.root.stacks
-    return detected_stack_entries(detection)
-
-
-def detected_stack_entries(detection: Detection) -> tuple[StackEntry, ...]:
-    """The stacks of a detection as a plan from it numbers them."""
-    return tuple(
-        StackEntry(
-            s.name,
-            s.recipe.name,
-            s.layout.name,
-            s.layout.name,
-            s.sizes.experts,
-            s.sizes.width,
-            s.sizes.hidden,
-        )
-        for s in detection.stacks
-    )
+    return entries_as_stored(detection.stacks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +137,7 @@ def compare_digests(
     for file, tensor in fresh:
         place = f"{quoted(file)}, tensor {quoted(tensor.name)}"
         if not virtual and experts.get((file, tensor.name)) != tensor.expert:
-            yield _misdescribed(tensor, place)
+            yield misdescribed(tensor.expert, file, tensor.name)
         for address, value in zip(addresses(tensor, stacks), tensor.digests, strict=True):
             if known.get(address) != value:
                 yield Damaged(
@@ -161,17 +147,17 @@ def compare_digests(
                 )
 
 
-def _misdescribed(tensor: TensorEntry, place: str) -> Damaged:
-    held = tensor.expert
+def misdescribed(wanted: ExpertEntry | None, file: str, tensor: str) -> Damaged:
+    """The error for a tensor that its part does not describe as its recipe does."""
     what = "not an expert's"
-    if held is not None:
+    if wanted is not None:
         what = (
-            f"{quoted(held.component)} of {' and '.join(held.projections)}, with axes "
-            f"{quoted(held.axes)}, of {counted(len(held.experts), 'expert')}"
+            f"{quoted(wanted.component)} of {' and '.join(wanted.projections)}, with axes "
+            f"{quoted(wanted.axes)}, of {counted(len(wanted.experts), 'expert')}"
         )
     return Damaged(
-        f"{quoted(tensor.name)} does not match its part",
-        at=place,
+        f"{quoted(tensor)} does not match its part",
+        at=f"{quoted(file)}, tensor {quoted(tensor)}",
         cause=f"by its recipe it is {what}",
         fix="convert the checkpoint again; manifests must not be edited by hand",
     )

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from moeconv.checkpoint.source import Checkpoint
-from moeconv.core.text import counted
 from moeconv.detect.detect import Detection
 from moeconv.detect.stack import Stack, StoredComponent
 from moeconv.errors import Damaged, MoeconvError, printable, quoted
 from moeconv.layout.axes import Axes, Axis, geometry
 from moeconv.layout.recipe import Component, Layout, Recipe, TensorTemplate
-from moeconv.manifest.model import ROOT_NAME, ExpertEntry, Manifest, StackEntry
+from moeconv.manifest.model import ROOT_NAME, Manifest, StackEntry
+from moeconv.plan.tensors import laid_out
+from moeconv.verification.digests import misdescribed
 
 Trusted: TypeAlias = Callable[[Stack], Recipe]
 
@@ -199,52 +200,11 @@ def entry_problems(manifest: Manifest, detection: Detection) -> Iterator[Moeconv
     """
     numbers = {s.name: n for n, s in enumerate(manifest.root.stacks)}
     wanted = {
-        tensor.name: (
-            numbers.get(stack.name),
-            member,
-            (first, 1) if member.line.per_expert else (0, stack.sizes.experts),
-        )
+        tensor.name: tensor.expert
         for stack in detection.stacks
-        for member in stack.members
-        for first, tensor in enumerate(member.tensors)
+        for tensor in laid_out(stack, numbers.get(stack.name, -1), stack.layout, like=stack)
     }
     for part in manifest.parts:
         for tensor in part.tensors:
-            stated = tensor.expert
-            of = wanted.get(tensor.name)
-            if of is None and stated is None:
-                continue
-            if of is None or stated is None or not _describes(stated, *of):
-                yield Damaged(
-                    f"{quoted(tensor.name)} does not match its part",
-                    at=f"{quoted(part.file)}, tensor {quoted(tensor.name)}",
-                    cause=_entry_in_words(stated)
-                    if stated
-                    else "the part does not say which expert it is of",
-                    fix="convert the checkpoint again; manifests must not be edited by hand",
-                )
-
-
-def _describes(
-    stated: ExpertEntry, stack: int | None, member: StoredComponent, experts: tuple[int, int]
-) -> bool:
-    """Whether an entry is that of a member's tensor; experts: the first in it, and how many."""
-    return (
-        stated.stack == stack
-        and (stated.slots, stated.local) == (None, None)
-        and stated.projections == member.line.projections
-        and stated.component == member.component.name
-        and stated.axes == str(member.axes)
-        and stated.matrix == member.geometry.canonical_shape
-        and (stated.experts[:1], len(stated.experts)) == (experts[:1], experts[1])
-    )
-
-
-def _entry_in_words(stated: ExpertEntry) -> str:
-    """What an entry says, but for the list of its experts."""
-    whose = " and ".join(stated.projections)
-    return printable(
-        f"it says {stated.component} of {whose} as `{stated.axes}`, "
-        f"matrices {list(stated.matrix)}, "
-        f"{counted(len(stated.experts), 'expert')}; its recipe says otherwise"
-    )
+            if tensor.expert != wanted.get(tensor.name):
+                yield misdescribed(wanted.get(tensor.name), part.file, tensor.name)

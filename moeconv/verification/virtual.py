@@ -9,9 +9,7 @@ from moeconv.engine.manifest_writer import virtual_parts
 from moeconv.errors import DigestsMissing, MoeconvError, NotVirtual, quoted
 from moeconv.manifest.model import PARTS_DIR, Manifest, Part, rank_part
 from moeconv.plan.pack import Packing
-from moeconv.plan.shard import Sharding, refuse_permuted, shards_in
-
-_MAX_REPORTED = 20
+from moeconv.plan.shard import Sharding, plan_shards
 
 
 def virtual_problems(detection: Detection, manifest: Manifest) -> list[MoeconvError]:
@@ -27,16 +25,15 @@ def virtual_problems(detection: Detection, manifest: Manifest) -> list[MoeconvEr
         targets[stack.name] = layout
         if entry.physical_to_logical is not None:
             rows[stack.name] = entry.physical_to_logical
-    plan = shards_in(
-        detection,
-        Sharding(root.ep_size or 1, rows),
-        targets,
-        packing=Packing(1 << 62),
-        origin_layouts={},
-        virtual=True,
-    )
     try:
-        refuse_permuted(plan.files)
+        plan = plan_shards(
+            detection,
+            Sharding(root.ep_size or 1, rows),
+            targets,
+            packing=Packing(1 << 62),
+            origin_layouts={},
+            virtual=True,
+        )
     except NotVirtual as problem:
         return [damaged(f"{PARTS_DIR}/", f"its runs cannot be right: {problem.message}")]
     stated = _facts(manifest.parts)
@@ -49,7 +46,7 @@ def virtual_problems(detection: Detection, manifest: Manifest) -> list[MoeconvEr
             rank_part(None if rank < 0 else rank, root.ep_size or 1),
             f"{quoted(name)} points to bytes that do not belong to its experts",
         )
-        for rank, name in differing[:_MAX_REPORTED]
+        for rank, name in differing
     ]
 
 
