@@ -13,7 +13,7 @@ import pytest
 
 import moeconv
 from moeconv.engine.copy.pool import Limits
-from moeconv.engine.output.backup import OldOutput, remove_output
+from moeconv.engine.output.backup import remove_output
 from moeconv.engine.output.ownership import take_inventory
 from moeconv.errors import IoFailed, WouldOverwrite
 from tests.badinput.builders import config, qwen, write
@@ -194,7 +194,7 @@ def test_what_says_whose_it_is_goes_last(
         gone.append(str(path))
 
     monkeypatch.setattr(os, "unlink", watched(os.unlink, note))
-    remove_output(OldOutput(out, take_inventory(out, Limits(1, 1 << 20))))
+    remove_output(take_inventory(out, Limits(1, 1 << 20)))
     assert gone[-1].endswith("moeconv.json")
     papers = [n for n, path in enumerate(gone) if "/moeconv/" in path]
     assert papers == list(range(len(gone) - 1 - len(papers), len(gone) - 1))

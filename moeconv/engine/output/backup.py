@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
 from moeconv.checkpoint.output_files import hidden_name
 from moeconv.engine.output.journal import JOURNAL_NAME, Journal
 from moeconv.engine.output.ownership import Inventory
 from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
-
-
-@dataclass(frozen=True, slots=True)
-class OldOutput:
-    """A directory to be replaced, and which files in it moeconv made."""
-
-    path: Path
-    inventory: Inventory
 
 
 def backup_path(out: Path) -> Path:
@@ -38,26 +28,25 @@ def recorded_backup(out: Path, journal: Journal | None) -> Path | None:
     return backup if stat.S_ISDIR(facts.st_mode) and facts.st_ino == journal.backup else None
 
 
-def remove_output(old: OldOutput) -> bool:
-    """Remove the files in an output's inventory that have not changed since; return if all is gone.
+def remove_output(old: Inventory) -> list[str]:
+    """Remove the files of an output that have not changed since; return the names of what is left.
 
     Data files and sidecars go first, then the parts, the journal, and last the root, so that an
     interrupted removal is still recognised as ours. Raises OSError.
     """
-    path, files = old.path, old.inventory.files
-    for name in sorted(files, key=_last):
-        place = path / name
+    for name in sorted(old.files, key=_last):
+        path = old.path / name
         try:
-            unchanged = files[name].is_of(place.lstat())
+            unchanged = old.files[name].is_of(path.lstat())
         except FileNotFoundError:
             continue
         if not unchanged:
             continue
         if name == ROOT_NAME:
-            _remove_folders(path, old.inventory.folders)
-        _remove(place)
-    _remove_folders(path, old.inventory.folders)
-    return _removed_folder(path)
+            _remove_folders(old)
+        path.unlink(missing_ok=True)
+    _remove_folders(old)
+    return _remove_if_empty(old.path)
 
 
 def _last(name: str) -> tuple[int, str]:
@@ -67,27 +56,20 @@ def _last(name: str) -> tuple[int, str]:
     return int(name.startswith(f"{PARTS_DIR}/")), name
 
 
-def _remove_folders(path: Path, folders: tuple[str, ...]) -> None:
-    for name in reversed(folders):
-        _removed_folder(path / name)
+def _remove_folders(old: Inventory) -> None:
+    for name in reversed(old.folders):
+        _remove_if_empty(old.path / name)
 
 
-def _removed_folder(path: Path) -> bool:
-    """Remove a folder if nothing is in it; whether it is gone."""
-    if not os.path.lexists(path):
-        return True
+def _remove_if_empty(folder: Path) -> list[str]:
+    """Remove a folder, or return the names of what somebody put in it. Raises OSError."""
     try:
-        _remove(path)
+        folder.rmdir()
+    except FileNotFoundError:
+        return []
     except OSError:
-        if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
+        left = sorted(p.name for p in folder.iterdir())
+        if not left:
             raise
-        return False  # someone put something there
-    return True
-
-
-def _remove(path: Path) -> None:
-    """Remove one file, or one folder that is empty."""
-    if path.is_dir() and not path.is_symlink():
-        path.rmdir()
-    else:
-        path.unlink(missing_ok=True)
+        return left
+    return []

@@ -65,8 +65,6 @@ def plan_digest(plan: Plan, identity: Json) -> str:
 
 def read_journal(out: Path) -> Journal | None:
     """Return the journal of an unfinished run; None if it is missing or unreadable."""
-    if not (out / JOURNAL_NAME).exists():
-        return None
     try:
         raw = read_named(LocalStore(out), JOURNAL_NAME, limit=MAX_JOURNAL_BYTES)
         lines = io.BytesIO(raw)
@@ -105,15 +103,14 @@ class JournalFile:
         self._descriptor = -1
         self._appending = threading.Lock()
 
-    def create(self) -> int:
-        """Create and lock the journal; return its inode. Raises IoFailed, WouldOverwrite."""
+    def create(self) -> None:
+        """Create and lock the journal. Raises IoFailed, WouldOverwrite."""
         with writing(self._path):
             try:
                 self._descriptor = os.open(self._path, NEW_FILE, 0o666)
             except (FileExistsError, FileNotFoundError):  # another run started at the same moment
                 raise busy(self._path.parent.parent) from None
         self._lock()
-        return os.fstat(self._descriptor).st_ino
 
     @property
     def held(self) -> bool:

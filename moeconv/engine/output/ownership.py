@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -69,11 +69,12 @@ def identity_of(facts: os.stat_result) -> Identity:
 class Inventory:
     """The files and folders of an output that are moeconv's, and why the others are not.
 
-    folders: parents first. foreign: reason by relative path, folders end in `/`; changed files
-    come first. trusted: data files of which size, header and times were compared, but not the
-    tensors' bytes; compared: data files whose tensors were read, too.
+    path: of the output. folders: parents first. foreign: reason by relative path, folders end in
+    `/`; changed files come first. trusted: data files of which size, header and times were
+    compared, but not the tensors' bytes; compared: data files whose tensors were read, too.
     """
 
+    path: Path
     files: dict[str, Identity] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
     foreign: dict[str, str] = field(default_factory=dict)
@@ -154,12 +155,13 @@ def take_inventory(out: Path, limits: Limits) -> Inventory:
             files[name] = identity_of(facts)
         else:
             foreign[name] = reason
-    ours = {PARTS_DIR, *(f for name in (*claims.named, *reasons) for f in _above(name))}
+    ours = {PARTS_DIR, *(f for name in reasons for f in _above(name))}
     holding = {f for name in (*there.facts, *there.folders) for f in _above(name)}
     for folder in there.folders:
         if folder not in ours and folder not in holding and folder not in foreign:
             foreign[folder] = NOT_MADE
     return Inventory(
+        out,
         files=files,
         folders=tuple(f for f in there.folders if f in ours),
         foreign={
@@ -186,10 +188,12 @@ def _passing(name: str) -> bool:
 
 @dataclass(slots=True)
 class _Claims:
-    """For each name that moeconv gave: why the file there is not its own, None where it is."""
+    """For each name that moeconv gave, whether it is there or not, what it claims.
+
+    reasons: why the file there is not moeconv's own; None where it is.
+    """
 
     reasons: dict[str, str | None] = field(default_factory=dict)
-    named: tuple[str, ...] = ()  # there or not
     trusted: tuple[str, ...] = ()
     compared: tuple[str, ...] = ()
 
@@ -199,12 +203,8 @@ def _of_run(there: _Listing, journal: Journal | None) -> _Claims:
     """Read which files an unfinished run made from its journal."""
     if journal is None:
         return _Claims()
-    claims = _Claims(named=journal.names)
-    for name in journal.names:
-        facts = there.facts.get(name)
-        if facts is not None:
-            claims.reasons[name] = unfinished_file_problem(journal, name, facts)
-    return claims
+    facts = ((name, there.facts.get(name)) for name in journal.names)
+    return _Claims({n: unfinished_file_problem(journal, n, f) if f else None for n, f in facts})
 
 
 def unfinished_file_problem(journal: Journal, name: str, facts: os.stat_result) -> str | None:
@@ -289,17 +289,13 @@ def _part(
         # digests were being filled in: the old part differs from the new one in nothing else
         try:
             old = read_named(LocalStore(out), entry.name, limit=MAX_PART_BYTES)
-            older = parse_parts(old, _lenient(root), where=entry.name)
+            # the root was like this before
+            older = parse_parts(old, replace(root, unread=True), where=entry.name)
         except MoeconvError:
             return reason, parts
         if [_bare(p) for p in older] == [_bare(p) for p in parts]:
             reason = None
     return reason, parts
-
-
-def _lenient(root: Root) -> Root:
-    """Return the root as it was before digests were filled in."""
-    return replace(root, unread=True)
 
 
 def _bare(part: Part) -> Part:
@@ -373,12 +369,12 @@ def _read_and_compare(
     except (MoeconvError, LookupError, ValueError) as problem:  # documents that were forged
         cause = problem.message if isinstance(problem, MoeconvError) else "its part contradicts it"
         return reasons | {p.file: f"it cannot be compared: {cause}" for p in known}
-    fresh = {f.name: _digests((part_of(f, found[f.name]),)) for f in planned}
+    fresh = {f.name: _digests(part_of(f, found[f.name])) for f in planned}
     for part in known:
-        same = fresh[part.file] == _digests((part,))
+        same = fresh[part.file] == _digests(part)
         reasons[part.file] = None if same else "its tensors are not those that were written"
     return reasons
 
 
-def _digests(parts: Iterable[Part]) -> dict[str, tuple[str, ...]]:
-    return {t.name: t.digests for part in parts for t in part.tensors}
+def _digests(part: Part) -> dict[str, tuple[str, ...]]:
+    return {t.name: t.digests for t in part.tensors}

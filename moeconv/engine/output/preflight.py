@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moeconv.core.text import quoted_list
 from moeconv.engine.copy.pool import Limits
-from moeconv.engine.output.backup import OldOutput, backup_path, recorded_backup
+from moeconv.engine.output.backup import backup_path, recorded_backup
 from moeconv.engine.output.journal import JOURNAL_NAME, is_bare, read_journal
 from moeconv.engine.output.ownership import NOT_MADE, Inventory, take_inventory
 from moeconv.errors import IoFailed, UnsafeOutput, UsageProblem, WouldOverwrite, printable, quoted
@@ -142,8 +142,8 @@ def _not_ours(out: Path, foreign: dict[str, str]) -> WouldOverwrite:
     )
 
 
-def find_backup(out: Path, limits: Limits, *, finished: bool = False) -> OldOutput | None:
-    """Return the backup that a killed overwriting run left; None if other files are in it.
+def find_backup(out: Path, limits: Limits, *, finished: bool = False) -> Inventory | None:
+    """Take the inventory of a backup that a killed run left; None if other files are in it.
 
     It is found by the journal of that run, or by its name where the run was killed before it wrote
     a journal or after it removed it. finished: OUT is known to be complete, though it has no
@@ -158,7 +158,7 @@ def find_backup(out: Path, limits: Limits, *, finished: bool = False) -> OldOutp
     if found is None or found.is_symlink() or not found.is_dir():
         return None
     inventory = take_inventory(found, limits)
-    return None if inventory.foreign else OldOutput(found, inventory)
+    return None if inventory.foreign else inventory
 
 
 def _refuse_below_file(out: Path) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moeconv.core.signals import defer_signals
 from moeconv.engine.copy.pool import Limits
 from moeconv.engine.output.atomic_file import PARTIAL_SUFFIX, fsync_directory, writing
-from moeconv.engine.output.backup import OldOutput, backup_path, remove_output
+from moeconv.engine.output.backup import backup_path, remove_output
 from moeconv.engine.output.journal import (
     JOURNAL_NAME,
     Journal,
@@ -29,6 +28,16 @@ from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
 def _state(facts: os.stat_result) -> tuple[int, int, int]:
     """Return what changes if a file is written to or replaced."""
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _interfered(path: Path, what: str) -> IoFailed:
+    """Return the error for a file in OUT that another program made or changed."""
+    return IoFailed(
+        f"{quoted(path.name)} {what}",
+        at=quoted(str(path)),
+        cause="another program is writing there",
+        fix="choose a directory that nothing else writes to",
+    )
 
 
 def end_run(out: Path, limits: Limits, *, restored: bool = False) -> tuple[str, ...]:
@@ -63,10 +72,10 @@ class OutputTransaction:
     out: Path
     limits: Limits
     replaced: Inventory | None = None  # what is in OUT before the run
-    made_files: list[tuple[Path, int]] = field(default_factory=list)
+    made_files: list[Path] = field(default_factory=list)
     named: dict[Path, tuple[int, int, int]] = field(default_factory=dict)  # what is in place
     made_folders: list[Path] = field(default_factory=list)
-    backup: OldOutput | None = None  # the old output, until the new one is complete
+    backup: Inventory | None = None  # the old output, until the new one is complete
     journal: JournalFile | None = None
     keeps: bool = False  # whether finished files stay if the run fails, to be resumed
 
@@ -76,9 +85,9 @@ class OutputTransaction:
         An old output is renamed, not deleted: it is moved back if this run fails.
         Raises WouldOverwrite if another run is writing there, IoFailed, DiskFull.
         """
-        if overwrite:
-            with writing(self.out):
-                self._refuse_busy()
+        if overwrite:  # refuse an old output that another run is writing to
+            self.lock()
+            self.close()
         with defer_signals(), writing(self.out):
             old = self._move_to_backup() if overwrite or self.keeps else None
             self.folder(self.out)
@@ -88,7 +97,7 @@ class OutputTransaction:
                 raise busy(self.out) from None
             self.made_folders.append(self.out / PARTS_DIR)
             self.journal = JournalFile(self.out)
-            self.made_files.append((self.out / JOURNAL_NAME, self.journal.create()))
+            self.journal.create()
         self.journal.begin(plan, names, old)
 
     def lock(self) -> None:
@@ -133,18 +142,6 @@ class OutputTransaction:
                     cause=reason,
                 )
 
-    def _refuse_busy(self) -> None:
-        """Raise WouldOverwrite if another run is writing to the old output."""
-        journal = self.out / JOURNAL_NAME
-        if journal.exists():
-            descriptor = os.open(journal, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise busy(self.out) from None
-            finally:
-                os.close(descriptor)
-
     def _move_to_backup(self) -> int | None:
         """Rename an old output in OUT to its backup; return its inode, None if there is none.
 
@@ -169,7 +166,7 @@ class OutputTransaction:
                 "files of an old output that have changed",
             )
         self.out.rename(backup)
-        self.backup = OldOutput(backup, self.replaced or Inventory())
+        self.backup = replace(self.replaced or Inventory(backup), path=backup)
         return backup.stat().st_ino
 
     def _clear(self) -> None:
@@ -177,7 +174,7 @@ class OutputTransaction:
         if self.replaced is None:  # at most an empty `moeconv/`
             clear_aborted_start(self.out)
             self.out.rmdir()
-        elif not remove_output(OldOutput(self.out, self.replaced)):
+        elif remove_output(self.replaced):
             raise WouldOverwrite(
                 f"{quoted(str(self.out))} is in the way",
                 at=quoted(str(self.out)),
@@ -201,30 +198,20 @@ class OutputTransaction:
         """Rename a complete file to its final name. Raises IoFailed if that name exists."""
         with writing(final):
             if os.path.lexists(final):
-                raise IoFailed(
-                    f"{quoted(final.name)} appeared in OUT while it was being written",
-                    at=quoted(str(final)),
-                    cause="another program is writing there",
-                    fix="choose a directory that nothing else writes to",
-                )
+                raise _interfered(final, "appeared in OUT while it was being written")
             facts = partial.lstat()
-            self.made_files.append((final, facts.st_ino))
+            self.made_files.append(final)
+            self.named[final] = _state(facts)
             if self.journal is not None:
                 self.journal.making(final.relative_to(self.out).as_posix(), facts)
             partial.rename(final)
-            self.named[final] = _state(facts)
 
     def refuse_changed(self) -> None:
         """Raise IoFailed if a finished file was changed or replaced since."""
         for path, state in self.named.items():
             with writing(path):
                 if _state(path.lstat()) != state:
-                    raise IoFailed(
-                        f"{quoted(path.name)} was changed in OUT before the output was complete",
-                        at=quoted(str(path)),
-                        cause="another program is writing there",
-                        fix="choose a directory that nothing else writes to",
-                    )
+                    raise _interfered(path, "was changed in OUT before the output was complete")
 
     def done(self, *, restored: bool) -> None:
         """Complete the output: remove the journal, and for a restored origin all of `moeconv/`."""
@@ -243,10 +230,10 @@ class OutputTransaction:
         """
         if self.backup is None:
             return ()
-        notes, path = self.backup.inventory.notes, quoted(str(self.backup.path))
+        notes, path = self.backup.notes, quoted(str(self.backup.path))
         while True:
             try:
-                if self.backup.path.exists() and not remove_output(self.backup):
+                if self.backup.path.exists() and remove_output(self.backup):
                     return (*notes, f"files of the old output that changed meanwhile are at {path}")
             except KeyboardInterrupt:
                 continue
@@ -271,11 +258,13 @@ class OutputTransaction:
         if self.keeps and ours:
             old = self._where_old()
             return "; ".join(filter(None, ("`--resume` continues from what is finished", old)))
-        for path, inode in reversed(self.made_files):  # the manifest first
+        for path in reversed(self.made_files):  # the manifest first
             with suppress(OSError):
-                facts = path.lstat()
-                if facts.st_ino == inode and self.named.get(path, _state(facts)) == _state(facts):
+                if _state(path.lstat()) == self.named[path]:
                     path.unlink()  # else another program changed it meanwhile
+        if ours:
+            with suppress(OSError):
+                (self.out / JOURNAL_NAME).unlink()
         for folder in reversed(self.made_folders):
             with suppress(OSError):  # not empty: another program put something there
                 folder.rmdir()
