@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Final
 
@@ -64,110 +65,93 @@ def check_structure(store: Store) -> tuple[Manifest | None, list[MoeconvError]]:
     except MoeconvError as problem:
         return None, [problem]
     problems: list[MoeconvError] = []
-    documents = list(_parts(store, top, problems))
+    documents = []
+    for entry in top.parts:
+        with _listing(problems):
+            raw = read_entry(store, entry, limit=MAX_PART_BYTES)
+            documents.append(parse_parts(raw, top, where=entry.name))
     parts = [part for document in documents for part in document]
     for part in parts:
-        problems += _data_file(store, part, newer=top.minor > MINOR) if part.file else []
+        if part.file:
+            with _listing(problems):
+                _check_data_file(store, part, problems, newer=top.minor > MINOR)
     whole = len(documents) == len(top.parts)
-    problems += _index(store, top, parts if whole else None)
-    problems += _documents(store, top)
+    with _listing(problems):
+        _check_index(store, top, parts if whole else None)
+    with _listing(problems):
+        parse_origin(read_entry(store, top.origin))
+    for entry in top.sidecars:
+        with _listing(problems):
+            _check_sidecar(store, entry)
     if not whole:
         return None, problems
     manifest = Manifest(top, tuple(parts))
     return manifest, problems + _coverage(manifest)
 
 
-def _parts(store: Store, top: Root, problems: list[MoeconvError]) -> Iterator[tuple[Part, ...]]:
-    for entry in top.parts:
-        try:
-            yield parse_parts(read_entry(store, entry, limit=MAX_PART_BYTES), top, where=entry.name)
-        except (Malformed, IoFailed) as problem:
-            problems.append(problem)
-
-
-def _data_file(store: Store, part: Part, *, newer: bool) -> list[MoeconvError]:
-    name = part.file
+@contextmanager
+def _listing(problems: list[MoeconvError]) -> Iterator[None]:
+    """Add what is wrong with a file to the problems instead of raising it."""
     try:
-        file = store.file(name)
-        if file is None:
-            return [missing(name)]
-        size = file.size
-        raw = file.read(0, min(part.header_size, size))
+        yield
     except (Malformed, IoFailed) as problem:
-        return [problem]
-    problems: list[MoeconvError] = []
-    if size != part.size:
-        kind = TruncatedFile if size < part.size else Damaged
+        problems.append(problem)
+
+
+def _check_data_file(
+    store: Store, part: Part, problems: list[MoeconvError], *, newer: bool
+) -> None:
+    """Add what is wrong with the size, header or metadata of a data file; may raise the last."""
+    name, file = part.file, store.file(part.file)
+    if file is None:
+        raise missing(name)
+    raw = file.read(0, min(part.header_size, file.size))
+    if file.size != part.size:
+        kind = TruncatedFile if file.size < part.size else Damaged
         problems.append(
             kind(
                 f"{quoted(name)} does not have the size it was written with",
                 at=quoted(name),
-                cause=f"it has {size:,} bytes; its part says {part.size:,}",
+                cause=f"it has {file.size:,} bytes; its part says {part.size:,}",
                 fix="fetch that file again, or convert again",
             )
         )
-    try:
-        header = header_of(part, raw)
-    except Malformed as problem:
-        return [*problems, problem]
+    header = header_of(part, raw)
     problems += tensor_problems(header, part)
     if not newer and dict(header.metadata) != METADATA:
         cause = f"its `__metadata__` is not {dumps(dict(METADATA)).decode()}: loaders rely on it"
-        problems.append(damaged(name, cause))
-    return problems
+        raise damaged(name, cause)
 
 
-def _index(store: Store, top: Root, parts: list[Part] | None) -> list[MoeconvError]:
+def _check_index(store: Store, top: Root, parts: list[Part] | None) -> None:
+    """Raise Damaged if the index is not one that loaders follow to these parts."""
     if top.index is None:
-        return [
-            damaged(
-                ROOT_NAME,
-                f"it names an index, {quoted(INDEX_NAME)}: an expert-parallel output has none",
-            )
-            for entry in top.sidecars
-            if entry.name == INDEX_NAME
-        ]
+        if any(entry.name == INDEX_NAME for entry in top.sidecars):
+            cause = f"it names an index, {quoted(INDEX_NAME)}: an expert-parallel output has none"
+            raise damaged(ROOT_NAME, cause)
+        return
     if top.index.name != INDEX_NAME:
         cause = f"its index is {quoted(top.index.name)}, but loaders follow {quoted(INDEX_NAME)}"
-        return [damaged(ROOT_NAME, cause)]
-    try:
-        raw = read_entry(store, top.index)
-        index = parse_index(raw, name=top.index.name)
-    except (Malformed, IoFailed) as problem:
-        return [problem]
+        raise damaged(ROOT_NAME, cause)
+    raw = read_entry(store, top.index)
+    index = parse_index(raw, name=top.index.name)
     if parts is None:
-        return []
+        return
     held = {t.name: p.file for p in parts for t in p.tensors}
     total = sum(p.size - p.header_size for p in parts)
     if index.weight_map != held or index.total_size != total:
-        return [damaged(top.index.name, "it does not list the tensors of the output")]
+        raise damaged(top.index.name, "it does not list the tensors of the output")
     if top.minor <= MINOR and raw != index_text(held, total):
-        return [damaged(top.index.name, "it has more than the tensors and their total size")]
-    return []
+        raise damaged(top.index.name, "it has more than the tensors and their total size")
 
 
-def _documents(store: Store, top: Root) -> list[MoeconvError]:
-    problems: list[MoeconvError] = []
-    try:
-        parse_origin(read_entry(store, top.origin))
-    except (Malformed, IoFailed) as problem:
-        problems.append(problem)
-    for entry in top.sidecars:
-        problems += _sidecar_size(store, entry)
-    return problems
-
-
-def _sidecar_size(store: Store, entry: FileEntry) -> list[MoeconvError]:
-    try:
-        file = store.file(entry.name)
-    except (Malformed, IoFailed) as problem:
-        return [problem]
+def _check_sidecar(store: Store, entry: FileEntry) -> None:
+    file = store.file(entry.name)
     if file is None:
-        return [damaged(entry.name, "it is missing")]
+        raise damaged(entry.name, "it is missing")
     if file.size != entry.size:
         cause = f"it has {file.size:,} bytes; the manifest says {entry.size:,}"
-        return [damaged(entry.name, cause)]
-    return []
+        raise damaged(entry.name, cause)
 
 
 def _coverage(manifest: Manifest) -> list[MoeconvError]:
