@@ -12,13 +12,12 @@ from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.names import natural_key
 from moeconv.core.text import counted
 from moeconv.detect.across_layers import bare_stacks, lost_layers, lost_stacks, unequal_stacks
-from moeconv.detect.candidates import candidate_layouts
 from moeconv.detect.completeness import bare_dtype
 from moeconv.detect.config_sizes import states_experts, states_quantisation
 from moeconv.detect.diagnose import too_many_stacks
 from moeconv.detect.interpretations import RecordedRanks
 from moeconv.detect.judge import Evidence, judge, judge_passthrough
-from moeconv.detect.match import MatchedStack, in_ranges, match_names
+from moeconv.detect.match import MatchedStack, candidate_layouts, in_ranges, match_names
 from moeconv.detect.stack import Stack
 from moeconv.errors import LayoutContradiction, MoeconvError, UnknownLayout, quoted
 from moeconv.layout.recipe import Recipe

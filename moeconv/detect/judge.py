@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeconv.checkpoint.config import Config
-from moeconv.detect.candidates import candidate_layouts
 from moeconv.detect.completeness import completeness
 from moeconv.detect.config_sizes import (
     config_mismatches,
@@ -31,7 +30,7 @@ from moeconv.detect.interpretations import (
     recorded_first,
     transposed_variants,
 )
-from moeconv.detect.match import MatchedStack, no_range
+from moeconv.detect.match import MatchedStack, candidate_layouts, no_range
 from moeconv.detect.solve import EXPERTS, HIDDEN, WIDTH, SizeHints, solve
 from moeconv.detect.stack import Sizes, Stack, StoredComponent
 from moeconv.errors import MoeconvError
