@@ -10,7 +10,7 @@ from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import Origin, parse_origin
 from moeconv.checkpoint.output_files import (
     FILLED_ROOT,
-    check_header,
+    check_data_file,
     damaged,
     filled_name,
     read_entry,
@@ -41,10 +41,8 @@ class RecordedDocuments:
 
     def check_headers(self, files: tuple[tuple[str, int, Header], ...]) -> None:
         """Check (name, size, header) of the data files against their parts. Raises Damaged."""
-        for (name, size, header), part in zip(files, self.sorted_parts(), strict=True):
-            if size != part.size:
-                raise damaged(name, f"it has {size:,} bytes; its part says {part.size:,}")
-            check_header(part, header.raw, header)
+        for (_, size, header), part in zip(files, self.sorted_parts(), strict=True):
+            check_data_file(part, size, header.raw, header)
 
     def sorted_parts(self) -> tuple[Part, ...]:
         """The parts in the order in which a checkpoint lists its files."""

@@ -92,6 +92,16 @@ def check_header(part: Part, raw: bytes, parsed: Header | None = None) -> None:
         raise problem
 
 
+def check_data_file(part: Part, size: int, raw: bytes, parsed: Header | None = None) -> None:
+    """Check size and header of a data file against its part, as `check_header` does.
+
+    Raises Damaged, BadHeader or one of its classes.
+    """
+    if size != part.size:
+        raise damaged(part.file, f"it has {size:,} bytes; its part says {part.size:,}")
+    check_header(part, raw, parsed)
+
+
 def damaged(name: str, cause: str) -> Damaged:
     """The error for a file of an output that is not as it was written."""
     return Damaged(

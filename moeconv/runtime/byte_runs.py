@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 
 from moeconv.core.dtypes import BITS
 from moeconv.errors import NoTorchDtype, quoted
-from moeconv.manifest.model import Run, append_run
+from moeconv.manifest.model import ExpertEntry, Run, TensorEntry, append_run
+
+ComponentKey: TypeAlias = tuple[int, tuple[str, ...], str]  # stack number, projections, component
 
 _TORCH: Final = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32",
@@ -49,17 +51,33 @@ class SlotRange:
 class LocalTensor:
     """A tensor as this rank has it; `runs` are its bytes in order, by the shard's file numbers.
 
-    digest: of all its bytes, where the manifest has one for the whole tensor. meaning: of an expert
-    tensor, its stack, projections, component and axes: what its bytes mean.
+    entry: as in the manifest, with the name and shape that it has on this rank.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+    entry: TensorEntry
     runs: tuple[Run, ...]
-    digest: str | None = None
     slot_range: SlotRange | None = None
-    meaning: tuple[object, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its name on this rank."""
+        return self.entry.name
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype, as safetensors writes it."""
+        return self.entry.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, in values of its dtype."""
+        return self.entry.shape
+
+    @property
+    def digest(self) -> str | None:
+        """The digest of all its bytes, where the manifest has one for the whole tensor."""
+        entry = self.entry
+        return entry.digests[0] if entry.expert is None and entry.digests else None
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +108,14 @@ class LocalTensor:
 
     def facts(self) -> tuple[object, ...]:
         """What another version of the same tensor must share."""
-        return self.name, self.dtype, self.shape, self.meaning
+        expert = self.entry.expert
+        meaning = None if expert is None else (component_key(expert), expert.axes)
+        return self.name, self.dtype, self.shape, meaning
+
+
+def component_key(expert: ExpertEntry) -> ComponentKey:
+    """Identify a tensor within its stack, regardless of slots."""
+    return expert.stack, expert.projections, expert.component
 
 
 def join_runs(runs: Iterable[Run]) -> tuple[Run, ...]:

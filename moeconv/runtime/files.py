@@ -15,17 +15,17 @@ from typing import Final, cast
 
 import torch
 
-from moeconv.checkpoint.output_files import check_header, damaged
+from moeconv.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
+from moeconv.checkpoint.output_files import check_data_file, damaged, missing
 from moeconv.core.digest import digest
-from moeconv.errors import IoFailed, MissingShard, SourceChanged, printable, quoted
-from moeconv.manifest.model import ROOT_NAME, Part, Run, SourceFile
+from moeconv.errors import IoFailed, SourceChanged, printable, quoted
+from moeconv.manifest.model import Part, Run, SourceFile
 from moeconv.runtime.byte_runs import LocalTensor, run_chunks
 from moeconv.store.descriptors import DescriptorPool, Lease, descriptors_left
-from moeconv.store.documents import open_regular, opened, read_start, unreadable
+from moeconv.store.documents import open_regular, unreadable
 from moeconv.store.file_io import FileEnded, read_into
-from moeconv.store.paths import resolve_inside
+from moeconv.store.local import LocalStore
 
-_MAX_HEADER: Final = 8 + 100_000_000
 THREADS: Final = 4
 _MOST_THREADS: Final = 3 * THREADS  # that read at once, each of them one file
 PIECE_BYTES: Final = 4 * 1024 * 1024  # of one read; after a failure the other threads end as soon
@@ -41,59 +41,49 @@ class DataFile:
     size: int
     identity: tuple[int, int, int, int]  # device, inode, size, mtime_ns
 
+    @property
+    def mtime_ns(self) -> int:
+        """When it was last changed."""
+        return self.identity[-1]
 
-def check_data_file(output: Path, part: Part) -> DataFile:
-    """Check a data file of the output against its part.
 
-    Raises MissingShard, Damaged, BadHeader, UnsafePath, IoFailed.
+def open_data_file(store: LocalStore, part: Part) -> DataFile:
+    """Check a data file of an output against its part.
+
+    Raises MissingShard, Damaged, BadHeader, UnsafePath, IoFailed, SourceMissing, SourceChanged.
     """
-    path = _existing(output, part.file, ROOT_NAME)
-    with opened(path, name=part.file) as (descriptor, facts):
-        if facts.st_size != part.size:
-            cause = f"it has {facts.st_size:,} bytes; its part says {part.size:,}"
-            raise damaged(part.file, cause)
-        raw = _header(descriptor, facts, path, part.file, part.header_size)
-    check_header(part, raw)
-    return DataFile(part.file, path, facts.st_size, _identity(facts))
+    found, header = _header(store, part.file, part.header_size)
+    check_data_file(part, found.size, header)
+    return found
 
 
-def check_source_file(output: Path, entry: SourceFile, *, copied: bool) -> DataFile:
-    """Check a file that a virtual output refers to. Raises MissingShard, SourceChanged, UnsafePath.
+def open_source_file(store: LocalStore, entry: SourceFile, *, copied: bool) -> DataFile:
+    """Check a file that a virtual output refers to.
 
     copied: the caller says that it is here, so that its time may be another.
+    Raises MissingShard, SourceChanged, UnsafePath, IoFailed, SourceMissing.
     """
-    path = _existing(output, entry.name, str(output))
-    with opened(path, name=entry.name) as (descriptor, facts):
-        found = digest(_header(descriptor, facts, path, entry.name, entry.header_size))
-        if (facts.st_size, found) != (entry.size, entry.header_digest):
-            raise _changed(entry.name, "since the virtual output was made")
-        if facts.st_mtime_ns != entry.mtime_ns and not copied:
-            raise SourceChanged(
-                f"{quoted(entry.name)} was modified since the virtual output was made",
-                at=quoted(str(output)),
-                cause="it was written to, or copied; its size and header are the same",
-                fix="create it again; if the file is a copy, pass its directory as `source=`",
-            )
-    return DataFile(entry.name, path, facts.st_size, _identity(facts))
-
-
-def _existing(output: Path, name: str, named_in: str) -> Path:
-    path = resolve_inside(output, name)
-    if not path.exists():
-        raise MissingShard(
-            f"{quoted(name)} is missing",
-            at=quoted(named_in),
-            cause="this rank needs it",
-            fix="fetch that file again, or convert again",
+    found, header = _header(store, entry.name, entry.header_size)
+    if (found.size, digest(header)) != (entry.size, entry.header_digest):
+        raise _changed(entry.name, "since the virtual output was made")
+    if found.mtime_ns != entry.mtime_ns and not copied:
+        raise SourceChanged(
+            f"{quoted(entry.name)} was modified since the virtual output was made",
+            at=quoted(store.address),
+            cause="it was written to, or copied; its size and header are the same",
+            fix="create it again; if the file is a copy, pass its directory as `source=`",
         )
-    return path
+    return found
 
 
-def _header(descriptor: int, facts: os.stat_result, path: Path, name: str, size: int) -> bytes:
-    try:
-        return read_start(descriptor, facts, min(size, _MAX_HEADER))
-    except OSError as problem:
-        raise unreadable(path, problem, name=name) from None
+def _header(store: LocalStore, name: str, nbytes: int) -> tuple[DataFile, bytes]:
+    """A file, and as many of its first bytes as its header has by the manifest."""
+    file = store.file(name)
+    if file is None:
+        raise missing(name)
+    found = DataFile(name, file.path, file.size, _identity(file.path.stat()))
+    most = min(nbytes, LENGTH_BYTES + MAX_HEADER_BYTES, file.size)
+    return found, file.read(0, most)
 
 
 def _identity(facts: os.stat_result) -> tuple[int, int, int, int]:
@@ -162,9 +152,8 @@ class Reader(ExitStack[bool | None]):
         try:
             return lease.on(number)
         except OSError as problem:
-            raise unreadable(
-                self._files[number].path, problem, name=self._files[number].name
-            ) from None
+            file = self._files[number]
+            raise unreadable(file.path, problem, name=file.name) from None
 
     def check(self) -> None:
         """Whether all files are still what they were. Raises SourceChanged, IoFailed."""

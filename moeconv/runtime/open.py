@@ -20,7 +20,6 @@ from moeconv.manifest.model import (
     MAX_PART_BYTES,
     PARTS_DIR,
     ROOT_NAME,
-    ExpertEntry,
     FileEntry,
     Part,
     Root,
@@ -29,35 +28,39 @@ from moeconv.manifest.model import (
     part_names,
 )
 from moeconv.manifest.part_reader import parse_parts
-from moeconv.runtime.byte_runs import LocalTensor, SlotRange, equal_part, join_runs
-from moeconv.runtime.files import DataFile, check_data_file, check_source_file
+from moeconv.runtime.byte_runs import (
+    ComponentKey,
+    LocalTensor,
+    SlotRange,
+    component_key,
+    equal_part,
+    join_runs,
+)
+from moeconv.runtime.files import DataFile, open_data_file, open_source_file
 from moeconv.runtime.validate import Rows, is_stacked, manifest_error
 from moeconv.store.local import LocalStore
 
-ComponentKey: TypeAlias = tuple[int, tuple[str, ...], str]  # stack number, projections, component
 Files: TypeAlias = dict[int, DataFile]
-
-
-@dataclass(frozen=True, slots=True)
-class LocatedTensor:
-    """A tensor of a part, and its bytes by the shard's file numbers."""
-
-    entry: TensorEntry
-    runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class OpenOutput:
     """An output on disk, opened for one rank.
 
-    source: the directory of a virtual output's files; copied: whether the caller named it.
+    data: where the bytes of its tensors are, for a virtual output the directory of its source.
+    copied: whether the caller named that directory.
     """
 
-    path: Path
+    store: LocalStore
+    data: LocalStore
     root: Root
-    source: Path | None
     rank: int
-    copied: bool = False
+    copied: bool
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return self.store.root
 
     @property
     def ep_size(self) -> int:
@@ -70,29 +73,56 @@ class OpenOutput:
         stacks = enumerate(self.root.stacks)
         return {n: s.physical_to_logical for n, s in stacks if s.physical_to_logical is not None}
 
-    def read_part(self, entry: FileEntry, files: Files) -> tuple[LocatedTensor, ...]:
+    def slots_of(self, row: tuple[int, ...]) -> range:
+        """This rank's slots of a stack."""
+        share = len(row) // self.ep_size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def parts_of(self, *ranks: int | None) -> tuple[FileEntry, ...]:
+        """The parts of some ranks (None: the common one); all of a whole output."""
+        if self.root.ep_size is None:
+            return self.root.parts
+        whose = part_names(self.root.ep_size)
+        return tuple(part for part in self.root.parts if whose[part.name] in ranks)
+
+    def read_part(self, entry: FileEntry, files: Files) -> tuple[LocalTensor, ...]:
         """A part's tensors, after its files were found and checked; these are added to `files`.
 
         Raises MissingShard, Damaged, SourceChanged, BadManifest, UnsafePath.
         """
-        raw = read_entry(LocalStore(self.path), entry, limit=MAX_PART_BYTES)
-        out: list[LocatedTensor] = []
+        raw = read_entry(self.store, entry, limit=MAX_PART_BYTES)
+        out: list[LocalTensor] = []
         for part in parse_parts(raw, self.root, where=entry.name):
             known = (n for n, f in files.items() if f.name == part.file)
             number = next(known, max(files, default=-1) + 1)
             if part.file and number not in files:
-                files[number] = check_data_file(self.path, part)
-            elif not part.file and self.root.source is not None and self.source is not None:
+                files[number] = open_data_file(self.data, part)
+            elif self.root.source is not None:
                 used = {r.file for t in part.tensors for r in t.runs} - files.keys()
-                listed = self.root.source.files
                 for n in sorted(used):
-                    files[n] = check_source_file(self.source, listed[n], copied=self.copied)
-            out += [_stored(tensor, part, number) for tensor in part.tensors]
+                    source = self.root.source.files[n]
+                    files[n] = open_source_file(self.data, source, copied=self.copied)
+            out += [self._tensor(tensor, part, number) for tensor in part.tensors]
         return tuple(out)
 
+    def _tensor(self, entry: TensorEntry, part: Part, number: int) -> LocalTensor:
+        """Raises BadManifest where the bytes are not those of such a tensor."""
+        bits = prod(entry.shape) * BITS.get(entry.dtype, 0)
+        if entry.dtype not in BITS or bits != (entry.stop - entry.start) * 8:
+            raise manifest_error(
+                entry.name, f"{entry.dtype} {list(entry.shape)} does not match its size in bytes"
+            )
+        runs = (Run(number, entry.start, entry.stop - entry.start),) if part.file else entry.runs
+        slot_range, expert = None, entry.expert
+        if expert is not None and expert.slots is not None:
+            row = self.root.stacks[expert.stack].physical_to_logical or ()
+            start = self.slots_of(row).start
+            slot_range = SlotRange(expert.stack, *expert.slots, len(row), start, is_stacked(expert))
+        return LocalTensor(entry, join_runs(runs), slot_range)
 
-def find(path: Path, *, source: Path | None) -> tuple[Path, Root, Path | None]:
-    """Read the root of an output.
+
+def open_output(path: Path, *, source: Path | None, rank: int) -> OpenOutput:
+    """Read the root of an output. source: where the files of a virtual one are, if elsewhere.
 
     Raises NotAnOutput, Unfinished, Damaged, BadManifest, UnsupportedVersion.
     """
@@ -110,76 +140,52 @@ def find(path: Path, *, source: Path | None) -> tuple[Path, Root, Path | None]:
             cause=f"it has no `{ROOT_NAME}`",
             fix="convert the checkpoint with `moeconv shard` or `moeconv fuse`",
         )
-    root = read_root(LocalStore(path))
-    if root.source is None:
-        return path, root, None
-    return path, root, source if source is not None else path / root.source.directory
-
-
-def parts_of_rank(root: Root, rank: int) -> tuple[FileEntry, ...]:
-    """The parts that a rank needs: the common one and its own, or all of a whole output."""
-    if root.ep_size is None:
-        return root.parts
-    whose = part_names(root.ep_size)
-    return tuple(p for p in root.parts if whose[p.name] in (None, rank))
-
-
-def _stored(entry: TensorEntry, part: Part, number: int) -> LocatedTensor:
-    """Raises BadManifest where the bytes are not those of such a tensor."""
-    bits = prod(entry.shape) * BITS.get(entry.dtype, 0)
-    if entry.dtype not in BITS or bits != (entry.stop - entry.start) * 8:
-        raise manifest_error(
-            entry.name, f"{entry.dtype} {list(entry.shape)} does not match its size in bytes"
-        )
-    if not part.file:
-        return LocatedTensor(entry, join_runs(entry.runs))
-    return LocatedTensor(entry, join_runs([Run(number, entry.start, entry.stop - entry.start)]))
+    store = LocalStore(path)
+    root = read_root(store)
+    data = store
+    if root.source is not None:
+        data = LocalStore(path / root.source.directory if source is None else source)
+    return OpenOutput(store, data, root, rank, copied=source is not None)
 
 
 # --- what a rank has ---------------------------------------------------------------------------
-def component_key(expert: ExpertEntry) -> ComponentKey:
-    """Identify a tensor within its stack, regardless of slots."""
-    return expert.stack, expert.projections, expert.component
-
-
-def is_global(stored: LocatedTensor, rows: Rows) -> bool:
+def is_global(tensor: LocalTensor, rows: Rows) -> bool:
     """Whether a common tensor is a small one of experts that ranks share."""
-    expert = stored.entry.expert
+    expert = tensor.entry.expert
     return expert is not None and expert.slots is None and expert.stack in rows
 
 
-def plain(stored: LocatedTensor) -> LocalTensor:
-    """A tensor as it is stored, which every rank has in full."""
-    entry = stored.entry
-    digest = entry.digests[0] if entry.expert is None and entry.digests else None
-    return LocalTensor(
-        entry.name, entry.dtype, entry.shape, stored.runs, digest, meaning=_meaning(entry)
+def single_expert(tensor: LocalTensor, number: int) -> LocalTensor:
+    """The expert at a position of a stacked tensor, with its digests, as a tensor of its own."""
+    entry, expert = tensor.entry, tensor.entry.expert
+    if expert is None or len(expert.experts) == 1:
+        return tensor
+    count, units = len(expert.experts), len(expert.projections)
+    digests = entry.digests[number * units : (number + 1) * units]
+    alone = replace(
+        entry,
+        shape=(entry.shape[0] // count, *entry.shape[1:]),
+        digests=digests,
+        expert=replace(expert, experts=(expert.experts[number],)),
     )
-
-
-def _meaning(entry: TensorEntry) -> tuple[object, ...]:
-    return () if entry.expert is None else (*component_key(entry.expert), entry.expert.axes)
+    return LocalTensor(alone, equal_part(tensor.runs, number, count))
 
 
 def rank_tensors(
-    output: OpenOutput, common: Iterable[LocatedTensor], own: Iterable[LocatedTensor], rows: Rows
+    output: OpenOutput, common: Iterable[LocalTensor], own: Iterable[LocalTensor], rows: Rows
 ) -> dict[str, LocalTensor]:
     """All tensors of a rank by name. Raises BadManifest, DuplicateTensor."""
     out: list[LocalTensor] = []
-    globals_: dict[ComponentKey, list[LocatedTensor]] = defaultdict(list)
-    for stored in common:
-        expert = stored.entry.expert
-        if expert is not None and is_global(stored, rows):
-            globals_[component_key(expert)].append(stored)
+    globals_: dict[ComponentKey, list[LocalTensor]] = defaultdict(list)
+    for tensor in common:
+        expert = tensor.entry.expert
+        if expert is not None and is_global(tensor, rows):
+            globals_[component_key(expert)].append(tensor)
         else:
-            out.append(plain(stored))
-    for stored in own:
-        expert = stored.entry.expert
-        if expert is None or expert.slots is None:
-            raise manifest_error(stored.entry.name, "a rank's tensor must have slots")
-        out.append(_slot_tensor(output, stored, expert, rows))
-    for several in globals_.values():
-        out += rank_share(output, several, rows)
+            out.append(tensor)
+    out += own
+    for (stack, *_), several in globals_.items():
+        out += _rank_share(output, several, stack, rows[stack])
     tensors = {tensor.name: tensor for tensor in out}
     if len(tensors) != len(out):
         name = Counter(t.name for t in out).most_common(1)[0][0]
@@ -192,43 +198,28 @@ def rank_tensors(
     return tensors
 
 
-def _slot_tensor(
-    output: OpenOutput, stored: LocatedTensor, expert: ExpertEntry, rows: Rows
-) -> LocalTensor:
-    row = rows[expert.stack]
-    start, stop = expert.slots or (0, 0)
-    first, stacked = output.rank * (len(row) // output.ep_size), is_stacked(expert)
-    slot_range = SlotRange(expert.stack, start, stop, len(row), first, stacked)
-    return replace(plain(stored), slot_range=slot_range)
-
-
-def rank_share(output: OpenOutput, several: list[LocatedTensor], rows: Rows) -> list[LocalTensor]:
+def _rank_share(
+    output: OpenOutput, several: list[LocalTensor], stack: int, row: tuple[int, ...]
+) -> list[LocalTensor]:
     """The rank's share of small tensors that are kept for all experts, in slot order."""
-    first = several[0].entry
-    expert = first.expert
-    if expert is None:
-        return []
-    row, number = rows[expert.stack], expert.stack
-    share = len(row) // output.ep_size
-    start = output.rank * share
-    mine = row[start : start + share]
-    if is_stacked(expert):
-        runs = [run for e in mine for run in equal_part(several[0].runs, e, len(expert.experts))]
-        slot_range = SlotRange(number, start, start + share, len(row), start, stacked=True)
-        whole = plain(several[0])
-        shape = (first.shape[0] // len(expert.experts) * share, *first.shape[1:])
-        return [replace(whole, shape=shape, runs=join_runs(runs), slot_range=slot_range)]
-    if expert.local is None:
-        return [plain(stored) for stored in several]  # one value for several experts
-    by_expert = {s.entry.expert.experts[0]: s for s in several if s.entry.expert is not None}
+    slots = output.slots_of(row)
+    mine = row[slots.start : slots.stop]
+    by_expert = {e: t for t in several if t.entry.expert for e in t.entry.expert.experts}
+    first = several[0]
+    if first.entry.expert is not None and is_stacked(first.entry.expert):
+        count = len(by_expert)
+        runs = [run for e in mine for run in equal_part(first.runs, e, count)]
+        shape = (first.shape[0] // count * len(mine), *first.shape[1:])
+        slot_range = SlotRange(stack, slots.start, slots.stop, len(row), slots.start, stacked=True)
+        return [LocalTensor(replace(first.entry, shape=shape), join_runs(runs), slot_range)]
     out = []
-    for slot, e in enumerate(mine):
-        entry = by_expert[e].entry
-        name = slot_namer((entry.expert.local if entry.expert else None) or "")
+    for number, (slot, e) in enumerate(zip(slots, mine, strict=True)):
+        tensor = by_expert[e]
+        name = slot_namer((tensor.entry.expert and tensor.entry.expert.local) or "")
         if name is None:
-            raise manifest_error(entry.name, "it lacks `local`, its name on a rank")
-        slot_range = SlotRange(
-            number, start + slot, start + slot + 1, len(row), start, stacked=False
+            return several  # one value for several experts
+        slot_range = SlotRange(stack, slot, slot + 1, len(row), slots.start, stacked=False)
+        out.append(
+            replace(tensor, entry=replace(tensor.entry, name=name(number)), slot_range=slot_range)
         )
-        out.append(replace(plain(by_expert[e]), name=name(slot), slot_range=slot_range))
     return out

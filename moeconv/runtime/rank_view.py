@@ -10,20 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from moeconv.errors import GeometryMismatch, MissingShard, Unsupported, UsageProblem, quoted
-from moeconv.manifest.model import Run, part_names
+from moeconv.manifest.model import Run
 from moeconv.placement.model import Given, by_stack, refuse_misfits, row_problems
-from moeconv.runtime.byte_runs import LocalTensor, equal_part, join_runs
+from moeconv.runtime.byte_runs import ComponentKey, LocalTensor, component_key, join_runs
 from moeconv.runtime.files import DataFile
-from moeconv.runtime.open import (
-    ComponentKey,
-    Files,
-    LocatedTensor,
-    OpenOutput,
-    component_key,
-    rank_tensors,
-)
-from moeconv.runtime.validate import Rows, is_stacked, manifest_error
-from moeconv.runtime.verify import check_digests, single_slot
+from moeconv.runtime.open import Files, OpenOutput, rank_tensors, single_expert
+from moeconv.runtime.validate import Rows, manifest_error
+from moeconv.runtime.verify import check_digests
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -34,8 +27,8 @@ class RankView:
     """
 
     output: OpenOutput
-    common: tuple[LocatedTensor, ...]
-    own: tuple[LocatedTensor, ...]
+    common: tuple[LocalTensor, ...]
+    own: tuple[LocalTensor, ...]
     rows: Rows
     tensors: Mapping[str, LocalTensor]
     files: Mapping[int, DataFile]
@@ -84,8 +77,8 @@ class RankView:
         row = self.rows.get(number)
         if row is None:
             return tuple(range(self.output.root.stacks[number].experts))
-        share = len(row) // self.ep_size
-        return row[self.ep_rank * share : (self.ep_rank + 1) * share]
+        slots = self.output.slots_of(row)
+        return row[slots.start : slots.stop]
 
     def check_placement(self, placement: Given) -> None:
         """Hold a caller's placement against the output's. Raises GeometryMismatch, BadPlacement."""
@@ -173,9 +166,8 @@ def changed_slots(
     """(local slot, expert) of this rank's slots that have another expert now, by stack."""
     out = {}
     for number, row in new.items():
-        share = len(row) // output.ep_size
-        mine = range(output.rank * share, (output.rank + 1) * share)
-        found = tuple((p - mine.start, row[p]) for p in mine if row[p] != old[number][p])
+        mine = enumerate(output.slots_of(row))
+        found = tuple((n, row[p]) for n, p in mine if row[p] != old[number][p])
         if found:
             out[output.root.stacks[number].name] = found
     return out
@@ -190,58 +182,52 @@ class ExpertCatalog:
 
     output: OpenOutput
     files: Files
-    fetched: dict[tuple[ComponentKey, int], LocatedTensor] = field(default_factory=dict)
-    _found: dict[tuple[ComponentKey, int], tuple[LocatedTensor, int, int]] = field(
+    fetched: dict[tuple[ComponentKey, int], LocalTensor] = field(default_factory=dict)
+    _found: dict[tuple[ComponentKey, int], tuple[LocalTensor, int, int]] = field(
         default_factory=dict
     )
     _ranks: set[int] = field(default_factory=set)
 
-    def add(self, rank: int, several: Iterable[LocatedTensor]) -> None:
+    def add(self, rank: int, several: Iterable[LocalTensor]) -> None:
         """Note what a rank's part holds; what was noted before stays."""
         self._ranks.add(rank)
-        for stored in several:
-            expert = stored.entry.expert
-            if expert is None or expert.slots is None:
+        for tensor in several:
+            expert, slot_range = tensor.entry.expert, tensor.slot_range
+            if expert is None or slot_range is None:
                 continue
             count = len(expert.experts)
-            if count > 1 and not is_stacked(expert):
+            if count > 1 and not slot_range.stacked:
                 raise Unsupported(
-                    f"{quoted(stored.entry.name)} cannot be moved slot by slot",
+                    f"{quoted(tensor.name)} cannot be moved slot by slot",
                     cause=f"its axes {quoted(expert.axes)} have no E, but it has {count} slots",
                     fix="shard again with the new placement",
                 )
             for n, e in enumerate(expert.experts):
-                self._found.setdefault((component_key(expert), e), (stored, n, rank))
+                self._found.setdefault((component_key(expert), e), (tensor, n, rank))
 
-    def runs(self, key: ComponentKey, expert: int, like: LocatedTensor) -> tuple[Run, ...]:
-        """The bytes of an expert's tensor. Raises MissingShard, Damaged, BadManifest."""
+    def runs(
+        self, key: ComponentKey, expert: int, like: LocalTensor, nbytes: int
+    ) -> tuple[Run, ...]:
+        """The bytes of an expert's tensor of a size. Raises MissingShard, Damaged, BadManifest."""
         if (key, expert) not in self._found:
             row = self.output.rows[key[0]]
             share = len(row) // self.output.ep_size
             holders = {p // share for p, e in enumerate(row) if e == expert}
             self._read_one_of(sorted(holders - self._ranks))
-        found = self._found.get((key, expert))
-        if found is None:
+        tensor, number, rank = self._found.get((key, expert), (None, 0, 0))
+        one = None if tensor is None else single_expert(tensor, number)
+        if one is None or (one.dtype, one.nbytes) != (like.dtype, nbytes):
             raise manifest_error(
-                like.entry.name, f"expert {expert} has no matching tensor on another rank"
-            )
-        stored, number, rank = found
-        count, here = (len(s.entry.expert.experts) if s.entry.expert else 1 for s in (like, stored))
-        size = (like.entry.stop - like.entry.start) // count
-        runs = equal_part(stored.runs, number, here)
-        if stored.entry.dtype != like.entry.dtype or sum(r.nbytes for r in runs) != size:
-            raise manifest_error(
-                like.entry.name, f"expert {expert} has no matching tensor on another rank"
+                like.name, f"expert {expert} has no matching tensor on another rank"
             )
         if rank != self.output.rank:
-            self.fetched[key, expert] = single_slot(stored, number)
-        return runs
+            self.fetched[key, expert] = one
+        return one.runs
 
     def _read_one_of(self, ranks: list[int]) -> None:
         """Read the first of several ranks whose files are there. Raises what the last one does."""
-        names = {whose: name for name, whose in part_names(self.output.ep_size).items()}
         for rank in ranks:
-            part = next(p for p in self.output.root.parts if p.name == names[rank])
+            (part,) = self.output.parts_of(rank)
             try:
                 self.add(rank, self.output.read_part(part, self.files))
             except MissingShard:
@@ -251,26 +237,28 @@ class ExpertCatalog:
                 return
 
 
-def relocate(
-    catalog: ExpertCatalog, own: Iterable[LocatedTensor], rows: Rows
-) -> list[LocatedTensor]:
+def relocate(catalog: ExpertCatalog, own: Iterable[LocalTensor], rows: Rows) -> list[LocalTensor]:
     """This rank's tensors with the bytes of the experts that `rows` puts into their slots."""
-    own, output = tuple(own), catalog.output
-    moving = [s for s in own if _experts(s, rows) != _experts(s, output.rows)]
-    stacks = {s.entry.expert.stack for s in moving if s.entry.expert}
-    catalog.add(output.rank, (s for s in own if s.entry.expert and s.entry.expert.stack in stacks))
+    experts = [(tensor, _experts(tensor, rows)) for tensor in own]
+    written = catalog.output.rows
+    moving = [tensor for tensor, new in experts if new != _experts(tensor, written)]
+    stacks = {tensor.slot_range.stack for tensor in moving if tensor.slot_range}
+    catalog.add(
+        catalog.output.rank,
+        (t for t, _ in experts if t.slot_range and t.slot_range.stack in stacks),
+    )
     out = []
-    for stored in own:
-        expert, experts = stored.entry.expert, _experts(stored, rows)
-        if expert is None or experts == _experts(stored, output.rows):
-            out.append(stored)
+    for tensor, new in experts:
+        expert = tensor.entry.expert
+        if expert is None or new == _experts(tensor, written):
+            out.append(tensor)
             continue
-        key = component_key(expert)
-        runs = [run for e in experts for run in catalog.runs(key, e, stored)]
-        out.append(LocatedTensor(stored.entry, join_runs(runs)))
+        key, nbytes = component_key(expert), tensor.nbytes // len(new)
+        runs = [run for e in new for run in catalog.runs(key, e, tensor, nbytes)]
+        out.append(replace(tensor, runs=join_runs(runs)))
     return out
 
 
-def _experts(stored: LocatedTensor, rows: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
-    expert = stored.entry.expert
-    return () if expert is None else rows[expert.stack][slice(*(expert.slots or (0, 0)))]
+def _experts(tensor: LocalTensor, rows: Rows) -> tuple[int, ...]:
+    slots = tensor.slot_range
+    return () if slots is None else rows[slots.stack][slots.start : slots.stop]

@@ -33,17 +33,15 @@ class Moves(Generic[ViewT]):
     changed: dict[str, tuple[tuple[int, int], ...]]
     named: frozenset[str]
 
-    def _touched(self) -> dict[LocalTensor, tuple[int, ...]]:
+    def _touched(self) -> list[tuple[LocalTensor, tuple[int, ...]]]:
+        """The tensors with slots that change, and those slots."""
         number = {name: n for n, name in enumerate(self.shard.stacks)}
-        slots = {number[s]: {slot for slot, _ in pairs} for s, pairs in self.changed.items()}
-        out = {}
+        changed = {number[s]: {slot for slot, _ in pairs} for s, pairs in self.changed.items()}
+        out = []
         for tensor in self.shard.tensors.values():
-            slot_range = tensor.slot_range
-            mine = (
-                slots.get(slot_range.stack, set()) & set(slot_range.local) if slot_range else set()
-            )
-            if mine:
-                out[tensor] = tuple(sorted(mine))
+            if (slots := tensor.slot_range) is not None:
+                mine = changed.get(slots.stack, set()).intersection(slots.local)
+                out += [(tensor, tuple(sorted(mine)))] if mine else []
         return out
 
     def load(
@@ -61,7 +59,7 @@ class Moves(Generic[ViewT]):
         >>> slots, values.shape
         ((2,), torch.Size([1, 8, 4]))
         """
-        parts = {t.name: (slots, _slots_of(t, slots)) for t, slots in self._touched().items()}
+        parts = {t.name: (slots, _slots_of(t, slots)) for t, slots in self._touched()}
         values = load_tensors(
             (part for _, part in parts.values()), self.shard.files, device, copy=copy
         )
@@ -88,7 +86,7 @@ class Moves(Generic[ViewT]):
         """
         began, shard = time.perf_counter(), self.shard
         slots = {tensor.name: tensor for tensor in shard.tensors.values() if tensor.slot_range}
-        needed = {tensor.name for tensor in self._touched()}
+        needed = {tensor.name for tensor, _ in self._touched()}
         with torch.no_grad():
             binding = bind(model, slots, rename=rename, ignore=ignore, cast=cast, needed=needed)
             pairs = [
@@ -137,4 +135,5 @@ def _slots_of(tensor: LocalTensor, slots: Sequence[int]) -> LocalTensor:
     size, rows = tensor.nbytes // count, tensor.shape[0] // count
     at = [n - slot_range.local.start for n in slots]
     runs = slice_runs(tensor.runs, [(n * size, (n + 1) * size) for n in at])
-    return LocalTensor(tensor.name, tensor.dtype, (rows * len(at), *tensor.shape[1:]), runs)
+    shape = (rows * len(at), *tensor.shape[1:])
+    return LocalTensor(replace(tensor.entry, shape=shape), runs)

@@ -15,16 +15,8 @@ from moeconv.core.system_errors import system_errors
 from moeconv.errors import GeometryMismatch, UsageProblem, quoted
 from moeconv.placement.model import Given, by_stack
 from moeconv.runtime.bind import Rename, bind, patterns_of
-from moeconv.runtime.open import (
-    Files,
-    LocatedTensor,
-    OpenOutput,
-    find,
-    is_global,
-    parts_of_rank,
-    plain,
-    rank_tensors,
-)
+from moeconv.runtime.byte_runs import LocalTensor
+from moeconv.runtime.open import Files, is_global, open_output, rank_tensors
 from moeconv.runtime.rank_view import RankView, changed_slots
 from moeconv.runtime.rebalance import Moves
 from moeconv.runtime.transfer import checked_device, load_tensors
@@ -93,8 +85,9 @@ def open_shard(
             f"{quoted(str(verify))} is not a kind of verification", fix='"digest", or None'
         )
     ep_rank, ep_size = _number(ep_rank, "ep_rank"), _number(ep_size, "ep_size")
-    where, root, data = find(Path(path).absolute(), source=None if source is None else Path(source))
-    output = OpenOutput(where, root, data, ep_rank, copied=source is not None)
+    output = open_output(
+        Path(path).absolute(), source=None if source is None else Path(source), rank=ep_rank
+    )
     if ep_size != output.ep_size or not 0 <= ep_rank < ep_size:
         raise GeometryMismatch(
             f"rank {ep_rank} of {ep_size} was requested, the output is for {output.ep_size}",
@@ -103,17 +96,16 @@ def open_shard(
             fix=f"start {output.ep_size} expert-parallel ranks, or shard again",
         )
     files: Files = {}
-    common: list[LocatedTensor] = []
-    own: list[LocatedTensor] = []
-    for part in parts_of_rank(root, ep_rank):
-        for stored in output.read_part(part, files):
-            expert = stored.entry.expert
-            (own if expert is not None and expert.slots is not None else common).append(stored)
+    common: list[LocalTensor] = []
+    own: list[LocalTensor] = []
+    for part in output.parts_of(None, ep_rank):
+        for tensor in output.read_part(part, files):
+            (common if tensor.slot_range is None else own).append(tensor)
     validate_rank(
-        root,
+        output.root,
         output.rows,
-        [s.entry for s in common],
-        [s.entry for s in own],
+        [t.entry for t in common],
+        [t.entry for t in own],
         rank=ep_rank,
         ep_size=ep_size,
     )
@@ -176,7 +168,7 @@ class Shard(RankView):
         >>> shard.global_tensors()["model.layers.0.mlp.experts.down_proj_scale"]
         tensor([0., 1., 2., 3., 4.])
         """
-        kept = [plain(s) for s in self.common if is_global(s, self.rows)]
+        kept = [tensor for tensor in self.common if is_global(tensor, self.rows)]
         return load_tensors(kept, self.files, None, copy=copy)
 
     def load_into(

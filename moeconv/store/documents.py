@@ -12,7 +12,7 @@ from moeconv.core.digest import hasher
 from moeconv.core.system_errors import explained
 from moeconv.errors import IoFailed, LfsPointer, Malformed, UnsafePath, quoted
 from moeconv.store.base import File
-from moeconv.store.file_io import FileEnded, read_available, read_bytes
+from moeconv.store.file_io import FileEnded, read_available
 
 CHECK_READABLE = "check that the file exists and may be read"
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
@@ -53,14 +53,6 @@ def unreadable(path: Path, problem: OSError, *, name: str) -> IoFailed:
     """The error for an input file that cannot be read."""
     cause, fix = explained(problem, otherwise=CHECK_READABLE)
     return IoFailed(f"cannot read {quoted(name)}", at=quoted(str(path)), cause=cause, fix=fix)
-
-
-def read_start(descriptor: int, facts: os.stat_result, count: int) -> bytes:
-    """The first `count` bytes of a file, or all of them where it has fewer. Raises OSError.
-
-    facts: what was found when it was opened; a file that was cut since is an error.
-    """
-    return read_bytes(descriptor, min(count, facts.st_size))
 
 
 def read_document(file: File, limit: int) -> bytes:

@@ -10,7 +10,7 @@ import torch
 
 import moeconv.runtime
 from moeconv.errors import Damaged, IoFailed, SourceChanged
-from moeconv.manifest.model import Run
+from moeconv.manifest.model import Run, TensorEntry
 from moeconv.runtime import files
 from moeconv.runtime.byte_runs import LocalTensor
 from moeconv.runtime.files import DataFile, Reader
@@ -150,7 +150,7 @@ def test_a_file_written_while_it_is_read(
 
 
 def test_a_file_that_is_cut_before_it_is_mapped(two: dict[int, DataFile]):
-    tensor = LocalTensor("a", "U8", (1000,), (Run(0, 0, 1000),), None, meaning=())
+    tensor = LocalTensor(TensorEntry("a", "U8", (1000,), 0, 1000, ()), (Run(0, 0, 1000),))
     with Reader(two) as reader:
         reader.open(tensor.runs)
         os.truncate(two[0].path, 10)

@@ -8,13 +8,13 @@ import torch
 
 import moeconv.runtime
 from moeconv.errors import MissingShard, NoTorchDtype, SourceChanged, UsageProblem
+from moeconv.manifest.model import Run, TensorEntry
 from moeconv.runtime.byte_runs import LocalTensor, join_runs, run_chunks, slice_runs
 from moeconv.runtime.transfer import load_tensors
 from tests.runtime.handmade import (
     _NAMES,
     STACK,
     Made,
-    Run,
     all_same,
     checkpoint,
     numbers,
@@ -133,7 +133,7 @@ def test_a_misaligned_run_is_copied(tmp_path: Path):
     shard = moeconv.runtime.open(out, ep_rank=0, ep_size=2)
     all_same(shard.load(), made.expected(0))
     for at in (4097, 4104):
-        odd = LocalTensor("x", "F32", (2,), (Run(0, at, 8),))
+        odd = LocalTensor(TensorEntry("x", "F32", (2,), at, at + 8, ()), (Run(0, at, 8),))
         value = load_tensors([odd], shard.files, None)["x"]
         assert raw(value) == (tmp_path / "source/model.safetensors").read_bytes()[at : at + 8]
         assert not value.data_ptr() % 16
@@ -172,7 +172,7 @@ def test_a_scalar(tmp_path: Path):
 @pytest.mark.parametrize(("dtype", "shape"), [("F6_E2M3", (4,)), ("F6_E3M2", (4,)), ("F4", (2, 3))])
 def test_dtypes_that_torch_lacks(dtype: str, shape: tuple[int, ...]):
     with pytest.raises(NoTorchDtype) as caught:
-        _ = LocalTensor("x", dtype, shape, ()).torch_dtype
+        _ = LocalTensor(TensorEntry("x", dtype, shape, 0, 0, ()), ()).torch_dtype
     assert caught.value.exit_code == 5
 
 
