@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Generic, TypeVar
 
 import torch
 
 from moeconv.errors import DoesNotFit, quoted
 from moeconv.runtime.bind import Binding, Rename, bind
-from moeconv.runtime.byte_runs import LocalTensor, slice_runs
+from moeconv.runtime.byte_runs import LocalTensor, equal_part, join_runs
 from moeconv.runtime.rank_view import RankView
 from moeconv.runtime.slot_records import record_placement, slots_to_load
 from moeconv.runtime.transfer import load_tensors
@@ -89,11 +90,7 @@ class Moves(Generic[ViewT]):
         needed = {tensor.name for tensor, _ in self._touched()}
         with torch.no_grad():
             binding = bind(model, slots, rename=rename, ignore=ignore, cast=cast, needed=needed)
-            pairs = [
-                (f.target, slot_range)
-                for f in binding.bound
-                if (slot_range := slots[f.source].slot_range)
-            ]
+            pairs = [(f.target, s) for f in binding.bound if (s := slots[f.source].slot_range)]
             _refuse_untied(binding, slots, shard)
             wanted = slots_to_load(pairs, shard, self.named)
         items = {
@@ -112,10 +109,8 @@ def _refuse_untied(binding: Binding, slots: Mapping[str, LocalTensor], shard: Ra
     """Raise DoesNotFit where one memory would have to hold different experts for two stacks."""
 
     def experts(name: str) -> tuple[int, ...]:
-        slot_range = slots[name].slot_range
-        return (
-            shard.rows[slot_range.stack][slot_range.start : slot_range.stop] if slot_range else ()
-        )
+        held = slots[name].slot_range
+        return shard.rows[held.stack][held.start : held.stop] if held else ()
 
     for item, other in binding.aliases:
         if experts(item.source) != experts(other):
@@ -128,12 +123,11 @@ def _refuse_untied(binding: Binding, slots: Mapping[str, LocalTensor], shard: Ra
 
 
 def _slots_of(tensor: LocalTensor, slots: Sequence[int]) -> LocalTensor:
-    slot_range = tensor.slot_range
-    if slot_range is None or not slot_range.stacked:
+    """Some of its slots, counted within the rank, as a tensor without a place on a rank."""
+    held = tensor.slot_range
+    if held is None or not held.stacked:
         return tensor
-    count = len(slot_range.local)
-    size, rows = tensor.nbytes // count, tensor.shape[0] // count
-    at = [n - slot_range.local.start for n in slots]
-    runs = slice_runs(tensor.runs, [(n * size, (n + 1) * size) for n in at])
-    shape = (rows * len(at), *tensor.shape[1:])
-    return LocalTensor(replace(tensor.entry, shape=shape), runs)
+    count = len(held.local)
+    parts = [equal_part(tensor.runs, slot - held.local.start, count) for slot in slots]
+    shape = (tensor.shape[0] // count * len(slots), *tensor.shape[1:])
+    return LocalTensor(replace(tensor.entry, shape=shape), join_runs(chain.from_iterable(parts)))

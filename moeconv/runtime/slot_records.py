@@ -20,12 +20,8 @@ from moeconv.runtime.rank_view import RankView
 
 Memory: TypeAlias = tuple[StorageWeakRef, int, int]  # storage, offset, version
 _KEY: Final = "_moeconv_loads"  # of a module's __dict__
-_ORDER: Final = count()
-
-
-def next_order() -> int:
-    """A number above those of all records so far."""
-    return next(_ORDER)
+_LOAD_WHOLE: Final = "load all of it: `load_into` of an output in the placement that you route by"
+ORDER: Final = count()  # its next number is above those of all records so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,36 +69,31 @@ def memory_state(target: Target) -> Memory:
     return storage, int(local.storage_offset()), version
 
 
-def start_records(tensors: Iterable[tuple[Target, SlotRange | None]], shard: RankView) -> None:
-    """Record that a load of these tensors begins; those without slots lose their record."""
+def record_load(
+    tensors: Iterable[tuple[Target, SlotRange | None]], shard: RankView, *, complete: bool
+) -> None:
+    """Record that a load of these tensors begins, or is complete.
+
+    Those without slots lose their record.
+    """
     weights = shard.weights
     for target, slot_range in tensors:
-        old = record_of(target)
         if slot_range is None:
             _put(target, None)
             continue
-        row = shard.rows[slot_range.stack]
-        known = row if old is None or old.row == row else ()
+        old, row = record_of(target), shard.rows[slot_range.stack]
+        known = complete or old is None or old.row == row
         record = LoadRecord(
-            stack=shard.output.root.stacks[slot_range.stack].name,
-            row=known,
+            stack=shard.stacks[slot_range.stack],
+            row=row if known else (),
             start=slot_range.start,
             stop=slot_range.stop,
             weights=weights,
-            complete=False,
-            memory=None,
-            order=next_order(),
+            complete=complete,
+            memory=memory_state(target) if complete else None,
+            order=next(ORDER),
         )
         _put(target, record)
-
-
-def finish_records(tensors: Iterable[tuple[Target, SlotRange | None]], shard: RankView) -> None:
-    """Record that the load of these tensors is complete."""
-    for target, slot_range in tensors:
-        record = record_of(target)
-        if slot_range is not None and record is not None:
-            row, memory = shard.rows[slot_range.stack], memory_state(target)
-            _put(target, replace(record, row=row, complete=True, memory=memory, order=next_order()))
 
 
 def record_placement(
@@ -116,7 +107,7 @@ def record_placement(
         record, row = record_of(target), shard.rows[slot_range.stack]
         known = record is not None and record.complete and record.stack in named
         if record is not None and known and record.row != row:
-            _put(target, replace(record, row=row, order=next_order()))
+            _put(target, replace(record, row=row, order=next(ORDER)))
 
 
 def _put(target: Target, record: LoadRecord | None) -> None:
@@ -138,7 +129,7 @@ def recorded_rows(targets: Iterable[Target]) -> dict[str, LoadRecord]:
         if record is None:
             continue
         if not record.row:
-            raise interrupted_load(target)
+            raise _interrupted_load(target)
         if found.setdefault(record.stack, record).row != record.row:
             raise GeometryMismatch(
                 f"the model holds {quoted(record.stack)} in two placements",
@@ -161,11 +152,13 @@ def slots_to_load(
     tensors = tuple(tensors)
     differ = {target: _differ(target, slot_range, shard, named) for target, slot_range in tensors}
     stacks = {slot_range.stack for target, slot_range in tensors if differ[target]}
-    found = {
-        target: frozenset(slot_range.local) if _written_since(target) else differ[target]
-        for target, slot_range in tensors
-        if slot_range.stack in stacks and (differ[target] or _written_since(target))
-    }
+    found = {}
+    for target, slot_range in tensors:
+        if slot_range.stack in stacks:
+            record = record_of(target)
+            written_since = record is None or record.memory != memory_state(target)
+            if slots := frozenset(slot_range.local) if written_since else differ[target]:
+                found[target] = slots
     weights = shard.weights
     for target in differ if found else ():
         record = record_of(target)
@@ -184,16 +177,13 @@ def _differ(
 ) -> frozenset[int]:
     """The local slots of a tensor that do not, or may not, hold the experts of `shard`."""
     record, row = record_of(target), shard.rows[slot_range.stack]
-    stack = shard.output.root.stacks[slot_range.stack].name
+    stack, start = shard.stacks[slot_range.stack], slot_range.start
     if record is not None and not record.complete:
-        raise interrupted_load(target)
-    if record is None or (record.stack, record.start, record.stop) != (
-        stack,
-        slot_range.start,
-        slot_range.stop,
-    ):
+        raise _interrupted_load(target)
+    here = (stack, start, slot_range.stop)
+    if record is None or (record.stack, record.start, record.stop) != here:
         return frozenset(slot_range.local if stack in named else ())
-    there = enumerate(slot_range.local, start=slot_range.start)
+    there = enumerate(slot_range.local, start=start)
     other = frozenset(slot for at, slot in there if record.row[at] != row[at])
     if other and stack not in named:
         raise GeometryMismatch(
@@ -205,15 +195,7 @@ def _differ(
     return other
 
 
-def _written_since(target: Target) -> bool:
-    record = record_of(target)
-    return record is None or record.memory != memory_state(target)
-
-
-_LOAD_WHOLE: Final = "load all of it: `load_into` of an output in the placement that you route by"
-
-
-def interrupted_load(target: Target) -> DoesNotFit:
+def _interrupted_load(target: Target) -> DoesNotFit:
     """The error for a model that a failed load left partly written."""
     return DoesNotFit(
         f"it is not known which experts {quoted(target.names[0])} holds",

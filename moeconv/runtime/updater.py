@@ -16,7 +16,7 @@ from moeconv.runtime.dtensor import BLOCK_BYTES, counts
 from moeconv.runtime.files import Reader
 from moeconv.runtime.model_tensors import is_dtensor, local_tensor
 from moeconv.runtime.rank_view import RankView
-from moeconv.runtime.slot_records import finish_records, next_order, recorded_rows, start_records
+from moeconv.runtime.slot_records import ORDER, record_load, recorded_rows
 from moeconv.runtime.transfer import TensorWriter
 
 
@@ -59,7 +59,7 @@ class Updater:
     binding: Binding
     device: torch.device | None
     _writer: TensorWriter = field(default_factory=TensorWriter)
-    _created: int = field(default_factory=next_order)
+    _created: int = field(default_factory=lambda: next(ORDER))
 
     def load(self, newer: RankView) -> Report:
         """Read an output of the same geometry into the model: the same memory, no names matched.
@@ -117,7 +117,7 @@ class Updater:
             refuse_unequal_aliases(self.binding, tensors, reader)
             self.binding.check()
             made = sum([_materialise(f, self.device) for f in targets])
-            start_records(slots, newer)
+            record_load(slots, newer, complete=False)
             for item in targets:
                 into = item.local()
                 for step in item.steps:
@@ -127,7 +127,7 @@ class Updater:
             reader.check()
             files = reader.names
         with torch.no_grad():
-            finish_records(slots, newer)
+            record_load(slots, newer, complete=True)
         return Report(
             tensors=len(targets),
             bytes_read=reader.bytes_read,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, TypeAlias
 
@@ -14,12 +13,13 @@ from moeconv.layout.axes import (
     EXPERT,
     IN,
     OUT,
+    Axes,
     AxesSyntax,
     geometry,
     parse_axes,
     stored_sizes,
 )
-from moeconv.manifest.model import ExpertEntry, Root, StackEntry, TensorEntry
+from moeconv.manifest.model import ExpertEntry, Root, StackEntry, TensorEntry, addresses
 
 Rows: TypeAlias = Mapping[int, tuple[int, ...]]  # stack number -> [P], for stacks that ranks share
 _Spans: TypeAlias = dict[tuple[str, str], list[tuple[int, int]]]  # by projection and component
@@ -37,12 +37,6 @@ def manifest_error(name: str, cause: str) -> BadManifest:
 
 
 @lru_cache(maxsize=256)  # a rank has thousands of tensors and few kinds of them
-def _letters(axes: str) -> tuple[str, ...]:
-    """The letters of all axes, slowest first. Raises AxesSyntax."""
-    return tuple(axis.letter for axis in parse_axes(axes).flat)
-
-
-@lru_cache(maxsize=256)
 def _stored(
     axes: str, matrix: tuple[int, ...], experts: int, projections: int
 ) -> tuple[tuple[int, ...], dict[str, int]]:
@@ -52,30 +46,35 @@ def _stored(
     return geometry(counted, sizes).shape, sizes
 
 
-def letters_of(expert: ExpertEntry) -> tuple[str, ...]:
-    """The letters of a tensor's axes, slowest first. Raises BadManifest."""
+def _axes(expert: ExpertEntry) -> Axes:
+    """The axes of a tensor. Raises BadManifest where E is not the first of them."""
+    name = f"stack {expert.stack}"
     try:
-        return _letters(expert.axes)
+        axes = parse_axes(expert.axes)
     except AxesSyntax as problem:
-        raise manifest_error(f"stack {expert.stack}", str(problem)) from None
+        raise manifest_error(name, str(problem)) from None
+    if any(axis.letter == EXPERT for axis in axes.flat[1:]):
+        raise manifest_error(name, f"axes {quoted(expert.axes)} have E after the first axis")
+    return axes
 
 
 def is_stacked(expert: ExpertEntry) -> bool:
     """Whether experts are along dimension 0. Raises BadManifest where along another."""
-    letters = letters_of(expert)
-    if EXPERT in letters[1:]:
-        raise manifest_error(
-            f"stack {expert.stack}", f"axes {quoted(expert.axes)} have E after the first axis"
-        )
-    return letters[:1] == (EXPERT,)
+    return EXPERT in _axes(expert).letters
 
 
-@dataclass(frozen=True, slots=True)
-class _StackTensors:
-    """What the common files and a rank's own hold of one stack."""
-
-    common: list[TensorEntry]
-    own: list[TensorEntry]
+def sizes_of(entry: TensorEntry, expert: ExpertEntry) -> dict[str, int]:
+    """Of each axis of a tensor, slowest first; its shape is what they give. Raises BadManifest."""
+    _axes(expert)  # for its error
+    units = len(expert.experts), len(expert.projections)
+    try:
+        shape, sizes = _stored(expert.axes, expert.matrix, *units)
+    except ValueError:
+        shape, sizes = None, {}
+    if shape != entry.shape:
+        cause = f"{quoted(expert.axes)} of {list(expert.matrix)} is not {list(entry.shape)}"
+        raise manifest_error(entry.name, cause)
+    return dict(sizes)
 
 
 def validate_rank(
@@ -88,23 +87,20 @@ def validate_rank(
     ep_size: int,
 ) -> None:
     """Each stack has all it must have, once, in the shapes it says. Raises BadManifest."""
-    by_stack = [_StackTensors([], []) for _ in root.stacks]
-    for entries, ours in ((common, False), (own, True)):
+    by_stack: list[tuple[list[TensorEntry], list[TensorEntry]]] = [([], []) for _ in root.stacks]
+    for side, entries in enumerate((common, own)):
         for entry in entries:
-            if entry.expert is None:
-                continue
-            sizes_of(entry, entry.expert)
-            which = by_stack[entry.expert.stack]
-            (which.own if ours else which.common).append(entry)
-    for number, stack in enumerate(root.stacks):
-        row = rows.get(number)
-        everyone = _spans(by_stack[number].common)
+            if entry.expert is not None:
+                sizes_of(entry, entry.expert)
+                by_stack[entry.expert.stack][side].append(entry)
+    for number, (stack, (shared, mine)) in enumerate(zip(root.stacks, by_stack, strict=True)):
+        everyone = _spans(shared)
         _check_once(stack.name, "expert", everyone, 0, stack.experts)
+        row = rows.get(number)
         if row is None:
             _check_weights(root, stack, everyone)
             continue
-        share = len(row) // ep_size
-        slots = _spans(by_stack[number].own)
+        share, slots = len(row) // ep_size, _spans(mine)
         _check_once(stack.name, "slot", slots, rank * share, (rank + 1) * share)
         _check_weights(root, stack, slots)
         if twice := slots.keys() & everyone.keys():
@@ -112,27 +108,10 @@ def validate_rank(
                 stack.name,
                 f"{' '.join(min(twice))} is both in the common files and in those of ranks",
             )
-        for entry in by_stack[number].common:
+        for entry in shared:
             _check_global(entry, stack)
-        mine = row[rank * share : (rank + 1) * share]
-        if len(set(mine)) != len(mine):
-            _check_replicas(stack.name, by_stack[number].own)
-
-
-def sizes_of(entry: TensorEntry, expert: ExpertEntry) -> dict[str, int]:
-    """Of each axis of a tensor, slowest first; its shape is what they give. Raises BadManifest."""
-    try:
-        shape, sizes = _stored(
-            expert.axes, expert.matrix, len(expert.experts), len(expert.projections)
-        )
-    except AxesSyntax as problem:
-        raise manifest_error(entry.name, str(problem)) from None
-    except ValueError:
-        shape, sizes = None, {}
-    if shape != entry.shape:
-        cause = f"{quoted(expert.axes)} of {list(expert.matrix)} is not {list(entry.shape)}"
-        raise manifest_error(entry.name, cause)
-    return dict(sizes)
+        if len(set(row[rank * share : (rank + 1) * share])) < share:
+            _check_replicas(root, mine)
 
 
 def _spans(entries: Iterable[TensorEntry]) -> _Spans:
@@ -187,7 +166,7 @@ def _check_global(entry: TensorEntry, stack: StackEntry) -> None:
     expert = entry.expert
     if expert is None:
         return
-    if not {OUT, IN}.isdisjoint(letters_of(expert)):
+    if not {OUT, IN}.isdisjoint(_axes(expert).letters):
         raise manifest_error(entry.name, "only small tensors of shared experts are common")
     alone = not is_stacked(expert) and len(expert.experts) == 1
     if not alone and len(expert.experts) != stack.experts:
@@ -196,13 +175,9 @@ def _check_global(entry: TensorEntry, stack: StackEntry) -> None:
         raise manifest_error(entry.name, "it lacks `local`, its name on a rank")
 
 
-def _check_replicas(name: str, own: Iterable[TensorEntry]) -> None:
-    known: dict[tuple[int, str, str], str] = {}
+def _check_replicas(root: Root, own: Iterable[TensorEntry]) -> None:
+    known: dict[str, str] = {}
     for entry in own:
-        expert = entry.expert
-        if expert is None or len(entry.digests) != expert.units:
-            continue
-        units = ((e, p, expert.component) for e in expert.experts for p in expert.projections)
-        for unit, digest in zip(units, entry.digests, strict=True):
-            if known.setdefault(unit, digest) != digest:
-                raise manifest_error(name, f"two slots of expert {unit[0]} differ in {entry.name}")
+        for address, digest in zip(addresses(entry, root.stacks), entry.digests, strict=False):
+            if known.setdefault(address, digest) != digest:
+                raise manifest_error(entry.name, f"two slots of {quoted(address)} differ")
