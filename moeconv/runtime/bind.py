@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final, TypeAlias
 
@@ -40,6 +40,7 @@ from moeconv.runtime.model_tensors import (
 from moeconv.runtime.transfer import Step
 
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
+_Problems: TypeAlias = defaultdict[str, list[str]]  # by kind
 _SHOWN: Final = 8  # problems of one kind that a message lists
 
 
@@ -70,12 +71,8 @@ class BoundTensor:
         """This rank's memory of it. Raises DoesNotFit if the model has changed since."""
         tensor = self.target.now()
         local = local_tensor(tensor)
-        in_order = is_row_major(local) or not any(s.direct for s in self.steps)
-        if (
-            unwritable_reason(tensor) is not None
-            or memory_kind(tensor) != self.kind
-            or not in_order
-        ):
+        same = unwritable_reason(tensor) is None and memory_kind(tensor) == self.kind
+        if not same or (any(s.direct for s in self.steps) and not is_row_major(local)):
             raise moved(self.target.names[0])
         return local.detach()
 
@@ -100,24 +97,19 @@ class Binding:
                 raise moved(item.target.names[0])
 
 
-@dataclass(slots=True)
-class _Problems:
-    kinds: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def refuse(self) -> None:
-        """Raise DoesNotFit with all problems, if there are any."""
-        kinds = {kind: found for kind, found in self.kinds.items() if found}
-        if not kinds:
-            return
-        total = sum(map(len, kinds.values()))
-        lines = []
-        for kind, found in kinds.items():
-            lines.append(f"{kind} ({len(found):,}): {listed(found, most=_SHOWN, separator='; ')}")
-        raise DoesNotFit(
-            f"the output and the model do not match in {total:,} place(s)",
-            cause="\n         ".join(lines),
-            fix="pass `rename=`, `ignore=` or `cast=True` if that is what you mean",
-        )
+def _refuse(problems: _Problems) -> None:
+    """Raise DoesNotFit with all problems, if there are any."""
+    if not problems:
+        return
+    lines = [
+        f"{kind} ({len(found):,}): {listed(found, most=_SHOWN, separator='; ')}"
+        for kind, found in problems.items()
+    ]
+    raise DoesNotFit(
+        f"the output and the model do not match in {sum(map(len, problems.values())):,} place(s)",
+        cause="\n         ".join(lines),
+        fix="pass `rename=`, `ignore=` or `cast=True` if that is what you mean",
+    )
 
 
 def _renamed(name: str, rename: Rename) -> str:
@@ -147,17 +139,17 @@ def _targets(model: torch.nn.Module, problems: _Problems) -> list[Target]:
     for before, module in modules_of(model):
         if unsharded(module):
             text = f"{quoted(before[:-1])} of FSDP2; call its `reshard()`"
-            problems.kinds["currently unsharded"].append(text)
-        meta = [name for name, b in module._buffers.items() if b is not None and b.is_meta]
-        if meta:  # nobody but the model's own code knows what such a buffer holds
-            problems.kinds["buffers on meta"] += [quoted(before + name) for name in meta]
+            problems["currently unsharded"].append(text)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:  # only the model's own code knows its values
+                problems["buffers on meta"].append(quoted(before + name))
     targets = targets_of(model)
-    problems.kinds["no plain memory"] += [
-        f"{quoted(target.names[0])} {target.unwritable}" for target in targets if target.unwritable
-    ]
-    problems.kinds["different views of the same memory"] += [
-        f"{quoted(a)} and {quoted(b)}" for a, b in overlapping(targets)
-    ]
+    for target in targets:
+        if target.unwritable:
+            text = f"{quoted(target.names[0])} {target.unwritable}"
+            problems["no plain memory"].append(text)
+    for a, b in overlapping(targets):
+        problems["different views of the same memory"].append(f"{quoted(a)} and {quoted(b)}")
     return targets
 
 
@@ -182,37 +174,36 @@ def bind(
     needed: only these must be in the model, not on meta and not ignored; the others are matched if
     they are there, and the model may have more.
     """
-    problems = _Problems()
+    problems: _Problems = defaultdict(list)
     patterns = patterns_of(ignore, "ignore")
     must = tensors if needed is None else needed
     skipped = {n for n in tensors if any(fnmatchcase(n, p) for p in patterns)}
-    ignored = {n: None for n in tensors if n in must and n in skipped}
+    ignored = tuple(n for n in tensors if n in must and n in skipped)
     if needed is not None and ignored:  # the model would be in neither placement
-        problems.kinds["ignored, but its slots change"] += map(quoted, ignored)
+        problems["ignored, but its slots change"] += map(quoted, ignored)
     by_target: dict[str, str] = {}
-    for name in tensors:
-        if name in skipped:
-            continue
+    for name in (n for n in tensors if n not in skipped):
         wanted = _renamed(name, rename)
         if wanted in by_target:
             both = f"{quoted(by_target[wanted])} and {quoted(name)} as {quoted(wanted)}"
-            problems.kinds["two names become one"].append(both)
+            problems["two names become one"].append(both)
         by_target[wanted] = name
     bound: list[BoundTensor] = []
     tied: list[str] = []
     aliases: list[tuple[BoundTensor, str]] = []
-    hint = "; call `model.tie_weights()` first if it is tied" if _may_tie(model) else ""
+    may_tie = any(hasattr(m, "tie_weights") for m in model.modules())
+    hint = "; call `model.tie_weights()` first if it is tied" if may_tie else ""
     for target in _targets(model, problems):
         used = [n for n in dict.fromkeys(target.names) if n in by_target]
         given = [by_target.pop(n) for n in used]
         if not given:
             if needed is None:
-                problems.kinds["not in the output"].append(quoted(target.names[0]) + hint)
+                problems["not in the output"].append(quoted(target.names[0]) + hint)
             continue
         tensor = target.now()
         if needed is not None and tensor.is_meta:
             if any(n in needed for n in given):
-                problems.kinds["on meta"].append(quoted(target.names[0]))
+                problems["on meta"].append(quoted(target.names[0]))
             continue
         if target.unwritable:
             continue  # noted already
@@ -222,18 +213,14 @@ def bind(
         tied += [name for name in target.names if name not in used]
     left = [quoted(name) for name in by_target.values() if name in must]
     if left:
-        problems.kinds["not in the model"] += left
-    problems.refuse()
+        problems["not in the model"] += left
+    _refuse(problems)
     converted = tuple(
         f.source for f in bound if tensors[f.source].torch_dtype != f.target.now().dtype
     )
     order = {name: number for number, name in enumerate(tensors)}
     bound.sort(key=lambda f: order[f.source])  # in the order of the files
-    return Binding(model, tuple(bound), tuple(ignored), tuple(tied), tuple(aliases), converted)
-
-
-def _may_tie(model: torch.nn.Module) -> bool:
-    return any(hasattr(m, "tie_weights") for m in model.modules())
+    return Binding(model, tuple(bound), ignored, tuple(tied), tuple(aliases), converted)
 
 
 def _steps(
@@ -247,26 +234,26 @@ def _steps(
     try:
         dtype, shape = source.torch_dtype, source.torch_shape
     except NoTorchDtype as problem:
-        problems.kinds["dtypes that torch lacks"].append(problem.message)
+        problems["dtypes that torch lacks"].append(problem.message)
         return ()
     if tensor.dtype != dtype and not (cast and _floats(tensor.dtype, dtype)):
         both = f"{quoted(source.name)} is {dtype}, the model has {tensor.dtype}"
-        problems.kinds["another dtype"].append(both)
+        problems["another dtype"].append(both)
     wanted = _wanted(tensor, source, shape)
     if isinstance(wanted, str):
-        problems.kinds["another shape"].append(wanted)
+        problems["another shape"].append(wanted)
         return ()
     local = local_tensor(tensor)
     have = tuple(local.shape)
     if counts(wanted) != have and (all(counts(wanted)) or all(have)):
         both = f"{quoted(source.name)}: this rank has {list(have)}, not {list(counts(wanted))}"
-        problems.kinds["another local shape"].append(both)
+        problems["another local shape"].append(both)
         return ()
     read = covering(shape, dtype.itemsize, wanted)
     direct = read == wanted and dtype == tensor.dtype and is_row_major(local)
     if not direct and local.is_inference() and not local.is_meta:
         both = f"{quoted(source.name)}: cannot copy into a tensor made in inference mode"
-        problems.kinds["no plain memory"].append(both)
+        problems["no plain memory"].append(both)
     return (Step(wanted, read, (0, local.shape[0] if have else 1), direct),)
 
 
@@ -292,16 +279,15 @@ def _wanted(tensor: torch.Tensor, source: LocalTensor, shape: tuple[int, ...]) -
         if target == shape:
             return whole(shape)
         return f"{quoted(source.name)} is {list(shape)}, the model has {list(target)}"
-    slot_range = source.slot_range
-    # all slots of all ranks along dimension 0, the mesh having EP as one of its dimensions
+    slot_range, scale = source.slot_range, 0
+    if slot_range is not None and slot_range.stacked and target[1:] == shape[1:]:
+        # perhaps all slots of all ranks along dimension 0, the mesh having EP as one of its
+        # dimensions
+        scale = shape[0] // len(slot_range.local)
     of_all = (
-        slot_range is not None
-        and slot_range.stacked
-        and target[1:] == shape[1:]
-        and target != shape
+        slot_range is not None and target != shape and target[:1] == (scale * slot_range.total,)
     )
-    scale = shape[0] // len(slot_range.local) if slot_range is not None and of_all else 0
-    if target != shape and not (slot_range and scale and target[0] == scale * slot_range.total):
+    if target != shape and not of_all:
         return f"{quoted(source.name)} is {list(shape)}, the model has {list(target)}"
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     if coordinate is None:

@@ -135,12 +135,9 @@ def new_rows(output: OpenOutput, rows: Rows, placement: Given) -> dict[int, tupl
     problems: list[str] = []
     for name, row in by_stack(names, placement).items():
         number = names.index(name)
-        if number not in rows or len(row) != len(rows[number]):
-            have = (
-                f"{len(rows[number])} slots"
-                if number in rows
-                else "no slots: every rank has all of it"
-            )
+        slots = len(rows.get(number, ()))
+        if len(row) != slots or not slots:
+            have = f"{slots} slots" if slots else "no slots: every rank has all of it"
             raise GeometryMismatch(
                 f"{quoted(name)} cannot have {len(row)} slots",
                 at=quoted(str(output.path)),
