@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
@@ -21,10 +20,10 @@ from moeconv.core.digest import digest
 from moeconv.errors import IoFailed, SourceChanged, printable, quoted
 from moeconv.manifest.model import Part, Run, SourceFile
 from moeconv.runtime.byte_runs import LocalTensor, run_chunks
-from moeconv.store.descriptors import DescriptorPool, Lease, descriptors_left
-from moeconv.store.documents import open_regular, unreadable
+from moeconv.store.descriptors import descriptors_left
 from moeconv.store.file_io import FileEnded, read_into
 from moeconv.store.local import LocalStore
+from moeconv.store.open_files import OpenFile, OpenFiles
 
 THREADS: Final = 4
 _MOST_THREADS: Final = 3 * THREADS  # that read at once, each of them one file
@@ -38,13 +37,17 @@ class DataFile:
 
     name: str
     path: Path
-    size: int
     identity: tuple[int, int, int, int]  # device, inode, size, mtime_ns
+
+    @property
+    def size(self) -> int:
+        """Bytes, with the header."""
+        return self.identity[2]
 
     @property
     def mtime_ns(self) -> int:
         """When it was last changed."""
-        return self.identity[-1]
+        return self.identity[3]
 
 
 def open_data_file(store: LocalStore, part: Part) -> DataFile:
@@ -65,7 +68,12 @@ def open_source_file(store: LocalStore, entry: SourceFile, *, copied: bool) -> D
     """
     found, header = _header(store, entry.name, entry.header_size)
     if (found.size, digest(header)) != (entry.size, entry.header_digest):
-        raise _changed(entry.name, "since the virtual output was made")
+        raise SourceChanged(
+            f"{quoted(entry.name)} has changed since the virtual output was made",
+            at=quoted(store.address),
+            cause="its size or header differs",
+            fix="create it again",
+        )
     if found.mtime_ns != entry.mtime_ns and not copied:
         raise SourceChanged(
             f"{quoted(entry.name)} was modified since the virtual output was made",
@@ -81,22 +89,10 @@ def _header(store: LocalStore, name: str, nbytes: int) -> tuple[DataFile, bytes]
     file = store.file(name)
     if file is None:
         raise missing(name)
-    found = DataFile(name, file.path, file.size, _identity(file.path.stat()))
+    facts = file.path.stat()
+    identity = facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
     most = min(nbytes, LENGTH_BYTES + MAX_HEADER_BYTES, file.size)
-    return found, file.read(0, most)
-
-
-def _identity(facts: os.stat_result) -> tuple[int, int, int, int]:
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
-
-
-def _changed(name: str, when: str) -> SourceChanged:
-    return SourceChanged(
-        f"{quoted(name)} has changed {when}",
-        at=quoted(name),
-        cause="its size, time or header differs",
-        fix="open the output again, or make it again if it is virtual",
-    )
+    return DataFile(name, file.path, identity), file.read(0, most)
 
 
 class Reader(ExitStack[bool | None]):
@@ -109,9 +105,9 @@ class Reader(ExitStack[bool | None]):
     def __init__(self, files: Mapping[int, DataFile]) -> None:
         super().__init__()
         self._files = files
-        self._opened: set[int] = set()
-        self._pool = DescriptorPool(self._open_checked, self._refuse_changed, most=1)
-        self.callback(self._pool.close)
+        inodes = {number: file.identity[:2] for number, file in files.items()}
+        self._open = OpenFiles(files, most=1, inodes=inodes)
+        self.callback(self._open.close)
         self._stopped = False
         self._maps: dict[int, torch.UntypedStorage] = {}
         self.bytes_read = 0
@@ -119,53 +115,17 @@ class Reader(ExitStack[bool | None]):
     @property
     def names(self) -> tuple[str, ...]:
         """The files opened."""
-        return tuple(self._files[number].name for number in sorted(self._opened))
+        return tuple(self._files[number].name for number in self._open.numbers)
 
     def open(self, runs: Iterable[Run]) -> None:
         """Open all files that these are of. Raises IoFailed, SourceChanged, UnsafePath."""
-        self._opened |= {r.file for r in runs}
-        self._pool.most = max(descriptors_left(len(self._opened)), _MOST_THREADS)
-        with closing(Lease(self._pool)) as lease:
-            for number in sorted(self._opened):
-                self._descriptor(lease, number)
-
-    def _open_checked(self, number: int) -> int:
-        """Raises OSError, SourceChanged, UnsafePath."""
-        file = self._files[number]
-        descriptor = open_regular(file.path, name=file.name)
-        try:
-            self._refuse_changed(number, descriptor, "since it was opened")
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _refuse_changed(
-        self, number: int, descriptor: int, when: str = "while it was read"
-    ) -> None:
-        file = self._files[number]
-        if _identity(os.fstat(descriptor)) != file.identity:
-            raise _changed(file.name, when)
-
-    def _descriptor(self, lease: Lease, number: int) -> int:
-        """The descriptor of a file, until the lease is on another. Raises IoFailed and the like."""
-        try:
-            return lease.on(number)
-        except OSError as problem:
-            file = self._files[number]
-            raise unreadable(file.path, problem, name=file.name) from None
+        numbers = {r.file for r in runs}.union(self._open.numbers)
+        self._open.pool.most = max(descriptors_left(len(numbers)), _MOST_THREADS)
+        self._open.open_all(numbers)
 
     def check(self) -> None:
         """Whether all files are still what they were. Raises SourceChanged, IoFailed."""
-        still_open = self._pool.open
-        for number in sorted(self._opened):
-            file, descriptor = self._files[number], still_open.get(number)
-            try:
-                facts = os.fstat(descriptor) if descriptor is not None else file.path.stat()
-            except OSError as problem:
-                raise unreadable(file.path, problem, name=file.name) from None
-            if _identity(facts) != file.identity:
-                raise _changed(file.name, "while it was read")
+        self._open.unchanged()
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
@@ -202,35 +162,34 @@ class Reader(ExitStack[bool | None]):
     def _read(self, address: int, runs: tuple[Run, ...]) -> None:
         size = sum(r.nbytes for r in runs)
         memory = memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
-        at, lease = 0, Lease(self._pool)
+        at = 0
         try:
-            for run in runs:
-                descriptor = self._descriptor(lease, run.file)
-                for done in range(0, run.nbytes, PIECE_BYTES):
-                    if self._stopped:
-                        return
-                    size = min(run.nbytes - done, PIECE_BYTES)
-                    self._read_piece(descriptor, memory[at : at + size], run, run.offset + done)
-                    at += size
+            with closing(self._open.reader()) as reader:
+                for run in runs:
+                    for done in range(0, run.nbytes, PIECE_BYTES):
+                        if self._stopped:
+                            return
+                        piece = memory[at : at + min(run.nbytes - done, PIECE_BYTES)]
+                        self._read_piece(reader.file(run.file), piece, run, run.offset + done)
+                        at += len(piece)
         except BaseException:
             self._stopped = True
             raise
-        finally:
-            lease.close()
 
-    def _read_piece(self, descriptor: int, piece: memoryview, run: Run, offset: int) -> None:
-        file = self._files[run.file]
+    def _read_piece(self, file: OpenFile, piece: memoryview, run: Run, offset: int) -> None:
         try:
-            read_into(descriptor, piece, offset)
+            read_into(file.descriptor, piece, offset)
         except FileEnded:
             cause = f"it ends before byte {run.offset + run.nbytes:,}"
-            raise damaged(file.name, cause) from None
+            raise damaged(self._files[file.number].name, cause) from None
         except OSError as problem:
-            raise unreadable(file.path, problem, name=file.name) from None
+            raise self._open.failed(file.number, problem, offset) from None
 
-    def _mapped(self, file: DataFile, number: int) -> torch.UntypedStorage:
-        with closing(Lease(self._pool)) as lease:
-            place = f"/proc/self/fd/{self._descriptor(lease, number)}"
+    def _mapped(self, number: int) -> torch.UntypedStorage:
+        file = self._files[number]
+        with closing(self._open.reader()) as reader:
+            # by descriptor, so that what is mapped is what was looked at
+            place = f"/proc/self/fd/{reader.file(number).descriptor}"
             try:
                 found = torch.UntypedStorage.from_file(place, shared=False, nbytes=file.size)
             except RuntimeError as problem:
@@ -251,8 +210,7 @@ class Reader(ExitStack[bool | None]):
             return None
         run, dtype = tensor.runs[0], tensor.torch_dtype
         if run.file not in self._maps:
-            # by descriptor, so that what is mapped is what was looked at
-            self._maps[run.file] = self._mapped(self._files[run.file], run.file)
+            self._maps[run.file] = self._mapped(run.file)
         start, shape = run.offset // dtype.itemsize, tensor.torch_shape
         strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
         return torch.empty(0, dtype=dtype).set_(self._maps[run.file], start, shape, strides)

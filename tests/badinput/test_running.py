@@ -73,7 +73,7 @@ def test_a_shard_is_written_to(src: Path, out: Path):
     write(src, _of_12_megabytes())
     shard = src / "model-00001-of-00002.safetensors"
     problem = _fails(SourceChanged, src, out, lambda: _written_to(shard))
-    holds(problem, SourceChanged, shard.name, "bytes when the plan was made")
+    holds(problem, SourceChanged, shard.name, "bytes then")
 
 
 def test_a_shard_grows(src: Path, out: Path):

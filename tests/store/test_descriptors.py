@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from moeconv.checkpoint.source import open_checkpoint
 from moeconv.core.system_errors import explained
-from moeconv.engine.copy.sources import Sources
 from moeconv.errors import IoFailed, SourceChanged
 from moeconv.store import descriptors
 from moeconv.store.descriptors import (
@@ -25,6 +24,7 @@ from moeconv.store.descriptors import (
     Lease,
     descriptors_left,
 )
+from moeconv.store.open_files import OpenFiles
 from tests.badinput.builders import config, qwen, two_files, write
 
 FILES = 12
@@ -178,7 +178,7 @@ def test_a_source_that_changes_while_it_is_closed(tmp_path: Path, what: str, aga
     src = write(tmp_path / "src", two_files(qwen()), config=config())
     found = open_checkpoint(src).files
     path, facts = found[0].path, found[0].path.stat()
-    sources = Sources(found, most=1)
+    sources = OpenFiles(dict(enumerate(found)), most=1)
     with closing(sources), closing(sources.reader()) as reader:
         view = memoryview(bytearray(8))
         reader.read_into(0, view, 0)

@@ -14,7 +14,6 @@ from typing import Final, TypeAlias
 from moeconv.engine.copy.buffers import PAGE_BYTES, begins_page
 from moeconv.engine.copy.methods import CopyMethods, whole_blocks
 from moeconv.engine.copy.sink import Digests, Sink, SourcePosition
-from moeconv.engine.copy.sources import SourceFile
 from moeconv.engine.copy.syscalls import (
     drop_cached,
     is_btrfs,
@@ -25,6 +24,7 @@ from moeconv.engine.copy.syscalls import (
 from moeconv.engine.output.atomic_file import NEW_FILE, partial_path, writing
 from moeconv.plan.model import OutputFile
 from moeconv.store.file_io import write_at, write_blocks
+from moeconv.store.open_files import OpenFile
 
 # Writes past the page cache are of whole pages, and long enough to be worth waiting for the disk.
 DIRECT_BYTES: Final = 256 * 1024
@@ -180,14 +180,14 @@ class DiskSink(Sink):
         self._methods.tally.add(direct=done)
         return first, first + done
 
-    def copy(self, source: SourceFile, offset: int, at: int, nbytes: int) -> int:
+    def copy(self, source: OpenFile, offset: int, at: int, nbytes: int) -> int:
         """Copy in the kernel, where that is faster; return how many bytes, from the first."""
         past = self._direct is not None and not self._refused
         if past and nbytes >= DIRECT_BYTES + PAGE_BYTES:
             return 0  # reading them and writing past the page cache is faster
         return self._copy(source, offset, at, nbytes)
 
-    def _copy(self, source: SourceFile, offset: int, at: int, nbytes: int) -> int:
+    def _copy(self, source: OpenFile, offset: int, at: int, nbytes: int) -> int:
         method = self._methods.of_file(source.number)
         if method.reads_bytes:
             return 0
@@ -197,7 +197,7 @@ class DiskSink(Sink):
         self._methods.tally.add(copied=done)
         return done
 
-    def clone(self, source: SourceFile, offset: int, at: int, nbytes: int) -> tuple[int, int]:
+    def clone(self, source: OpenFile, offset: int, at: int, nbytes: int) -> tuple[int, int]:
         """Share the blocks that can be shared; return which bytes are in place: [first, last).
 
         The edges are left to be written.

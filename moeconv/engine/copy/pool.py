@@ -13,11 +13,11 @@ from moeconv.core.digest import EMPTY_DIGEST
 from moeconv.core.signals import defer_signals
 from moeconv.engine.copy.buffers import BufferPool
 from moeconv.engine.copy.sink import TAKE, Digests, FilePolicy, HashSink, Sink, take_all
-from moeconv.engine.copy.sources import Sources, opened
 from moeconv.engine.copy.worker import Stopped, TileRunner
 from moeconv.errors import IoFailed, MoeconvError, UsageProblem
 from moeconv.plan.model import CopyTile, OutputFile, Tile
 from moeconv.store.descriptors import descriptors_left
+from moeconv.store.open_files import OpenFiles
 
 BATCH_BYTES: Final = 64 * 1024 * 1024
 
@@ -87,7 +87,7 @@ def run_tiles(
     queue = [_job(f, make_sink(f), policy(f)) for f in reversed(files)]
     batches = sum(job.pending for job in queue)
     jobs, most = _shares(len(sources), min(limits.jobs, batches, MAX_JOBS))
-    with opened(sources, most=most) as source:
+    with closing(OpenFiles(dict(enumerate(sources)), most=most)) as source:
         _WorkerPool(queue, source, limits.max_memory, progress).work(jobs)
         source.unchanged()
 
@@ -120,7 +120,7 @@ class _WorkerPool:
     def __init__(
         self,
         queue: list[_Job],
-        sources: Sources,
+        sources: OpenFiles,
         max_memory: int,
         progress: Progress,
     ) -> None:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-from moeconv.engine.copy.sources import SourceFile
 from moeconv.plan.model import OutputFile
+from moeconv.store.open_files import OpenFile
 
-SourcePosition: TypeAlias = tuple[SourceFile, int]  # an open source file and an offset in it
+SourcePosition: TypeAlias = tuple[OpenFile, int]  # an open source file and an offset in it
 
 Digests: TypeAlias = list[list[str]]  # [tensor][unit]; empty where a digest is left for later
 
@@ -75,11 +75,11 @@ class Sink:
         origin: where the same bytes are in a source file, if they are there in one run.
         """
 
-    def copy(self, source: SourceFile, offset: int, at: int, nbytes: int) -> int:
+    def copy(self, source: OpenFile, offset: int, at: int, nbytes: int) -> int:
         """Take bytes from a source file without reading them; return how many, from the first."""
         return 0
 
-    def clone(self, source: SourceFile, offset: int, at: int, nbytes: int) -> tuple[int, int]:
+    def clone(self, source: OpenFile, offset: int, at: int, nbytes: int) -> tuple[int, int]:
         """Share blocks with a source file; return which bytes are in place: [first, last)."""
         return 0, 0
 

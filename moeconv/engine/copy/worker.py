@@ -9,9 +9,9 @@ from typing import Final
 from moeconv.core.digest import digest, hasher
 from moeconv.engine.copy.buffers import BufferPool, WriteCombiner, pieces
 from moeconv.engine.copy.sink import LATER, TAKE, Digests, FilePolicy, Sink
-from moeconv.engine.copy.sources import Sources
 from moeconv.errors import MoeconvError, quoted
 from moeconv.plan.model import CopyTile, OutputFile, PermuteTile, Span, Tile
+from moeconv.store.open_files import OpenFiles
 
 # A larger copy gets calls of its own, in the kernel where that is possible.
 LARGE_TILE_BYTES: Final = 256 * 1024
@@ -32,7 +32,7 @@ class TileRunner:
 
     def __init__(
         self,
-        sources: Sources,
+        sources: OpenFiles,
         memory: BufferPool,
         *,
         stop: threading.Event,

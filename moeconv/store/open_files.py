@@ -1,46 +1,80 @@
-"""The source files, shared by all workers, and proof that nobody changed them meanwhile."""
+"""Local files that are open for reading, shared by threads, and proof that they stay unchanged."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, Protocol, TypeAlias
 
-from moeconv.checkpoint.source import DataFile
 from moeconv.core.system_errors import explained
 from moeconv.errors import IoFailed, SourceChanged, quoted
 from moeconv.store.descriptors import DescriptorPool, Lease
-from moeconv.store.documents import CHECK_READABLE
+from moeconv.store.documents import CHECK_READABLE, open_regular
 from moeconv.store.file_io import FileEnded, read_into
+
+Inode: TypeAlias = tuple[int, int]  # device, inode
+_NONE: Final[Mapping[int, Inode]] = MappingProxyType({})
+
+
+class PinnedFile(Protocol):
+    """A local file as it was when it was looked at."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def mtime_ns(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
-class SourceFile:
-    """An open file of the source: its number among the source's files, and a descriptor."""
+class OpenFile:
+    """An open file: its number among the files, and a descriptor."""
 
     number: int
     descriptor: int
 
 
-class Sources:
-    """The data files by number, at most `most` of them open at once.
+class OpenFiles:
+    """Files by number, at most `most` of them open at once.
 
     A file that is opened again must be the one that was read before, and unchanged.
+    inodes: of files that were looked at more closely before; others are known once opened.
     """
 
-    def __init__(self, files: tuple[DataFile, ...], *, most: int) -> None:
+    def __init__(
+        self, files: Mapping[int, PinnedFile], *, most: int, inodes: Mapping[int, Inode] = _NONE
+    ) -> None:
         self._files = files
-        self._identities: dict[int, tuple[int, int]] = {}  # of all that were read: device, inode
-        self._pool = DescriptorPool(self._open, self._refuse_changed, most=most)
+        self._known = inodes
+        self._inodes: dict[int, Inode] = {}  # of all that were opened
+        self.pool = DescriptorPool(self._open, self._refuse_changed, most=most)
 
-    def reader(self) -> SourceReader:
+    @property
+    def numbers(self) -> list[int]:
+        """All files that were opened, in order."""
+        return sorted(self._inodes)
+
+    def reader(self) -> FileReader:
         """A way to read them, for one thread."""
-        return SourceReader(self, Lease(self._pool))
+        return FileReader(self, Lease(self.pool))
+
+    def open_all(self, numbers: set[int]) -> None:
+        """Open files once, whether or not they stay open. Raises IoFailed, SourceChanged."""
+        with closing(self.reader()) as reader:
+            for number in sorted(numbers):
+                reader.file(number)
 
     def _open(self, number: int) -> int:
-        """Raises OSError, SourceChanged."""
-        descriptor = os.open(self._files[number].path, os.O_RDONLY | os.O_CLOEXEC)
+        """Raises OSError, SourceChanged, UnsafePath."""
+        file = self._files[number]
+        descriptor = open_regular(file.path, name=file.name)
         try:
             self._refuse_changed(number, descriptor)
         except BaseException:
@@ -53,13 +87,13 @@ class Sources:
 
     def _check(self, number: int, facts: os.stat_result) -> None:
         file, found = self._files[number], (facts.st_dev, facts.st_ino)
-        same = self._identities.setdefault(number, found) == found
-        if same and (facts.st_size, facts.st_mtime_ns) == (file.size, file.mtime_ns):
+        known = self._inodes.setdefault(number, self._known.get(number, found))
+        if known == found and (facts.st_size, facts.st_mtime_ns) == (file.size, file.mtime_ns):
             return
         raise SourceChanged(
-            f"{quoted(file.name)} changed while it was being read",
+            f"{quoted(file.name)} has changed since its header was read",
             at=quoted(str(file.path)),
-            cause=f"it had {file.size:,} bytes when the plan was made, "
+            cause=f"it had {file.size:,} bytes then, "
             f"and has {facts.st_size:,} now, or it was written to or replaced",
         )
 
@@ -85,9 +119,9 @@ class Sources:
         )
 
     def unchanged(self) -> None:
-        """Raise SourceChanged if a file that was read is not the one that was planned, IoFailed."""
-        still_open = self._pool.open
-        for number in self._identities:
+        """Raise SourceChanged if a file is not the one that was opened any more, IoFailed."""
+        still_open = self.pool.open
+        for number in self.numbers:
             descriptor = still_open.get(number)
             try:
                 facts = (
@@ -101,44 +135,34 @@ class Sources:
 
     def close(self) -> None:
         """Close everything."""
-        self._pool.close()
+        self.pool.close()
 
 
-class SourceReader:
+class FileReader:
     """Reads of one thread; it holds the file that it read last."""
 
-    def __init__(self, sources: Sources, lease: Lease) -> None:
-        self._sources = sources
+    def __init__(self, files: OpenFiles, lease: Lease) -> None:
+        self._files = files
         self._lease = lease
 
-    def file(self, number: int) -> SourceFile:
-        """Source file `number`, open until another is asked for. Raises IoFailed, SourceChanged."""
+    def file(self, number: int) -> OpenFile:
+        """File `number`, open until another is asked for. Raises IoFailed, SourceChanged."""
         try:
-            return SourceFile(number, self._lease.on(number))
+            return OpenFile(number, self._lease.on(number))
         except OSError as problem:
-            raise self._sources.failed(number, problem) from None
+            raise self._files.failed(number, problem) from None
 
     def read_into(self, number: int, view: memoryview, offset: int) -> None:
-        """Fill `view` from byte `offset` of a source file on. Raises IoFailed, SourceChanged."""
+        """Fill `view` from byte `offset` of a file on. Raises IoFailed, SourceChanged."""
         lease = self._lease
         descriptor = lease.descriptor if lease.number == number else self.file(number).descriptor
         try:
             read_into(descriptor, view, offset)
         except FileEnded as problem:
-            raise self._sources.ended(number, problem) from None
+            raise self._files.ended(number, problem) from None
         except OSError as problem:
-            raise self._sources.failed(number, problem, offset) from None
+            raise self._files.failed(number, problem, offset) from None
 
     def close(self) -> None:
         """Hold no file any more."""
         self._lease.close()
-
-
-@contextmanager
-def opened(files: tuple[DataFile, ...], *, most: int) -> Iterator[Sources]:
-    """Sources that close themselves. most: how many are open at once, one a thread at least."""
-    sources = Sources(files, most=most)
-    try:
-        yield sources
-    finally:
-        sources.close()
