@@ -11,7 +11,7 @@ from moeconv.checkpoint.header import Header, parse_header
 from moeconv.core.digest import digest
 from moeconv.core.names import MAX_FILE_NAME_BYTES
 from moeconv.core.text import quoted_list
-from moeconv.errors import Damaged, MissingShard, quoted
+from moeconv.errors import Damaged, MissingShard, Unfinished, quoted
 from moeconv.manifest.model import (
     MAX_DOCUMENT_BYTES,
     MAX_ROOT_BYTES,
@@ -119,6 +119,16 @@ def missing(name: str) -> MissingShard:
         at=quoted(ROOT_NAME),
         cause="the output's manifest names it",
         fix="fetch that file again, or convert again",
+    )
+
+
+def unfinished(address: str) -> Unfinished:
+    """The error for a directory in which a run of ours is not done, or ended early."""
+    return Unfinished(
+        f"{quoted(address.rpartition('/')[2])} is an unfinished moeconv output",
+        at=quoted(address),
+        cause=f"it has `{PARTS_DIR}/` but no `{ROOT_NAME}`, which is written last",
+        fix="wait until it is written, or convert again with `--overwrite`",
     )
 
 

@@ -17,7 +17,7 @@ from moeconv.checkpoint.index import (
     parse_index,
 )
 from moeconv.checkpoint.output import RecordedDocuments, foreign_files, open_output
-from moeconv.checkpoint.output_files import missing, read_root
+from moeconv.checkpoint.output_files import missing, read_root, unfinished
 from moeconv.checkpoint.warnings import missing_shards, source_warnings
 from moeconv.core.digest import digest
 from moeconv.core.names import natural_key
@@ -30,7 +30,6 @@ from moeconv.errors import (
     NoCheckpoint,
     SourceChanged,
     SourceMissing,
-    Unfinished,
     quoted,
 )
 from moeconv.manifest.model import ORIGIN_NAME, PARTS_DIR, ROOT_NAME, Manifest, SourceEntry
@@ -161,12 +160,7 @@ def open_checkpoint(src: Path | Store, *, exclude: tuple[str, ...] = ()) -> Chec
     if store.file(ROOT_NAME) is not None:
         return _open_own(store, exclude)
     if _unfinished(store):
-        raise Unfinished(
-            f"{quoted(store.address.rpartition('/')[2])} is an unfinished moeconv output",
-            at=quoted(store.address),
-            cause=f"it has `{PARTS_DIR}/` but no `{ROOT_NAME}`, which is written last",
-            fix="convert again with `--overwrite`",
-        )
+        raise unfinished(store.address)
     return _open_directory(store, exclude)
 
 

@@ -137,7 +137,12 @@ class StackFP8HfQuantizer(FineGrainedFP8HfQuantizer):
         rules: list[WeightTransform] = super().update_weight_conversions(weight_conversions, model)
         if self._dequantises():
             for stack in _stacks(model):
-                known = _rules_of(stack, rules)
+                # those that read the stack under this name alone; they may transpose it
+                known = [
+                    rule
+                    for rule in rules
+                    if isinstance(rule, WeightConverter) and rule.source_patterns == [stack]
+                ]
                 operations = [op for rule in known for op in rule.operations]
                 transposes = any(isinstance(op, Transpose) for op in operations)
                 sources = [stack, *(stack + companion for companion in COMPANIONS)]
@@ -225,15 +230,11 @@ def _grid(
     if scales.ndim == STACK_DIMENSIONS and _fits(scales.shape[1], scales.shape[2], order, block):
         return scales
     if order.joint and scales.shape[1:] in {(2,), (2, 1)}:
-        return _pairs(scales.reshape(experts, 2), order)
+        numbers = scales.reshape(experts, 2)
+        if order.interleaved:
+            numbers = numbers.repeat(1, (order.columns if order.transposed else order.rows) // 2)
+        return numbers.unsqueeze(1 if order.transposed else 2)  # the axis that joins gate and up
     return None
-
-
-def _pairs(numbers: torch.Tensor, order: StorageOrder) -> torch.Tensor:
-    """A number for gate and one for up, [E, 2], along the axis that joins them."""
-    if order.interleaved:
-        numbers = numbers.repeat(1, (order.columns if order.transposed else order.rows) // 2)
-    return numbers.unsqueeze(1 if order.transposed else 2)
 
 
 def _fits(down: int, across: int, order: StorageOrder, block: tuple[int, int] | None) -> bool:
@@ -272,12 +273,3 @@ def _stacks(model: PreTrainedModel) -> list[str]:
         and (p.ndim == STACK_DIMENSIONS or type(module).__name__ in FLAT)
     )
     return sorted({UP_TO_THE_LAYER.sub("", name) for name in stacks})
-
-
-def _rules_of(stack: str, rules: list[WeightTransform]) -> list[WeightConverter]:
-    """The rules that read a stack under this name alone; their transposition must be kept."""
-    return [
-        rule
-        for rule in rules
-        if isinstance(rule, WeightConverter) and rule.source_patterns == [stack]
-    ]

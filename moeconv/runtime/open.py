@@ -12,10 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import TypeAlias
 
-from moeconv.checkpoint.output_files import read_entry, read_root
+from moeconv.checkpoint.output_files import read_entry, read_root, unfinished
 from moeconv.core.dtypes import BITS
 from moeconv.core.names import slot_namer
-from moeconv.errors import DuplicateTensor, NotAnOutput, Unfinished, quoted
+from moeconv.errors import DuplicateTensor, NotAnOutput, quoted
 from moeconv.manifest.model import (
     MAX_PART_BYTES,
     PARTS_DIR,
@@ -121,19 +121,14 @@ class OpenOutput:
         return LocalTensor(entry, join_runs(runs), slot_range)
 
 
-def open_output(path: Path, *, source: Path | None, rank: int) -> OpenOutput:
+def open_for_rank(path: Path, *, source: Path | None, rank: int) -> OpenOutput:
     """Read the root of an output. source: where the files of a virtual one are, if elsewhere.
 
     Raises NotAnOutput, Unfinished, Damaged, BadManifest, UnsupportedVersion.
     """
     if not (path / ROOT_NAME).exists():
         if (path / PARTS_DIR).is_dir():
-            raise Unfinished(
-                f"{quoted(path.name)} is an unfinished moeconv output",
-                at=quoted(str(path)),
-                cause=f"it has `{PARTS_DIR}/` but no `{ROOT_NAME}`, which is written last",
-                fix="wait until it is written, or convert again",
-            )
+            raise unfinished(str(path))
         raise NotAnOutput(
             f"{quoted(path.name)} is not a moeconv output",
             at=quoted(str(path)),

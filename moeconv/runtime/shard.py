@@ -16,7 +16,7 @@ from moeconv.errors import GeometryMismatch, UsageProblem, quoted
 from moeconv.placement.model import Given, by_stack
 from moeconv.runtime.bind import Rename, bind, patterns_of
 from moeconv.runtime.byte_runs import LocalTensor
-from moeconv.runtime.open import Files, is_global, open_output, rank_tensors
+from moeconv.runtime.open import Files, is_global, open_for_rank, rank_tensors
 from moeconv.runtime.rank_view import RankView, changed_slots
 from moeconv.runtime.rebalance import Moves
 from moeconv.runtime.transfer import checked_device, load_tensors
@@ -85,7 +85,7 @@ def open_shard(
             f"{quoted(str(verify))} is not a kind of verification", fix='"digest", or None'
         )
     ep_rank, ep_size = _number(ep_rank, "ep_rank"), _number(ep_size, "ep_size")
-    output = open_output(
+    output = open_for_rank(
         Path(path).absolute(), source=None if source is None else Path(source), rank=ep_rank
     )
     if ep_size != output.ep_size or not 0 <= ep_rank < ep_size:

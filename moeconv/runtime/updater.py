@@ -114,7 +114,7 @@ class Updater:
             # all that can be refused is, before the first byte is written
             names = [f.source for f in targets] + [other for _, other in self.binding.aliases]
             reader.open(run for name in names for run in tensors[name].runs)
-            refuse_unequal_aliases(self.binding, tensors, reader)
+            _refuse_unequal_aliases(self.binding, tensors, reader)
             self.binding.check()
             made = sum([_materialise(f, self.device) for f in targets])
             record_load(slots, newer, complete=False)
@@ -167,7 +167,7 @@ def _other_placement(stack: str, cause: str) -> GeometryMismatch:
     )
 
 
-def refuse_unequal_aliases(
+def _refuse_unequal_aliases(
     binding: Binding, tensors: Mapping[str, LocalTensor], reader: Reader
 ) -> None:
     """Two names of one storage must have the same bytes. Raises DoesNotFit with all that differ."""
@@ -194,13 +194,13 @@ def _equal(item: BoundTensor, a: LocalTensor, b: LocalTensor, reader: Reader) ->
         join_runs(r for step in item.steps for _, runs in step.blocks(t) for r in runs)
         for t in (a, b)
     )
+    left, right = (torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(2))
     sides = zip(run_chunks(mine, BLOCK_BYTES), run_chunks(others, BLOCK_BYTES), strict=True)
-    for pair in sides:
-        both = []
-        for _, runs in pair:
-            both.append(torch.empty(sum(r.nbytes for r in runs), dtype=torch.uint8))
-            reader.into(both[-1].data_ptr(), runs)
-        if not torch.equal(*both):
+    for (_, here), (_, there) in sides:
+        reader.into(left.data_ptr(), here)
+        reader.into(right.data_ptr(), there)
+        size = sum(r.nbytes for r in here)
+        if not torch.equal(left[:size], right[:size]):
             return False
     return True
 
