@@ -106,8 +106,8 @@ class Reader(ExitStack[bool | None]):
         super().__init__()
         self._files = files
         inodes = {number: file.identity[:2] for number, file in files.items()}
-        self._open = OpenFiles(files, most=1, inodes=inodes)
-        self.callback(self._open.close)
+        self._open_files = OpenFiles(files, most=1, inodes=inodes)
+        self.callback(self._open_files.close)
         self._stopped = False
         self._maps: dict[int, torch.UntypedStorage] = {}
         self.bytes_read = 0
@@ -115,17 +115,17 @@ class Reader(ExitStack[bool | None]):
     @property
     def names(self) -> tuple[str, ...]:
         """The files opened."""
-        return tuple(self._files[number].name for number in self._open.numbers)
+        return tuple(self._files[number].name for number in self._open_files.numbers)
 
     def open(self, runs: Iterable[Run]) -> None:
         """Open all files that these are of. Raises IoFailed, SourceChanged, UnsafePath."""
-        numbers = {r.file for r in runs}.union(self._open.numbers)
-        self._open.pool.most = max(descriptors_left(len(numbers)), _MOST_THREADS)
-        self._open.open_all(numbers)
+        numbers = {r.file for r in runs}.union(self._open_files.numbers)
+        self._open_files.pool.most = max(descriptors_left(len(numbers)), _MOST_THREADS)
+        self._open_files.open_all(numbers)
 
     def check(self) -> None:
         """Whether all files are still what they were. Raises SourceChanged, IoFailed."""
-        self._open.unchanged()
+        self._open_files.unchanged()
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
@@ -164,7 +164,7 @@ class Reader(ExitStack[bool | None]):
         memory = memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
         at = 0
         try:
-            with closing(self._open.reader()) as reader:
+            with closing(self._open_files.reader()) as reader:
                 for run in runs:
                     for done in range(0, run.nbytes, PIECE_BYTES):
                         if self._stopped:
@@ -183,11 +183,11 @@ class Reader(ExitStack[bool | None]):
             cause = f"it ends before byte {run.offset + run.nbytes:,}"
             raise damaged(self._files[file.number].name, cause) from None
         except OSError as problem:
-            raise self._open.failed(file.number, problem, offset) from None
+            raise self._open_files.failed(file.number, problem, offset) from None
 
     def _mapped(self, number: int) -> torch.UntypedStorage:
         file = self._files[number]
-        with closing(self._open.reader()) as reader:
+        with closing(self._open_files.reader()) as reader:
             # by descriptor, so that what is mapped is what was looked at
             place = f"/proc/self/fd/{reader.file(number).descriptor}"
             try:

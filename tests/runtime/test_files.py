@@ -177,7 +177,7 @@ def test_a_file_that_changes_while_it_is_closed(
         reader.open(RUNS)
         reader.into(out.data_ptr(), (Run(1, 0, 40),))
         reader.into(out.data_ptr(), (Run(0, 0, 40),))
-        assert list(reader._pool.open) == [0]
+        assert list(reader._open_files.pool.open) == [0]
         if what == "written to":
             path.write_bytes(path.read_bytes())
         else:
