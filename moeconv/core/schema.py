@@ -248,32 +248,23 @@ class Table:
 
     def tables(self, key: str, most: int = MAX_ITEMS) -> Iterator[Table]:
         """A member that is a list of at most `most` objects, one after the other."""
-        for place, item in self._bounded(key, most):
-            if isinstance(item, dict):
-                yield Table(item, place, self.problems)
-            else:
-                self._no_object(place)
+        return self.records(key, Table, most)
 
     def records(self, key: str, kind: type[T], most: int = MAX_ITEMS) -> Iterator[Table | T]:
         """As `tables`, of a document whose objects were read as `kind` where they could be."""
-        for place, item in self._bounded(key, most):
+        value = self.raw(key)
+        if isinstance(value, list) and len(value) > most:
+            self.problem(key, f"has {len(value):,} items, more than {most:,}")
+            return
+        items: Iterable[tuple[str, object]] = self._items(key)
+        for place, item in items:
             if isinstance(item, kind):
                 yield item
             elif isinstance(item, dict):
                 yield Table(item, place, self.problems)
             else:
-                self._no_object(place)
-
-    def _bounded(self, key: str, most: int) -> Iterable[tuple[str, object]]:
-        value = self.raw(key)
-        if isinstance(value, list) and len(value) > most:
-            self.problem(key, f"has {len(value):,} items, more than {most:,}")
-            return ()
-        return self._items(key)
-
-    def _no_object(self, place: str) -> None:
-        self.problems.add(place, "must be an object")
-        self.problems.skipped = True
+                self.problems.add(place, "must be an object")
+                self.problems.skipped = True
 
     def finish(self) -> None:
         """Refuse members that nothing read: a misspelt key must not be silent."""

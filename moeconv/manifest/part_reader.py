@@ -71,38 +71,29 @@ def parse_part(raw: bytes, root: Root, *, where: str) -> Part:
 
 
 def _table(raw: bytes, root: Root, rank: int | None, *, where: str) -> tuple[Table, Problems]:
-    """A part's document, its tensors read already as far as nothing is wrong with them."""
-    reader = _TensorReader(root, rank)
-    doc = loads_records(raw, where=quoted(where), record=reader.record, floats=False)
-    problems = Problems(lenient=root.minor > MINOR, allowance=reader.allowance)
-    return Table(doc, "", problems), problems
+    """A part's document, its tensors read already as far as nothing is wrong with them.
 
-
-class _TensorReader:
-    """Reads tensors while the JSON is parsed: as values of JSON a million of them take gigabytes.
-
-    One in which anything is wrong stays JSON, and is read again where its place is known.
+    They are read while the JSON is parsed: as values of JSON a million of them take gigabytes. One
+    in which anything is wrong stays JSON, and is read again where its place is known.
     """
+    lenient, allowance = root.minor > MINOR, MAX_LISTED
 
-    def __init__(self, root: Root, rank: int | None) -> None:
-        self._root = root
-        self._rank = rank
-        self.allowance = MAX_LISTED
-
-    def record(self, pairs: Pairs) -> TensorEntry | None:
-        """The tensor that an object of the document is."""
+    def record(pairs: Pairs) -> TensorEntry | None:
+        nonlocal allowance
         doc = dict(pairs)
         if len(doc) != len(pairs) or not doc.keys() >= _OF_TENSORS:
             return None
-        lenient = self._root.minor > MINOR
-        problems = Problems(silent=True, lenient=lenient, allowance=self.allowance)
+        problems = Problems(silent=True, lenient=lenient, allowance=allowance)
         try:
-            entry = _tensor(Table(doc, "", problems), self._root, self._rank)
+            return _tensor(Table(doc, "", problems), root, rank)
         except Refused:
             return None
         finally:  # what was listed took its time, whatever came of it
-            self.allowance = problems.allowance
-        return entry
+            allowance = problems.allowance
+
+    doc = loads_records(raw, where=quoted(where), record=record, floats=False)
+    problems = Problems(lenient=lenient, allowance=allowance)
+    return Table(doc, "", problems), problems
 
 
 def _rank_in(name: str) -> int | None:

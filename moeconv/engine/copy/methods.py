@@ -147,7 +147,6 @@ class CopyMethods:
     tally: Tally = field(default_factory=Tally)
     found: dict[int, CopyMethod] = field(default_factory=dict)  # by the source's st_dev
     devices: tuple[int, ...] = ()  # of the source's files
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def names(self) -> list[str]:
@@ -172,18 +171,12 @@ class CopyMethods:
                 raise unreadable(path, problem, name=path.name) from None
             if devices[-1] not in self.found:
                 with opened(path, name=path.name) as (descriptor, _):
-                    self._probe_device(descriptor)
+                    self.found[devices[-1]] = self._best(descriptor)
         self.devices = tuple(devices)
 
     def of_file(self, number: int) -> CopyMethod:
         """Return the method for a source file; `probe` was called for all of them."""
         return self.found.get(self.devices[number], BUFFER) if self.devices else BUFFER
-
-    def _probe_device(self, source: int) -> None:
-        device = os.fstat(source).st_dev
-        with self._lock:
-            if device not in self.found:
-                self.found[device] = self._best(source)
 
     def _best(self, source: int) -> CopyMethod:
         """Try the methods on a scratch file beside the output."""

@@ -55,11 +55,11 @@ def permute(
     """
     dtype = f"u{tile.itemsize}"
     spans = [np.frombuffer(read(span, take(span.nbytes)), dtype=dtype) for span in tile.spans]
-    desk = _Scratch(take, tile)
+    scratch = _Scratch(take, tile)
     units: list[tuple[int, str]] = []
     if tile.is_identity:
         units = [
-            (p.unit, _digest(view(spans[p.span], p.source, p.shape), desk)) for p in tile.pieces
+            (p.unit, _digest(view(spans[p.span], p.source, p.shape), scratch)) for p in tile.pieces
         ]
         return spans[0].view(np.uint8).data, units
     out = np.frombuffer(take(tile.nbytes), dtype=dtype)
@@ -74,14 +74,16 @@ def permute(
                     fix="choose a layout that stores them separately",
                 )
         else:
-            _move(target, source, desk)
+            _move(target, source, scratch)
         # of the side that need not be transposed for it
-        units.append((piece.unit, _digest(source if source.flags.c_contiguous else target, desk)))
+        units.append(
+            (piece.unit, _digest(source if source.flags.c_contiguous else target, scratch))
+        )
     return out.view(np.uint8).data, units
 
 
 class _Scratch:
-    """BufferPool to work in, taken when the first matrix needs it and kept for the next."""
+    """Buffers to work in, taken when the first matrix needs it and kept for the next."""
 
     def __init__(self, take: Allocate, tile: PermuteTile) -> None:
         self._take = take
@@ -90,7 +92,7 @@ class _Scratch:
         self._blocks: tuple[Items, Items] | None = None
 
     def like(self, matrix: Items) -> Items:
-        """BufferPool in canonical order for such a matrix."""
+        """A buffer in canonical order for such a matrix."""
         self._canonical = self._canonical or self._take(_largest_matrix(self._tile))
         data = np.frombuffer(self._canonical[: matrix.nbytes], dtype=matrix.dtype)
         return data.reshape(matrix.shape)
@@ -110,15 +112,15 @@ def view(items: Items, place: Strided, shape: tuple[int, ...]) -> Items:
     return as_strided(items[place.offset :], shape=shape, strides=steps)
 
 
-def _digest(matrix: Items, desk: _Scratch) -> str:
+def _digest(matrix: Items, scratch: _Scratch) -> str:
     if not matrix.flags.c_contiguous:
-        canonical = desk.like(matrix)
-        _move(canonical, matrix, desk)
+        canonical = scratch.like(matrix)
+        _move(canonical, matrix, scratch)
         matrix = canonical
     return digest(matrix.data.cast("B"))
 
 
-def _move(target: Items, source: Items, desk: _Scratch) -> None:
+def _move(target: Items, source: Items, scratch: _Scratch) -> None:
     """target[...] = source, in blocks where the two run along different axes."""
     if target.ndim != 2 or _fastest(target) == _fastest(source):
         target[...] = source
@@ -133,7 +135,7 @@ def _move(target: Items, source: Items, desk: _Scratch) -> None:
     wide = as_strided(
         source, (rows, (columns - 1) * step + 1), (source.strides[0], source.itemsize)
     )
-    read, transposed = desk.blocks()
+    read, transposed = scratch.blocks()
     for j in range(0, columns, _BLOCK):
         for i in range(0, rows, _BLOCK):
             part = wide[i : i + _BLOCK, j * step : (j + _BLOCK - 1) * step + 1]

@@ -73,28 +73,42 @@ class TileRunner:
                 several: list[CopyTile] = []
                 if sink.clones and number > alone:
                     several = _adjacent_copies(tiles, number - 1, policy)
-                if len(several) > 1 and self._clone_several(several, digests, sink, policy):
+                run = Span(tile.file, tile.offset, sum(t.nbytes for t in several))
+                units = [(t.tensor, t.unit) for t in several]
+                if len(several) > 1 and self._copy_unhashed(
+                    run, tile.start, units, digests, sink, policy
+                ):
                     number += len(several) - 1
                 else:
                     alone = max(alone, number + len(several) - 1)  # all of them were tried
                     self._copy_large(tile, digests, sink, policy)
-            elif not (tile.is_identity and self._copy_unpermuted(tile, digests, sink, policy)):
-                self._permute(file, tile, digests, sink)
+            else:
+                units = [(tile.tensor, p.unit) for p in tile.pieces]
+                if not tile.is_identity or not self._copy_unhashed(
+                    tile.spans[0], tile.start, units, digests, sink, policy
+                ):
+                    self._permute(file, tile, digests, sink)
         self._combiner.flush(sink)
 
-    def _clone_several(
-        self, tiles: list[CopyTile], digests: Digests, sink: Sink, policy: FilePolicy
+    def _copy_unhashed(  # noqa: PLR0917
+        self,
+        run: Span,
+        at: int,
+        units: list[tuple[int, int]],
+        digests: Digests,
+        sink: Sink,
+        policy: FilePolicy,
     ) -> bool:
-        """Clone adjacent tiles with one call; False if they must be copied one by one."""
-        head, nbytes = tiles[0], sum(tile.nbytes for tile in tiles)
-        wanted = [policy(tile.tensor, tile.unit) for tile in tiles]
-        source = self._source.file(head.file)
-        first, last = sink.clone(source, head.offset, head.start, nbytes)
-        if last == first and any(unit is not LATER for unit in wanted):
+        """Clone or copy a run of whole units, (tensor, unit) each; False if it must be read."""
+        wanted = [policy(*unit) for unit in units]
+        if TAKE in wanted:
+            return False
+        cloned = sink.clone(self._source.file(run.file), run.offset, at, run.nbytes)
+        if cloned[0] == cloned[1] and any(how is not LATER for how in wanted):
             return False  # bytes that are copied anyway are compared with their known digests
-        for tile, unit in zip(tiles, wanted, strict=True):
-            digests[tile.tensor][tile.unit] = unit.value
-        self._copy_around((first, last), head.file, head.offset, head.start, nbytes, sink)
+        for (tensor, unit), how in zip(units, wanted, strict=True):
+            digests[tensor][unit] = how.value
+        self._copy_around(cloned, run.file, run.offset, at, run.nbytes, sink)
         return True
 
     def _copy_small(self, tile: CopyTile, digests: Digests, sink: Sink, policy: FilePolicy) -> None:
@@ -128,23 +142,6 @@ class TileRunner:
                 sink.write(view[start - done : stop - done], tile.start + start, origin)
             self._advance(len(view))
         digests[tile.tensor][tile.unit] = state.hexdigest()
-
-    def _copy_unpermuted(
-        self, tile: PermuteTile, digests: Digests, sink: Sink, policy: FilePolicy
-    ) -> bool:
-        """Clone or copy a tile that keeps its order; False if its bytes must be read."""
-        wanted = [policy(tile.tensor, p.unit) for p in tile.pieces]
-        if TAKE in wanted or (LATER not in wanted and not sink.clones):
-            return False
-        span = tile.spans[0]
-        source = self._source.file(span.file)
-        first, last = sink.clone(source, span.offset, tile.start, tile.nbytes)
-        if last == first and any(unit is not LATER for unit in wanted):
-            return False  # bytes that are copied anyway are compared with their known digests
-        for piece, unit in zip(tile.pieces, wanted, strict=True):
-            digests[tile.tensor][piece.unit] = unit.value
-        self._copy_around((first, last), span.file, span.offset, tile.start, tile.nbytes, sink)
-        return True
 
     def _copy_around(  # noqa: PLR0917
         self, cloned: tuple[int, int], file: int, offset: int, at: int, nbytes: int, sink: Sink
