@@ -109,7 +109,7 @@ class WouldOverwrite(MoeconvError):
 
     code = "would-overwrite"
     exit_code = 6
-    fix = "move it away, then run again"
+    fix = "move it elsewhere, then run again"
 
 
 class InternalError(MoeconvError):
@@ -324,14 +324,14 @@ class ExpertShape(Malformed):
     """One expert's tensor has another shape than those of the other experts."""
 
     code = "expert-shape"
-    fix = "convert from a checkpoint whose experts are alike"
+    fix = "use a checkpoint whose experts all have the same shapes"
 
 
 class ExpertDtype(Malformed):
     """One expert's tensor has another dtype than those of the other experts."""
 
     code = "expert-dtype"
-    fix = "convert from a checkpoint whose experts are alike"
+    fix = "use a checkpoint whose experts all have the same dtypes"
 
 
 class ScaleWithoutWeight(Malformed):
@@ -514,4 +514,4 @@ class CannotResume(WouldOverwrite):
     """An unfinished OUT of another plan or another source."""
 
     code = "cannot-resume"
-    fix = "choose another directory, or `--overwrite`"
+    fix = "choose another directory, or pass `--overwrite`"

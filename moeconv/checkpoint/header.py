@@ -285,7 +285,7 @@ def _check_cover(
 
 def _refuse_gap(where: str, tensor: StoredTensor, expected: int) -> None:
     kind = OverlappingTensors if tensor.offset < expected else HoleBetweenTensors
-    what = "overlaps the tensor before it" if tensor.offset < expected else "leaves a hole before"
+    what = "overlaps the tensor before it" if tensor.offset < expected else "leaves a gap before it"
     raise kind(
         f"{quoted(tensor.name)} {what}",
         at=_place(where, tensor.name),

@@ -84,7 +84,7 @@ def _unsafe(name: str, file: str, problem: str) -> MoeconvError:
         f"the index names a file {quoted(file)}, which {problem}",
         at=f"{quoted(name)}, `weight_map`",
         cause="a checkpoint may only name files next to its index",
-        fix="do not use this checkpoint unless you know who wrote it and why",
+        fix="use a copy of the checkpoint from a source that you trust",
     )
 
 

@@ -128,7 +128,7 @@ def unfinished(address: str) -> Unfinished:
         f"{quoted(address.rpartition('/')[2])} is an unfinished moeconv output",
         at=quoted(address),
         cause=f"it has `{PARTS_DIR}/` but no `{ROOT_NAME}`, which is written last",
-        fix="wait until it is written, or convert again with `--overwrite`",
+        fix="wait until it is complete, or convert again with `--resume` or `--overwrite`",
     )
 
 

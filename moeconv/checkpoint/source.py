@@ -340,7 +340,7 @@ def _listed(store: Store, name: str) -> File:
 def _no_checkpoint_cause(entries: list[str]) -> str:
     pickles = [n for n in entries if n.endswith((".bin", ".pt", ".pth"))]
     if pickles:
-        return f"it has {quoted(pickles[0])}: reading a pickle runs code, so moeconv reads none"
+        return f"it has {quoted(pickles[0])}: pickles can run code, so moeconv never reads one"
     return f"none of its {counted(len(entries), 'entry', 'entries')} ends in `{SUFFIX}`"
 
 

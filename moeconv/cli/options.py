@@ -41,7 +41,7 @@ MapLayers: TypeAlias = Annotated[
     typer.Option(
         "--map-layers",
         metavar="moe|all",
-        help="Which layer row n of a map without keys is for: the n-th MoE layer, or layer n.",
+        help="For a map without layer ids: row n is for the n-th MoE layer, or for layer n.",
     ),
 ]
 AllowDuplicates: TypeAlias = Annotated[
@@ -68,7 +68,7 @@ class OutputFlags:
             "--output",
             "-o",
             metavar="OUT",
-            help="The output directory; it must not exist, or be empty.",
+            help="The output directory; it must be absent or empty.",
             show_default=False,
         ),
     ]
@@ -104,13 +104,15 @@ class ShardFlags:
             "--redundant",
             min=0,
             metavar="R",
-            help="Slots per layer beyond the experts, for copies of them.",
+            help="Extra slots per layer, for copies of experts.",
         ),
     ] = None
     allow_duplicates: AllowDuplicates = False
     virtual: Annotated[
         bool,
-        typer.Option("--virtual", help="Write no tensors, only where their bytes are in SRC."),
+        typer.Option(
+            "--virtual", help="Write no tensors, only a record of where their bytes are in SRC."
+        ),
     ] = False
 
 
@@ -127,7 +129,9 @@ class WorkFlags:
     max_memory: Annotated[
         str,
         typer.Option(
-            "--max-memory", metavar="SIZE", help="Memory for permuting tensors, all workers."
+            "--max-memory",
+            metavar="SIZE",
+            help="Memory for permuting tensors, for all workers together.",
         ),
     ] = "512MiB"
     jobs: Annotated[
@@ -162,7 +166,7 @@ class WriteFlags:
         typer.Option(
             "--max-shard-size",
             metavar="SIZE",
-            help="The largest output file: 5GB (10^9) or 5GiB (2^30).",
+            help="Maximum size of an output file: 5GB (10^9) or 5GiB (2^30).",
         ),
     ] = "5GB"
     align: Annotated[
@@ -232,7 +236,10 @@ class DiffFlags:
     """What to compare."""
 
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)]
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one.", show_default=False)]
+    b: Annotated[
+        str,
+        typer.Argument(metavar="B", help="The checkpoint to compare it with.", show_default=False),
+    ]
 
 
 class FingerprintFlags:

@@ -56,7 +56,8 @@ def show(
         if map_layers is not None and source is None:
             raise UsageProblem(
                 "`--map-layers` needs `--source SRC`",
-                cause="without a checkpoint the rows of a map are shown by their own numbers",
+                cause="without a checkpoint, the rows of a map keep the numbers that they have "
+                "in the file",
                 fix="add `--source SRC`, or drop `--map-layers`",
             )
         raw = read_map(map_)

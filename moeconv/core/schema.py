@@ -151,7 +151,7 @@ class Table:
             self.problem(key, "must be an integer" if key in self._members else "is missing")
             return least
         if not least <= value <= MAX_COUNT:
-            shown = value if abs(value) < 2**64 else "a far larger one"
+            shown = value if abs(value) < 2**64 else "a far larger number"
             self.problem(key, f"must be between {least} and 2^53-1, not {shown}")
             return least
         return value

@@ -183,7 +183,7 @@ def _refusals(where: str) -> Iterator[None]:
             f"the JSON key {quoted(problem.key)} appears twice in one object",
             at=where,
             cause="parsers disagree on which one counts",
-            fix="download the file again, or write it again without the second entry",
+            fix="download the file again, or remove one of the two entries",
         ) from None
     except RecursionError:
         raise BadJson("the JSON is nested too deeply", at=where) from None

@@ -26,7 +26,7 @@ _FIXES: Final = {
     errno.EISDIR: "check the path: it has a directory where a file should be",
     errno.EIO: "check the disk and the file, then run again",
     errno.EFBIG: "raise the file size limit (`ulimit -f`), or write to another file system",
-    errno.ENODATA: "wait until nothing writes to the file, and check that it is whole",
+    errno.ENODATA: "wait until nothing writes to the file, and check that it is complete",
 }
 
 

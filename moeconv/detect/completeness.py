@@ -200,7 +200,7 @@ def _outliers(matched: MatchedStack, tensors: dict[int, StoredTensor]) -> Iterat
                 f"{quoted(tensor.name)} has {what} {facts[odd[0]]}, not {usual}",
                 at=matched.where(tensor),
                 cause=f"in {quoted(matched.name)} {count} of {len(tensors)} experts have "
-                f"{usual}; odd: {listed(odd)}",
+                f"{usual}; these differ: {listed(odd)}",
             )
 
 
@@ -223,7 +223,7 @@ def _across_projections(matched: MatchedStack, layout: Layout) -> Iterator[Moeco
             f"{' and '.join(t.dtype for t in pair)}",
             at=matched.where(*pair),
             cause="one tensor cannot hold both",
-            fix="convert from a checkpoint whose projections are alike",
+            fix="use a checkpoint whose projections have the same dtype",
         )
     lost: dict[tuple[str, tuple[str, ...]], MoeconvError] = {}
     for a, b in combinations(weights, 2):
@@ -238,7 +238,8 @@ def _across_projections(matched: MatchedStack, layout: Layout) -> Iterator[Moeco
             problem = MissingScale(
                 f"{quoted(matched.name)} has {quoted(component)} for only {what}",
                 at=matched.where(weights[lacks]),
-                cause=f"this {weights[lacks].dtype} lacks it, {quoted(weights[has].name)} has it",
+                cause=f"this {weights[lacks].dtype} tensor lacks it, but "
+                f"{quoted(weights[has].name)} has it",
             )
             lost.setdefault((component, lacks), problem)
     yield from lost.values()

@@ -149,7 +149,7 @@ class _Problems:
     def all(self) -> tuple[MoeconvError, ...]:
         """Return the first problems; if there are more, the first one says how many."""
         if self._count > len(self._first):
-            total = f"{self._count:,} problems in all, the first {len(self._first):,} are listed"
+            total = f"{self._count:,} problems in all; the first {len(self._first):,} are listed"
             self._first[0].cause = f"{self._first[0].cause}; {total}"
         return tuple(self._first)
 
@@ -158,8 +158,8 @@ def _passthrough_notes(passthrough: dict[str, MatchedStack]) -> Iterator[str]:
     reasons = Counter(str(matched.passthrough) for matched in passthrough.values())
     for component, count in reasons.items():
         yield (
-            f"{counted(count, 'stack')} with {quoted(component)}: copied through as they are, "
-            "this format cannot be rearranged"
+            f"{counted(count, 'stack')} with {quoted(component)}: copied through unchanged, "
+            "because this format cannot be rearranged"
         )
 
 

@@ -166,7 +166,7 @@ def ambiguous_axis_order(
     key = next(key for key in one if one[key][1] != other[key][1])
     tensor = matched.sample(key)
     return AmbiguousLayout(
-        f"{quoted(tensor.name)} may be transposed or not: its shape does not tell",
+        f"{quoted(tensor.name)} may or may not be transposed: its shape fits both",
         at=matched.where(tensor),
         cause=f"{list(tensor.shape)} fits both `{one[key][1]}` and `{other[key][1]}`",
         fix=f"find out what wrote it; `moeconv recipes show {matched.recipe.name}` prints the "
@@ -187,5 +187,5 @@ def ambiguous_block_size(
         "than one",
         at=matched.where(tensor),
         cause=f"{tensor.dtype} {list(tensor.shape)} may be {options}",
-        fix="keep only the experts' size in a copy of config.json",
+        fix="in a copy of config.json, keep only the size that the experts use",
     )

@@ -79,7 +79,7 @@ def interpretations(
     count = prod(map(len, choices))
     if count > _MAX_INTERPRETATIONS:
         raise BadRecipe(
-            f"recipe {quoted(matched.recipe.name)} is too ambiguous",
+            f"recipe {quoted(matched.recipe.name)} has too many possible interpretations",
             at=matched.where(matched.sample()),
             cause=f"its components allow {count:,} combinations of axes; "
             f"at most {_MAX_INTERPRETATIONS:,} are tried",

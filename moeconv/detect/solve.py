@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.core.text import counted
 from moeconv.detect.interpretations import Interpretation
 from moeconv.detect.match import MatchedStack
 from moeconv.detect.stack import PackingAxis, Sizes
@@ -106,7 +107,7 @@ def _equations(
             if len(axes.dims) != len(tensor.shape):
                 reasons.append(
                     f"{layout.name}: {quoted(tensor.name)} is {list(tensor.shape)}, but `{axes}` "
-                    f"has {len(axes.dims)} dimension(s)"
+                    f"has {counted(len(axes.dims), 'dimension')}"
                 )
                 continue
             if layout.square and line.projections == square and len(set(tensor.shape[-2:])) != 1:

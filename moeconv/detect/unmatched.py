@@ -73,8 +73,8 @@ def _fused_notes(detection: Detection) -> Iterator[str]:
     if left and (detection.stacks or detection.passthrough):
         more = f" and {counted(len(left) - 1, 'tensor')} more" if left[1:] else ""
         yield (
-            f"{quoted(left[0].name)} {list(left[0].shape)}{more}: named like fused experts "
-            "that no recipe knows; copied as they are"
+            f"{quoted(left[0].name)} {list(left[0].shape)}{more}: named like fused experts, but "
+            "no recipe knows them; copied unchanged"
         )
 
 
@@ -99,7 +99,7 @@ def _joined(
         return one
     note = (
         f"{counted(len(names), 'stack')} with tensor names of recipe {quoted(recipe.name)}, not "
-        f"{quoted(stated[0].name)} as the rest: {quoted_list(names, most=3)}"
+        f"{quoted(stated[0].name)} like the others: {quoted_list(names, most=3)}"
     )
     return Detection(
         tuple(sorted((*one.stacks, *other.stacks), key=lambda s: natural_key(s.name))),

@@ -152,7 +152,9 @@ def parse_axes(text: str) -> Axes:
 def _axis(word: str, text: str) -> Axis:
     match = _AXIS.fullmatch(word)
     if match is None:
-        raise AxesSyntax(f"`{word}` in `{text}` is not an axis: E, G, O, K, a-z, with `/block`")
+        raise AxesSyntax(
+            f"`{word}` in `{text}` is not an axis (E, G, O, K or a-z, with or without `/block`)"
+        )
     letter, block = match.groups()
     if block is None:
         return Axis(letter)

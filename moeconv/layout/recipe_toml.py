@@ -8,6 +8,7 @@ from functools import cache
 from typing import Final, TypeAlias
 
 from moeconv.core.schema import MAX_KEPT, Problems, Table
+from moeconv.core.text import counted
 from moeconv.errors import BadRecipe, quoted
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, AxesSyntax, parse_axes
 from moeconv.layout.recipe import (
@@ -110,7 +111,7 @@ def _half_apart(layouts: tuple[Layout, ...], fuse: str | None, unfuse: str | Non
 
 def _refuse(where: str, problems: Problems) -> BadRecipe:
     return BadRecipe(
-        f"{quoted(where)} is not a valid recipe: {problems.count:,} problem(s)",
+        f"{quoted(where)} is not a valid recipe: {counted(problems.count, 'problem')}",
         at=quoted(where),
         cause="\n         ".join(problems.shown(MAX_KEPT)),
     )

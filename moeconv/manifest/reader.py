@@ -54,7 +54,7 @@ def split_root(raw: bytes, *, where: str) -> bytes:
         raise Damaged(
             f"{quoted(where)} is damaged: the digest in its last line is not that of its text",
             at=quoted(where),
-            cause="a bit flipped, the file was cut short, or somebody edited it",
+            cause="a bit flipped, or the file was cut short or edited",
         )
     return body
 

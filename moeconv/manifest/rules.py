@@ -77,7 +77,7 @@ def _check_placements(root: Root, problems: Problems) -> None:
             )
         placed = set(row)
         if max(placed, default=0) >= stack.experts:
-            problems.add(place, f"names expert {max(placed)}, there are only {stack.experts}")
+            problems.add(place, f"names expert {max(placed)}, but there are only {stack.experts}")
         elif len(placed) != stack.experts:
             problems.add(place, f"has slots for only {len(placed)} of {stack.experts} experts")
 

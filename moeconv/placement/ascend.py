@@ -54,7 +54,9 @@ def _devices(layer: Table, problems: Problems) -> tuple[int, tuple[int, ...]]:
         if number in by_device:
             device.problem("device_id", f"{number} appears twice")
         elif by_device and len(row) != (others := len(next(iter(by_device.values())))):
-            problems.add(place, f"has {counted(len(row), 'slot')}, the first device has {others}")
+            problems.add(
+                place, f"has {counted(len(row), 'slot')}, but the first device has {others}"
+            )
         by_device[number] = row
         device.finish()
     if count != stated:

@@ -78,7 +78,7 @@ def _torch(raw: bytes, name: str) -> tuple[Json, str]:
                 raise ValueError(f"a tensor of {value.dtype} holds no expert ids")
             # a stride of 0 would make a few bytes many numbers
             if value.numel() > len(raw):
-                raise ValueError("a tensor has more numbers than the file has bytes")
+                raise ValueError("a tensor has more values than the file has bytes")
             _check_shape(tuple(value.shape), "a tensor")
             value = value.tolist()
         return _Plain(len(raw) + 1).of(value)
@@ -133,9 +133,9 @@ def _check_shape(shape: tuple[int, ...], what: str) -> None:
     """Refuse rows without slots, of which a few bytes can hold any number. Raises ValueError."""
     *rows, slots = shape or (1,)
     if not 0 < slots <= base.MAX_SLOTS:
-        raise ValueError(f"{what} has rows of {slots:,} slots; there are 1 to {base.MAX_SLOTS:,}")
+        raise ValueError(f"{what} has rows of {slots:,} slots; 1 to {base.MAX_SLOTS:,} are allowed")
     if any(not 0 < count <= base.MAX_ROWS for count in rows):
-        raise ValueError(f"{what} is of shape {list(shape)}; rows are 1 to {base.MAX_ROWS:,}")
+        raise ValueError(f"{what} is of shape {list(shape)}; a map has 1 to {base.MAX_ROWS:,} rows")
 
 
 _READERS: Final[dict[str, Callable[[bytes, str], tuple[Json, str]]]] = {
@@ -164,7 +164,7 @@ def _foreign(name: str, reader: str) -> Iterator[None]:
             f"{quoted(name)} cannot be read as {reader}",
             at=quoted(name),
             cause=quoted(text[:300]),
-            fix="make the file again, or pass the map as JSON",
+            fix="write the file again, or pass the map as JSON",
         ) from None
 
 

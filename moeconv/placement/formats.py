@@ -47,8 +47,8 @@ def _parsed(doc: Json, bare: str, problems: Problems, where: str) -> base.RawMap
         raise BadPlacementFile(
             f"{quoted(where)} is a load record, not a placement",
             at=quoted(where),
-            cause=f"{quoted(_LOAD_KEY)} counts tokens for each expert; it places none",
-            fix=f"pass a map with {quoted(sglang.KEY)}; EPLB makes one from the counts",
+            cause=f"{quoted(_LOAD_KEY)} counts the tokens of each expert; it assigns no slots",
+            fix=f"pass a map with {quoted(sglang.KEY)}; EPLB computes one from the counts",
         )
     for format_ in FORMATS.values():
         if format_.read is not None and format_.key in doc:

@@ -102,8 +102,8 @@ def slots_for(experts: int, redundant: int, ep_size: int) -> int:
     problem = slots_problem(experts, experts + redundant, ep_size)
     if problem:
         raise BadPlacement(
-            f"{counted(experts, 'expert')} and {redundant} redundant do not fill "
-            f"{counted(ep_size, 'rank')} evenly",
+            f"{counted(experts, 'expert')} and {redundant} redundant ones cannot be split evenly "
+            f"among {counted(ep_size, 'rank')}",
             cause=problem,
             fix="pass one of these to `--redundant`, or choose another `--ep`",
         )
@@ -121,7 +121,8 @@ def slots_problem(experts: int, slots: int, ep_size: int) -> str | None:
     below = slots - slots % ep_size
     near = [n for n in (below, below + ep_size) if n >= experts]
     nearest = " or ".join(f"{n - experts} redundant ({counted(n, 'slot')})" for n in near)
-    return f"{counted(slots, 'slot')} do not divide by ep {ep_size}; the nearest that do: {nearest}"
+    total = counted(slots, "slot")
+    return f"{total} cannot be split evenly among ep {ep_size}; the nearest that can: {nearest}"
 
 
 def row_problems(
@@ -282,7 +283,7 @@ def by_stack(names: tuple[str, ...], placement: Given) -> dict[str, tuple[int, .
         if strange := [name for name in placement if name not in names]:
             raise _not_by_stack(
                 f"the placement names {quoted(str(strange[0]))}, which is not a stack",
-                f"{counted(len(strange), 'name')} of {len(placement)} are unknown; "
+                f"unknown names: {len(strange)} of {len(placement)}; "
                 f"the stacks are {quoted_list(names)}",
             )
         return {name: _integers(row, quoted(name)) for name, row in placement.items()}
@@ -309,7 +310,7 @@ def _by_layer(names: tuple[str, ...], placement: Placement) -> dict[str, tuple[i
     main = _main_kind(names)
     if strange := [layer for layer in placement.layers if layer not in main]:
         raise _not_by_stack(
-            f"the placement has rows for {counted(len(placement.layers), 'layer')}, and there is "
+            f"the placement has rows for {counted(len(placement.layers), 'layer')}, but there is "
             f"no stack in {layer_names(strange)}",
             f"{counted(len(main), 'stack')} are of the most numerous kind",
         )

@@ -29,7 +29,7 @@ def resolve(
     if map_layers not in {None, MOE_ROWS, ALL_ROWS}:
         raise UsageProblem(
             f"{quoted(str(map_layers))} is not a way to count layers",
-            cause=f"`{MOE_ROWS}`: row n is of the n-th MoE layer; `{ALL_ROWS}`: it is of layer n",
+            cause=f"`{MOE_ROWS}`: row n is for the n-th MoE layer; `{ALL_ROWS}`: it is for layer n",
             fix=f"pass `--map-layers {MOE_ROWS}` or `--map-layers {ALL_ROWS}`",
         )
     if raw.indexed == base.ALIKE:
@@ -44,7 +44,7 @@ def resolve(
     if map_layers and ids != _indices_counted(map_layers, ids, layers):
         raise BadPlacement(
             f"the map's rows are not counted as `--map-layers {map_layers}` says",
-            cause=f"in the format {raw.format} the only possible reading is: {assumed}",
+            cause=f"in the format {raw.format} the only possible interpretation is: {assumed}",
             fix=f"drop `--map-layers {map_layers}`, or regenerate the map for this checkpoint",
         )
     named = {layer: rows[index] for layer, index in ids.items()}
@@ -98,13 +98,14 @@ def _two_interpretations(raw: base.RawMap, layers: MoeLayers, fitting: list[str]
         f"row {ids[first]}" if first in ids else "no row" for ids in interpretations.values()
     )
     return BadPlacement(
-        f"the map's {counted(len(raw.rows), 'row')} fit two readings: "
+        f"the map's {counted(len(raw.rows), 'row')} fit two interpretations: "
         f"{', or '.join(f'one for each {r}' for r in fitting)}; layer {first} would have {rows}",
         cause=f"there are {counted(layers.hidden, 'hidden layer')}, "
         f"{counted(len(layers.moe), 'MoE layer')} among them, and "
-        f"{counted(len(layers.beyond), 'MTP layer')}; no key says which the rows are of",
-        fix=f"pass `--map-layers {MOE_ROWS}` (row n is of the n-th MoE layer) or "
-        f"`--map-layers {ALL_ROWS}` (row n is of layer n)",
+        f"{counted(len(layers.beyond), 'MTP layer')}; the rows have no key that says which "
+        "layers they are for",
+        fix=f"pass `--map-layers {MOE_ROWS}` (row n is for the n-th MoE layer) or "
+        f"`--map-layers {ALL_ROWS}` (row n is for layer n)",
     )
 
 
@@ -126,7 +127,7 @@ def _by_row(
         )
         raise BadPlacement(
             f"the map has {counted(len(raw.rows), 'row')}, which fits none of the counts",
-            cause=f"it would be {assumed}; MoE layers: {spans(layers.all_moe)}",
+            cause=f"it should have {assumed}; MoE layers: {spans(layers.all_moe)}",
         )
     ids = _row_indices(fitting[0], layers)
     assumed = f"{counted(len(raw.rows), 'row')}: one for each {fitting[0]}{_dense_rows(ids, raw)}"

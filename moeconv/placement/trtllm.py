@@ -38,7 +38,7 @@ def read(top: Table, problems: Problems) -> base.RawMap:
     top.finish()
     for layer, row in rows.items():
         if slots is not None and len(row) != slots:
-            text = f"has {counted(len(row), 'slot')}, `num_slots` says {slots}"
+            text = f"has {counted(len(row), 'slot')}, but `num_slots` is {slots}"
             top.problem(f"{KEY}.{layer}", text)
     return base.RawMap(TRTLLM, base.BY_ID, tuple(sorted(rows.items())))
 

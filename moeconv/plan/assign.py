@@ -138,8 +138,8 @@ def _notes(
         for (how, experts, slots), count in kinds.items()
     ]
     notes += [
-        f"{quoted_list(names, most=1)}: {counted(experts, 'expert')} do not divide by "
-        f"{request.ep_size}; in the common files"
+        f"{quoted_list(names, most=1)}: {counted(experts, 'expert')} are not divisible by "
+        f"{request.ep_size}: kept in the common files"
         for experts, names in left.items()
     ]
     return notes

@@ -94,8 +94,8 @@ def _not_shared(detection: Detection) -> list[str]:
         return []
     return [
         f"{counted(len(detection.passthrough), 'stack')} copied through "
-        f"({human_size(sum(t.nbytes for t in detection.passthrough_tensors))}): "
-        "not shared among ranks: every rank reads all of it"
+        f"({human_size(sum(t.nbytes for t in detection.passthrough_tensors))}), not split among "
+        "ranks: every rank reads all of them"
     ]
 
 
@@ -197,6 +197,5 @@ def refuse_permuted(files: tuple[OutputFile, ...]) -> None:
                     f"{quoted(name)} is not a contiguous range of the source",
                     at=quoted(name),
                     cause="in this layout its values are in another order than in the source",
-                    fix="choose the layout that the source has with `--layout`, "
-                    "or drop `--virtual`",
+                    fix="pass the source's own layout to `--layout`, or drop `--virtual`",
                 )

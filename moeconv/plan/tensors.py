@@ -147,8 +147,8 @@ def refuse_two_dtypes(stack: Stack, joined: tuple[StoredComponent, ...]) -> None
             f"{' and '.join(dtypes)}",
             at=", ".join(quoted(m.tensors[0].name) for m in joined),
             cause="one tensor cannot hold both",
-            fix="keep them apart (`--layout per-expert`), or convert from a checkpoint whose "
-            "projections are alike",
+            fix="keep them apart (`--layout per-expert`), or use a checkpoint whose projections "
+            "have the same dtype",
         )
 
 

@@ -39,7 +39,7 @@ def renamed_document(
         return first, []  # no JSON, and nobody's list of modules
     notes = [f"{name}, `{p}`: {n:,} names of experts renamed" for p, n in renamer.renamed.items()]
     notes += [
-        f"{name}, `{place}`: names some experts of a stack only, left as it is"
+        f"{name}, `{place}`: names only some experts of a stack; left as it is"
         for place in renamer.partial
     ]
     ambiguous = [

@@ -13,7 +13,7 @@ from typing import Final, TypeAlias
 
 import torch
 
-from moeconv.core.text import listed
+from moeconv.core.text import counted, listed
 from moeconv.errors import DoesNotFit, NoTorchDtype, UsageProblem, quoted
 from moeconv.runtime.byte_runs import LocalTensor
 from moeconv.runtime.dtensor import (
@@ -105,8 +105,9 @@ def _refuse(problems: _Problems) -> None:
         f"{kind} ({len(found):,}): {listed(found, most=_SHOWN, separator='; ')}"
         for kind, found in problems.items()
     ]
+    total = sum(map(len, problems.values()))
     raise DoesNotFit(
-        f"the output and the model do not match in {sum(map(len, problems.values())):,} place(s)",
+        f"the output and the model do not match in {counted(total, 'place')}",
         cause="\n         ".join(lines),
         fix="pass `rename=`, `ignore=` or `cast=True` if that is what you mean",
     )
@@ -121,7 +122,7 @@ def _renamed(name: str, rename: Rename) -> str:
         if not isinstance(found, str):
             raise UsageProblem(
                 f"`rename` gives {found!r} for {quoted(name)}",
-                fix="return a string: the new name, or the same",
+                fix="return a string: the new name, or the same one",
             )
         return found
     prefix = name

@@ -197,7 +197,7 @@ class Reader(ExitStack[bool | None]):
                     f"cannot map {quoted(file.name)} into memory",
                     at=quoted(str(file.path)),
                     cause=printable(str(problem).partition("\n")[0]),
-                    fix="check that it is whole, and the limits of open files and of address space",
+                    fix="check that it is complete, and the limits on open files and address space",
                 ) from None
         return cast("torch.UntypedStorage", found)
 

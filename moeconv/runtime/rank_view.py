@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from moeconv.core.text import counted
 from moeconv.errors import GeometryMismatch, MissingShard, Unsupported, UsageProblem, quoted
 from moeconv.manifest.model import Run
 from moeconv.placement.model import Given, by_stack, refuse_misfits, row_problems
@@ -91,7 +92,7 @@ class RankView:
                 other.append(name)
         if other:
             raise GeometryMismatch(
-                f"the output's placement differs from yours, in {len(other):,} stack(s)",
+                f"the output's placement differs from yours, in {counted(len(other), 'stack')}",
                 at=quoted(str(self.output.path)),
                 cause=f"{quoted(other[0])} is one of them",
                 fix="shard again with your placement, or take the output's from `Shard.placement`",

@@ -166,7 +166,8 @@ def slots_to_load(
             raise GeometryMismatch(
                 "the model holds the weights of another output",
                 at=quoted(target.names[0]),
-                cause="slots that stay would keep those, slots that change would get this output's",
+                cause="unchanged slots would keep those weights, changed slots would get this "
+                "output's",
                 fix="call `replace` of the shard that was loaded last",
             )
     return found
@@ -189,7 +190,8 @@ def _differ(
         raise GeometryMismatch(
             f"the model holds {quoted(stack)} in a placement that differs from the new one",
             at=quoted(target.names[0]),
-            cause="it was moved since this shard was loaded; the new placement does not name it",
+            cause="it was rebalanced since this shard was loaded; the new placement does not "
+            "name it",
             fix="name it in the new placement too, or call `replace` of the last `Moves.shard`",
         )
     return other

@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 
+from moeconv.core.text import counted
 from moeconv.errors import DoesNotFit, GeometryMismatch, quoted
 from moeconv.runtime.bind import Binding, BoundTensor
 from moeconv.runtime.byte_runs import LocalTensor, join_runs, run_chunks
@@ -178,7 +179,8 @@ def _refuse_unequal_aliases(
     ]
     if unequal:
         raise DoesNotFit(
-            f"the model ties {len(unequal):,} pair(s) of names whose bytes differ in the output",
+            f"the model ties {counted(len(unequal), 'pair')} of names whose bytes differ in "
+            "the output",
             cause="; ".join(unequal),
             fix="untie them in the model, or name one of each pair in `ignore=`",
         )

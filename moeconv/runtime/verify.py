@@ -12,7 +12,7 @@ import torch
 
 from moeconv.core.digest import digest, hasher
 from moeconv.core.dtypes import BITS
-from moeconv.core.text import listed
+from moeconv.core.text import counted, listed
 from moeconv.errors import Damaged, DigestsMissing, quoted
 from moeconv.layout.axes import EXPERT, PAIR, canonical_order
 from moeconv.manifest.model import Run, StackEntry, addresses
@@ -34,8 +34,9 @@ def check_digests(
     """
     chosen = tuple(tensors)
     if unread := [t.name for t in chosen if not t.entry.digests]:
+        have = "has" if len(unread) == 1 else "have"
         raise DigestsMissing(
-            f"{len(unread):,} tensor(s) of this rank have no digest",
+            f"{counted(len(unread), 'tensor')} of this rank {have} no digest",
             at=quoted(unread[0]),
             cause="the output is virtual, or was written with `--digests later`",
             fix="`moeconv verify --level source --source SRC --fill` adds them",

@@ -40,8 +40,8 @@ def open_regular(path: Path, *, name: str) -> int:
             raise UnsafePath(
                 f"{quoted(name)} is not a regular file",
                 at=quoted(str(path)),
-                cause="pipes, devices and directories are not read",
-                fix="put a regular file there",
+                cause="pipes, devices and directories cannot be read as files",
+                fix="replace it with a regular file",
             )
     except BaseException:
         os.close(descriptor)

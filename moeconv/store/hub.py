@@ -46,8 +46,8 @@ class HubFile:
         raise NotLocal(
             f"{quoted(self.name)} is not a local file",
             at=quoted(self.store.address),
-            cause="this reads whole files, and only headers are read from the Hub",
-            fix=f"`hf download {self.store.repo}`, and pass the directory that it prints",
+            cause="this command reads whole files; from the Hub, moeconv reads only headers",
+            fix=f"run `hf download {self.store.repo}` and pass the directory that it prints",
         )
 
     def read(self, offset: int, nbytes: int) -> bytes:
@@ -156,7 +156,7 @@ class HubStore:
                     raise self._failed(
                         "cannot be listed",
                         f"the server does not say how large {quoted(file.rfilename)} is",
-                        f"`hf download {self.repo}`, and pass the directory that it prints",
+                        f"run `hf download {self.repo}` and pass the directory that it prints",
                     )
                 sizes[file.rfilename] = file.size
         if info.sha is None:
@@ -224,8 +224,8 @@ class HubStore:
             if offset and response.status_code != 206:
                 raise self._failed(
                     f"does not serve a part of {quoted(name)}",
-                    f"it answered a request for bytes {offset:,} and on with the whole file",
-                    f"`hf download {self.repo}`, and pass the directory that it prints",
+                    f"it answered a request for the bytes from {offset:,} on with the whole file",
+                    f"run `hf download {self.repo}` and pass the directory that it prints",
                 )
             if response.history:
                 self._places[name] = str(response.url)
@@ -252,13 +252,13 @@ class HubStore:
             return self._failed(
                 "is gated",
                 f"the Hub answered {status}: access needs its owner's consent and your token",
-                "accept its terms on the Hub, then `hf auth login` or set `HF_TOKEN`",
+                "accept its terms on the Hub, then run `hf auth login` or set `HF_TOKEN`",
             )
         if isinstance(problem, errors.RepositoryNotFoundError):
             return self._failed(
                 "does not exist or is private",
                 f"the Hub answered {status}; it does not tell the two apart",
-                "check the name; for a private one `hf auth login` or set `HF_TOKEN`",
+                "check the name; for a private repository, run `hf auth login` or set `HF_TOKEN`",
             )
         if isinstance(problem, errors.RevisionNotFoundError):
             return self._failed(
@@ -273,7 +273,9 @@ class HubStore:
             return self._failed(
                 f"cannot be read: the server refused {asked}",
                 f"it answered {status}{retried}",
-                "wait a while, then run again" if busy else "check `hf auth whoami`",
+                "wait a while, then run again"
+                if busy
+                else "check your login with `hf auth whoami`",
             )
         return self._failed(
             "cannot be reached",
@@ -285,7 +287,7 @@ class HubStore:
         return self._failed(
             f"ended {quoted(name)} too early",
             f"{max(arrived, 0):,} of {nbytes:,} bytes from offset {offset:,} arrived",
-            f"run again; or `hf download {self.repo}`, and pass the directory that it prints",
+            f"run again, or run `hf download {self.repo}` and pass the directory that it prints",
         )
 
     def _failed(self, what: str, cause: str, fix: str) -> DownloadFailed:

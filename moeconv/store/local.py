@@ -40,8 +40,8 @@ class LocalFile:
                 raise SourceChanged(
                     f"{quoted(self.name)} changed while it was being read",
                     at=quoted(str(self.path)),
-                    cause=f"it had {self.size:,} bytes at first, and has {facts.st_size:,} now, "
-                    "or it was written to or replaced",
+                    cause=f"it had {self.size:,} bytes at first and has {facts.st_size:,} now; "
+                    "if these are equal, its modification time changed",
                 )
             try:
                 return read_bytes(descriptor, nbytes, offset)

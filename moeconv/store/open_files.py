@@ -93,8 +93,8 @@ class OpenFiles:
         raise SourceChanged(
             f"{quoted(file.name)} has changed since its header was read",
             at=quoted(str(file.path)),
-            cause=f"it had {file.size:,} bytes then, "
-            f"and has {facts.st_size:,} now, or it was written to or replaced",
+            cause=f"it had {file.size:,} bytes then and has {facts.st_size:,} now; if these are "
+            "equal, it was written to or replaced",
         )
 
     def ended(self, number: int, problem: FileEnded) -> IoFailed:

@@ -52,7 +52,7 @@ def foreign_problems(root: Path, manifest: Manifest) -> tuple[list[MoeconvError]
         return [problem], []
     sharded = manifest.root.ep_size is not None
     loaded = [(n, why) for n in names if (why := risk_of(n, sharded=sharded)) is not None]
-    linked = "programs that follow links to folders would load what is there"
+    linked = "programs that follow links to directories would load what is there"
     loaded += [(n, linked) for n in names if (root / n).is_symlink() and (root / n).is_dir()]
     dangerous = {n for n, _ in loaded}
     harmless = [n for n in names if n not in dangerous]

@@ -86,4 +86,4 @@ def test_a_long_key_is_not_repeated_below_it() -> None:
 def test_a_number_of_any_length_can_be_reported() -> None:
     problems = Problems()
     Table({"size": 1 << 100_000}, "", problems).integer("size")
-    assert problems.found == ["size: must be between 0 and 2^53-1, not a far larger one"]
+    assert problems.found == ["size: must be between 0 and 2^53-1, not a far larger number"]

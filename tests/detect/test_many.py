@@ -77,7 +77,7 @@ def test_the_first_problems_are_kept_and_all_are_counted(
     few, many = found(make(MAX_PROBLEMS)), found(make(3 * MAX_PROBLEMS))
     assert len(few.problems) == len(many.problems) == MAX_PROBLEMS
     assert "in all" not in str(few.problems[0])
-    assert "300 problems in all, the first 100 are listed" in str(many.problems[0])
+    assert "300 problems in all; the first 100 are listed" in str(many.problems[0])
 
 
 @pytest.mark.parametrize("make", [broken, models])

@@ -48,7 +48,7 @@ def test_stated_sizes_never_override_shapes():
         ((3, 8, 16), (3, 16, 5), "needs"),
         ((3, 8, 16), (2, 16, 4), "needs"),
         ((3, 8, 16), (3, 15, 4), "needs"),
-        ((3, 8), (3, 16, 4), "has 3 dimension(s)"),
+        ((3, 8), (3, 16, 4), "has 3 dimensions"),
         ((0, 8, 16), (0, 16, 4), "there are no experts"),
     ],
 )

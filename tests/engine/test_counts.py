@@ -113,7 +113,7 @@ def test_clones_need_no_space(
         monkeypatch.setattr(os, "statvfs", lambda _path: said)
 
     claim(space.needed - space.shared - 1)
-    with pytest.raises(DiskFull, match="can be clones"):
+    with pytest.raises(DiskFull, match="can be cloned"):
         shard(out)
     claim(space.needed - space.shared)
     # of the right kind, and made without reflinks: found out before a byte is copied

@@ -1,4 +1,4 @@
-"""`--overwrite` removes what moeconv wrote and nobody changed since; all else stays, named."""
+"""`--overwrite` removes what moeconv wrote and nothing changed since; all else stays, named."""
 
 from __future__ import annotations
 

@@ -90,7 +90,9 @@ def test_a_pattern_of_some_experts_is_left_and_reported(
     plan = moeconv.fuse(src, tmp_path / "out").plan
     assert plan.rewrites == ()
     (note,) = [n for n in plan.notes if "config.json" in n]
-    assert note.startswith(f"config.json, `quantization_config.{place}`: names some experts of")
+    assert note.startswith(
+        f"config.json, `quantization_config.{place}`: names only some experts of"
+    )
 
 
 @pytest.mark.parametrize(

@@ -132,15 +132,15 @@ def test_transformers_takes_ends_of_names_and_all_that_is_in_a_module(
 def test_a_suffix_that_half_a_new_name_has_is_reported(tmp_path: Path):
     result = converted(tmp_path, ALONE, {"modules_to_not_convert": ["up_proj"]})
     (note,) = notes(result)
-    assert "names some experts of a stack only" in note
+    assert "names only some experts of a stack" in note
 
 
 @pytest.mark.parametrize(
     ("texts", "left"),
     [
         (["down"], "`down` left as written"),
-        (["0.mlp.experts.1."], "names some experts"),
-        (["experts.0.down", "experts.1.down", "experts.2"], "names some experts"),
+        (["0.mlp.experts.1."], "names only some experts"),
+        (["experts.0.down", "experts.1.down", "experts.2"], "names only some experts"),
         (["layers.0.mlp"], ""),
         (["s.0.", "s.1.", "s.2."], ""),  # `layers.0.` as well
     ],

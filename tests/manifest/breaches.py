@@ -187,7 +187,7 @@ ROOTS: Final = (
     root("another ep size", put(*SIZE, 3), "parts", expressed=False),
     # --- placement ---
     row("slots that do not divide", [3, 1, 0, 2, 1], "5 slots", "2 ranks"),
-    row("an id beyond the experts", [3, 1, 0, 4, 1, 2], "names expert 4, there are only 4"),
+    row("an id beyond the experts", [3, 1, 0, 4, 1, 2], "names expert 4, but there are only 4"),
     row("an expert in no slot", [3, 1, 0, 1, 1, 3], "3 of 4"),
     row("a slot of none", [3, 1, 0, -1, 1, 2], expressed=True),
     row("a slot that is no number", [3, 1, 0, "2", 1, 2], expressed=True),

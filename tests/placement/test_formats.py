@@ -196,7 +196,7 @@ def test_eplb_may_have_its_other_tables():
 
 def test_trtllm_slots_must_be_those_of_the_rows():
     doc: Json = {"initial_global_assignments": {"3": [0, 1], "4": [0, 1, 2]}, "num_slots": 2}
-    malformed(doc, "initial_global_assignments.4", "has 3 slots, `num_slots` says 2")
+    malformed(doc, "initial_global_assignments.4", "has 3 slots, but `num_slots` is 2")
 
 
 def test_trtllm_keys_are_layer_ids():

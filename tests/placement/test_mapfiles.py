@@ -164,7 +164,7 @@ def test_a_pickle_is_never_run(tmp_path: Path):
     [
         (torch.ones(2, 3), "torch.float32"),
         (torch.ones(2, 3, dtype=torch.bool), "torch.bool"),
-        (torch.zeros(1, dtype=torch.int64).expand(10**6, 10**6), "more numbers"),
+        (torch.zeros(1, dtype=torch.int64).expand(10**6, 10**6), "more values"),
         (torch.zeros(2, 2, 2, dtype=torch.int64), "must be an integer, not a list"),
         ({"logical_count": torch.ones(2, 2, 3)}, "load record"),
         ({"phy2log": {1: 2}}, "must be a list of rows"),
@@ -232,10 +232,10 @@ def header(shape: tuple[int, ...], kind: str = "<i8") -> bytes:
     [
         ((10**12, 0), "rows of 0 slots"),
         ((0,), "rows of 0 slots"),
-        ((0, 4), "rows are 1 to 10,000"),
-        ((10_001, 1), "rows are 1 to 10,000"),
+        ((0, 4), "a map has 1 to 10,000 rows"),
+        ((10_001, 1), "a map has 1 to 10,000 rows"),
         ((1, 1_048_577), "1 to 1,048,576"),
-        ((-1, 4), "rows are 1 to 10,000"),
+        ((-1, 4), "a map has 1 to 10,000 rows"),
         ((9_000, 1_000_000), "does not match the data"),
         ((2, 3), "does not match the data"),
     ],

@@ -166,7 +166,7 @@ def test_no_file_without_a_key_is_taken_by_its_number(tmp_path: Path):
         assert not read_map(which).keyed
         with pytest.raises(BadPlacement) as caught:
             shard.shard(src, tmp_path / "out", ep_size=2, placement=which, dry_run=True)
-        holds(caught.value, BadPlacement, "fit two readings")
+        holds(caught.value, BadPlacement, "fit two interpretations")
     assert not (tmp_path / "out").exists()
 
 
@@ -188,7 +188,7 @@ def test_placement_show_and_convert_ask_too(tmp_path: Path):
     asking = ("placement", "show", which), ("placement", "convert", which, "--to", "sglang")
     for words, more in zip(asking, ((), ("-o", str(tmp_path / "n"))), strict=True):
         asked = moeconv(*words, *more, "--source", src)
-        assert (asked.code, "fit two readings" in asked.err) == (2, True)
+        assert (asked.code, "fit two interpretations" in asked.err) == (2, True)
         assert moeconv(*words, *more, "--source", src, "--map-layers", "all").code == 0
     assert json.loads((tmp_path / "n").read_text())["physical_to_logical_map"] == ROWS
 

@@ -281,7 +281,7 @@ def test_passed_experts_are_not_split_among_ranks_which_is_reported(tmp_path: Pa
     tensors |= {name.replace(".0.mlp", ".1.mlp"): t for name, t in plain.items()}
     src = phantom(tmp_path / "src", tensors, {"model_type": "qwen3_moe"})
     notes = moeconv.shard(src, tmp_path / "out", ep_size=2).plan.notes
-    assert any("(56.22 KB): not shared among ranks" in note for note in notes), notes
+    assert any("(56.22 KB), not split among ranks" in note for note in notes), notes
 
 
 def test_one_scale_for_all_experts_is_expanded_and_restored(tmp_path: Path):

@@ -56,7 +56,7 @@ def test_all_problems_at_once(opened: Opened):
     model.model.layers[0].mlp.gate.to(torch.bfloat16)
     text = refusal(opened(made), model)
     for part in (
-        "in 4 place(s)",
+        "in 4 places",
         "`head.weight`",
         "`extra.weight`",
         "[7, 8], the model has [6, 8]",

@@ -70,7 +70,7 @@ def permute(
             if not np.array_equal(source, target):
                 raise UnequalShared(
                     "a value that the target layout stores once differs between matrices",
-                    cause=f"unit {piece.unit} of the tensor differs from the first one",
+                    cause=f"matrix {piece.unit} of the tensor differs from an earlier one",
                     fix="choose a layout that stores them separately",
                 )
         else:

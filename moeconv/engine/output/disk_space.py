@@ -61,7 +61,7 @@ def refuse_short(out: Path, space: DiskSpace) -> None:
     """Raise DiskFull if the output does not fit."""
     if space.enough:
         return
-    sharing = f", {human_size(space.shared)} of them can be clones" if space.shared else ""
+    sharing = f" ({human_size(space.shared)} of it can be cloned)" if space.shared else ""
     raise DiskFull(
         f"there is not enough disk space for {quoted(str(out))}",
         at=quoted(str(out)),

@@ -367,7 +367,9 @@ def _read_and_compare(
         planned = plan_rereading(Manifest(root, tuple(known)), headers)
         found = digests_of(planned, tuple(there), limits=limits, progress=lambda _: None)
     except (MoeconvError, LookupError, ValueError) as problem:  # documents that were forged
-        cause = problem.message if isinstance(problem, MoeconvError) else "its part contradicts it"
+        cause = (
+            problem.message if isinstance(problem, MoeconvError) else "its part does not match it"
+        )
         return reasons | {p.file: f"it cannot be compared: {cause}" for p in known}
     fresh = {f.name: _digests(part_of(f, found[f.name])) for f in planned}
     for part in known:

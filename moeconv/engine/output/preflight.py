@@ -107,7 +107,7 @@ def _in_use(
     if ROOT_NAME in names:
         fix += ", or `--overwrite` to replace what moeconv made here"
     elif restores:
-        fix = "choose another directory; `--resume` tells if this is the restored original already"
+        fix = "choose another directory; `--resume` checks whether this is the restored original"
     if unfinished and (journal is not None or is_bare(out)):
         cause += ": a run of moeconv was killed there"
         fix = "run the same command with `--resume`, or with `--overwrite` to start over"
@@ -134,11 +134,11 @@ def _not_ours(out: Path, foreign: dict[str, str]) -> WouldOverwrite:
     changed = any(why != NOT_MADE for why in foreign.values())
     return WouldOverwrite(
         f"{quoted(str(out))} holds files that moeconv did not make"
-        + (", or that are not as it made them" if changed else ""),
+        + (", or that changed since it made them" if changed else ""),
         at=quoted_list([*foreign], most=1),
         cause=f"{quoted(first)}: {reason}; "
-        "`--overwrite` replaces only what moeconv wrote and nobody changed since",
-        fix="move them away, or choose another directory",
+        "`--overwrite` replaces only what moeconv wrote and nothing changed since",
+        fix="move them elsewhere, or choose another directory",
     )
 
 
