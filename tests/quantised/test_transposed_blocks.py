@@ -65,7 +65,7 @@ def test_a_square_grid_alone_does_not_tell(tmp_path: Path):
     }
     config = {**CONFIG, "text_config": {"num_experts": E}}
     src = write_checkpoint(tmp_path / "src", gate_up, config)
-    with pytest.raises(AmbiguousLayout, match="may be transposed or not") as refusal:
+    with pytest.raises(AmbiguousLayout, match="may or may not be transposed") as refusal:
         moeconv.fuse(src, tmp_path / "out", from_layout="hub")
     assert "`E K/4 (G O/4)` and `E (G O/4) K/4`" in str(refusal.value)
     assert not (tmp_path / "out").exists()
