@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from moeconv.core.json_value import Json
-from moeconv.core.strict_json import loads
+from moeconv.core.strict_json import Json, loads
 from moeconv.errors import BadConfig, quoted
 from moeconv.store.base import Store
 from moeconv.store.documents import read_document

@@ -15,8 +15,7 @@ from threading import Thread
 from typing import Final, TypeAlias, TypeGuard
 
 from moeconv.core.dtypes import BITS
-from moeconv.core.json_value import Json
-from moeconv.core.strict_json import Pairs, encodable, loads_records, may_escape
+from moeconv.core.strict_json import Json, Pairs, encodable, loads_records, may_escape
 from moeconv.errors import (
     BadHeader,
     HeaderTooLong,

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from moeconv.core.json_value import Json
 from moeconv.core.names import file_name_problem
-from moeconv.core.strict_json import encodable, loads, may_escape
+from moeconv.core.strict_json import Json, encodable, loads, may_escape
 from moeconv.errors import (
     BadIndex,
     MoeconvError,

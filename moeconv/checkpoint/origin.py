@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from moeconv.checkpoint.header import Header, parse_header
 from moeconv.checkpoint.index import Index, parse_index
-from moeconv.core.json_value import Json
 from moeconv.core.schema import Problems, Table
-from moeconv.core.strict_json import dumps, loads
+from moeconv.core.strict_json import Json, dumps, loads
 from moeconv.errors import BadManifest, quoted
 from moeconv.manifest.model import ORIGIN_NAME
 

@@ -20,7 +20,7 @@ from moeconv.cli.options import (
     signature,
 )
 from moeconv.cli.ui import EXIT_NO, Ui, command_ui
-from moeconv.core.json_value import error_json
+from moeconv.core.strict_json import error_json
 from moeconv.core.text import counted, human_size
 from moeconv.errors import printable, quoted
 

@@ -11,7 +11,7 @@ from moeconv.cli import options
 from moeconv.cli.ui import Ui, handled
 
 if TYPE_CHECKING:
-    from moeconv.core.json_value import Json
+    from moeconv.core.strict_json import Json
     from moeconv.placement.base import RawMap
     from moeconv.placement.model import MoeLayers, Placement
 

@@ -10,7 +10,7 @@ from moeconv.cli import options
 from moeconv.cli.ui import Ui, handled
 
 if TYPE_CHECKING:
-    from moeconv.core.json_value import Json
+    from moeconv.core.strict_json import Json
     from moeconv.layout.recipe import Recipe
 
 recipes = typer.Typer(

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from moeconv.api.open import Opened
 from moeconv.api.run import Result
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.core.json_value import Json, error_json
 from moeconv.core.names import natural_key
+from moeconv.core.strict_json import Json, error_json
 from moeconv.core.text import LISTED, counted, human_size, listed
 from moeconv.detect.stack import Stack
 from moeconv.errors import printable

@@ -18,7 +18,7 @@ from typing import Final, Protocol, TextIO
 import typer
 
 from moeconv.cli.process import interruptible, report_interrupt
-from moeconv.core.json_value import Json, error_json
+from moeconv.core.strict_json import Json, error_json
 from moeconv.core.system_errors import system_failure
 from moeconv.core.text import human_size
 from moeconv.errors import InternalError, MoeconvError, UsageProblem, printable, quoted

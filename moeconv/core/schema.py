@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Final, TypeGuard, TypeVar
 
-from moeconv.core.json_value import Json
 from moeconv.core.names import file_name_problem, relative_path_problem
-from moeconv.core.strict_json import encodable
+from moeconv.core.strict_json import Json, encodable
 from moeconv.errors import abridged, printable, quoted
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Strict JSON: no duplicate keys, no NaN, bounded integers, UTF-8 only."""
+"""Strict JSON: no duplicate keys, no NaN, bounded integers, UTF-8 only; errors as JSON."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import BinaryIO, Final, NoReturn, TypeAlias, TypeVar
 
-from moeconv.core.json_value import Json
-from moeconv.errors import BadJson, DuplicateKey, quoted
+from moeconv.errors import BadJson, DuplicateKey, MoeconvError, quoted
 
 T = TypeVar("T")
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
 Pairs: TypeAlias = "list[tuple[str, Json]]"  # the members of an object, in order
 MAX_INTEGER = 2**63 - 1
 _BATCH: Final = 1000
@@ -223,3 +223,19 @@ def write_items(stream: BinaryIO, docs: Iterable[Json]) -> None:
     while batch := list(islice(rest, _BATCH)):
         stream.write(before + dumps(batch)[1:-1])
         before = b","
+
+
+def error_json(problem: MoeconvError) -> dict[str, Json]:
+    """The fields of an error as one JSON object; `also` where it carries further problems."""
+    doc: dict[str, Json] = {
+        "type": "error",
+        "code": problem.code,
+        "exit_code": problem.exit_code,
+        "message": problem.message,
+        "at": problem.at,
+        "cause": problem.cause,
+        "fix": problem.fix,
+    }
+    if problem.also:
+        doc["also"] = [error_json(other) for other in problem.also]
+    return doc

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Final
 
 from moeconv.checkpoint.config import Config
-from moeconv.core.json_value import Json
+from moeconv.core.strict_json import Json
 from moeconv.detect.interpretations import BlockSizes, named_block_sizes
 from moeconv.detect.match import MatchedStack
 from moeconv.errors import ConfigMismatch, MoeconvError, abridged, printable, quoted

@@ -6,8 +6,7 @@ from io import BytesIO
 from typing import BinaryIO
 
 from moeconv.core.digest import digest
-from moeconv.core.json_value import Json
-from moeconv.core.strict_json import dumps, write_items
+from moeconv.core.strict_json import Json, dumps, write_items
 from moeconv.manifest.model import (
     FORMAT,
     MAJOR,

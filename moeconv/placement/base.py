@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from moeconv.core.json_value import Json
 from moeconv.core.schema import Problems, Table
+from moeconv.core.strict_json import Json
 from moeconv.core.text import counted
 from moeconv.placement.model import MoeLayers, Placement, trivial
 

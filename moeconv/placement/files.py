@@ -11,8 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Final
 
-from moeconv.core.json_value import Json
-from moeconv.core.strict_json import loads
+from moeconv.core.strict_json import Json, loads
 from moeconv.errors import BadPlacementFile, MoeconvError, TorchNeeded, UsageProblem, quoted
 from moeconv.placement import base
 from moeconv.placement.eplb import EPLB

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from moeconv.core.json_value import Json
 from moeconv.core.schema import Problems, Table
+from moeconv.core.strict_json import Json
 from moeconv.core.text import counted
 from moeconv.errors import BadPlacement, BadPlacementFile, quoted
 from moeconv.placement import ascend, base, eplb, sglang, trtllm, vllm

@@ -15,9 +15,8 @@ from typing import Final
 
 from moeconv.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from moeconv.core.dtypes import alignment
-from moeconv.core.json_value import Json
 from moeconv.core.names import natural_key
-from moeconv.core.strict_json import dumps
+from moeconv.core.strict_json import Json, dumps
 from moeconv.errors import NameCollision, quoted
 from moeconv.manifest.model import numbered
 from moeconv.plan.align import (

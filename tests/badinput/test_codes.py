@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from moeconv.core.json_value import error_json
+from moeconv.core.strict_json import error_json
 from moeconv.errors import MoeconvError
 from tests.badinput.checks import CODES
 

@@ -10,7 +10,7 @@ from moeconv.checkpoint.header import StoredTensor, header_length, parse_header
 from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import Origin, OriginFile, origin_bytes, parse_origin
 from moeconv.core.digest import digest
-from moeconv.core.json_value import error_json
+from moeconv.core.strict_json import error_json
 from moeconv.detect.detect import detect
 from moeconv.errors import MoeconvError
 from moeconv.layout.recipe_toml import parse_recipe

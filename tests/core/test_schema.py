@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeconv.core.json_value import Json
 from moeconv.core.schema import MAX_COUNT, MAX_KEPT, SHOWN, Problems, Table
+from moeconv.core.strict_json import Json
 
 ODD: list[Json] = [-1, MAX_COUNT + 1, 1.0, True, None, "1", [1], {}]
 

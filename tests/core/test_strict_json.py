@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeconv.core.json_value import Json
-from moeconv.core.strict_json import loads
+from moeconv.core.strict_json import Json, loads
 from moeconv.errors import BadJson, DuplicateKey, MoeconvError
 
 KEYS = st.sampled_from(["a", "b", ":", 'a":', "é", "a.b"])

@@ -1,7 +1,7 @@
 """Sizes that config.json states, and where the tensors contradict them."""
 
 from moeconv.checkpoint.config import Config
-from moeconv.core.json_value import Json
+from moeconv.core.strict_json import Json
 from moeconv.detect.config_sizes import (
     config_mismatches,
     layer_count,

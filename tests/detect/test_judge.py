@@ -2,7 +2,7 @@
 
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.core.json_value import Json
+from moeconv.core.strict_json import Json
 from moeconv.detect.judge import Evidence, judge
 from moeconv.detect.stack import Sizes, Stack
 from moeconv.errors import ConfigMismatch, Damaged, ExpertGap, MoeconvError

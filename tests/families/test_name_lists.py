@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.core.json_value import Json
+from moeconv.core.strict_json import Json
 from moeconv.quantconfig.document import changed_lists, quant_texts
 from tests.families.listing import checkpoint, config_of, modules
 from tests.phantoms import phantom

@@ -18,8 +18,7 @@ from moeconv.checkpoint.header import header_length, parse_header
 from moeconv.checkpoint.index import parse_index
 from moeconv.checkpoint.origin import parse_origin
 from moeconv.core.digest import digest
-from moeconv.core.json_value import error_json
-from moeconv.core.strict_json import loads
+from moeconv.core.strict_json import error_json, loads
 from moeconv.errors import MoeconvError
 from moeconv.layout.recipe_toml import parse_recipe
 from moeconv.layout.shipped import shipped_recipes

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeconv.core.json_value import Json
+from moeconv.core.strict_json import Json
 from moeconv.errors import BadPlacement, BadPlacementFile, MoeconvError
 from moeconv.placement.ascend import ASCEND
 from moeconv.placement.eplb import EPLB

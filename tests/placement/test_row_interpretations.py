@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeconv.api import shard
-from moeconv.core.json_value import Json
+from moeconv.core.strict_json import Json
 from moeconv.errors import BadPlacement, UsageProblem
 from moeconv.placement.ascend import ASCEND
 from moeconv.placement.base import RawMap

@@ -18,9 +18,8 @@ from typing import Final
 
 from moeconv.checkpoint.output_files import read_named
 from moeconv.core.digest import hasher
-from moeconv.core.json_value import Json
 from moeconv.core.schema import Problems, Table
-from moeconv.core.strict_json import dumps, loads
+from moeconv.core.strict_json import Json, dumps, loads
 from moeconv.engine.output.atomic_file import NEW_FILE, writing
 from moeconv.errors import CannotResume, MoeconvError, WouldOverwrite, quoted
 from moeconv.manifest.model import PARTS_DIR

@@ -10,7 +10,7 @@ from moeconv.checkpoint.output import open_output
 from moeconv.checkpoint.output_files import read_root
 from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.core.digest import digest
-from moeconv.core.json_value import Json
+from moeconv.core.strict_json import Json
 from moeconv.engine.copy.pool import Limits, digests_of
 from moeconv.engine.copy.sink import Digests
 from moeconv.engine.manifest_writer import entry_of
