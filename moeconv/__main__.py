@@ -5,7 +5,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Carry out the command line; the process ends with it."""
+    """Run the command line and end the process."""
     # what a command makes lives to its end, none of it in cycles; its modules first of all
     gc.disable()
     from moeconv.cli.main import main as carry_out

@@ -1,3 +1,3 @@
-"""The version, which stands in every manifest: one place, no import of package metadata."""
+"""The version, which every manifest records: in one place, without importing package metadata."""
 
 __version__ = "0.1.0"

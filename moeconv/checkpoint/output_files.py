@@ -123,7 +123,7 @@ def missing(name: str) -> MissingShard:
 
 
 def unfinished(address: str) -> Unfinished:
-    """The error for a directory in which a run of ours is not done, or ended early."""
+    """The error for an output whose run is not finished, or was interrupted."""
     return Unfinished(
         f"{quoted(address.rpartition('/')[2])} is an unfinished moeconv output",
         at=quoted(address),

@@ -165,7 +165,7 @@ def open_checkpoint(src: Path | Store, *, exclude: tuple[str, ...] = ()) -> Chec
 
 
 def _unfinished(store: Store) -> bool:
-    """Whether a `moeconv/` is what a run of ours leaves, not just a folder of that name."""
+    """Whether `moeconv/` is that of an unfinished run, not just a directory of that name."""
     if any(store.file(name) for name in (f"{PARTS_DIR}/journal", ORIGIN_NAME)):
         return True
     if store.root is None:

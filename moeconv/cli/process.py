@@ -91,7 +91,7 @@ class MessageStream(io.TextIOWrapper):
 
 
 def open_streams() -> None:
-    """Replace both streams by ours; one that was closed (`>&-`) goes to /dev/null."""
+    """Replace both streams with moeconv's own; one that was closed (`>&-`) goes to /dev/null."""
     # no file of ours may get the descriptor of a closed stream: others print to it
     while (number := os.open(os.devnull, os.O_RDWR)) <= _LAST_STREAM:
         continue

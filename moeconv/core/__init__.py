@@ -1,1 +1,1 @@
-"""Strict JSON, schemas, names, text, digests, signals: what every room may use."""
+"""Strict JSON, schemas, names, text, digests, signals: what every package may use."""

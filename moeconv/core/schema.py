@@ -29,7 +29,7 @@ _DIGEST = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 class Refused(Exception):
-    """Raised at the first problem of a document whose problems nobody will read."""
+    """Raised at the first problem of a document when its problems are not collected."""
 
 
 @dataclass(slots=True)

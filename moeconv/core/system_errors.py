@@ -1,4 +1,4 @@
-"""Turn errors of the operating system into errors of ours, each with a cause and a fix."""
+"""Turn errors of the operating system into moeconv's own, each with a cause and a fix."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _limit_reached(problem: OSError) -> tuple[str, str] | None:
     cause = f"this process has reached its limit of {soft:,} open files"
     if hard == resource.RLIM_INFINITY or hard > soft:
         most = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard:,}"
-        return cause, f"raise it with `ulimit -n`, at most to {most}, then run again"
+        return cause, f"raise it with `ulimit -n`, up to {most}, then run again"
     return cause, "raise the hard limit (`ulimit -Hn`, as root), then run again"
 
 

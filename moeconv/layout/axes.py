@@ -23,7 +23,7 @@ _AXIS = re.compile(r"([EGOK]|[a-z])(?:/([A-Za-z0-9_.]+))?")
 
 
 class AxesSyntax(ValueError):
-    """A text is not in the axes notation. The reader of the document that holds it says where."""
+    """A text that is not in the axes notation; the document's reader adds its place."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,12 +56,12 @@ class Component:
     parameter: str = ""
 
     def read_as(self, axes: Axes) -> Component:
-        """This component with one of its readings."""
+        """This component with one of its possible axes."""
         return replace(self, axes=axes)
 
     @property
     def is_global(self) -> bool:
-        """Whether it says one thing of a whole matrix: runtimes reduce it over all experts."""
+        """Whether it has one value for a whole matrix: runtimes reduce it over all experts."""
         return not self.axes.letters & {OUT, IN}
 
 
@@ -136,11 +136,11 @@ class TensorTemplate:
 
     @property
     def hole(self) -> str:
-        """The hole of the template that says which component a tensor is; empty if it has none."""
+        """The template's placeholder for the component; empty if it has none."""
         return next((hole for hole in _COMPONENT_HOLES if hole in self.template), "")
 
     def word(self, component: Component) -> str:
-        """What fills that hole for a component."""
+        """What replaces that placeholder for a component."""
         if self.hole == SUFFIX:
             return component.suffix
         return (self.hole == PARAMETER and component.parameter) or component.name
@@ -228,7 +228,7 @@ class Layout:
 
     @property
     def read_only(self) -> bool:
-        """Whether it is only ever read: some program's mistake."""
+        """Whether it is read but never written: a mistake of another program."""
         return self.square is not None or self.in_parts
 
     @property
@@ -258,7 +258,7 @@ SECTIONS: Final = ("text_config", "language_config", "llm_config", "thinker_conf
 
 @dataclass(frozen=True, slots=True)
 class ConfigKeys:
-    """Where config.json says the sizes: dotted paths, the first that is there counts.
+    """Where config.json states the sizes: dotted paths, of which the first that exists counts.
 
     sections: for stacks whose name starts with the key, the objects of config.json to look in.
     block_sizes: name -> dotted paths of a block size.
@@ -295,7 +295,7 @@ class ConfigKeys:
 def _longest(
     by_prefix: tuple[tuple[str, tuple[str, ...]], ...], stack: str
 ) -> tuple[str, tuple[str, ...]]:
-    """The longest prefix that a stack's name has, with what belongs to it."""
+    """The longest prefix of a stack's name, and its value."""
     fitting = [item for item in by_prefix if stack.startswith(item[0])]
     return max(fitting, key=lambda item: len(item[0]), default=("", ()))
 

@@ -95,7 +95,7 @@ def _tables(text: str) -> list[tuple[str, str]]:
 
 
 def _templates(lines: dict[str, object]) -> set[str]:
-    """The tensor names of a layout, with one hole for components."""
+    """The tensor names of a layout, with one placeholder for components."""
     texts = (text for text in lines.values() if isinstance(text, str) and ": " in text)
     return {_plain(text.rpartition(": ")[0]) for text in texts}
 
@@ -120,7 +120,7 @@ class Names:
         return any(word in self.words or any(p in word for p in self.parts) for word in words)
 
     def excluded(self, words: Iterable[str]) -> bool:
-        """Whether a name, split at its dots, says that it is something else."""
+        """Whether a word of a name, split at its dots, marks it as something else."""
         return any(p in word for word in words for p in self.except_parts)
 
     def in_text(self, text: str) -> bool:

@@ -97,7 +97,7 @@ def _table(raw: bytes, root: Root, rank: int | None, *, where: str) -> tuple[Tab
 
 
 def _rank_in(name: str) -> int | None:
-    """The rank that a part's name says, if it says one."""
+    """The rank in a part's name, if there is one."""
     match = _RANK.search(name)
     return int(match[1]) if match else None
 
@@ -218,7 +218,7 @@ def _expert(tensor: Table, root: Root, rank: int | None) -> ExpertEntry:
 
 
 def _check_local(t: Table, entry: ExpertEntry, row: tuple[int, ...] | None) -> None:
-    """The name that a rank gives what is kept for all ranks."""
+    """Check `local`, the name on a rank of a tensor that is stored once for all ranks."""
     if row is None or entry.slots is not None:
         t.problem(
             "local", "is only for tensors in the common files of a stack that is split among ranks"

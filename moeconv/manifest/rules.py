@@ -64,7 +64,7 @@ def check_root(root: Root, problems: Problems) -> None:
 
 
 def _check_placements(root: Root, problems: Problems) -> None:
-    """Each expert in some slot, no slot without one, the slots of a stack shared out evenly."""
+    """Check that each expert has a slot, each slot an expert, and each rank as many slots."""
     for number, stack in enumerate(root.stacks):
         row = stack.physical_to_logical
         if row is None:

@@ -18,7 +18,7 @@ from moeconv.placement.model import MoeLayers, Placement, trivial
 MAX_ROWS: Final = 10_000  # of a map: one for each layer
 MAX_SLOTS: Final = 1_048_576  # of a row
 
-BY_ROW: Final = "by row"  # the number of rows tells which layers they are of
+BY_ROW: Final = "by row"  # the number of rows decides which layers they are for
 BY_ID: Final = "by layer id"
 ALIKE: Final = "one row for all layers"
 

@@ -21,7 +21,7 @@ from moeconv.errors import BadPlacement, quoted
 
 @dataclass(frozen=True, slots=True)
 class MoeLayers:
-    """What a checkpoint's own stacks say of its layers; ids are absolute.
+    """The layers of a checkpoint, by its own expert stacks; ids are absolute.
 
     experts: E; moe: the main MoE layers, ascending; beyond: MoE layers of the same kind at or
     beyond `hidden` (MTP); hidden: num_hidden_layers. stated: whether config.json says `hidden`;
@@ -57,12 +57,12 @@ class Placement:
         return len(self.physical_to_logical[0]) if self.physical_to_logical else 0
 
     def row(self, layer: int) -> tuple[int, ...] | None:
-        """The experts of a layer by slot: [P]; None where the placement does not speak of it."""
+        """The experts of a layer by slot: [P]; None where the placement does not cover it."""
         return self.physical_to_logical[self.layers.index(layer)] if layer in self.layers else None
 
 
 def trivial(experts: int, slots: int) -> tuple[int, ...]:
-    """Slot p holds expert p % E: [P]. What a system does that was given no map."""
+    """Slot p holds expert p % E: [P]. The default of systems without a map."""
     return tuple(p % experts for p in range(slots))
 
 
@@ -273,7 +273,7 @@ def kind_and_layer(stack: str) -> tuple[tuple[str, str], int] | None:
 
 
 def by_stack(names: tuple[str, ...], placement: Given) -> dict[str, tuple[int, ...]]:
-    """Rows by stack: {name: [P]}, for those of `names` that the placement speaks of.
+    """Rows by stack: {name: [P]}, for those of `names` that the placement covers.
 
     A mapping goes by name. A Placement goes by layer number, among the most numerous kind of
     stacks. Rows alone are one for each name, or one for each stack of that kind, in order.

@@ -1,4 +1,4 @@
-"""Which layers of a checkpoint the rows of another system's map are of.
+"""Match the rows of another system's map with the layers of a checkpoint.
 
 sglang counts all layers, TensorRT-LLM has absolute ids, vLLM, vllm-ascend and EPLB count the MoE
 layers. The checkpoint's own stacks decide, and what was assumed is reported.
@@ -88,7 +88,7 @@ def _indices_counted(map_layers: str, ids: dict[int, int], layers: MoeLayers) ->
 
 
 def _two_interpretations(raw: base.RawMap, layers: MoeLayers, fitting: list[str]) -> BadPlacement:
-    """The error for rows that nothing but their number identifies, where two counts match it."""
+    """The error for rows without layer ids whose count fits two interpretations."""
     interpretations = {r: _row_indices(r, layers) for r in fitting}
     # the main layers may have the same rows in both: then one of the two has rows of MTP layers
     first = next(
@@ -182,7 +182,7 @@ def _by_id(raw: base.RawMap, layers: MoeLayers) -> tuple[dict[int, int], str]:
 
 
 def ep_size_of(raw: base.RawMap, wanted: int | None) -> int | None:
-    """The EP size: the wanted one, or what the map says. Raises BadPlacement where they differ."""
+    """The EP size: the requested one, or the map's. Raises BadPlacement where they differ."""
     if wanted is None or raw.devices in (None, wanted):
         return wanted or raw.devices
     raise BadPlacement(

@@ -76,7 +76,7 @@ def local_selection(
     coordinate: Sequence[int],
     placements: Sequence[object],
 ) -> Selection | str:
-    """What the rank at a mesh coordinate holds of a global shape; a text where nobody can say."""
+    """What the rank at a mesh coordinate holds of a global shape; or why that is unknown."""
     out = list(whole(sizes))
     for parts, number, placement in zip(mesh, coordinate, placements, strict=True):
         kind = type(placement).__name__

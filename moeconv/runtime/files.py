@@ -154,7 +154,7 @@ class Reader(ExitStack[bool | None]):
                 self._stopped = True
                 wait(parts)
                 raise
-            # where one failed the others just ended: what failed is what is told
+            # if one thread failed, the others merely stopped: report the failure
             for problem in filter(None, [part.exception() for part in parts]):
                 raise problem
         self.bytes_read += total

@@ -95,7 +95,7 @@ def unwritable_reason(tensor: torch.Tensor) -> str | None:
 
 
 def _overlaps(local: torch.Tensor) -> bool:
-    """Whether two elements may be one (never wrongly no)."""
+    """Whether two elements may share memory; False is always right."""
     reach = 0  # the largest offset that smaller strides come to
     pairs = zip(local.stride(), local.shape, strict=True)
     for stride, size in sorted(pair for pair in pairs if pair[1] > 1):

@@ -82,7 +82,7 @@ class RankView:
         return row[slots.start : slots.stop]
 
     def check_placement(self, placement: Given) -> None:
-        """Hold a caller's placement against the output's. Raises GeometryMismatch, BadPlacement."""
+        """Compare a caller's placement with the output's. Raises GeometryMismatch, BadPlacement."""
         have = self.placement
         other = []
         for name, row in by_stack(self.stacks, placement).items():
@@ -107,7 +107,7 @@ class RankView:
         return frozenset(self.files[number].identity for number in used)
 
     def verified(self) -> Self:
-        """The same, its bytes held against their digests. Raises what `open` raises for it."""
+        """The same, its bytes compared with their digests. Raises what `open` raises for it."""
         if self.verify:
             return self
         check_digests((*self.common, *self.own), self.output.root.stacks, self.files)

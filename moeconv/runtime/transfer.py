@@ -146,7 +146,7 @@ def _within(tensor: torch.Tensor, spans: tuple[tuple[int, int], ...]) -> torch.T
 
 
 def checked_device(device: torch.device | str | None) -> torch.device | None:
-    """What a caller named. Raises UsageProblem for meta, which holds no bytes."""
+    """The device that a caller named. Raises UsageProblem for meta, which holds no bytes."""
     found = None if device is None else torch.device(device)
     if found is not None and found.type == "meta":
         raise UsageProblem("nothing can be loaded onto meta", fix="name a device with memory")

@@ -28,7 +28,7 @@ _NEEDED: Final = frozenset(("up", "down"))  # projections of every kind of exper
 
 
 def manifest_error(name: str, cause: str) -> BadManifest:
-    """The error for a manifest that says something impossible of a tensor."""
+    """The error for a manifest that describes an impossible tensor."""
     return BadManifest(
         f"the manifest is wrong about {quoted(name)}",
         at=quoted(name),
@@ -86,7 +86,7 @@ def validate_rank(
     rank: int,
     ep_size: int,
 ) -> None:
-    """Each stack has all it must have, once, in the shapes it says. Raises BadManifest."""
+    """Check that each stack has all tensors, once, in the stated shapes. Raises BadManifest."""
     by_stack: list[tuple[list[TensorEntry], list[TensorEntry]]] = [([], []) for _ in root.stacks]
     for side, entries in enumerate((common, own)):
         for entry in entries:
@@ -127,7 +127,7 @@ def _spans(entries: Iterable[TensorEntry]) -> _Spans:
 
 
 def _check_once(name: str, what: str, spans: _Spans, first: int, last: int) -> None:
-    """By slot and never by counting names."""
+    """Check that the slots of the tensors of a component cover the range without overlap."""
     for (projection, component), several in spans.items():
         at = first
         for start, stop in sorted(several):

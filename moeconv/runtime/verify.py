@@ -1,4 +1,4 @@
-"""`open(..., verify="digest")`: every byte that this rank will use, held against the manifest."""
+"""`open(..., verify="digest")`: every byte that this rank will use, compared with the manifest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHOWN: Final = 20
 def check_digests(
     tensors: Iterable[LocalTensor], stacks: tuple[StackEntry, ...], files: Mapping[int, DataFile]
 ) -> None:
-    """Read all bytes of some tensors and hold them against their digests (FORMAT.md, section 1).
+    """Read all bytes of some tensors and compare them with their digests (FORMAT.md, section 1).
 
     Raises DigestsMissing where nobody has taken them, Damaged naming what differs, IoFailed,
     SourceChanged, BadManifest.

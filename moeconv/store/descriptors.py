@@ -98,7 +98,7 @@ class DescriptorPool:
                     raise
 
     def _close_one(self) -> bool:
-        """Close a file that nobody holds; whether there was one."""
+        """Close a file that is not in use; return whether there was one."""
         number = next((n for n in self._open if not self._holders.get(n)), None)
         if number is None:
             return False
@@ -107,7 +107,7 @@ class DescriptorPool:
         return True
 
     def close(self) -> None:
-        """Close all files; nobody holds one any more."""
+        """Close all files; none is in use any more."""
         with self._lock:
             while self._open:
                 _close(self._open.popitem()[1])

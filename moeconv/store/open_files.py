@@ -98,7 +98,7 @@ class OpenFiles:
         )
 
     def ended(self, number: int, problem: FileEnded) -> IoFailed:
-        """The error for a file that has fewer bytes than its header says: it changed, mostly."""
+        """The error for a file that is shorter than its header says: it has probably changed."""
         try:
             self._check(number, self._files[number].path.stat())
         except SourceChanged as changed:

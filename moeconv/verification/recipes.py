@@ -27,7 +27,7 @@ Trusted: TypeAlias = Callable[[Stack], Recipe]
 def recipe_problems(
     name: str, manifest: Manifest, detection: Detection, source: Detection, trusted: Trusted
 ) -> list[MoeconvError]:
-    """Where the recipes of an output, or what it says of its tensors, differ from the trusted ones.
+    """Report where an output's recipes, or its tensors' entries, differ from the trusted ones.
 
     name: of the set, for messages. detection: the set by its own recipes. source: what it was made
     from. trusted: the recipe to believe for a stack of the source.

@@ -162,7 +162,7 @@ def test_the_limit_in_words(limits: list[int]) -> None:
     reached = OSError(errno.EMFILE, "Too many open files")
     cause, fix = explained(reached, otherwise="")
     assert "100 open files" in cause
-    assert "`ulimit -n`, at most to 1,000" in fix
+    assert "`ulimit -n`, up to 1,000" in fix
     limits[:] = [64, 64]
     cause, fix = explained(reached, otherwise="")
     assert "64 open files" in cause

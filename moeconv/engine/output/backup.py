@@ -62,7 +62,7 @@ def _remove_folders(old: Inventory) -> None:
 
 
 def _remove_if_empty(folder: Path) -> list[str]:
-    """Remove a folder, or return the names of what somebody put in it. Raises OSError."""
+    """Remove a folder, or return the names of foreign files in it. Raises OSError."""
     try:
         folder.rmdir()
     except FileNotFoundError:

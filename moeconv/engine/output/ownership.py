@@ -1,4 +1,4 @@
-"""Find which files in OUT moeconv wrote and nobody has changed since."""
+"""Find which files in OUT were written by moeconv and are unchanged since."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _above(name: str) -> Iterator[str]:
 
 
 def _passing(name: str) -> bool:
-    """Whether it is a file that a writer keeps only while it is at work."""
+    """Whether it is a file that exists only while a run is writing."""
     hidden = name.startswith(f"{PARTS_DIR}/.") and name.count("/") == 1
     return name == JOURNAL_NAME or (hidden and name.endswith(PARTIAL_SUFFIX))
 
@@ -208,7 +208,7 @@ def _of_run(there: _Listing, journal: Journal | None) -> _Claims:
 
 
 def unfinished_file_problem(journal: Journal, name: str, facts: os.stat_result) -> str | None:
-    """Why a file is not as the run left it that keeps the journal; None where it is."""
+    """Return why a file is not as the journal's run left it; None if it is."""
     noted = journal.made.get(name)
     if noted is None:
         return "the unfinished run had not made it yet"
@@ -278,7 +278,7 @@ def _file_problem(out: Path, entry: FileEntry, there: _Listing) -> str | None:
 def _part(
     out: Path, root: Root, entry: FileEntry, there: _Listing
 ) -> tuple[str | None, tuple[Part, ...]]:
-    """Return why a part is not ours, if so, and its contents as far as they can be read."""
+    """Return why a part is not moeconv's, if so, and its contents as far as they can be read."""
     reason = _file_problem(out, entry, there)
     try:
         raw = read_entry(LocalStore(out), entry, limit=MAX_PART_BYTES)
@@ -303,7 +303,7 @@ def _bare(part: Part) -> Part:
 
 
 def _without_part(facts: os.stat_result | None, root: os.stat_result) -> str | None:
-    """Return why a data file whose part is missing is not ours, by its times alone."""
+    """Return why a data file whose part is missing is not moeconv's, by its times alone."""
     if facts is None or not _written_since(facts, root, same_moment=False):
         return None
     return "it was written to after the output was made, and its part is missing"

@@ -45,7 +45,7 @@ def refuse_overlap(src: Path | None, out: Path) -> None:
 def refuse_existing(
     out: Path, *, limits: Limits, overwrite: bool, resume: bool = False, restores: bool = False
 ) -> Inventory | None:
-    """Raise WouldOverwrite unless OUT is absent, empty, or ours and to be replaced or resumed.
+    """Raise WouldOverwrite unless OUT is absent, empty, or an output to be replaced or resumed.
 
     restores: whether an origin is restored, which has no manifest.
     Returns the inventory of an OUT that is to be replaced.
