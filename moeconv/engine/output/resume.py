@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moeconv.checkpoint.header import read_header
@@ -39,18 +39,21 @@ def finished_before(out: Path, plan: Plan, journal: Journal, limits: Limits) -> 
 
     A file without recorded digests (`--digests later`) cannot be checked and is written again.
     """
+    noted = {name: rows for name, rows in journal.finished.items() if all(map(all, rows))}
+    found = _reread(out, [f for f in plan.files if noted.get(f.name)], limits)
+    return {name: its for name, its in found.items() if its == noted[name]}
+
+
+def _reread(out: Path, files: Iterable[OutputFile], limits: Limits) -> dict[str, Digests]:
+    """Read files of a plan that are in OUT; return their digests, without those of other files."""
     there: list[DataFile] = []
     planned = []
-    for file in plan.files:
-        noted = journal.finished.get(file.name)
-        if not noted or not all(all(row) for row in noted):
-            continue
+    for file in files:
         written = _written(out, file, len(there))
         if written is not None:
             planned.append(unchanged_file(file, len(there)))
             there.append(written)
-    found = digests_of(tuple(planned), tuple(there), limits=limits, progress=lambda _: None)
-    return {name: its for name, its in found.items() if its == journal.finished[name]}
+    return digests_of(tuple(planned), tuple(there), limits=limits, progress=lambda _: None)
 
 
 def _written(out: Path, file: OutputFile, number: int) -> DataFile | None:
@@ -74,9 +77,7 @@ def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -
     if (out / ROOT_NAME).exists() or (parts.is_dir() and any(parts.iterdir())):
         return False
     try:
-        written = [_written(out, file, number) for number, file in enumerate(plan.files)]
-        there = tuple(f for f in written if f is not None)
-        if len(there) < len(written):
+        if any(_written(out, file, 0) is None for file in plan.files):
             return False
         if plan.index_name is not None:
             index = read_document(
@@ -86,8 +87,7 @@ def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -
                 return False
         if not all(_same_sidecar(out, s, plan) for s in checkpoint.sidecars):
             return False
-        files = tuple(unchanged_file(f, n) for n, f in enumerate(plan.files))
-        found = digests_of(files, there, limits=limits, progress=lambda _: None)
+        found = _reread(out, plan.files, limits)
     except MoeconvError:
         return False
     return found == _wanted_digests(plan, checkpoint, limits)
@@ -95,13 +95,15 @@ def is_restored(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limits) -
 
 def _same_sidecar(out: Path, sidecar: File, plan: Plan) -> bool:
     there = LocalFile.at(out / sidecar.name, name=sidecar.name)
+    return file_digest(there.path, name=sidecar.name) == _planned_digest(sidecar, plan)
+
+
+def _planned_digest(sidecar: File, plan: Plan) -> str:
+    """Return the digest that a sidecar has in the output: rewritten, or as it is in the source."""
     rewrite = next((r for r in plan.rewrites if r.name == sidecar.name), None)
     if rewrite is not None:
-        return read_document(there, len(rewrite.after)) == rewrite.after
-    if there.size != sidecar.size:
-        return False
-    expected = file_digest(sidecar.path, name=sidecar.name)
-    return file_digest(there.path, name=sidecar.name) == expected
+        return digest(rewrite.after)
+    return file_digest(sidecar.path, name=sidecar.name)
 
 
 def _wanted_digests(plan: Plan, checkpoint: Checkpoint, limits: Limits) -> dict[str, Digests]:
@@ -152,16 +154,10 @@ def _of_this_source(out: Path, plan: Plan, checkpoint: Checkpoint, limits: Limit
     """Return whether a finished output records the digests of SRC's bytes, where in doubt."""
     made, root = (out / ROOT_NAME).stat().st_mtime_ns, read_root(LocalStore(out))
     names = {e.name: e.digest for e in root.sidecars}
-    for sidecar in checkpoint.sidecars:
-        rewrite = next((r for r in plan.rewrites if r.name == sidecar.name), None)
-        if rewrite is not None:
-            value = digest(rewrite.after)
-        elif sidecar.mtime_ns > made:
-            value = file_digest(sidecar.path, name=sidecar.name)
-        else:
-            continue
-        if names.get(sidecar.name) != value:
-            return False
+    rewritten = {r.name for r in plan.rewrites}
+    doubtful = [s for s in checkpoint.sidecars if s.name in rewritten or s.mtime_ns > made]
+    if any(names.get(s.name) != _planned_digest(s, plan) for s in doubtful):
+        return False
     own = checkpoint.origin
     both = own is not None and own.manifest.complete and not root.unread
     if not both and all(f.mtime_ns <= made for f in checkpoint.files):
