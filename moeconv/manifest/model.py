@@ -254,7 +254,7 @@ def canonical_shape(tensor: TensorEntry) -> tuple[int, ...]:
     return tensor.shape if tensor.expert is None else tensor.expert.matrix
 
 
-# --- writing -----------------------------------------------------------------------------------
+# --- names of files --------------------------------------------------------------------------
 def part_name(file: str) -> str:
     """The part of a data file."""
     return f"{PARTS_DIR}/{file}.json"

@@ -112,7 +112,7 @@ def plan_onto(
     return tuple(_existing_file(file, planned_tensors) for file in files)
 
 
-def plan_onto_set(
+def plan_onto_ranks(
     detection: Detection, target: Detection, manifest: Manifest, files: tuple[PlacedHeader, ...]
 ) -> tuple[OutputFile, ...]:
     """Plan to fill the files of an expert-parallel output, slot by slot, from `detection`.

@@ -20,7 +20,7 @@ from moeconv.errors import Damaged, MoeconvError, TensorNotInFile, quoted
 from moeconv.manifest.model import StackEntry, addresses
 from moeconv.plan.convert import entries_as_stored
 from moeconv.plan.model import OutputFile, OutputTensor
-from moeconv.plan.onto_existing import plan_onto, plan_onto_set
+from moeconv.plan.onto_existing import plan_onto, plan_onto_ranks
 from moeconv.store.documents import unreadable
 from moeconv.store.file_io import read_bytes
 from moeconv.verification.digests import placed_headers
@@ -69,7 +69,7 @@ def plan_held_files(
     """Plan the data files of `held`, which are `target`'s, as if written from `detection`."""
     manifest, headers = held.manifest, placed_headers(held)
     if manifest is not None and manifest.root.ep_size is not None:
-        return plan_onto_set(detection, target, manifest, headers)
+        return plan_onto_ranks(detection, target, manifest, headers)
     return plan_onto(detection, target, headers)
 
 

@@ -29,8 +29,8 @@ def recipe_problems(
 ) -> list[MoeconvError]:
     """Report where an output's recipes, or its tensors' entries, differ from the trusted ones.
 
-    name: of the set, for messages. detection: the set by its own recipes. source: what it was made
-    from. trusted: the recipe to believe for a stack of the source.
+    name: of the output, for messages. detection: the output by its own recipes. source: what it
+    was made from. trusted: the recipe to believe for a stack of the source.
     """
     in_source = {s.name: s for s in source.stacks}
     entries = {s.name: s for s in manifest.root.stacks}
@@ -176,7 +176,7 @@ def origin_layout_problems(
 
     detection: SRC's.
     """
-    ours, in_source = output.origin, source.origin
+    own, in_source = output.origin, source.origin
     layouts = {s.name: s.layout.name for s in detection.stacks}
     if in_source is not None:
         layouts = {s.name: s.origin_layout for s in in_source.manifest.root.stacks}
@@ -188,7 +188,7 @@ def origin_layout_problems(
             f"`origin_layout` is {quoted(entry.origin_layout)}: a restore would use that",
             fix="convert again from this source",
         )
-        for entry in (ours.manifest.root.stacks if ours else ())
+        for entry in (own.manifest.root.stacks if own else ())
         if layouts.get(entry.name, entry.origin_layout) != entry.origin_layout
     ]
 

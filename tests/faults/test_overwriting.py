@@ -196,8 +196,8 @@ def test_what_says_whose_it_is_goes_last(
     monkeypatch.setattr(os, "unlink", watched(os.unlink, note))
     remove_output(take_inventory(out, Limits(1, 1 << 20)))
     assert gone[-1].endswith("moeconv.json")
-    papers = [n for n, path in enumerate(gone) if "/moeconv/" in path]
-    assert papers == list(range(len(gone) - 1 - len(papers), len(gone) - 1))
+    documents = [n for n, path in enumerate(gone) if "/moeconv/" in path]
+    assert documents == list(range(len(gone) - 1 - len(documents), len(gone) - 1))
     assert not out.exists()
 
 
