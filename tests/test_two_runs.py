@@ -119,7 +119,7 @@ def test_messages_name_the_shard_and_not_the_blob_of_a_hub_cache(tmp_path: Path)
         moeconv.open_source(repo / "snapshots" / "abc")
 
 
-def test_one_shard_of_several_is_no_checkpoint(source: Path, tmp_path: Path) -> None:
+def test_one_shard_of_several_is_not_a_checkpoint(source: Path, tmp_path: Path) -> None:
     with pytest.raises(NoCheckpoint, match="one of 3 shards"):
         moeconv.fuse(source / "model-00001-of-00003.safetensors", tmp_path / "out")
 

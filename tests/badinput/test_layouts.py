@@ -182,7 +182,7 @@ def test_config_and_tensors_disagree(
 
 
 @pytest.mark.parametrize("value", ["8", 8.5, True])
-def test_a_number_of_experts_that_is_no_integer(src: Path, out: Path, value: object):
+def test_a_number_of_experts_that_is_not_an_integer(src: Path, out: Path, value: object):
     # said, but not comparable, is not the same as not said: the missing experts would go unseen
     write(src, qwen(), config={**config(), "num_experts": value})
     with pytest.raises(MoeconvError) as caught:
@@ -207,7 +207,7 @@ def test_scales_without_a_block_size_in_config(src: Path, out: Path):
 
 
 @pytest.mark.parametrize("block", [[0, 8], [8], "8", [8.0, 8.0], [-8, -8], {}])
-def test_a_block_size_that_is_none(src: Path, out: Path, block: object):
+def test_an_invalid_block_size(src: Path, out: Path, block: object):
     said = config(quantization_config={"weight_block_size": block})
     write(src, qwen(dtype="F8_E4M3", block=8), config=said)
     refused(ConfigMismatch, "weight_block_size", "weight_scale_inv", src=src, out=out)
@@ -232,13 +232,13 @@ def test_config_with_a_duplicate_key_deep_inside(src: Path, out: Path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "model_type: qwen3_moe", "{}{}", "\ufeff{}"])
-def test_config_that_is_no_json(src: Path, out: Path, text: str):
+def test_config_that_is_not_json(src: Path, out: Path, text: str):
     write(src, qwen())
     (src / "config.json").write_text(text, "utf-8")
     refused(BadJson, "config.json", src=src, out=out)
 
 
-def test_config_that_is_no_object(src: Path, out: Path):
+def test_config_that_is_not_an_object(src: Path, out: Path):
     write(src, qwen())
     (src / "config.json").write_text("[]")
     refused(BadConfig, "config.json", src=src, out=out)

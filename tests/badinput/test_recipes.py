@@ -96,7 +96,7 @@ def test_a_bad_recipe_refuses_the_conversion(src: Path, out: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("text", ["name =", "name = 1\nname = 2", "[" * 5000, "a = 1e", "= 1"])
-def test_a_recipe_that_is_no_toml(text: str):
+def test_a_recipe_that_is_not_toml(text: str):
     _refused(text, "1 problem")
 
 
@@ -128,7 +128,7 @@ def test_an_annotation_is_fine():
 
 
 @pytest.mark.parametrize("name", ['"Mine"', '""', '"../x"', "1", '"a b"', "[]"])
-def test_a_name_that_is_none(name: str):
+def test_an_invalid_name(name: str):
     _refused(_with('"mine"', name), "name: ")
 
 
@@ -146,7 +146,7 @@ def test_a_text_where_a_list_should_be():
         "",
     ],
 )
-def test_a_stack_without_its_holes(stack: str):
+def test_a_stack_without_its_placeholders(stack: str):
     _refused(_with("{prefix}{layer}.mlp.experts", stack), "stack: ")
 
 
@@ -186,7 +186,7 @@ def test_a_size_of_one_layer_takes_both_placeholders(path: str):
         ("", "both O and K"),
     ],
 )
-def test_axes_that_are_none(axes: str, fact: str):
+def test_invalid_axes(axes: str, fact: str):
     _refused(_with("E (G O) K", axes), "layouts.fused.gate_up: ", fact)
 
 
@@ -218,7 +218,7 @@ def test_a_line_that_does_not_begin_with_the_stack():
     _refused(_with("{stack}.gate_up_proj", "gate_up_proj"), "must begin with `{stack}`")
 
 
-def test_a_line_with_an_unknown_hole():
+def test_a_line_with_an_unknown_placeholder():
     _refused(
         _with("{stack}.gate_up_proj", "{stack}.{rank}.gate_up_proj"), "unknown placeholder `{rank}`"
     )
@@ -324,11 +324,11 @@ def test_quotes_without_end_are_read_once(piece: str):
     assert time.process_time() - began < 5
 
 
-def test_texts_with_many_dots_are_no_keys():
+def test_texts_with_many_dots_are_not_keys():
     parse_recipe(_with("name =", f'title = "{"..." * 100} v1.2.3.4"\nname ='), where="mine.toml")
 
 
-def test_a_recipe_in_a_manifest_is_no_longer_than_a_file():
+def test_a_recipe_in_a_manifest_is_not_longer_than_a_file():
     _refused(GOOD + "#" * (128 * 1024), "longer than 131,072 characters")
 
 

@@ -184,7 +184,7 @@ def test_names_that_no_file_can_have(good: Path, words: tuple[str, ...]):
 
 
 @pytest.mark.parametrize("path", ["a\0b", "a\ud800b"], ids=ascii)
-def test_texts_that_are_no_paths(good: Path, out: Path, path: str):
+def test_texts_that_are_not_paths(good: Path, out: Path, path: str):
     with pytest.raises(SourceMissing, match="does not exist"):
         moeconv.fuse(path, out)
     with pytest.raises(UsageProblem, match="is not a path"):

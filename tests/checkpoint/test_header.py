@@ -127,7 +127,7 @@ def test_two_tensors_on_the_same_bytes(src: Path, out: Path):
     refused(OverlappingTensors, SHARD, B, src=src, out=out)
 
 
-def test_a_hole_between_two_tensors(src: Path, out: Path):
+def test_a_gap_between_two_tensors(src: Path, out: Path):
     doc = entries(TWO)
     doc[B]["data_offsets"] = [36, 44]
     raw = framed(doc)
@@ -136,7 +136,7 @@ def test_a_hole_between_two_tensors(src: Path, out: Path):
     refused(HoleBetweenTensors, *facts, src=src, out=out)
 
 
-def test_a_hole_before_the_first_tensor(src: Path, out: Path):
+def test_a_gap_before_the_first_tensor(src: Path, out: Path):
     doc = entries({A: ("F32", (2,))})
     doc[A]["data_offsets"] = [4, 12]
     _src(src, framed(doc) + b"\0" * 12)
@@ -194,7 +194,7 @@ def test_an_entry_that_lacks_a_member(src: Path, out: Path, member: str):
 
 
 @pytest.mark.parametrize("entry", [None, [], "BF16", 5, {}])
-def test_an_entry_that_is_none(src: Path, out: Path, entry: object):
+def test_an_invalid_entry(src: Path, out: Path, entry: object):
     _src(src, framed({A: entry}))
     refused(BadHeader, SHARD, f"`{A}`", src=src, out=out)
 
@@ -265,7 +265,7 @@ def test_metadata_twice(src: Path, out: Path):
 
 
 @pytest.mark.parametrize("value", [[], "pt", None, {"format": 1}, {"format": None}, {"a": {}}])
-def test_metadata_that_is_no_map_of_texts(src: Path, out: Path, value: object):
+def test_metadata_that_is_not_a_map_of_texts(src: Path, out: Path, value: object):
     _src(src, framed({"__metadata__": value}))
     refused(BadHeader, SHARD, "`__metadata__`", src=src, out=out)
 
@@ -294,7 +294,7 @@ def test_a_header_that_does_not_start_with_a_brace(src: Path, out: Path, first: 
     ids=["nul-padding", "cut", "two", "quotes", "nan", "infinity", "2^64", "latin-1", "control",
          "utf-16", "nesting"],
 )  # fmt: skip
-def test_a_header_that_is_no_json(src: Path, out: Path, text: bytes):
+def test_a_header_that_is_not_json(src: Path, out: Path, text: bytes):
     _src(src, framed(text))
     kind = BadHeader if text[:1] != b"{" else BadJson
     refused(kind, SHARD, src=src, out=out)

@@ -190,7 +190,7 @@ def test_weight_map_twice(src: Path, out: Path):
 @pytest.mark.parametrize(
     "value", [b"NaN", b"Infinity", b"-Infinity", b"1e999", b"99999999999999999999"]
 )
-def test_a_number_in_the_index_that_is_none(src: Path, out: Path, value: bytes):
+def test_an_invalid_number_in_the_index(src: Path, out: Path, value: bytes):
     raw = json.dumps(index_doc(FILES)).encode()
     start = raw.index(b'"total_size": ') + 14
     _text(src, raw[:start] + value + raw[raw.index(b"}", start) :])
@@ -198,7 +198,7 @@ def test_a_number_in_the_index_that_is_none(src: Path, out: Path, value: bytes):
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"not json", b"\xff\xfe{}", b"\xef\xbb\xbf{}"])
-def test_an_index_that_is_no_json(src: Path, out: Path, raw: bytes):
+def test_an_index_that_is_not_json(src: Path, out: Path, raw: bytes):
     _text(src, raw)
     refused(BadJson, INDEX, src=src, out=out)
 
@@ -210,7 +210,7 @@ def test_an_index_without_a_weight_map(src: Path, out: Path, raw: bytes):
 
 
 @pytest.mark.parametrize("file", [None, 1, ["x"], {}, "\ud800"])
-def test_an_entry_of_the_weight_map_that_is_no_text(src: Path, out: Path, file: str):
+def test_an_entry_of_the_weight_map_that_is_not_a_text(src: Path, out: Path, file: str):
     write(src, FILES, index=_mapped(**{NAME: file}))
     refused(BadIndex, INDEX, f"`{NAME}`", src=src, out=out)
 

@@ -79,7 +79,7 @@ def test_interrupt_leaves_out_as_it_was(
     assert not existed or not list(out.iterdir())
 
 
-def test_a_reader_that_leaves_is_no_error(source: Path) -> None:
+def test_a_reader_that_leaves_is_not_an_error(source: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     process = subprocess.run(

@@ -40,7 +40,7 @@ def test_a_full_standard_output_is_reported(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", WORDS)
-def test_a_reader_who_leaves_ends_it_without_a_word(arguments: list[str], tmp_path: Path) -> None:
+def test_a_reader_who_leaves_ends_it_silently(arguments: list[str], tmp_path: Path) -> None:
     done = shell(" ".join(arguments), "| true", tmp_path)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -49,7 +49,7 @@ RUNS = (("recipes list", 0), ("--help", 0), ("inspect nothing", 3), ("fuse --nop
 
 
 @pytest.mark.parametrize("rest", ["2>&-", "2>/dev/full", ">&- 2>&-", ">&- 2>/dev/full"])
-def test_talk_that_nobody_hears_changes_no_exit_code(rest: str, tmp_path: Path) -> None:
+def test_messages_that_cannot_be_printed_change_no_exit_code(rest: str, tmp_path: Path) -> None:
     for arguments, code in RUNS:
         done = shell(arguments, rest, tmp_path)
         assert (arguments, done.returncode) == (arguments, code)
@@ -154,7 +154,7 @@ def test_a_program_that_calls_it_loses_none_of_its_output(host: str) -> None:
     assert done.stdout.startswith("hello\nrecipe ")
 
 
-def test_a_name_that_is_no_text_changes_no_exit_code(tmp_path: Path) -> None:
+def test_a_name_that_is_not_a_text_changes_no_exit_code(tmp_path: Path) -> None:
     for rest in ("2>&-", "2>/dev/null"):
         assert shell("inspect --nope$'\\xff'", rest, tmp_path).returncode == 2
 

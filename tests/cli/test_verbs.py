@@ -11,7 +11,9 @@ import pytest
 from tests.cli.run import moeconv, on_screen
 
 
-def test_fuse_prints_the_path_and_talks_apart(source: Path, tmp_path: Path) -> None:
+def test_fuse_prints_the_path_to_stdout_and_messages_to_stderr(
+    source: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     done = moeconv("fuse", source, "-o", out)
     assert (done.code, done.out) == (0, f"{out}\n")
@@ -84,11 +86,11 @@ def test_verify_says_yes_and_no(source: Path, fused: Path, tmp_path: Path) -> No
     assert moeconv("verify", broken, "--source", source).code == 1
 
 
-def test_verify_wants_a_source_for_level_source(fused: Path) -> None:
+def test_verify_needs_a_source_for_level_source(fused: Path) -> None:
     assert moeconv("verify", fused, "--level", "source").code == 2
 
 
-def test_verify_of_a_foreign_checkpoint_is_no_answer(source: Path) -> None:
+def test_verify_of_a_foreign_checkpoint_is_not_an_answer(source: Path) -> None:
     assert moeconv("verify", source).code == 5
 
 

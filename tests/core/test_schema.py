@@ -66,7 +66,7 @@ def test_a_list_of_too_many_objects_is_one_problem() -> None:
     assert problems.found == ["items: has 11 items, more than 10"]
 
 
-def test_of_many_unknown_keys_the_first_ones_are_held_against_the_known() -> None:
+def test_of_many_unknown_keys_the_first_ones_are_compared_with_the_known() -> None:
     problems = Problems()
     table = Table({f"sise{n}": 0 for n in range(50)} | {"size" * 30: 0}, "", problems)
     table.expects(("size",))

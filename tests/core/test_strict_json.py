@@ -75,7 +75,7 @@ def test_a_duplicate_key_is_found(text: str) -> None:
         loads(text.encode(), where="here", shallow=True)
 
 
-def test_text_with_colons_is_no_duplicate() -> None:
+def test_text_with_colons_is_not_a_duplicate() -> None:
     doc: Json = {"a:b": {":": ":::"}, "c": {}}
     assert loads(json.dumps(doc).encode(), where="here", shallow=True) == doc
 

@@ -25,7 +25,7 @@ def test_sizes_come_from_the_recipes_first_section_that_has_any():
     assert stated == {"experts": 2, "width": 4}
 
 
-def test_a_size_that_is_no_positive_integer_is_not_stated():
+def test_a_size_that_is_not_a_positive_integer_is_not_stated():
     doc: dict[str, Json] = {"num_local_experts": True, "intermediate_size": 0, "hidden_size": "8"}
     assert stated_sizes(matched(experts(1)), config(**doc)) == {}
 

@@ -45,7 +45,7 @@ def test_floating_point_weights_are_never_read_as_packed():
     assert not packed("BF16")
 
 
-def test_an_interpretation_is_no_variant_of_itself():
+def test_an_interpretation_is_not_a_variant_of_itself():
     options = interpretations(matched(fused((3, 8, 16), (3, 16, 4))), layout("fused"), {})
     assert options[0] not in list(transposed_variants(options, options[0]))
 

@@ -42,7 +42,7 @@ def test_digests_later_looks_at_no_byte(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("layout", ["stacked", "kn"])
-def test_what_is_smaller_than_a_block_is_held_against_its_promise(
+def test_what_is_smaller_than_a_block_is_compared_with_its_known_digest(
     cloning: Path, tmp_path: Path, layout: str
 ) -> None:
     """Turned matrices that stay as they are, too: they are read where they cannot be cloned."""
@@ -59,7 +59,7 @@ def test_what_is_smaller_than_a_block_is_held_against_its_promise(
     shutil.rmtree(cloning / "small")
 
 
-def test_where_nothing_can_be_cloned_after_all_every_digest_is_held_against_its_promise(
+def test_where_nothing_can_be_cloned_after_all_every_digest_is_compared(
     cloning: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src = source(tmp_path / "src")

@@ -268,7 +268,7 @@ def test_a_source_that_cannot_be_read_is_not_called_an_output_that_cannot_be_wri
 
 @pytest.mark.parametrize("clones", [False, True])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_only_the_output_can_want_space(
+def test_only_the_output_can_lack_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clones: bool, code: int
 ) -> None:
     moeconv.fuse(source(tmp_path / "src"), tmp_path / "fused")

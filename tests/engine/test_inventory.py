@@ -115,7 +115,7 @@ CHANGES: dict[str, tuple[str, Edit, str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_somebody_changed_is_named_and_stays(src: Path, out: Path, name: str) -> None:
+def test_what_was_changed_is_named_and_stays(src: Path, out: Path, name: str) -> None:
     victim, change, reason = CHANGES[name]
     change(out / victim)
     with untouched(out, out.with_name("away")), pytest.raises(WouldOverwrite) as caught:
@@ -127,7 +127,7 @@ def test_what_somebody_changed_is_named_and_stays(src: Path, out: Path, name: st
 @pytest.mark.skipif(
     os.geteuid() != 0, reason="needs root, who may do it in a folder without rights"
 )
-def test_folders_that_are_nobodys_are_named_whatever_their_rights(src: Path, out: Path) -> None:
+def test_foreign_directories_are_named_whatever_their_rights(src: Path, out: Path) -> None:
     (out / "lost+found").mkdir(mode=0)
     with untouched(out), pytest.raises(WouldOverwrite, match="did not make") as caught:
         moeconv.fuse(src, out, overwrite=True)
@@ -256,7 +256,7 @@ def test_a_file_under_a_name_that_was_announced_only(
         moeconv.shard(src, out, ep_size=2, jobs=1, **{verb: True})
 
 
-def test_documents_that_somebody_changed_are_not_made_anew_by_a_resumed_run(
+def test_documents_that_were_changed_are_not_rewritten_by_a_resumed_run(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"

@@ -94,7 +94,7 @@ def test_the_edges_of_two_clones_are_one_write(
 
 
 @pytest.mark.parametrize(("digests", "batches"), [("now", 4), ("later", 1)])
-def test_clones_that_nobody_reads_are_not_shared_out(
+def test_clones_that_are_not_read_are_not_distributed(
     cloning: Path, monkeypatch: pytest.MonkeyPatch, digests: str, batches: int
 ) -> None:
     """They wait for one another; a batch of them is as long as it takes, not as it is large."""

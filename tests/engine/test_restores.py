@@ -96,7 +96,7 @@ def test_what_is_cloned_is_read_for_it(
 
 
 @pytest.mark.parametrize("digests", ["now", "later"])
-def test_what_an_earlier_run_kept_is_held_against_it_too(
+def test_what_an_earlier_run_kept_is_compared_with_it_too(
     digests: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A journal can be of a run that did not compare."""

@@ -113,6 +113,6 @@ def test_more_layers_than_those_of_mtp_are_missed(tmp_path: Path):
         planned(tmp_path, f"{QWEN}\n{LAYERS}", config)
 
 
-def test_mtp_alone_is_no_whole_model(tmp_path: Path):
+def test_mtp_alone_is_not_a_whole_model(tmp_path: Path):
     text = QWEN.replace("layers.0", "layers.61") + "\nmodel.layers.61.eh_proj.weight BF16 16,32"
     planned(tmp_path, text, {"model_type": "deepseek_v3", "num_hidden_layers": 61})

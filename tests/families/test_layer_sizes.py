@@ -102,7 +102,7 @@ def test_a_list_of_another_length_is_not_one_of_layers(layers: dict[str, object]
     assert len(planned(tmp_path, text, config).plan.stacks) == 2
 
 
-def test_the_layers_of_dots3_vision_are_held_against_their_list(tmp_path: Path):
+def test_the_layers_of_dots3_vision_are_compared_with_their_list(tmp_path: Path):
     text = "\n".join(
         f"vision_encoder.blocks.{n}.mlp.experts.{{0-{e - 1}}}.fc{p}.weight BF16 {shape}"
         for n, e in ((1, 4), (2, 8))

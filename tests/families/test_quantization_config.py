@@ -153,7 +153,7 @@ def test_the_sidecar_of_modelopt_goes_the_same_way(tmp_path: Path):
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[" * 5000, b'{"exclude_modules": [NaN'])
-def test_a_sidecar_that_is_no_json_is_copied(raw: bytes, tmp_path: Path):
+def test_a_sidecar_that_is_not_json_is_copied(raw: bytes, tmp_path: Path):
     src = checkpoint(tmp_path / "src", {"ignore": modules(0)})
     (src / MODELOPT).write_bytes(raw)
     moeconv.fuse(src, tmp_path / "out")

@@ -74,7 +74,7 @@ def test_the_transposed_form_is_asked_about_where_shapes_leave_it_open(tmp_path:
         planned(tmp_path, text, {"model_type": "qwen3_vl_moe"})
 
 
-def test_ernie_without_a_word_on_where_text_ends(tmp_path: Path):
+def test_ernie_without_a_key_for_where_text_ends(tmp_path: Path):
     with pytest.raises(ConfigMismatch, match="shares its expert ids"):
         planned(tmp_path, QWEN, {"model_type": "ernie4_5_vl_moe"})
 
@@ -117,7 +117,7 @@ def test_experts_under_names_that_nobody_knows_are_refused(block: str, tmp_path:
         planned(tmp_path, text, {"model_type": "qwen3_moe"})
 
 
-def test_shared_experts_are_none_of_them(tmp_path: Path):
+def test_shared_experts_are_not_among_them(tmp_path: Path):
     text = others("mlp.shared_experts", "gate_proj", "up_proj", "down_proj")
     assert len(planned(tmp_path, text, {"model_type": "qwen3_moe"}).plan.stacks) == 1
 

@@ -174,7 +174,7 @@ def fill(path: Path, *, leave: int) -> None:
 
 
 @pytest.mark.parametrize("times", [pytest.param(6), pytest.param(100, marks=pytest.mark.soak)])
-def test_a_disk_that_somebody_else_fills(
+def test_a_disk_that_another_program_fills(
     src: Path,
     whole: tuple[dict[str, str], float],
     tmp_path: Path,

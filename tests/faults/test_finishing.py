@@ -242,7 +242,7 @@ def test_a_restore_that_had_come_to_its_end_is_done(src: Path, tmp_path: Path, l
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_restore_that_somebody_changed_is_not_done(src: Path, tmp_path: Path, name: str) -> None:
+def test_a_restore_that_was_changed_is_not_done(src: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     moeconv.fuse(src, tmp_path / "ours")
     moeconv.unfuse(tmp_path / "ours", out)

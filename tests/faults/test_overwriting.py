@@ -137,7 +137,7 @@ def test_a_resumed_run_that_fails_says_so_too_and_the_next_one_ends_it(
 
 
 @pytest.mark.parametrize("more", [{"resume": True}, {"overwrite": True}], ids=str)
-def test_the_new_output_stood_already(
+def test_the_new_output_was_complete_already(
     src: Path, out: Path, tmp_path: Path, more: dict[str, object]
 ) -> None:
     """Killed while the old one was being removed: what is left of it goes."""
@@ -221,7 +221,7 @@ def test_a_plain_run_does_not_take_the_place_of_a_backup(src: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_somebody_put_where_old_outputs_wait_is_not_called_ours(
+def test_foreign_files_in_the_backup_are_not_called_ours(
     src: Path, tmp_path: Path, kind: str
 ) -> None:
     out = tmp_path / "out"
@@ -243,7 +243,7 @@ def test_what_somebody_put_where_old_outputs_wait_is_not_called_ours(
 
 @pytest.mark.parametrize("verb", ["fuse", "unfuse"])
 @pytest.mark.parametrize("there", [False, True])
-def test_a_file_that_somebody_changes_before_the_end_is_no_part_of_an_output(
+def test_a_file_that_another_program_changes_is_not_part_of_an_output(
     src: Path, tmp_path: Path, verb: str, *, there: bool
 ) -> None:
     """The first of many files stands there for hours before the run says that all is well."""

@@ -46,7 +46,7 @@ def killed(src: Path, out: Path, times: int, seed: int = 7) -> list[Path]:
 
 
 @pytest.mark.parametrize("times", HOW_OFTEN)
-def test_resumed_runs_end_as_undisturbed_ones(
+def test_resumed_runs_end_as_uninterrupted_ones(
     src: Path, tmp_path: Path, times: int, record_property: Callable[[str, object], None]
 ) -> None:
     rng = random.Random(3)
@@ -201,7 +201,7 @@ def test_a_run_killed_before_its_first_word_is_a_plain_start(
     assert tree_sha256(tmp_path / "a") == tree_sha256(tmp_path / "b")
 
 
-def test_a_folder_of_somebody_else_is_not_resumed(src: Path, tmp_path: Path) -> None:
+def test_a_foreign_directory_is_not_resumed(src: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with untouched(tmp_path / "out"), pytest.raises(WouldOverwrite):

@@ -230,7 +230,7 @@ def test_writing_is_the_inverse_of_reading(text: str):
         ("O/٢", "`O/٢`"),
     ],
 )
-def test_what_is_no_axes_text(text: str, said: str):
+def test_what_is_not_in_the_axes_notation(text: str, said: str):
     with pytest.raises(AxesSyntax) as problem:
         parse_axes(text)
     assert said in str(problem.value)

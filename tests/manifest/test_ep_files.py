@@ -154,7 +154,7 @@ def test_a_source_file_that_is_gone(virtual: Path):
 
 
 @pytest.mark.parametrize("name", ["more.safetensors", "a.safetensors", "[a-z]*.safetensors"])
-def test_a_file_beside_the_source_s_is_none_of_it(virtual: Path, name: str):
+def test_a_file_beside_those_of_the_source_is_not_part_of_it(virtual: Path, name: str):
     shutil.copy(_source(virtual) / SOURCE_FILE, _source(virtual) / name)
     assert moeconv.verify(virtual, level="structure", jobs=1).ok
 
@@ -186,7 +186,7 @@ def test_a_source_last_changed_before_1970(virtual: Path, tmp_path: Path):
     _not_virtual(_source(virtual), tmp_path, SOURCE_FILE, "1970")
 
 
-def test_a_source_whose_path_is_no_text(virtual: Path, tmp_path: Path):
+def test_a_source_whose_path_is_not_a_text(virtual: Path, tmp_path: Path):
     place = _source(virtual).rename(tmp_path / os.fsdecode(b"\xff"))
     _not_virtual(place, tmp_path, "not UTF-8")
 
@@ -220,7 +220,7 @@ def test_a_virtual_output_of_itself(virtual: Path):
 
 
 @pytest.mark.parametrize("directory", ["/\0", "/\ud800", "/x\x1b[2J", "/" + "d" * 5000])
-def test_a_source_directory_that_is_no_name(virtual: Path, directory: str):
+def test_a_source_directory_that_is_not_a_name(virtual: Path, directory: str):
     edit_root(virtual, lambda doc: doc["source"].update(directory=directory))
     with within(10):
         (problem,) = moeconv.verify(virtual, level="structure", jobs=1).problems

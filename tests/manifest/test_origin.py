@@ -77,14 +77,14 @@ def test_bytes_after_the_origin(made: Path):
 
 
 @pytest.mark.parametrize("head", [b"[]", b"{}", b"null", b'{"files":{}}', b'{"files":[1]}'])
-def test_a_head_that_is_none(made: Path, head: bytes):
+def test_an_invalid_head(made: Path, head: bytes):
     _refused(made, head + b"\n" + PAYLOAD, BadManifest, ORIGIN_NAME)
 
 
 @pytest.mark.parametrize(
     "head", [HEAD.replace(b'"size":', b'"size":0.5,"x":'), b"{", b"\xef\xbb\xbf" + HEAD, b"\xff"]
 )
-def test_a_head_that_is_no_strict_json(made: Path, head: bytes):
+def test_a_head_that_is_not_strict_json(made: Path, head: bytes):
     _refused(made, head + b"\n" + PAYLOAD, BadJson, ORIGIN_NAME)
 
 
@@ -105,7 +105,7 @@ def test_a_file_name_that_is_a_path(made: Path, name: str):
 
 @pytest.mark.parametrize("size", [-1, 2**53, True, "1", None])
 @pytest.mark.parametrize("key", ["size", "header"])
-def test_a_size_that_is_none(made: Path, key: str, size: object):
+def test_an_invalid_size(made: Path, key: str, size: object):
     raw = _headed(lambda doc: doc["files"][0].update({key: size}))
     _refused(made, raw, BadManifest, ORIGIN_NAME, key)
 
@@ -190,12 +190,12 @@ def test_an_index_that_names_a_path(made: Path):
 
 
 @pytest.mark.parametrize("raw", [b"{}", b"[]"])
-def test_an_index_that_is_none(made: Path, raw: bytes):
+def test_an_invalid_index(made: Path, raw: bytes):
     replace_named(made, INDEX_NAME, raw)
     refused_everywhere(made, BadIndex, INDEX_NAME, "weight_map")
 
 
-def test_an_index_that_is_no_json(made: Path):
+def test_an_index_that_is_not_json(made: Path):
     replace_named(made, INDEX_NAME, b"{")
     refused_everywhere(made, BadJson, INDEX_NAME)
 

@@ -88,7 +88,7 @@ def test_a_part_that_is_not_there(made: Path):
         PART.replace(b'"start":', b'"start":99999999999999999999,"x":', 1),
     ],
 )
-def test_a_part_that_is_no_strict_json(made: Path, raw: bytes):
+def test_a_part_that_is_not_strict_json(made: Path, raw: bytes):
     replace_named(made, PART_NAME, raw)
     refused_everywhere(made, BadJson, DATA)
 
@@ -101,7 +101,7 @@ def test_a_duplicate_key(made: Path, key: str):
 
 
 @pytest.mark.parametrize("raw", [b"[]", b"null", b"1"])
-def test_a_part_that_is_no_object(made: Path, raw: bytes):
+def test_a_part_that_is_not_an_object(made: Path, raw: bytes):
     replace_named(made, PART_NAME, raw)
     refused_everywhere(made, BadManifest, DATA, "must be an object")
 
@@ -144,12 +144,12 @@ def test_a_file_that_is_a_path(made: Path, name: str):
 
 @pytest.mark.parametrize("value", [-1, 2**53, True, "8", None])
 @pytest.mark.parametrize("key", ["start", "stop"])
-def test_an_offset_that_is_none(made: Path, key: str, value: object):
+def test_an_invalid_offset(made: Path, key: str, value: object):
     _refused(made, lambda doc: doc["tensors"][0].update({key: value}), f"tensors[0].{key}: must")
 
 
 @pytest.mark.parametrize("shape", [[-1], [2**53], [True], ["2"], [[2]], 2, [2.5], None])
-def test_a_shape_that_is_none(made: Path, shape: object):
+def test_an_invalid_shape(made: Path, shape: object):
     edit_part(made, lambda doc: doc["tensors"][0].update(shape=shape))
     report = moeconv.verify(made)
     assert not report.ok
@@ -165,7 +165,7 @@ def test_a_stop_before_its_start(made: Path):
 
 
 @pytest.mark.parametrize("digests", [[], ["0" * 32] * 2, ["x"], [0], "0" * 32, ["F" * 32]])
-def test_digests_that_are_none(made: Path, digests: object):
+def test_invalid_digests(made: Path, digests: object):
     _refused(made, lambda doc: doc["tensors"][0].update(digests=digests), "tensors[0].digests")
 
 
@@ -195,7 +195,7 @@ def test_few_words_do_not_make_long_lists():
 
 
 @pytest.mark.parametrize("projections", [[], ["gate", "gate"], [1], "gate"])
-def test_projections_that_are_none(made: Path, projections: object):
+def test_invalid_projections(made: Path, projections: object):
     def edit(doc: Any) -> None:
         _expert(doc)["expert"]["projections"] = projections
 
@@ -265,7 +265,7 @@ def test_a_size_that_is_not_the_file_s(made: Path, size: int):
     assert any(f"{size:,}" in str(problem) for problem in report.problems)
 
 
-def test_a_part_that_speaks_of_another_file(made: Path):
+def test_a_part_that_describes_another_file(made: Path):
     _untrue(made, lambda doc: doc.update(file="config.json"), "config.json")
 
 
@@ -291,7 +291,7 @@ def test_two_experts_whose_digests_are_exchanged(made: Path):
     _untrue(made, lambda doc: _expert(doc)["digests"].reverse(), "fingerprint")
 
 
-def test_an_expert_tensor_that_claims_to_be_none(made: Path):
+def test_an_expert_tensor_that_claims_to_belong_to_no_expert(made: Path):
     def edit(doc: Any) -> None:
         tensor = _expert(doc)
         del tensor["expert"]

@@ -99,7 +99,7 @@ def test_any_flipped_bit_of_the_root():
     ids=["empty", "cut", "two", "bom", "utf-16", "nan", "float", "1e400", "2^64", "5000 digits",
          "nesting", "latin-1"],
 )  # fmt: skip
-def test_a_body_that_is_no_strict_json(made: Path, body: bytes):
+def test_a_body_that_is_not_strict_json(made: Path, body: bytes):
     refused_everywhere(_put(made, signed(body)), BadJson, ROOT_NAME)
 
 
@@ -111,7 +111,7 @@ def test_a_duplicate_key(made: Path, key: str):
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b"1", b'"moeconv.manifest"'])
-def test_a_body_that_is_no_object(made: Path, body: bytes):
+def test_a_body_that_is_not_an_object(made: Path, body: bytes):
     refused_everywhere(_put(made, signed(body)), BadManifest, ROOT_NAME, "must be an object")
 
 
@@ -137,7 +137,7 @@ def test_a_required_feature_that_would_act_on_a_terminal(made: Path):
 
 
 @pytest.mark.parametrize("version", [None, {}, {"minor": 0}, {"major": "1", "minor": 0}, "1.0", []])
-def test_a_version_that_is_none(made: Path, version: object):
+def test_an_invalid_version(made: Path, version: object):
     # a newer moeconv would not help: this is no version at all
     def edit(doc: Any) -> None:
         doc["version"] = version
@@ -222,7 +222,7 @@ def test_a_stack_that_lacks_a_member(made: Path, key: str):
 
 @pytest.mark.parametrize("key", ["experts", "width", "hidden"])
 @pytest.mark.parametrize("value", [-1, 2**53, 2**63 - 1, True, "2", None])
-def test_a_size_of_a_stack_that_is_none(made: Path, key: str, value: object):
+def test_an_invalid_size_of_a_stack(made: Path, key: str, value: object):
     _refused(made, lambda doc: doc["stacks"][0].update({key: value}), f"stacks[0].{key}: must")
 
 
@@ -251,7 +251,7 @@ def test_two_stacks_of_one_name(made: Path):
 
 
 @pytest.mark.parametrize("toml", ["", "name =", 'name = "qwen3_moe"'])
-def test_a_recipe_that_is_none(made: Path, toml: str):
+def test_an_invalid_recipe(made: Path, toml: str):
     # it is the set that is wrong, not a recipe of the user's
     _refused(made, lambda doc: doc["recipes"][0].update(toml=toml), "recipe")
 
@@ -280,7 +280,7 @@ def test_a_name_that_is_a_path(made: Path, place: str, name: str):
 @pytest.mark.parametrize(
     "value", ["", "0" * 31, "0" * 33, "F" * 32, "g" * 32, "xxh3:" + "0" * 32, 0]
 )
-def test_a_digest_that_is_none(made: Path, place: str, value: object):
+def test_an_invalid_digest(made: Path, place: str, value: object):
     def edit(doc: Any) -> None:
         holder = doc[place][0] if isinstance(doc[place], list) else doc[place]
         holder["digest"] = value
@@ -288,7 +288,7 @@ def test_a_digest_that_is_none(made: Path, place: str, value: object):
     _refused(made, edit, place, "digest: ")
 
 
-def test_a_fingerprint_that_is_none(made: Path):
+def test_an_invalid_fingerprint(made: Path):
     _refused(made, lambda doc: doc.update(fingerprint="x"), "fingerprint: ")
 
 

@@ -130,7 +130,7 @@ def test_a_name_that_is_a_path_is_refused(name: str):
 
 
 @pytest.mark.parametrize("digest", ["", "0" * 31, "0" * 33, "F" * 32, "0" * 32 + "\n", 0, None])
-def test_a_digest_that_is_none_is_refused(digest: object):
+def test_an_invalid_digest_is_refused(digest: object):
     doc = json.loads(samples.ROOT_BODY)
     doc["origin"]["digest"] = digest
     assert refused(doc)

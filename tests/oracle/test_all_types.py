@@ -43,7 +43,7 @@ def test_each_family_with_experts_is_a_case():
         assert shows in found[name][1], name
 
 
-def test_a_type_that_is_no_case_is_only_a_part_of_one_that_is():
+def test_a_type_that_is_not_a_case_is_only_a_part_of_one_that_is():
     """A config with experts beside a case's: no Auto class makes a model of it alone."""
     parts = set()
     for name, (types, _) in types_with_experts().items():

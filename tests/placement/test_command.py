@@ -33,7 +33,7 @@ def test_help_lists_every_format():
     assert f"{', '.join(names)} or {last}." in moeconv("placement", "convert", "--help").out
 
 
-def test_show_tells_what_was_assumed(src: Path):
+def test_show_reports_what_was_assumed(src: Path):
     done = moeconv("placement", "show", SGLANG, "--source", src, "--ep", "2")
     assert (done.code, done.err) == (0, "")
     assert done.out == (

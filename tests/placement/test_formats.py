@@ -184,7 +184,7 @@ def test_sglang_refuses_other_keys():
         malformed({"physical_to_logical_map": [[0]], key: 1}, key, "sglang refuses it")
 
 
-def test_a_load_record_is_no_placement():
+def test_a_load_record_is_not_a_placement():
     malformed({"rank": 0, "logical_count": [[1, 2]]}, "load record", "logical_count")
 
 
@@ -260,7 +260,7 @@ def test_ascend_layers_must_be_whole():
         ({"phy2log": []}, "has no rows"),
     ],
 )
-def test_what_is_no_map(doc: Json, fact: str):
+def test_what_is_not_a_map(doc: Json, fact: str):
     malformed(doc, fact)
 
 

@@ -105,7 +105,7 @@ def test_a_file_that_is_too_large(tmp_path: Path):
     refused(path, Malformed, "too large")
 
 
-def test_json_that_is_none_or_says_a_key_twice(tmp_path: Path):
+def test_invalid_json_or_a_duplicate_key(tmp_path: Path):
     refused("[[0,1", BadJson, "inline JSON")
     refused("[[NaN]]", BadJson)
     refused('{"phy2log": [[0]], "phy2log": [[1]]}', DuplicateKey, "phy2log")
@@ -130,7 +130,7 @@ def test_json_that_is_none_or_says_a_key_twice(tmp_path: Path):
         ("\x00", "YAML"),
     ],
 )
-def test_yaml_that_is_none_of_ours(tmp_path: Path, text: str, fact: str):
+def test_yaml_that_is_not_a_map(tmp_path: Path, text: str, fact: str):
     refused(file(tmp_path, "map.yaml", text), BadPlacementFile, "map.yaml", fact)
 
 
@@ -183,7 +183,7 @@ def test_torch_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     refused(path, TorchNeeded, "map.pt", "pip install 'moeconv[torch]'")
 
 
-def test_arrays_that_are_no_map(tmp_path: Path):
+def test_arrays_that_are_not_maps(tmp_path: Path):
     np.save(tmp_path / "map.npy", np.ones((2, 3)))
     refused(tmp_path / "map.npy", BadPlacementFile, "one array of integers")
     np.save(tmp_path / "map.npy", np.ones((2, 2, 2), dtype=int))

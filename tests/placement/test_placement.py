@@ -95,7 +95,7 @@ def test_slots_that_do_not_divide_name_no_neighbour_below_the_experts():
 
 
 @pytest.mark.parametrize(("redundant", "ep_size"), [(-1, 2), (0, 0), (0, -2)])
-def test_numbers_that_are_none_are_refused(redundant: int, ep_size: int):
+def test_invalid_numbers_are_refused(redundant: int, ep_size: int):
     with pytest.raises(BadPlacement) as caught:
         slots_for(8, redundant, ep_size)
     holds(caught.value, BadPlacement)
@@ -274,7 +274,7 @@ def test_numbers_of_numpy_are_numbers():
     "bad", [[0, 1, 2, 3], ["012"] * 4, [[0.0, 1.0]] * 4, [[True]] * 4, "rows", 7, None,
             torch.ones(4, 3), torch.tensor(3)],
 )  # fmt: skip
-def test_what_is_no_row_of_ids_is_refused(bad: object):
+def test_what_is_not_a_row_of_ids_is_refused(bad: object):
     not_by_stack(bad)
 
 

@@ -41,7 +41,7 @@ def placed(raw: RawMap, layers: MoeLayers, way: str | None) -> dict[int, tuple[i
     return dict(zip(found.layers, found.physical_to_logical, strict=True))
 
 
-def test_the_refusal_names_both_readings_and_their_numbers():
+def test_the_refusal_names_both_interpretations_and_their_counts():
     with pytest.raises(BadPlacement) as caught:
         resolve(bare(*[(0,)] * 46), GLM)
     facts = ("46 rows", "each MoE layer and MTP layer", "each hidden layer", "row 0 or row 1",
@@ -50,7 +50,7 @@ def test_the_refusal_names_both_readings_and_their_numbers():
     holds(caught.value, BadPlacement, *facts)
 
 
-def test_readings_that_differ_in_rows_of_mtp_only():
+def test_interpretations_that_differ_in_rows_of_mtp_only():
     """Layer 3 of 4 is dense, so the three with experts have the same rows in both readings."""
     layers = MoeLayers(4, (0, 1, 2), (4,), 4)
     with pytest.raises(BadPlacement, match="layer 4 would have row 3 or no row"):
@@ -75,7 +75,7 @@ def test_what_is_stated_must_be_what_fits(way: str):
     holds(caught.value, BadPlacement, f"`--map-layers {other}`", f"{len(rows)} rows")
 
 
-def test_readings_of_one_outcome_are_one():
+def test_interpretations_of_one_outcome_are_one():
     layers = MoeLayers(4, (0, 1, 2), (3,), 3)
     for way in (None, "moe", "all"):
         assert placed(bare(A, B, C), layers, way) == {0: A, 1: B, 2: C}

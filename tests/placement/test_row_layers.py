@@ -33,7 +33,7 @@ def read(name: str, count: int, layers: MoeLayers = DEEPSEEK) -> tuple[dict[int,
 
 
 @pytest.mark.parametrize("name", [SGLANG, VLLM, EPLB])
-def test_the_number_of_rows_tells_the_layers(name: str):
+def test_the_number_of_rows_decides_the_layers(name: str):
     ids, assumed = read(name, 61)
     assert ids == {n: n for n in range(3, 61)}
     assert assumed == (

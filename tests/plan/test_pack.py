@@ -47,7 +47,7 @@ def test_a_tensor_that_is_too_large_has_a_file_of_its_own() -> None:
     assert names(files) == [["a"], ["b"], ["c"]]
 
 
-def test_a_file_is_no_larger_than_it_may_be() -> None:
+def test_a_file_is_not_larger_than_it_may_be() -> None:
     some = [tensor(f"a.rather.long.name.of.a.tensor.{n}", 100 + n) for n in range(300)]
     for size in (10_000, 30_000, 50_000):
         assert max(f.size for f in pack(some, Packing(size))) <= size

@@ -54,7 +54,7 @@ def test_two_sizes_that_both_fit_are_not_chosen_from(tmp_path: Path):
     refused(ConfigMismatch, tmp_path, per_expert(parts, width=64), said, *facts)
 
 
-def test_a_size_that_none_of_them_needs_is_none(tmp_path: Path):
+def test_a_size_that_none_of_them_needs_is_ignored(tmp_path: Path):
     parts = {"weight": "F8_E4M3 N K", "weight_scale": "F32 N 1"}
     said = config(group_0={"group_size": 64}, group_1={"group_size": None})
     assert made(tmp_path, per_expert(parts, width=64), said)["gate_up_proj_scale"] == "E (G O) 1"

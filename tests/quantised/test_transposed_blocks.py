@@ -55,7 +55,7 @@ def test_the_hubs_layout_is_written_transposed_as_a_whole(tmp_path: Path):
     assert tree_sha256(tmp_path / "back") == tree_sha256(src)
 
 
-def test_a_square_grid_alone_does_not_tell(tmp_path: Path):
+def test_a_square_grid_alone_is_ambiguous(tmp_path: Path):
     """Where down is of 16 bits, its scales are not there to say it."""
     square = 2 * I
     gate_up = {

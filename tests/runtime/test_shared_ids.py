@@ -215,7 +215,7 @@ def test_a_name_for_two_things_is_refused(tmp_path: Path):
 @given(st.tuples(st.integers(1, 4), st.integers(1, 4)), st.integers(1, 3))
 @example((2, 3), 2)
 @example((3, 2), 2)
-def test_a_list_of_two_kinds_is_none_of_two_layers(experts: tuple[int, int], layers: int):
+def test_a_list_of_two_kinds_is_not_one_of_two_layers(experts: tuple[int, int], layers: int):
     made = ernie(experts, ("plain", "plain"), layers=layers)
     with tempfile.TemporaryDirectory() as folder:
         src = write_checkpoint(Path(folder) / "src", made.tensors, made.config)

@@ -103,7 +103,7 @@ def test_every_quantised_format(name: str, layout: str | None, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", [n for n in FORMATS if "weight" not in FORMATS[n].dtypes])
-def test_packed_experts_without_their_weight_are_none(name: str, tmp_path: Path):
+def test_packed_experts_without_their_weight_are_not_experts(name: str, tmp_path: Path):
     form = FORMATS[name]
     src = checkpoint(tmp_path / "src", form, experts(form))
     moeconv.shard(src, tmp_path / "out", ep_size=3)
@@ -145,7 +145,7 @@ def test_every_damaged_matrix_is_counted_and_few_are_named(tmp_path: Path):
     assert "and 7 more" in str(caught.value)
 
 
-def test_digests_that_nobody_took_are_no_match(tmp_path: Path):
+def test_digests_that_were_not_taken_are_not_a_match(tmp_path: Path):
     form = FORMATS["fp8 by tensor"]
     src = checkpoint(tmp_path / "src", form, experts(form))
     moeconv.shard(src, tmp_path / "out", ep_size=3, virtual=True, layout="per-expert")
@@ -184,7 +184,7 @@ def flipped(path: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["fused", "per-expert", "sglang", "stacked"])
-def test_what_comes_from_another_rank_is_held_against_its_digests(tmp_path: Path, layout: str):
+def test_what_comes_from_another_rank_is_compared_with_its_digests(tmp_path: Path, layout: str):
     out = sharded(tmp_path, layout)
     victim = out / "rank-00001-of-00003-00001-of-00001.safetensors"
     data = 8 + int.from_bytes(victim.read_bytes()[:8], "little")

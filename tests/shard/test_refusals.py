@@ -95,11 +95,11 @@ def test_redundancy_that_is_not_the_maps(src: Path, out: Path):
     )
 
 
-def test_a_map_that_is_no_file_and_no_rule(src: Path, out: Path):
+def test_a_map_that_is_neither_a_file_nor_a_rule(src: Path, out: Path):
     refuses(UsageProblem, "`balanced`", src=src, out=out, ep_size=2, placement="balanced")
 
 
-def test_a_layout_that_is_none(src: Path, out: Path):
+def test_an_invalid_layout(src: Path, out: Path):
     refuses(UnknownLayout, "`sideways`", "`fused`", src=src, out=out, ep_size=2, layout="sideways")
 
 

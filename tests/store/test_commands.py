@@ -176,7 +176,7 @@ def _refused(server: HubServer, home: Path, code: str, *arguments: str, **more: 
     return done.err
 
 
-def test_a_private_repository_wants_a_token(server: HubServer, tmp_path: Path) -> None:
+def test_a_private_repository_needs_a_token(server: HubServer, tmp_path: Path) -> None:
     server.private = True
     assert "is private" in _refused(server, tmp_path, "download-failed")
     assert run(server, tmp_path, "inspect", ADDRESS, HF_TOKEN=TOKEN).code == 0

@@ -180,7 +180,7 @@ def test_another_layout_for_the_origin(out: Path, src: Path):
     assert "was not in the layout that OUT records" in against(out, src)
 
 
-def test_parts_that_say_other_things_than_the_recipe(out: Path, src: Path):
+def test_parts_that_contradict_the_recipe(out: Path, src: Path):
     """The loader goes by them."""
 
     def part(doc: Any) -> None:

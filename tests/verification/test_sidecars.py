@@ -43,7 +43,7 @@ def test_an_origin_that_keeps_another_config(out: Path, src: Path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "hf_quant_config.json"])
-def test_a_rewritten_list_is_held_against_what_it_should_be(name: str, tmp_path: Path):
+def test_a_rewritten_list_is_compared_with_what_it_should_be(name: str, tmp_path: Path):
     quantised = {"quant_method": "fp8", "modules_to_not_convert": [
         *(f"model.layers.0.mlp.experts.{e}.{p}_proj" for e in range(4) for p in ("gate", "up")),
     ]}  # fmt: skip
