@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -30,6 +31,7 @@ from moeconv.errors import (
     NoCheckpoint,
     SourceChanged,
     SourceMissing,
+    UnsafePath,
     quoted,
 )
 from moeconv.manifest.model import ORIGIN_NAME, PARTS_DIR, ROOT_NAME, Manifest, SourceEntry
@@ -157,16 +159,23 @@ def open_checkpoint(src: Path | Store, *, exclude: tuple[str, ...] = ()) -> Chec
     if isinstance(src, Path) and src.is_file():
         return _open_file(src)
     store = LocalStore(src) if isinstance(src, Path) else src
-    if store.file(ROOT_NAME) is not None:
+    if _holds(store, ROOT_NAME):
         return _open_own(store, exclude)
     if _unfinished(store):
         raise unfinished(store.address)
     return _open_directory(store, exclude)
 
 
+def _holds(store: Store, name: str) -> bool:
+    """Whether there is a file of this name that can be read; others are reported when listed."""
+    with suppress(UnsafePath, SourceMissing):
+        return store.file(name) is not None
+    return False
+
+
 def _unfinished(store: Store) -> bool:
     """Whether `moeconv/` is that of an unfinished run, not just a directory of that name."""
-    if any(store.file(name) for name in (f"{PARTS_DIR}/journal", ORIGIN_NAME)):
+    if _holds(store, f"{PARTS_DIR}/journal") or _holds(store, ORIGIN_NAME):
         return True
     if store.root is None:
         return False

@@ -209,6 +209,8 @@ class _Heartbeat(Progress):
 @contextmanager
 def handled(ui: Ui) -> Iterator[Ui]:
     """Run a command's body: every failure becomes a message and an exit code."""
+    if ui.quiet or ui.json:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read by huggingface_hub
     try:
         with interruptible():
             if ui.color not in ("auto", "always", "never"):

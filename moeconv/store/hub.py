@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Final
 
-from moeconv.core.names import natural_key
+from moeconv.core.names import natural_key, relative_path_problem
 from moeconv.core.system_errors import system_failure
+from moeconv.core.text import quoted_list
 from moeconv.errors import (
     DownloadFailed,
     IoFailed,
@@ -28,7 +30,7 @@ _KEPT_STARTS: Final = 16  # files whose first bytes are kept in memory
 _RETRIES: Final = 5
 _ATTEMPTS: Final = 2  # at a body that ends early
 _TIMEOUT: Final = 30.0  # seconds without a byte
-_NETWORK_FIX: Final = "check the network and `HF_ENDPOINT`, then run again"
+_NETWORK_FIX: Final = "check the network, `HF_ENDPOINT` and proxy variables, then run again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class HubFile:
             f"{quoted(self.name)} is not a local file",
             at=quoted(self.store.address),
             cause="this command reads whole files; from the Hub, moeconv reads only headers",
-            fix=f"run `hf download {self.store.repo}` and pass the directory that it prints",
+            fix=self.store.by_hand,
         )
 
     def read(self, offset: int, nbytes: int) -> bytes:
@@ -77,7 +79,7 @@ class HubStore:
             )
         self._starts: OrderedDict[str, bytes] = OrderedDict()
         self._places: dict[str, str] = {}  # where the Hub redirects to, by file
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def entries(self) -> list[str]:
         """Names directly in the repository, as in `Store`. Raises DownloadFailed."""
@@ -96,6 +98,8 @@ class HubStore:
 
     def read(self, file: HubFile, offset: int, nbytes: int) -> bytes:
         """Exactly `nbytes` bytes of a file from `offset` on. Raises DownloadFailed."""
+        if nbytes == 0:
+            return b""
         end = offset + nbytes
         if end > file.size:
             raise self._ended(file.name, file.size - offset, offset, nbytes)
@@ -110,7 +114,8 @@ class HubStore:
     def snapshot(self) -> Path | None:
         """The directory in the Hub's cache that has all files of this commit; None if none has.
 
-        Without a network, whatever snapshot of the revision is there. Raises DownloadFailed.
+        Without a network, a snapshot of the revision that the client knows to be complete. Raises
+        DownloadFailed.
         """
         from huggingface_hub import try_to_load_from_cache
 
@@ -122,54 +127,100 @@ class HubStore:
             return found
         root = None
         for name in sizes:
-            found_file = try_to_load_from_cache(self.repo, name, revision=commit)
-            if not isinstance(found_file, str):
+            if relative_path_problem(name):
                 return None
-            root = root or Path(found_file.removesuffix(f"/{name}"))
+            cached = try_to_load_from_cache(self.repo, name, revision=commit)
+            if not isinstance(cached, str):
+                return None
+            root = root or Path(cached.removesuffix(f"/{name}"))
         return root
 
     def download(self) -> Path:
-        """The whole repository in the Hub's cache. Raises DownloadFailed, IoFailed, DiskFull."""
+        """The whole repository in the Hub's cache.
+
+        Raises DownloadFailed, UnsafePath, IoFailed, DiskFull.
+        """
+        commit, sizes = self._listing
+        for name in sizes:
+            refuse_unsafe_name(name, self.address)
+        root = self._fetch_snapshot(self.revision)
+        if root.name != commit:  # the revision moved on since the listing
+            root = self._fetch_snapshot(commit)
+        if missing := [name for name in sizes if not (root / name).is_file()]:
+            raise self._failed(
+                "was not fetched completely",
+                f"{quoted_list(missing, most=1)} is not in the Hub's cache",
+                "run again when the Hub can be reached",
+            )
+        return root
+
+    def _fetch_snapshot(self, revision: str | None) -> Path:
+        """What `snapshot_download` gives; an interrupt does not wait for the client's threads."""
         from huggingface_hub import snapshot_download
 
-        try:
-            return Path(snapshot_download(self.repo, revision=self.revision))
-        except Exception as problem:  # noqa: BLE001 - the client raises a dozen unrelated classes
-            raise self._explained(problem) from None
+        arriving: SimpleQueue[str | Exception] = SimpleQueue()
+
+        def fetch() -> None:
+            try:
+                arriving.put(snapshot_download(self.repo, revision=revision))
+            except Exception as problem:  # noqa: BLE001 - raised by the thread that waits
+                arriving.put(problem)
+
+        Thread(target=fetch, daemon=True).start()
+        found = arriving.get()
+        if isinstance(found, Exception):
+            raise self._explained(found) from None
+        return Path(found)
 
     @cached_property
     def _listing(self) -> tuple[str, dict[str, int]]:
         """The commit, and the size of each file by name, in natural order."""
-        # imported here: `moeconv --help` must not pay for it
-        from huggingface_hub import HfApi
-
         try:
+            # imported here: `moeconv --help` must not pay for it
+            from huggingface_hub import HfApi
+
             info = HfApi().model_info(
                 self.repo, revision=self.revision, files_metadata=True, timeout=_TIMEOUT
             )
-        except Exception as problem:  # noqa: BLE001 - as above
+        except Exception as problem:  # noqa: BLE001 - the client raises a dozen unrelated classes
             raise self._explained(problem) from None
         sizes: dict[str, int] = {}
         for file in sorted(info.siblings or (), key=lambda f: natural_key(f.rfilename)):
             if NEVER_COPIED.isdisjoint(file.rfilename.split("/")):
-                if file.size is None:
+                if type(file.size) is not int or file.size < 0:
                     raise self._failed(
                         "cannot be listed",
                         f"the server does not say how large {quoted(file.rfilename)} is",
-                        f"run `hf download {self.repo}` and pass the directory that it prints",
+                        self.by_hand,
                     )
                 sizes[file.rfilename] = file.size
-        if info.sha is None:
-            raise self._failed("cannot be listed", "the server names no commit", _NETWORK_FIX)
+        if info.sha is None or not sizes:
+            lacking = "names no commit" if sizes else "lists no files"
+            raise self._failed("cannot be read", f"the server {lacking}", "check the name")
         return info.sha, sizes
 
     def _offline_snapshot(self) -> Path | None:
+        """A cached snapshot of the revision. Raises DownloadFailed where files may be missing."""
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(self.repo, revision=self.revision, local_files_only=True))
+            root = Path(snapshot_download(self.repo, revision=self.revision, local_files_only=True))
         except Exception:  # noqa: BLE001 - no snapshot of this revision
             return None
+        # with the list of its files the client has compared the snapshot with it
+        if not (root.parent.parent / "trees" / f"{root.name}.json").exists():
+            raise self._failed(
+                "cannot be listed, and its snapshot in the cache may lack files",
+                "the Hub cannot be reached, and the cache has no list of the snapshot's files",
+                f"if it is complete, pass its directory: {quoted(str(root))}",
+            )
+        return root
+
+    @property
+    def by_hand(self) -> str:
+        """How to get the files without moeconv."""
+        revision = f" --revision {self.revision}" if self.revision else ""
+        return f"run `hf download {self.repo}{revision}` and pass the directory that it prints"
 
     def _start(self, file: HubFile) -> bytes:
         """The first `START_BYTES` of a file, or all of it."""
@@ -187,11 +238,14 @@ class HubStore:
         """Exactly `nbytes` bytes from `offset` on, with one ranged request."""
         data = b""
         for _ in range(_ATTEMPTS):
+            place = self._places.pop(name, None)
             try:
-                data = self._request(name, offset, nbytes)
+                data = self._request(name, offset, nbytes, place)
             except DownloadFailed:
                 raise
             except Exception as problem:  # noqa: BLE001 - as above
+                if place is not None:  # it expired, or wants a token
+                    continue
                 raise self._explained(problem, name) from None
             if len(data) == nbytes:
                 return data
@@ -204,28 +258,33 @@ class HubStore:
                 )
         raise self._ended(name, len(data), offset, nbytes)
 
-    def _request(self, name: str, offset: int, nbytes: int) -> bytes:
-        """What one ranged request gives: at most `nbytes` bytes, fewer where the body ends."""
+    def _request(self, name: str, offset: int, nbytes: int, place: str | None) -> bytes:
+        """What one ranged request gives: at most `nbytes` bytes, fewer where the body ends.
+
+        place: where an earlier request was redirected to.
+        """
         from huggingface_hub import hf_hub_url
         from huggingface_hub.errors import HfHubHTTPError
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
         ranged = {"Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
-        url = self._places.pop(name, None)
-        if url is None:  # the place that a redirect leads to takes no token
+        if place is None:
             ranged |= build_hf_headers()
-            url = hf_hub_url(self.repo, name, revision=self._listing[0])
+        url = place or hf_hub_url(self.repo, name, revision=self._listing[0])
         data = bytearray()
         with http_stream_backoff(
             "GET", url, max_retries=_RETRIES, headers=ranged, follow_redirects=True,
             timeout=_TIMEOUT,
         ) as response:  # fmt: skip
             hf_raise_for_status(response)
-            if offset and response.status_code != 206:
+            partial = response.status_code == 206
+            sent = response.headers.get("Content-Range", "") if partial else "bytes 0-"
+            if not sent.startswith(f"bytes {offset}-"):
                 raise self._failed(
                     f"does not serve a part of {quoted(name)}",
-                    f"it answered a request for the bytes from {offset:,} on with the whole file",
-                    f"run `hf download {self.repo}` and pass the directory that it prints",
+                    f"it was asked for bytes {offset:,} and on, and sent "
+                    + (f"`{sent}`" if partial else "the whole file"),
+                    self.by_hand,
                 )
             if response.history:
                 self._places[name] = str(response.url)
@@ -245,6 +304,15 @@ class HubStore:
 
         if isinstance(problem, OSError) and problem.errno is not None:
             return system_failure(problem)  # a full disk, a cache that cannot be written to
+        if isinstance(problem, errors.OfflineModeIsEnabled):
+            return self._failed(
+                "cannot be reached",
+                "`HF_HUB_OFFLINE` is set, and the cache has no snapshot of this revision",
+                "unset `HF_HUB_OFFLINE`, or pass the directory of a local copy",
+            )
+        if isinstance(problem, errors.HFValidationError):
+            cause = str(problem).partition("\n")[0]
+            return self._failed("is not a name that the Hub allows", cause, "check the name")
         response = getattr(problem, "response", None)
         status = getattr(response, "status_code", None)
         asked = quoted(name) if name else "the repository"
@@ -265,6 +333,12 @@ class HubStore:
                 f"does not have the revision {quoted(self.revision or 'main')}",
                 f"the Hub answered {status}",
                 "pass a branch, a tag or a commit of the repository after `@`",
+            )
+        if isinstance(problem, errors.EntryNotFoundError):
+            return self._failed(
+                f"does not have {quoted(name or 'a file')}, which it lists",
+                f"the Hub answered {status}",
+                "wait a while, then run again; the repository may be changing",
             )
         if status is not None:
             busy = status == 429 or status >= 500
@@ -287,7 +361,7 @@ class HubStore:
         return self._failed(
             f"ended {quoted(name)} too early",
             f"{max(arrived, 0):,} of {nbytes:,} bytes from offset {offset:,} arrived",
-            f"run again, or run `hf download {self.repo}` and pass the directory that it prints",
+            f"run again; or {self.by_hand}",
         )
 
     def _failed(self, what: str, cause: str, fix: str) -> DownloadFailed:

@@ -88,6 +88,13 @@ def test_a_link_to_itself(good: Path, out: Path):
     refused(SourceMissing, "`notes.txt`", "--exclude", src=good, out=out)
 
 
+@pytest.mark.parametrize("target", ["/usr/lib", "/nope", "moeconv"])
+def test_a_link_named_like_our_folder_can_be_left_out(good: Path, out: Path, target: str):
+    (good / "moeconv").symlink_to(target)
+    moeconv.fuse(good, out, exclude=("moeconv",))
+    assert moeconv.verify(out).ok
+
+
 def test_config_beside_a_single_file_that_is_a_link_out(good: Path, out: Path):
     target = _moved_out(good / "config.json")
     refused(UnsafePath, "`config.json`", str(target), src=good / SHARD, out=out)

@@ -55,13 +55,18 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, path = self.server, self.path.partition("?")[0]
         listing = re.fullmatch(r"/api/models/org/name(?:/revision/(.+))?", path)
-        resolved = re.fullmatch(rf"/org/name/resolve/{COMMIT}/(.+)", path)
+        resolved = re.fullmatch(rf"/org/name/resolve/(?:main|{COMMIT})/(.+)", path)
         stored = re.fullmatch(r"/stored/(.+)", path)
         name = next((m[1] for m in (resolved, stored) if m), "listing" if listing else path)
         if path.startswith(("/api/models/", "/org/", "/stored/")):  # the client may ask for more
             with server.lock:
                 server.requests[name] += 1
-        if stored and server.fault == "stalls":
+        if server.fault == "only lists" and not listing:
+            self._refuse(503, "")
+        elif stored and server.fault == "places expire" and server.requests[name] > 2:
+            server.fault = ""
+            self._refuse(403, "")
+        elif stored and server.fault == "stalls":
             server.stopping.wait()
         elif stored:
             server.tokens_elsewhere += "Authorization" in self.headers

@@ -183,6 +183,17 @@ def test_a_private_repository_needs_a_token(server: HubServer, tmp_path: Path) -
     assert server.tokens_elsewhere == 0
 
 
+def test_names_that_cannot_be_used(server: HubServer, tmp_path: Path) -> None:
+    for name in ("../evil.json", "/abs.json", "a:b.json"):
+        server.files[name] = b"{}"
+        assert f"`{name}`" in _refused(server, tmp_path, "unsafe-path")
+        del server.files[name]
+    server.files["a:b.json"] = b"{}"
+    exclude = ("--exclude", "a:b.json")
+    done = run(server, tmp_path, "fuse", "-n", ADDRESS, "-o", tmp_path / "o", *exclude)
+    assert done.code == 0, done.err
+
+
 def test_a_missing_revision(server: HubServer, tmp_path: Path) -> None:
     assert "`v9`" in _refused(server, tmp_path, "download-failed", f"{ADDRESS}@v9")
 
@@ -199,11 +210,16 @@ def test_pointers_instead_of_shards(server: HubServer, tmp_path: Path) -> None:
     assert "Git-LFS pointer" in _refused(server, tmp_path, "lfs-pointer")
 
 
-def test_an_interrupt_does_not_wait_for_a_server(server: HubServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [("inspect",), ("fuse", "-o", "out")], ids=" ".join)
+def test_an_interrupt_does_not_wait_for_a_server(
+    server: HubServer, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
     server.fault = "stalls"
     env = environment(**client_environment(server, tmp_path))
-    command = [sys.executable, "-m", "moeconv", "inspect", ADDRESS]
-    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "moeconv", *arguments, ADDRESS]
+    with subprocess.Popen(
+        command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as process:
         while not any(name.endswith(".safetensors") for name in server.requests):
             assert process.poll() is None
             time.sleep(0.01)
@@ -214,4 +230,4 @@ def test_an_interrupt_does_not_wait_for_a_server(server: HubServer, tmp_path: Pa
 
 def test_no_server(server: HubServer, tmp_path: Path) -> None:
     error = _refused(server, tmp_path, "download-failed", HF_HUB_OFFLINE="1")
-    assert "cannot be reached" in error
+    assert "unset `HF_HUB_OFFLINE`" in error

@@ -132,6 +132,46 @@ def test_a_snapshot_is_used_once_it_is_complete(server: HubServer, tmp_path: Pat
     assert server.requests == {"listing": len(wanted) + 1}
 
 
+def test_a_snapshot_that_may_lack_files_is_not_used_without_a_network(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import hf_hub_download
+
+    for name in ("config.json", SHORT):  # as transformers fetches them, one by one
+        hf_hub_download("org/name", name)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(DownloadFailed, match="may lack files") as caught:
+        HubStore(ADDRESS).snapshot()
+    assert str(tmp_path) in str(caught.value.fix)
+
+
+def test_an_incomplete_download_is_refused(server: HubServer) -> None:
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download("org/name", SHORT)
+    store = HubStore(ADDRESS)
+    assert store.snapshot() is None
+    server.fault = "only lists"
+    with pytest.raises(DownloadFailed, match=r"not fetched completely|cannot be read"):
+        store.download()
+
+
+def test_a_place_that_expired_is_asked_for_again(server: HubServer) -> None:
+    server.fault = "places expire"
+    assert _read_header(HubStore(ADDRESS), LONG) == FILES[LONG][: 8 + START_BYTES + 5000]
+
+
+def test_an_empty_file_needs_no_request(server: HubServer) -> None:
+    server.files["empty.json"] = b""
+    assert _read(HubStore(ADDRESS), "empty.json", 0, 0) == b""
+    assert server.requests == {"listing": 1}
+
+
+def test_an_empty_repository(server: HubServer) -> None:
+    server.files.clear()
+    assert "lists no files" in str(_refused().cause)
+
+
 def test_without_a_network_a_snapshot_in_the_cache_is_used(
     server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,8 +250,11 @@ def test_a_full_disk_is_not_the_network(server: HubServer, monkeypatch: pytest.M
 def test_a_name_that_leads_out(server: HubServer) -> None:
     server.files["../up.json"] = b"{}"
     store = HubStore(ADDRESS)
+    assert store.snapshot() is None
     with pytest.raises(UnsafePath):
         store.file("../up.json")
+    with pytest.raises(UnsafePath):
+        store.download()
 
 
 @pytest.mark.parametrize("address", ["hf://name", "hf://a/b/c", "hf:///name", "hf://a/@main"])
