@@ -13,7 +13,6 @@ from moeconv.layout.axes import (
     EXPERT,
     IN,
     OUT,
-    Axes,
     AxesSyntax,
     geometry,
     parse_axes,
@@ -46,26 +45,27 @@ def _stored(
     return geometry(counted, sizes).shape, sizes
 
 
-def _axes(expert: ExpertEntry) -> Axes:
-    """The axes of a tensor. Raises BadManifest where E is not the first of them."""
-    name = f"stack {expert.stack}"
+@lru_cache(maxsize=256)
+def _letters(stack: int, axes: str) -> tuple[str, ...]:
+    """The letters of a tensor's axes. Raises BadManifest where E is not the first of them."""
+    name = f"stack {stack}"
     try:
-        axes = parse_axes(expert.axes)
+        letters = tuple(axis.letter for axis in parse_axes(axes).flat)
     except AxesSyntax as problem:
         raise manifest_error(name, str(problem)) from None
-    if any(axis.letter == EXPERT for axis in axes.flat[1:]):
-        raise manifest_error(name, f"axes {quoted(expert.axes)} have E after the first axis")
-    return axes
+    if EXPERT in letters[1:]:
+        raise manifest_error(name, f"axes {quoted(axes)} have E after the first axis")
+    return letters
 
 
 def is_stacked(expert: ExpertEntry) -> bool:
     """Whether experts are along dimension 0. Raises BadManifest where along another."""
-    return EXPERT in _axes(expert).letters
+    return EXPERT in _letters(expert.stack, expert.axes)
 
 
 def sizes_of(entry: TensorEntry, expert: ExpertEntry) -> dict[str, int]:
     """Of each axis of a tensor, slowest first; its shape is what they give. Raises BadManifest."""
-    _axes(expert)  # for its error
+    _letters(expert.stack, expert.axes)  # for its errors
     units = len(expert.experts), len(expert.projections)
     try:
         shape, sizes = _stored(expert.axes, expert.matrix, *units)
@@ -166,7 +166,7 @@ def _check_global(entry: TensorEntry, stack: StackEntry) -> None:
     expert = entry.expert
     if expert is None:
         return
-    if not {OUT, IN}.isdisjoint(_axes(expert).letters):
+    if not {OUT, IN}.isdisjoint(_letters(expert.stack, expert.axes)):
         raise manifest_error(entry.name, "only small tensors of shared experts are common")
     alone = not is_stacked(expert) and len(expert.experts) == 1
     if not alone and len(expert.experts) != stack.experts:

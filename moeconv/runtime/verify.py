@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Final
 
 import torch
@@ -18,7 +17,6 @@ from moeconv.layout.axes import EXPERT, PAIR, canonical_order
 from moeconv.manifest.model import Run, StackEntry, addresses
 from moeconv.runtime.byte_runs import LocalTensor, equal_part, run_chunks
 from moeconv.runtime.files import PIECE_BYTES, THREADS, DataFile, Reader
-from moeconv.runtime.open import single_expert
 from moeconv.runtime.validate import is_stacked, sizes_of
 
 _SHOWN: Final = 20
@@ -41,17 +39,20 @@ def check_digests(
             cause="the output is virtual, or was written with `--digests later`",
             fix="`moeconv verify --level source --source SRC --fill` adds them",
         )
-    jobs = [job for tensor in chosen for job in _by_expert(tensor)]
+    jobs = [(tensor, n) for tensor in chosen for n in range(_stacked_experts(tensor))]
     wrong: list[str] = []
     with Reader(files) as reader:
         reader.open(run for tensor in chosen for run in tensor.runs)
         pool = ThreadPoolExecutor(THREADS)
         try:
-            found = pool.map(partial(_digests, reader), jobs)
-            for job, fresh in zip(jobs, found, strict=True):
-                named = zip(addresses(job.entry, stacks), fresh, job.entry.digests, strict=True)
+            found = pool.map(lambda job: _digests(reader, *job), jobs)
+            for tensor in chosen:
+                fresh = [value for _ in range(_stacked_experts(tensor)) for value in next(found)]
+                named = zip(
+                    addresses(tensor.entry, stacks), fresh, tensor.entry.digests, strict=True
+                )
                 wrong += [
-                    f"{quoted(address)} in {quoted(job.name)}"
+                    f"{quoted(address)} in {quoted(tensor.name)}"
                     for address, now, promised in named
                     if now != promised
                 ]
@@ -67,43 +68,44 @@ def check_digests(
         )
 
 
-def _by_expert(tensor: LocalTensor) -> Iterable[LocalTensor]:
-    """Small jobs: the experts of a stacked tensor one by one. Raises BadManifest."""
+def _stacked_experts(tensor: LocalTensor) -> int:
+    """How many equal parts it has that are read one by one: its experts, if they are stacked."""
     expert = tensor.entry.expert
-    if expert is None or not is_stacked(expert):
-        return (tensor,)
-    return (single_expert(tensor, n) for n in range(len(expert.experts)))
+    return len(expert.experts) if expert is not None and is_stacked(expert) else 1
 
 
-def _digests(reader: Reader, tensor: LocalTensor) -> list[str]:
-    """The digests of a tensor of one expert, or of none, as the manifest orders them.
+def _digests(reader: Reader, tensor: LocalTensor, number: int) -> list[str]:
+    """The digests of the matrices in one of a tensor's parts, as the manifest orders them.
 
     Several threads do so at once. Raises IoFailed, SourceChanged, BadManifest.
     """
-    expert, total = tensor.entry.expert, sum(r.nbytes for r in tensor.runs)
+    expert, parts = tensor.entry.expert, _stacked_experts(tensor)
     if expert is None:
         return [_digest(reader, tensor.runs)]
+    runs = equal_part(tensor.runs, number, parts)
     sizes, bits = sizes_of(tensor.entry, expert), BITS[tensor.dtype]
+    sizes.pop(EXPERT, None)
     letters = list(sizes)
     if bits % 8 and letters:  # several values in a byte: the fastest axis is counted in bytes
         sizes[letters[-1]] = sizes[letters[-1]] * bits // 8
-    order = (*(c for c in (EXPERT, PAIR) if c in letters), *canonical_order(letters))
+    order = (*((PAIR,) if PAIR in sizes else ()), *canonical_order(letters))
     count = sizes.get(PAIR, 1)
     if tuple(letters) == order:
-        each = [_digest(reader, equal_part(tensor.runs, n, count)) for n in range(count)]
+        each = [_digest(reader, equal_part(runs, n, count)) for n in range(count)]
     else:
-        memory = torch.empty(total, dtype=torch.uint8)
-        reader.into(memory.data_ptr(), tensor.runs)
+        memory = torch.empty(sum(r.nbytes for r in runs), dtype=torch.uint8)
+        reader.into(memory.data_ptr(), runs)
         stored = memory.view(*sizes.values(), max(bits // 8, 1))
         canonical = stored.permute(*map(letters.index, order), stored.dim() - 1).contiguous()
         each = [digest(_bytes(matrix)) for matrix in canonical.view(count, -1)]
     # where the projections, or experts, have no axis, they share one matrix
-    return each * (expert.units // len(each))
+    return each * (expert.units // parts // count)
 
 
 def _digest(reader: Reader, runs: tuple[Run, ...]) -> str:
     """The digest of some bytes, read through a small buffer."""
-    state, buffer = hasher(), torch.empty(PIECE_BYTES, dtype=torch.uint8)
+    state, size = hasher(), min(sum(r.nbytes for r in runs), PIECE_BYTES)
+    buffer = torch.empty(size, dtype=torch.uint8)
     for _, portion in run_chunks(runs, PIECE_BYTES):
         reader.into(buffer.data_ptr(), portion)
         state.update(_bytes(buffer[: sum(r.nbytes for r in portion)]))
