@@ -68,7 +68,7 @@ def missing_shards(names: Iterable[str]) -> Iterator[str]:
 
 
 def _is_pointer(sidecar: File) -> bool:
-    # the Hub sends what a pointer stands for
+    # the Hub sends the file that a pointer refers to
     if not isinstance(sidecar, LocalFile) or not len(LFS_MARK) <= sidecar.size <= _POINTER_BYTES:
         return False
     return sidecar.read(0, len(LFS_MARK)) == LFS_MARK

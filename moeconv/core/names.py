@@ -54,7 +54,7 @@ def _less(n: int) -> str:
     return f"\0{chr((1 << 20) - (n >> 20))}{chr(0xFFFFF - (n & 0xFFFFF))}"
 
 
-def slot_hole(first: int) -> str:
+def slot_placeholder(first: int) -> str:
     """The placeholder in the template of a `slot_namer` that numbers slots from `first` on."""
     return f"{{slot+{first}}}" if first else "{slot}"
 

@@ -128,7 +128,7 @@ def recorded_first(
 ) -> list[Interpretation]:
     """Sort interpretations so that those matching the ranks recorded in the manifest come first.
 
-    A grid of one block has the same shape as one number; only the recorded rank tells them apart.
+    A grid of one block has the same shape as one number; only the recorded rank distinguishes them.
     """
     projections = {line.template: line.projections[0] for line in layout.lines}
 

@@ -97,7 +97,7 @@ class _Matcher:
         # compiled on first use: most names match the first one
         self._patterns: dict[str, tuple[re.Pattern[str], dict[str, str]]] = {}
         stems = "|".join(line.stem() for line in lines.values())
-        # where a stack ends in the layer's number, what follows tells it from other numbers
+        # where a stack ends in the layer's number, what follows distinguishes it from other numbers
         self._stack = re.compile(rf"({recipe.stack_pattern})(?={stems})", re.ASCII | re.DOTALL)
         self._stem = re.compile(stems, re.ASCII)
         self._memo: dict[str, _Rest | None] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
-from moeconv.core.names import slot_hole
+from moeconv.core.names import slot_placeholder
 from moeconv.layout.axes import EXPERT, IN, OUT, PAIR, Axes, derived, recounted, shared_by_pair
 
 GATE: Final = "gate"
@@ -24,7 +24,7 @@ PLAIN: Final = "plain"  # nothing packed, nothing counted in blocks
 TAKES: Final = (ANYTHING, MATRICES, PLAIN)
 SUFFIX: Final = "{suffix}"
 PARAMETER: Final = "{parameter}"
-_COMPONENT_HOLES: Final = ("{component}", PARAMETER, SUFFIX)
+_COMPONENT_PLACEHOLDERS: Final = ("{component}", PARAMETER, SUFFIX)
 _ID = r"(?:0|[1-9][0-9]{0,9})"  # ids of more digits are no ids
 
 
@@ -33,7 +33,7 @@ class Component:
     """One component of a projection, such as `weight` or `weight_scale`, for one expert.
 
     axes: of one matrix, without E and G. suffix: what follows a name that joins projections.
-    readings: all axes that it may have, where a name alone does not tell; `axes` is one of them.
+    readings: all axes that it may have, where a name alone is ambiguous; `axes` is one of them.
     weight: it is the matrix itself, not a companion of one.
     scales: quantised weights cannot be used without it. inputs: it describes an expert's inputs,
     so calibration may have skipped some layers. everywhere: all projections have it, or none.
@@ -110,8 +110,9 @@ class TensorTemplate:
 
         slots_before: for the slots of a rank instead, see `first_slot`.
         """
-        hole = self.hole
-        rest = self.template.replace(hole, self.word(component)) if hole else self.template
+        rest = self.template
+        if self.placeholder:
+            rest = rest.replace(self.placeholder, self.word(component))
         text = stack + rest.removeprefix("{stack}")
         head, there, tail = text.partition("{expert}")
         if not there:
@@ -131,19 +132,19 @@ class TensorTemplate:
     def slot_template(self, stack: str, component: Component, before: int) -> str:
         """The names of a rank's slots as the template that `names.slot_namer` reads."""
         return self.name(stack, component, None).replace(
-            "{expert}", slot_hole(self.first_slot(before))
+            "{expert}", slot_placeholder(self.first_slot(before))
         )
 
     @property
-    def hole(self) -> str:
+    def placeholder(self) -> str:
         """The template's placeholder for the component; empty if it has none."""
-        return next((hole for hole in _COMPONENT_HOLES if hole in self.template), "")
+        return next((p for p in _COMPONENT_PLACEHOLDERS if p in self.template), "")
 
     def word(self, component: Component) -> str:
         """What replaces that placeholder for a component."""
-        if self.hole == SUFFIX:
+        if self.placeholder == SUFFIX:
             return component.suffix
-        return (self.hole == PARAMETER and component.parameter) or component.name
+        return (self.placeholder == PARAMETER and component.parameter) or component.name
 
     def component_axes(self, component: Component) -> Axes:
         """The axes in which a component's tensor is written, block sizes still by name."""
@@ -157,18 +158,18 @@ class TensorTemplate:
     def pattern(self, components: tuple[Component, ...], passed: tuple[str, ...] = ()) -> str:
         """A regular expression for what follows the stack's name, with groups e and c."""
         names = [self.word(c) for c in components]
-        names += () if self.hole == SUFFIX else passed
+        names += () if self.placeholder == SUFFIX else passed
         known = "|".join(re.escape(n) for n in sorted(names, key=lambda n: -len(n)))
         text = re.escape(self.template.removeprefix("{stack}"))
         text = text.replace(re.escape("{expert}"), f"(?P<e>{_ID})")
-        for hole in _COMPONENT_HOLES:
-            text = text.replace(re.escape(hole), f"(?P<c>{known})")
+        for placeholder in _COMPONENT_PLACEHOLDERS:
+            text = text.replace(re.escape(placeholder), f"(?P<c>{known})")
         return text
 
     def stem(self) -> str:
         """A regular expression for the part of `pattern` that already commits a name to a stack."""
         text = self.template.removeprefix("{stack}")
-        text = text.split(self.hole)[0] if self.hole else text
+        text = text.split(self.placeholder)[0] if self.placeholder else text
         head, found, _ = text.partition("{expert}")
         return re.escape(head) + (r"[0-9]+\." if found else "")
 

@@ -39,7 +39,7 @@ _LINES: Final[dict[str, tuple[str, ...]]] = {
 }
 _TextLists: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
-_HOLES = re.compile(r"\{([^{}]*)\}")
+_PLACEHOLDERS = re.compile(r"\{([^{}]*)\}")
 # a key of two characters costs a kilobyte once it is parsed, and each of its parts again
 MAX_RECIPE_BYTES: Final = 128 * 1024
 _MAX_KEY_PARTS: Final = 16
@@ -131,8 +131,8 @@ def _stacks(top: Table) -> tuple[str, ...]:
         top.problem("stack", f"has {len(stacks):,} name patterns, more than {_MAX_PATTERNS}")
         return ()
     for stack in stacks:
-        # a hole that occurs twice would be matched in every combination
-        if stack and sorted(_HOLES.findall(stack)) != ["layer", "prefix"]:
+        # a placeholder that occurs twice would be matched in every combination
+        if stack and sorted(_PLACEHOLDERS.findall(stack)) != ["layer", "prefix"]:
             top.problem(
                 "stack",
                 "must contain `{prefix}` and `{layer}`, each once, and no other placeholder",
@@ -302,15 +302,15 @@ def _misfits(
 
 
 def _check_line(entry: Table, key: str, line: TensorTemplate) -> None:
-    holes = _HOLES.findall(line.template)
-    unknown = set(holes) - {"stack", "expert", "component", "parameter", "suffix"}
+    placeholders = _PLACEHOLDERS.findall(line.template)
+    unknown = set(placeholders) - {"stack", "expert", "component", "parameter", "suffix"}
     if unknown:
         entry.problem(key, f"unknown placeholder `{{{min(unknown)}}}`")
     if line.template == "{stack}":
         entry.problem(key, "must contain more than `{stack}`")
-    if not line.template.startswith("{stack}") or len(set(holes)) != len(holes):
+    if not line.template.startswith("{stack}") or len(set(placeholders)) != len(placeholders):
         entry.problem(key, "must begin with `{stack}` and use each placeholder once")
-    named = [hole for hole in ("component", "parameter", "suffix") if hole in holes]
+    named = [p for p in ("component", "parameter", "suffix") if p in placeholders]
     if len(named) > 1:
         entry.problem(key, f"has both `{{{named[0]}}}` and `{{{named[1]}}}`")
     for axes in (line.axes, *(a for _, listed in line.overrides for a in listed)):
@@ -354,7 +354,7 @@ def _config(table: Table) -> ConfigKeys:
     )
     for prefix, paths in keys.layers:
         for path in paths:
-            if sorted(_HOLES.findall(path)) != ["key", "layer"]:
+            if sorted(_PLACEHOLDERS.findall(path)) != ["key", "layer"]:
                 table.problem(f"layers.{prefix}", "must contain `{layer}` and `{key}`, each once")
     table.finish()
     return keys

@@ -111,7 +111,7 @@ class TensorEntry:
     """One stored tensor; `digests` run over experts, then projections (or are just one).
 
     start, stop: bytes of its file; runs: in a virtual output, where its bytes are instead.
-    digests: empty where nobody has read the bytes yet.
+    digests: empty where the bytes have not been read yet.
     """
 
     name: str

@@ -135,7 +135,7 @@ def row_problems(
 ) -> Iterator[str]:
     """All that is wrong with one layer's row [P]; ep_size None leaves the ranks out.
 
-    Ids lie in [0, E), every expert has a slot, P divides by EP, no rank has an expert twice.
+    Ids are in [0, E), every expert has a slot, P divides by EP, no rank has an expert twice.
     """
     yield from _id_problems(row, experts, where)
     if ep_size is None:

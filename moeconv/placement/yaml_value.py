@@ -98,7 +98,7 @@ class _Reader:
         if tag == f"{_TAG}str":
             return text
         if tag == f"{_TAG}int":
-            # YAML 1.1 reads 1:0 as sixty and 010 as eight; nobody who writes a map means that
+            # YAML 1.1 reads 1:0 as sixty and 010 as eight; no writer of a map means that
             if not _DECIMAL.fullmatch(text):
                 raise ValueError(f"{quoted(text)} is not a plain decimal number")
             return int(text)

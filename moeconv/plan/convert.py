@@ -192,7 +192,7 @@ def format_notes(stacks: tuple[Stack, ...], targets: list[Layout]) -> tuple[str,
 def prove(plan: Plan, detection: Detection) -> None:
     """Check that tiles cover every data byte exactly once and that no tensor is lost.
 
-    Raises InternalError: only a fault of ours can fail it.
+    Raises InternalError: it fails only because of a bug in moeconv.
     """
     for file in plan.files:
         at = len(file.header)

@@ -1,6 +1,6 @@
 """The plan: output files, each a header and an exact cover of its data section by tiles.
 
-All offsets and sizes are bytes. A *unit* is what one digest stands for: a logical matrix, or a
+All offsets and sizes are bytes. A *unit* is what one digest covers: a logical matrix, or a
 whole tensor that belongs to no expert.
 """
 

@@ -105,7 +105,7 @@ def plan_onto(
     """Plan to fill existing `files`, which hold `target`'s tensors, from those of `detection`.
 
     With both the same this re-reads a checkpoint unit by unit; with two checkpoints it is the
-    inverse plan, under which every byte of the one can be held against the other.
+    inverse plan, under which every byte of the one can be compared with the other.
     Raises BadManifest where `detection` has nothing for a tensor.
     """
     planned_tensors = _tensors_onto(detection, target)

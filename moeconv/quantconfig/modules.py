@@ -187,7 +187,7 @@ def _named(stack: Stack, layout: Layout) -> tuple[dict[str, Matrices], str | Non
 def _module(line: TensorTemplate, expert: int | None) -> str:
     """The suffix of a line's module: its tensors' names without stack and component."""
     rest = line.template.removeprefix("{stack}")
-    for hole in (".{component}", "_{component}", "{component}", "_{parameter}", "{suffix}"):
-        rest = rest.replace(hole, "")
+    for placeholder in (".{component}", "_{component}", "{component}", "_{parameter}", "{suffix}"):
+        rest = rest.replace(placeholder, "")
     number = "" if expert is None else str(line.first + expert)
     return rest.replace("{expert}", number)

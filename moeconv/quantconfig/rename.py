@@ -36,7 +36,7 @@ def renamed_document(
         after, unchanged = changed_lists(document, texts, renamer.renamed_list)
         renamer.leave(unchanged)
     except (ValueError, IndexError, RecursionError):
-        return first, []  # no JSON, and nobody's list of modules
+        return first, []  # not JSON, so not a list of modules
     notes = [f"{name}, `{p}`: {n:,} names of experts renamed" for p, n in renamer.renamed.items()]
     notes += [
         f"{name}, `{place}`: names only some experts of a stack; left as it is"

@@ -1,7 +1,7 @@
 """The loader: one expert-parallel rank's bytes of an output into tensors, or directly into a model.
 
 Small on purpose: it needs torch and the manifest's reader, reads nothing that the rank does not
-need, and communicates with nobody.
+need, and communicates with no other process.
 
 >>> import moeconv.runtime
 >>> shard = moeconv.runtime.open(OUT, ep_rank=0, ep_size=2)

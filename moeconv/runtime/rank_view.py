@@ -24,7 +24,7 @@ from moeconv.runtime.verify import check_digests
 class RankView:
     """What one rank has of an output: its tensors, and where their bytes are. Opens no file.
 
-    verify: whether every byte that is read through it was held against the manifest before.
+    verify: whether every byte that is read through it was compared with the manifest before.
     """
 
     output: OpenOutput

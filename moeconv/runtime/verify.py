@@ -27,7 +27,7 @@ def check_digests(
 ) -> None:
     """Read all bytes of some tensors and compare them with their digests (FORMAT.md, section 1).
 
-    Raises DigestsMissing where nobody has taken them, Damaged naming what differs, IoFailed,
+    Raises DigestsMissing where they were never computed, Damaged naming what differs, IoFailed,
     SourceChanged, BadManifest.
     """
     chosen = tuple(tensors)

@@ -52,7 +52,7 @@ class DescriptorPool:
     ) -> None:
         """open_file: gives the descriptor of a file, and raises OSError where it cannot.
 
-        leave: is called with number and descriptor before one is closed to make room.
+        leave: is called with number and descriptor before one is closed to make space.
         """
         self._open_file = open_file
         self._leave = leave

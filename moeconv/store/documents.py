@@ -33,7 +33,7 @@ def opened(path: Path, *, name: str) -> Iterator[tuple[int, os.stat_result]]:
 
 def open_regular(path: Path, *, name: str) -> int:
     """A descriptor of a regular file, to be closed by the caller. Raises OSError, UnsafePath."""
-    # without O_NONBLOCK, opening a pipe would wait for somebody to write
+    # without O_NONBLOCK, opening a pipe would wait for a writer
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -32,7 +32,7 @@ def remove_output(old: Inventory) -> list[str]:
     """Remove the files of an output that have not changed since; return the names of what is left.
 
     Data files and sidecars go first, then the parts, the journal, and last the root, so that an
-    interrupted removal is still recognised as ours. Raises OSError.
+    interrupted removal is still recognised as moeconv's. Raises OSError.
     """
     for name in sorted(old.files, key=_last):
         path = old.path / name
