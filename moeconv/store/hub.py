@@ -282,7 +282,7 @@ class HubStore:
             if not sent.startswith(f"bytes {offset}-"):
                 raise self._failed(
                     f"does not serve a part of {quoted(name)}",
-                    f"it was asked for bytes {offset:,} and on, and sent "
+                    f"it was asked for the bytes from {offset:,} on, and sent "
                     + (f"`{sent}`" if partial else "the whole file"),
                     self.by_hand,
                 )

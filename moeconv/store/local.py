@@ -103,7 +103,7 @@ class LocalStore:
                 f"{quoted(name)} is not a regular file",
                 at=quoted(str(self.root / name)),
                 cause="links to directories, sockets and devices are not copied",
-                fix="put a regular file in its place, or leave it out with `--exclude`, if you can",
+                fix="put a regular file in its place, or leave it out with `--exclude`",
             )
         return LocalFile(name, path, facts.st_size, facts.st_mtime_ns)
 

@@ -1,4 +1,4 @@
-"""`--overwrite` removes what moeconv wrote and nothing changed since; all else stays, named."""
+"""`--overwrite` removes unchanged files that moeconv wrote; all others stay and are named."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def _not_ours(out: Path, foreign: dict[str, str]) -> WouldOverwrite:
         + (", or that changed since it made them" if changed else ""),
         at=quoted_list([*foreign], most=1),
         cause=f"{quoted(first)}: {reason}; "
-        "`--overwrite` replaces only what moeconv wrote and nothing changed since",
+        "`--overwrite` replaces only files that moeconv wrote and that have not changed since",
         fix="move them elsewhere, or choose another directory",
     )
 
