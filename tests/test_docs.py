@@ -63,7 +63,7 @@ def recipes_table() -> str:
     lines += ["", "| component | of | axes of one matrix |", "|---|---|---|"]
     for component, _ in parts(shipped_recipes()):
         if component.of:
-            axes = ", ".join(f"`{a}`" if str(a) else "one number" for a in component.readings)
+            axes = ", ".join(f"`{a}`" if str(a) else "one number" for a in component.possible_axes)
             lines.append(f"| `{component.name}` | {component.of} | {axes} |")
     return "\n".join(lines) + "\n"
 

@@ -52,7 +52,7 @@ def list_(as_json: options.AsJson = False, color: options.Color = "auto") -> Non
             [
                 component.name,
                 component.of or "-",
-                " or ".join(str(axes) or "one number" for axes in component.readings),
+                " or ".join(str(axes) or "one number" for axes in component.possible_axes),
                 component.suffix or "-",
                 "all" if len(names) > len(found) // 2 else ", ".join(names),
             ]

@@ -83,7 +83,7 @@ def _tried(matched: MatchedStack, layout: Layout, components: frozenset[str]) ->
     lines = []
     for line, component in present_components(matched, layout, only=components):
         tensor = matched.sample((line.template, component.name))
-        forms = (f for r in component.readings for f in line.forms(component.read_as(r)))
+        forms = (f for r in component.possible_axes for f in line.forms(component.read_as(r)))
         axes = ", ".join(dict.fromkeys(f"`{f}`" if f.dims else "one number" for f in forms))
         lines.append(f"{_shown(tensor)} was tried as {axes}")
     return lines

@@ -108,7 +108,7 @@ def _role(layout: Layout, recipe: Recipe, one: _ExpertTensor) -> _Role:
         recorded = parse_axes(expert.axes)
     except AxesSyntax as problem:
         raise _unfit(one.entry.name, str(problem)) from None
-    options = map(component.read_as, component.readings)
+    options = map(component.read_as, component.possible_axes)
     forms = [(option, form) for option in options for form in line.forms(option)]
     for option, form in forms:
         if _binds(form, recorded):

@@ -50,7 +50,7 @@ def named_block_sizes(
     return {
         name
         for line, component in present_components(matched, layout, only=only)
-        for axes in component.readings
+        for axes in component.possible_axes
         for form in line.forms(component.read_as(axes))
         if _same_rank(matched, (line.template, component.name), form)
         for name in form.block_names
@@ -164,7 +164,7 @@ def _choices(
 
 def _forms(members: list[tuple[TensorTemplate, Component]]) -> Iterator[Interpretation]:
     """Yield the interpretations of one component, block sizes still by name."""
-    for axes in members[0][1].readings:
+    for axes in members[0][1].possible_axes:
         read = [(line, component.read_as(axes)) for line, component in members]
         forms = [line.forms(component) for line, component in read]
         for n in range(max(map(len, forms))):

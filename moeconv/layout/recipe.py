@@ -33,7 +33,7 @@ class Component:
     """One component of a projection, such as `weight` or `weight_scale`, for one expert.
 
     axes: of one matrix, without E and G. suffix: what follows a name that joins projections.
-    readings: all axes that it may have, where a name alone is ambiguous; `axes` is one of them.
+    possible_axes: all that it may have, where a name alone is ambiguous; `axes` is one of them.
     weight: it is the matrix itself, not a companion of one.
     scales: quantised weights cannot be used without it. inputs: it describes an expert's inputs,
     so calibration may have skipped some layers. everywhere: all projections have it, or none.
@@ -45,7 +45,7 @@ class Component:
     name: str
     axes: Axes
     suffix: str
-    readings: tuple[Axes, ...]
+    possible_axes: tuple[Axes, ...]
     weight: bool = False
     scales: bool = False
     inputs: bool = False

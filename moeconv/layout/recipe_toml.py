@@ -160,7 +160,7 @@ def _axes(table: Table, key: str, text: str) -> Axes:
         return Axes(())
 
 
-def _readings(table: Table, key: str) -> tuple[Axes, ...]:
+def _possible_axes(table: Table, key: str) -> tuple[Axes, ...]:
     """Axes, or a list of those that a tensor may have."""
     listed = table.texts(key) if isinstance(table.raw(key), list) else (table.text(key),)
     if not listed:
@@ -184,17 +184,17 @@ def _components(table: Table) -> tuple[Component, ...]:
     out = []
     for name in _few(table, _MAX_COMPONENTS):
         entry = table.table(name)
-        readings = _readings(entry, "axes")
-        if any(axes.letters & {EXPERT, PAIR} for axes in readings):
+        possible_axes = _possible_axes(entry, "axes")
+        if any(axes.letters & {EXPERT, PAIR} for axes in possible_axes):
             entry.problem("axes", "must be those of one matrix; E and G come from the layout")
-        if name == WEIGHT and len({axes.letters for axes in readings}) > 1:
+        if name == WEIGHT and len({axes.letters for axes in possible_axes}) > 1:
             entry.problem("axes", "of a weight may differ only in their blocks")
         out.append(
             Component(
                 name=name,
-                axes=readings[0],
+                axes=possible_axes[0],
                 suffix=entry.text("suffix"),
-                readings=readings,
+                possible_axes=possible_axes,
                 weight=entry.flag("weight") or name == WEIGHT,
                 scales=entry.flag("scales"),
                 inputs=entry.flag("inputs"),
@@ -263,7 +263,7 @@ def _line(
     listed = special.table(key) if special and special.has(key) else None
     if listed:
         for name in listed.names():
-            overrides.append((name, _readings(listed, name)))
+            overrides.append((name, _possible_axes(listed, name)))
             if name not in (c.name for c in components):
                 listed.problem(name, "is not a component of this recipe")
     line = TensorTemplate(_LINES[key], template, axes, tuple(overrides))
@@ -281,20 +281,23 @@ def _check_matrices(
     for component in components:
         listed = dict(line.overrides).get(component.name, ())
         is_weight = component.name == WEIGHT
-        for text in _misfits(line.axes, component.readings, listed, is_weight=is_weight):
+        for text in _misfits(line.axes, component.possible_axes, listed, is_weight=is_weight):
             entry.problem(key, f"gives {component.name} {text}")
 
 
 @cache  # recipes have most components and many axes in common
 def _misfits(
-    line: Axes, readings: tuple[Axes, ...], listed: tuple[Axes, ...], *, is_weight: bool
+    line: Axes, possible_axes: tuple[Axes, ...], listed: tuple[Axes, ...], *, is_weight: bool
 ) -> tuple[str, ...]:
     """What is wrong with the axes of a component beside a weight of axes `line`."""
-    own = [set(axes.flat) for axes in readings]
+    own = [set(axes.flat) for axes in possible_axes]
     found = []
-    for axes in (*(forms_of(line, r, listed, is_weight=is_weight)[0] for r in readings), *listed):
+    for axes in (
+        *(forms_of(line, r, listed, is_weight=is_weight)[0] for r in possible_axes),
+        *listed,
+    ):
         if matrix_axes(axes) not in own:
-            known = ", ".join(f"`{reading}`" for reading in readings)
+            known = ", ".join(f"`{axes}`" for axes in possible_axes)
             found.append(f"`{axes}`, but its own are {known}")
         elif EXPERT in axes.letters and axes.flat[0].letter != EXPERT:
             found.append(f"`{axes}`: E must come first")
@@ -374,7 +377,7 @@ def _check_whole(recipe: Recipe, top: Table) -> None:
         if value is not None and value not in names:
             top.problem(key, f"{quoted(value)} is not a layout; the layouts are {', '.join(names)}")
     known = {name for name, _ in recipe.config.block_sizes}
-    used = [a for c in recipe.components for axes in c.readings for a in axes.flat]
+    used = [a for c in recipe.components for axes in c.possible_axes for a in axes.flat]
     used += [
         a
         for layout in recipe.layouts

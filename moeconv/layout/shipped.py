@@ -184,7 +184,7 @@ def parts(recipes: tuple[Recipe, ...]) -> tuple[tuple[Component, tuple[str, ...]
     found: dict[tuple[str, str, tuple[str, ...]], tuple[Component, list[str]]] = {}
     for recipe in recipes:
         for component in recipe.components:
-            key = (component.name, component.suffix, tuple(map(str, component.readings)))
+            key = (component.name, component.suffix, tuple(map(str, component.possible_axes)))
             found.setdefault(key, (component, []))[1].append(recipe.name)
     return tuple((component, tuple(names)) for component, names in found.values())
 

@@ -109,12 +109,12 @@ def _component_difference(
     """How the tensors of a component differ in name or axes; `own` as read in the output."""
     if (own.suffix, own.parameter, own.weight) != (other.suffix, other.parameter, other.weight):
         return f"its name is `{own.suffix or own.name}`, not `{other.suffix or other.name}`"
-    readings = [axes for axes in other.readings if same_axes(axes, own.axes)]
-    if not readings:
+    possible_axes = [axes for axes in other.possible_axes if same_axes(axes, own.axes)]
+    if not possible_axes:
         return f"its axes are `{own.axes}`, not `{other.axes}`"
     there = {_key(line): line for line in its.lines}
     for line in mine.lines:
-        wanted = [f for axes in readings for f in there[_key(line)].forms(other.read_as(axes))]
+        wanted = [f for axes in possible_axes for f in there[_key(line)].forms(other.read_as(axes))]
         for form in line.forms(own):
             if not any(same_axes(form, other_form) for other_form in wanted):
                 return f"it is stored as `{form}`, not `{wanted[0]}`"
@@ -126,8 +126,8 @@ def _stored_otherwise(
 ) -> str | None:
     """How a component is stored in a way that the trusted recipe, or SRC, does not have."""
     line = next((ln for ln in layout.lines if _key(ln) == _key(member.line)), member.line)
-    readings = [a for a in component.readings if same_axes(a, member.component.axes)]
-    forms = [form for axes in readings for form in line.forms(component.read_as(axes))]
+    possible_axes = [a for a in component.possible_axes if same_axes(a, member.component.axes)]
+    forms = [form for axes in possible_axes for form in line.forms(component.read_as(axes))]
     if not any(same_axes(form, member.axes) for form in forms):
         return f"{quoted(component.name)} is stored as `{member.axes}`, not `{forms[0]}`"
     for projection in member.line.projections:

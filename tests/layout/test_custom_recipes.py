@@ -154,9 +154,9 @@ def test_blocks_beside_a_packing_axis_are_in_one_matrix(tmp_path: Path):
     assert read_tensors(tmp_path / "out")[f"{STACK}.up_zeros"] == ("U8", (2, 4, 3), both)
 
 
-# One family's fused form under two readings; `here` is what qwen3_moe calls `fused`.
+# One family's fused form under two interpretations; `here` is what qwen3_moe calls `fused`.
 TWO_READINGS = """
-name = "readings"
+name = "interpretations"
 stack = "{prefix}{layer}.mlp.experts"
 [layouts.here]
 gate_up = "{stack}.gate_up_proj{suffix}: E (G O) K"
