@@ -83,6 +83,7 @@ def write_checkpoint(
     file_names = file_names or (numbered if count > 1 else ["model.safetensors"])
     root.mkdir(parents=True)
     for number, (name, shard) in enumerate(zip(file_names, shards, strict=True)):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)  # names may have folders
         write_file(
             root / name,
             {n: tensors[n] for n in shard},

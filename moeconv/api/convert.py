@@ -12,8 +12,8 @@ from typing import Unpack
 from moeconv.api.open import Opened, gc_paused
 from moeconv.api.options import ConvertKeywords, WriteOptions
 from moeconv.api.run import Result, carry_out
+from moeconv.checkpoint.model import Checkpoint
 from moeconv.checkpoint.output import RecordedDocuments
-from moeconv.checkpoint.source import Checkpoint
 from moeconv.core.system_errors import system_errors
 from moeconv.detect.identify import identify_origin
 from moeconv.errors import NotAnOutput, quoted

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeconv.checkpoint.source import Checkpoint, locate, locate_headers, open_checkpoint
+from moeconv.checkpoint.model import Checkpoint
+from moeconv.checkpoint.source import locate, locate_headers, open_checkpoint
 from moeconv.core.system_errors import system_errors
 from moeconv.detect.detect import Detection
 from moeconv.detect.identify import identify
@@ -46,17 +47,19 @@ def open_source(
     recipe: str | Path | None = None,
     from_layout: str | None = None,
     exclude: tuple[str, ...] = (),
+    only_index: bool = False,
     with_data: bool = False,
 ) -> Opened:
     """Read headers and detect the expert stacks; problems stay in `detection.problems`.
 
     An output of moeconv carries its own recipes and layouts: `recipe` and `from_layout` are not
-    used for it. exclude: globs of sidecars to leave out. with_data: download a repository on the
-    Hub, since more than headers will be read.
+    used for it. exclude: globs of files to leave out, of those that the index does not name.
+    only_index: take exactly the tensors that the index names. with_data: download a repository on
+    the Hub, since more than headers will be read.
     Raises UnknownFamily, BadRecipe, and what `open_checkpoint` raises.
     """
     place = locate(src) if with_data else locate_headers(src)
-    checkpoint = open_checkpoint(place, exclude=exclude)
+    checkpoint = open_checkpoint(place, exclude=exclude, only_index=only_index)
     recipes, detection = identify(checkpoint, recipe=recipe, from_layout=from_layout)
     path = place if isinstance(place, Path) else None
     return Opened(str(path or src), path, checkpoint, recipes, detection)

@@ -19,13 +19,16 @@ class WriteOptions(RunOptions):
     """All options of a writing verb; sizes are bytes.
 
     layout: the target, instead of the family's own. recipe, from_layout: what SRC is, where it
-    does not say so itself. exclude: globs of sidecars to leave out. align: `page`, or `source` to
-    make most of SRC clonable. progress: called with (bytes done, bytes in all), from workers.
+    does not say so itself. only_index: take exactly the tensors that SRC's index names.
+    exclude: globs of files to leave out, of those that the index does not name. align: `page`,
+    or `source` to make most of SRC clonable. progress: called with (bytes done, bytes in all),
+    from workers.
     """
 
     layout: str | None = None
     recipe: str | Path | None = None
     from_layout: str | None = None
+    only_index: bool = False
     exclude: tuple[str, ...] = ()
     max_shard_size: int = DEFAULT_SHARD_BYTES
     align: str = PAGE_ALIGNED
@@ -41,6 +44,7 @@ class WriteOptions(RunOptions):
             recipe=self.recipe,
             from_layout=self.from_layout,
             exclude=self.exclude,
+            only_index=self.only_index,
             with_data=not self.dry_run or self.resume,
         )
 
@@ -51,10 +55,17 @@ class ReadOptions(WorkOptions):
 
     recipe: str | Path | None = None
     from_layout: str | None = None
+    only_index: bool = False
 
     def open(self, src: str | Path) -> Opened:
         """Open a checkpoint with these options. Raises as `open_source`."""
-        return open_source(src, recipe=self.recipe, from_layout=self.from_layout, with_data=True)
+        return open_source(
+            src,
+            recipe=self.recipe,
+            from_layout=self.from_layout,
+            only_index=self.only_index,
+            with_data=True,
+        )
 
 
 class WriteKeywords(TypedDict, total=False):
@@ -78,6 +89,7 @@ class ConvertKeywords(WriteKeywords, total=False):
 
     recipe: str | Path | None
     from_layout: str | None
+    only_index: bool
 
 
 class ReadKeywords(TypedDict, total=False):
@@ -85,6 +97,7 @@ class ReadKeywords(TypedDict, total=False):
 
     recipe: str | Path | None
     from_layout: str | None
+    only_index: bool
     max_memory: int
     jobs: int | None
     progress: Progress | None

@@ -10,7 +10,8 @@ from typing import Final, Unpack
 
 from moeconv.api.open import Opened, open_source
 from moeconv.api.options import ReadKeywords, ReadOptions
-from moeconv.checkpoint.source import Checkpoint, locate, open_checkpoint
+from moeconv.checkpoint.model import Checkpoint
+from moeconv.checkpoint.source import locate, open_checkpoint
 from moeconv.core.system_errors import system_errors
 from moeconv.core.text import counted, quoted_list
 from moeconv.detect.stack import Stack

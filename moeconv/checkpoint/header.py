@@ -7,8 +7,8 @@ reader, which takes duplicate names, unknown members and leading spaces, and nev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from queue import SimpleQueue
 from threading import Thread
@@ -68,6 +68,15 @@ class Header:
     def data_start(self) -> int:
         """First byte of the data section."""
         return len(self.raw)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def only(self, names: Collection[str]) -> Header:
+        """The same header with these tensors alone; `raw` is still the file's."""
+        return replace(self, tensors=tuple(t for t in self.tensors if t.name in names))
 
 
 def read_header(file: File, *, number: int) -> Header:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from moeconv.core.names import file_name_problem
+from moeconv.core.names import relative_path_problem
 from moeconv.core.strict_json import Json, encodable, loads, may_escape
 from moeconv.errors import (
     BadIndex,
@@ -29,7 +29,7 @@ class Index:
     name: str
     raw: bytes
     total_size: int | None
-    weight_map: dict[str, str]  # tensor -> plain file name
+    weight_map: dict[str, str]  # tensor -> file, relative to the index
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def parse_index(raw: bytes, *, name: str) -> Index:
             raise _bad(name, f"the entry of {quoted(tensor)} is not a string")
         checked[tensor] = files.setdefault(file, file)
     unsafe = (
-        _unsafe(name, file, problem) for file in files if (problem := file_name_problem(file))
+        _unsafe(name, file, problem) for file in files if (problem := relative_path_problem(file))
     )
     if problems := list(islice(unsafe, _MAX_REPORTED)):
         raise problems[0].with_also(tuple(problems[1:]))
@@ -82,7 +82,7 @@ def _unsafe(name: str, file: str, problem: str) -> MoeconvError:
     return UnsafePath(
         f"the index names a file {quoted(file)}, which {problem}",
         at=f"{quoted(name)}, `weight_map`",
-        cause="a checkpoint may only name files next to its index",
+        cause="a checkpoint may only name files beside its index, or in folders below it",
         fix="use a copy of the checkpoint from a source that you trust",
     )
 
@@ -120,5 +120,6 @@ def _not_in_index(index: Index, tensor: str, file: str) -> MoeconvError:
     return TensorNotInIndex(
         f"{quoted(tensor)} is not in the index",
         at=f"{quoted(file)}, tensor {quoted(tensor)}",
-        cause=f"{quoted(index.name)} does not name it, so loaders would never read it",
+        cause=f"{quoted(index.name)} does not name it: some programs load it, others do not",
+        fix="pass `--only-index` to leave out what the index does not name",
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from moeconv.checkpoint.header import Header, parse_header
+from moeconv.checkpoint.header import LENGTH_BYTES, Header, parse_header
 from moeconv.checkpoint.index import Index, parse_index
 from moeconv.core.schema import Problems, Table
 from moeconv.core.strict_json import Json, dumps, loads
@@ -37,6 +37,26 @@ class Origin:
     files: tuple[OriginFile, ...]
     index: Index | None
     sidecars: tuple[tuple[str, bytes], ...] = ()
+
+
+def partial_origin(file: OriginFile) -> OriginFile:
+    """A data file as if it had no tensors but those of its header, which are only some of them."""
+    entries: dict[str, Json] = {}
+    if file.header.metadata:
+        entries["__metadata__"] = dict(file.header.metadata)
+    end = 0
+    for tensor in sorted(file.header.tensors, key=lambda t: (t.offset, t.nbytes)):
+        start, end = end, end + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = dumps(entries)
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    raw = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    size = len(raw) + end
+    return OriginFile(file.name, size, parse_header(raw, file_size=size, file=0, where=file.name))
 
 
 def origin_bytes(origin: Origin) -> bytes:
@@ -107,6 +127,6 @@ def _sidecar(t: Table) -> tuple[str, int]:
 
 
 def _file(t: Table) -> tuple[str, int, int]:
-    entry = (t.file_name("name"), t.integer("size"), t.integer("header"))
+    entry = (t.relative_path("name"), t.integer("size"), t.integer("header"))
     t.finish()
     return entry

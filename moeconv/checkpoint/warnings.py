@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from moeconv.checkpoint.index import Index
-from moeconv.core.text import human_size
+from moeconv.checkpoint.model import DataFile
+from moeconv.core.text import counted, human_size
 from moeconv.errors import quoted
 from moeconv.store.base import File
 from moeconv.store.documents import LFS_MARK
@@ -19,22 +20,27 @@ _POINTER_BYTES: Final = 1024
 
 def source_warnings(
     index: Index | None,
-    shards: tuple[str, ...],
-    tensor_bytes: int,
+    files: tuple[DataFile, ...],
     sidecars: tuple[File, ...],
     *,
     has_config: bool,
 ) -> Iterator[str]:
-    """One sentence for each warning.
-
-    shards: names of the data files; tensor_bytes: the size of their data sections.
-    """
+    """One sentence for each warning."""
+    listed = set(index.files) if index else set()
+    tensor_bytes = sum(f.header.nbytes for f in files if f.name in listed)
     if index is None:
-        yield from missing_shards(shards)
+        yield from missing_shards(f.name for f in files)
     elif index.total_size != tensor_bytes:
         total = index.total_size
         what = "has no total_size" if total is None else f"has total_size {total:,}"
         yield f"{quoted(index.name)} {what}; the tensors have {tensor_bytes:,} bytes"
+    for file in files if index else ():
+        if file.name not in listed:
+            yield (
+                f"{quoted(file.name)} is not in the index; its "
+                f"{counted(len(file.header.tensors), 'tensor')} are converted like all others "
+                "(`--exclude` or `--only-index` leaves it out)"
+            )
     for sidecar in sidecars:
         if sidecar.name.endswith(".safetensors"):
             yield (

@@ -19,6 +19,7 @@ def inspect(
     ] = None,
     from_layout: options.FromLayout = None,
     recipe: options.RecipeFile = None,
+    only_index: options.OnlyIndex = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -29,7 +30,7 @@ def inspect(
         from moeconv.api.open import open_source
         from moeconv.cli import show
 
-        opened = open_source(src, recipe=recipe, from_layout=from_layout)
+        opened = open_source(src, recipe=recipe, from_layout=from_layout, only_index=only_index)
         checkpoint, problems = opened.checkpoint, opened.detection.problems
         listed = None
         if tensors is not None:

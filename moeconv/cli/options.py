@@ -36,6 +36,10 @@ RecipeFile: TypeAlias = Annotated[
         "--recipe", metavar="FILE", help="Your own recipe file, or the name of a shipped one."
     ),
 ]
+OnlyIndex: TypeAlias = Annotated[
+    bool,
+    typer.Option("--only-index", help="Take exactly the tensors that the index of SRC names."),
+]
 MapLayers: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -121,6 +125,7 @@ class SourceFlags:
 
     from_layout: FromLayout = None
     recipe: RecipeFile = None
+    only_index: OnlyIndex = False
 
 
 class WorkFlags:
@@ -158,7 +163,9 @@ class WriteFlags:
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            "--exclude", metavar="GLOB", help="Leave out matching sidecar files; may be repeated."
+            "--exclude",
+            metavar="GLOB",
+            help="Leave out matching files that the index does not name; repeatable.",
         ),
     ] = None
     max_shard_size: Annotated[

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
+from moeconv.checkpoint.model import Checkpoint
 from moeconv.checkpoint.output import RecordedDocuments
-from moeconv.checkpoint.source import Checkpoint
 from moeconv.detect.detect import Detection, detect
 from moeconv.detect.from_manifest import detection_from_manifest
 from moeconv.detect.interpretations import recorded_ranks

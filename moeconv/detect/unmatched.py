@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from moeconv.checkpoint.header import StoredTensor
-from moeconv.checkpoint.source import Checkpoint
+from moeconv.checkpoint.model import Checkpoint
 from moeconv.core.names import natural_key
 from moeconv.core.text import counted, quoted_list
 from moeconv.detect.detect import Detection, detect

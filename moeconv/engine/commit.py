@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from moeconv.checkpoint.source import Checkpoint
+from moeconv.checkpoint.model import Checkpoint
 from moeconv.core.digest import digest, hasher
 from moeconv.core.signals import defer_signals
 from moeconv.engine.copy.buffers import BUFFER_BYTES
@@ -208,6 +208,8 @@ class _Commit:
     def _finished(self, file: OutputFile, partial: Path, digests: Digests) -> None:
         self.parts[file.name] = self._checked(file, digests)
         final = self.out / file.name
+        with writing(final):
+            self.work.folder(final.parent)  # original files may be in folders
         if self.plan.restores and self.plan.index_name is None:
             # without an index only the names show that a restored output is complete
             self.waiting.append((partial, final))

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, TypeAlias
 
-from moeconv.checkpoint.origin import Origin, OriginFile, origin_bytes
-from moeconv.checkpoint.source import Checkpoint
+from moeconv.checkpoint.model import Checkpoint
+from moeconv.checkpoint.origin import origin_bytes
 from moeconv.core.digest import digest, fingerprint
-from moeconv.core.names import natural_key
 from moeconv.core.schema import MAX_TEXT_BYTES
 from moeconv.core.strict_json import encodable
 from moeconv.engine.copy.sink import Digests
@@ -143,6 +142,13 @@ def source_entry(checkpoint: Checkpoint) -> SourceEntry:
     directory = os.path.realpath(checkpoint.store.address)
     if not encodable(directory) or len(directory.encode()) > MAX_TEXT_BYTES:
         raise _inexpressible(directory, "its path is not UTF-8, or longer than 4,096 bytes")
+    partial = next((f.name for f in checkpoint.files if not f.whole), None)
+    if partial is not None:
+        raise _inexpressible(
+            directory,
+            f"only some tensors of {quoted(partial)} are taken",
+            fix="drop `--virtual`, or `--only-index`",
+        )
     early = next((f.name for f in checkpoint.files if f.mtime_ns < 0), None)
     if early is not None:
         raise _inexpressible(directory, f"{quoted(early)} was last changed before 1970")
@@ -153,12 +159,14 @@ def source_entry(checkpoint: Checkpoint) -> SourceEntry:
     return SourceEntry(directory, files)
 
 
-def _inexpressible(directory: str, cause: str) -> NotVirtual:
+def _inexpressible(
+    directory: str, cause: str, *, fix: str = "move or touch the source, or drop `--virtual`"
+) -> NotVirtual:
     return NotVirtual(
         "a virtual output cannot refer to this source",
         at=quoted(directory),
         cause=cause,
-        fix="move or touch the source, or drop `--virtual`",
+        fix=fix,
     )
 
 
@@ -174,9 +182,5 @@ def origin_of(checkpoint: Checkpoint, plan: Plan) -> bytes:
         if not first:
             return checkpoint.origin.origin_raw
         return origin_bytes(replace(origin, sidecars=(*origin.sidecars, *first)))
-    files = tuple(
-        OriginFile(f.name, f.size, f.header)
-        for f in sorted(checkpoint.files, key=lambda f: natural_key(f.name))
-    )
     rewritten = tuple((r.name, r.before) for r in plan.rewrites)
-    return origin_bytes(Origin(files, checkpoint.index, rewritten))
+    return origin_bytes(replace(checkpoint.as_origin(), sidecars=rewritten))

@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moeconv.checkpoint.model import Checkpoint
 from moeconv.checkpoint.output_files import read_root
-from moeconv.checkpoint.source import Checkpoint
 from moeconv.engine.commit import commit, refuse_collisions
 from moeconv.engine.copy.methods import CopyMethods
 from moeconv.engine.options import RunOptions

@@ -123,7 +123,7 @@ def _source_file(t: Table) -> SourceFile:
         t.problem("mtime", "must be [seconds, nanoseconds]")
         mtime = (0, 0)
     entry = SourceFile(
-        t.file_name("name"),
+        t.relative_path("name"),
         t.integer("size"),
         mtime[0] * 10**9 + mtime[1],
         header.integer("size"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from moeconv.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES
-from moeconv.checkpoint.source import Checkpoint
+from moeconv.checkpoint.model import Checkpoint
 from moeconv.core.strict_json import may_escape
 from moeconv.detect.stack import Stack
 from moeconv.layout.shipped import vocabulary

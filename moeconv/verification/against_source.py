@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moeconv.checkpoint.source import Checkpoint, DataFile
+from moeconv.checkpoint.model import Checkpoint, DataFile
 from moeconv.detect.detect import Detection
 from moeconv.engine.copy.buffers import BUFFER_BYTES
 from moeconv.engine.copy.pool import Limits, Progress, run_tiles

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeconv.checkpoint.source import Checkpoint
+from moeconv.checkpoint.model import Checkpoint
 from moeconv.core.digest import fingerprint, fingerprint_line
 from moeconv.core.text import counted
 from moeconv.detect.detect import Detection

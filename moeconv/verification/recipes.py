@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from moeconv.checkpoint.source import Checkpoint
+from moeconv.checkpoint.model import Checkpoint
 from moeconv.detect.detect import Detection
 from moeconv.detect.stack import Stack, StoredComponent
 from moeconv.errors import Damaged, MoeconvError, printable, quoted

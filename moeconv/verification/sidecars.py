@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moeconv.checkpoint.origin import Origin, OriginFile
-from moeconv.checkpoint.source import Checkpoint
+from moeconv.checkpoint.model import Checkpoint
+from moeconv.checkpoint.origin import Origin
 from moeconv.core.digest import digest
 from moeconv.core.names import natural_key
 from moeconv.core.text import quoted_list
@@ -130,7 +130,4 @@ def origin_problems(output: Checkpoint, source: Checkpoint) -> list[MoeconvError
 
 
 def _origin(source: Checkpoint) -> Origin:
-    if source.origin is not None:
-        return source.origin.origin
-    files = tuple(OriginFile(f.name, f.size, f.header) for f in source.files)
-    return Origin(files, source.index)
+    return source.as_origin() if source.origin is None else source.origin.origin

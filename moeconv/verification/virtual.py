@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from moeconv.checkpoint.model import Checkpoint
 from moeconv.checkpoint.output_files import damaged
-from moeconv.checkpoint.source import Checkpoint
 from moeconv.detect.detect import Detection
 from moeconv.engine.manifest_writer import virtual_parts
 from moeconv.errors import DigestsMissing, MoeconvError, NotVirtual, quoted

@@ -150,6 +150,7 @@ def write(
     shards: Mapping[str, Tensors] = {SHARD: files} if one_file else files  # type: ignore[dict-item, assignment]
     root.mkdir(parents=True)
     for name, tensors in shards.items():
+        (root / name).parent.mkdir(exist_ok=True)  # names may have a folder
         (root / name).write_bytes(shard_bytes(tensors))
     if index is True and not one_file:
         index = index_doc(shards)

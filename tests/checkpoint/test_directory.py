@@ -1,5 +1,6 @@
 """What else may lie in a directory: links, pipes, folders, names that are no names, pickles."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -232,10 +233,12 @@ def test_an_index_with_a_name_that_is_not_safe(src: Path, out: Path):
 
 
 def test_a_sidecar_with_the_name_of_an_output_file(src: Path, out: Path):
-    # a stale shard that the index no longer names
+    # the file of another index: a second copy of the model, for another program
     stale = "model-00001-of-00001.safetensors"
     write(src, {SHARD: qwen()}, index=index_doc({SHARD: qwen()}))
     (src / stale).write_bytes(shard_bytes(EXTRA))
+    other = json.dumps(index_doc({stale: EXTRA}))
+    (src / "other.safetensors.index.json").write_text(other)
     refused(NameCollision, f"`{stale}`", f"--exclude '{stale}'", src=src, out=out)
 
 

@@ -41,7 +41,9 @@ def test_flags_of_writing_commands_are_the_options():
 def test_keywords_are_the_options():
     options = {f.name for f in fields(WriteOptions)}
     assert set(ConvertKeywords.__annotations__) == options - {"unchecked"}
-    assert set(WriteKeywords.__annotations__) == options - {"unchecked", "recipe", "from_layout"}
+    assert set(WriteKeywords.__annotations__) == options - {
+        "unchecked", "recipe", "from_layout", "only_index"
+    }  # fmt: skip
     assert set(ReadKeywords.__annotations__) == {f.name for f in fields(ReadOptions)}
 
 

@@ -15,24 +15,23 @@ from moeconv.version import __version__
 from tests.cli.run import environment, moeconv
 
 CONVERT = {
-    "--output", "--layout", "--from-layout", "--recipe", "--exclude", "--max-shard-size",
-    "--align", "--digests", "--max-memory", "--jobs", "--dry-run", "--overwrite", "--resume",
-    "--json", "--quiet", "--verbose",
-    "--color", "--help",
+    "--output", "--layout", "--from-layout", "--recipe", "--only-index", "--exclude",
+    "--max-shard-size", "--align", "--digests", "--max-memory", "--jobs", "--dry-run",
+    "--overwrite", "--resume", "--json", "--quiet", "--verbose", "--color", "--help",
 }  # fmt: skip
 COMPARE = {
-    "--from-layout", "--recipe", "--max-memory", "--jobs", "--json", "--quiet", "--verbose",
-    "--color", "--help",
+    "--from-layout", "--recipe", "--only-index", "--max-memory", "--jobs", "--json", "--quiet",
+    "--verbose", "--color", "--help",
 }  # fmt: skip
 # A flag is a promise: one that comes or goes must show up in a review of this table.
 SURFACE = {
-    "inspect": {"--tensors", "--from-layout", "--recipe", "--json", "--quiet", "--verbose",
-                "--color", "--help"},
+    "inspect": {"--tensors", "--from-layout", "--recipe", "--only-index", "--json", "--quiet",
+                "--verbose", "--color", "--help"},
     "fuse": CONVERT,
     "unfuse": CONVERT | {"--unchecked"},
     "shard": CONVERT | {"--ep", "--placement", "--redundant", "--allow-duplicates", "--virtual",
                         "--map-layers"},
-    "merge": CONVERT - {"--from-layout", "--recipe"} | {"--unchecked"},
+    "merge": CONVERT - {"--from-layout", "--recipe", "--only-index"} | {"--unchecked"},
     "verify": COMPARE | {"--level", "--source", "--fill"},
     "diff": COMPARE | {"--recorded"},
     "fingerprint": COMPARE | {"--recorded"},

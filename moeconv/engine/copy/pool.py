@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
-from moeconv.checkpoint.source import DataFile
+from moeconv.checkpoint.model import DataFile
 from moeconv.core.digest import EMPTY_DIGEST
 from moeconv.core.signals import defer_signals
 from moeconv.engine.copy.buffers import BufferPool

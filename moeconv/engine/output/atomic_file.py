@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from moeconv.checkpoint.output_files import hidden_name
+from moeconv.core.digest import digest
 from moeconv.core.system_errors import explained, is_full
 from moeconv.errors import DiskFull, IoFailed, WouldOverwrite, quoted
 from moeconv.manifest.model import PARTS_DIR
@@ -20,7 +21,11 @@ PARTIAL_SUFFIX: Final = ".partial"
 
 def partial_path(out: Path, name: str) -> Path:
     """Return where a file is written before it is complete: in OUT, where no source file can be."""
-    return out / PARTS_DIR / hidden_name(name.rpartition("/")[2], PARTIAL_SUFFIX)
+    # files of one name in several folders are written at the same time
+    own = name.removeprefix(f"{PARTS_DIR}/")
+    if "/" in own:
+        own = digest(os.fsencode(own))
+    return out / PARTS_DIR / hidden_name(own, PARTIAL_SUFFIX)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from moeconv.checkpoint.source import Checkpoint
+from moeconv.checkpoint.model import Checkpoint
 from moeconv.core.text import human_size
 from moeconv.engine.copy.methods import whole_blocks
 from moeconv.engine.copy.syscalls import file_system, may_clone

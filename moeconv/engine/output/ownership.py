@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moeconv.checkpoint.header import read_header
+from moeconv.checkpoint.model import DataFile
 from moeconv.checkpoint.output_files import (
     FILLED_ROOT,
     filled_name,
@@ -17,7 +18,6 @@ from moeconv.checkpoint.output_files import (
     read_named,
     read_root,
 )
-from moeconv.checkpoint.source import DataFile
 from moeconv.core.digest import digest
 from moeconv.core.text import counted
 from moeconv.engine.copy.pool import Limits, digests_of

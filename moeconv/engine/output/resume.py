@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moeconv.checkpoint.header import read_header
+from moeconv.checkpoint.model import Checkpoint, DataFile
 from moeconv.checkpoint.output import open_output
 from moeconv.checkpoint.output_files import read_root
-from moeconv.checkpoint.source import Checkpoint, DataFile
 from moeconv.core.digest import digest
 from moeconv.core.strict_json import Json
 from moeconv.engine.copy.pool import Limits, digests_of
