@@ -14,6 +14,7 @@ from moeconv.core.system_errors import system_errors
 from moeconv.detect.detect import Detection
 from moeconv.detect.identify import identify
 from moeconv.layout.recipe import Recipe
+from moeconv.layout.shipped import vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,9 @@ def open_source(
     Raises UnknownFamily, BadRecipe, and what `open_checkpoint` raises.
     """
     place = locate(src) if with_data else locate_headers(src)
-    checkpoint = open_checkpoint(place, exclude=exclude, only_index=only_index)
+    checkpoint = open_checkpoint(
+        place, exclude=exclude, only_index=only_index, beside=vocabulary().other_weights.words
+    )
     recipes, detection = identify(checkpoint, recipe=recipe, from_layout=from_layout)
     path = place if isinstance(place, Path) else None
     return Opened(str(path or src), path, checkpoint, recipes, detection)

@@ -56,6 +56,7 @@ class ReadOptions(WorkOptions):
     recipe: str | Path | None = None
     from_layout: str | None = None
     only_index: bool = False
+    exclude: tuple[str, ...] = ()
 
     def open(self, src: str | Path) -> Opened:
         """Open a checkpoint with these options. Raises as `open_source`."""
@@ -64,6 +65,7 @@ class ReadOptions(WorkOptions):
             recipe=self.recipe,
             from_layout=self.from_layout,
             only_index=self.only_index,
+            exclude=self.exclude,
             with_data=True,
         )
 
@@ -98,6 +100,7 @@ class ReadKeywords(TypedDict, total=False):
     recipe: str | Path | None
     from_layout: str | None
     only_index: bool
+    exclude: tuple[str, ...]
     max_memory: int
     jobs: int | None
     progress: Progress | None

@@ -17,7 +17,7 @@ from moeconv.manifest.model import Manifest
 from moeconv.plan.align import PAGE
 from moeconv.plan.convert import unequal_notes
 from moeconv.plan.model import Plan
-from moeconv.quantconfig.rewrite import with_rewrites
+from moeconv.quantconfig.rewrite_sidecars import with_rewrites
 
 
 @dataclass(frozen=True, slots=True)

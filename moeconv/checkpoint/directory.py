@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -23,10 +24,14 @@ from moeconv.errors import (
     BadIndex,
     DuplicateTensor,
     MissingShard,
+    MoeconvError,
     NoCheckpoint,
     SourceMissing,
+    UnsafePath,
+    UsageProblem,
     quoted,
 )
+from moeconv.manifest.model import PARTS_DIR
 from moeconv.store.base import File, Store
 from moeconv.store.documents import read_document
 from moeconv.store.paths import matches
@@ -45,20 +50,33 @@ def data_files(found: Iterable[File]) -> tuple[DataFile, ...]:
     return tuple(map(DataFile, files, read_headers(files)))
 
 
-def open_directory(store: Store, exclude: tuple[str, ...], *, only_index: bool) -> Checkpoint:
+def open_directory(
+    store: Store, exclude: tuple[str, ...], *, only_index: bool, beside: tuple[str, ...]
+) -> Checkpoint:
     """Open a checkpoint that moeconv did not write, from its headers.
 
-    exclude, only_index: as in `open_checkpoint`. Raises what reading an index and headers raises.
+    exclude, only_index, beside: as in `open_checkpoint`. Raises what reading
+    an index and headers raises.
     """
     entries = store.entries()
     # a folder of such a name is refused when it is looked up
-    shards = [n for n in (e.rstrip("/") for e in entries) if n.endswith(SUFFIX)]
-    shards = [n for n in shards if not matches(n, exclude)]
+    names = [e.rstrip("/") for e in entries]
     index = read_index(store, entries)
-    unlisted: list[str] = []
-    if index is not None:
-        unlisted = [n for n in shards if n not in _named(store, entries)]
-        files = _indexed_files(store, index, None if only_index else unlisted)
+    shards = [n for n in (names if index is None else entries) if n.endswith(SUFFIX)]
+    shards = [n for n in shards if not matches(n, (*exclude, *(beside if index else ())))]
+    left_out: set[str] = set()
+    if only_index and index is None:
+        raise UsageProblem(
+            "`--only-index` needs an index",
+            cause=f"{quoted(store.address)} has no `{INDEX_NAME}`",
+            fix="drop `--only-index`",
+        )
+    if index is not None and only_index:
+        files = _files_of(store, index)
+        left_out = {n for n in entries if n.endswith((SUFFIX, _INDEX_SUFFIX))}
+    elif index is not None:
+        others = _files_of_other_indexes(store, entries, index)
+        files = _files_and_beside(store, index, [n for n in shards if n not in others])
     elif shards:
         files = data_files([_listed(store, n) for n in shards])
         _check_disjoint(files, fix="pass the index, or leave one of them out with `--exclude`")
@@ -68,7 +86,7 @@ def open_directory(store: Store, exclude: tuple[str, ...], *, only_index: bool) 
             cause=_no_checkpoint_cause(entries),
             fix="pass the directory that contains `model*.safetensors`",
         )
-    skip = {f.name for f in files} | ({index.name, *unlisted} if index else set())
+    skip = left_out | {f.name for f in files} | ({index.name} if index else set())
     sidecars = tuple(_listed(store, n) for n in store.names(exclude=exclude) if n not in skip)
     config = read_config(store)
     found = Checkpoint(store, files, index, config, sidecars, ())
@@ -76,33 +94,46 @@ def open_directory(store: Store, exclude: tuple[str, ...], *, only_index: bool) 
     return replace(found, warnings=tuple(warnings))
 
 
-def _indexed_files(
-    store: Store, index: Index, unlisted: Iterable[str] | None
-) -> tuple[DataFile, ...]:
-    """The files that an index names, and weight files beside it that it does not name.
+def _files_of(store: Store, index: Index) -> tuple[DataFile, ...]:
+    """The files that an index names, with the tensors that it names there.
 
-    unlisted: the latter; None to take what the index names alone. Raises MissingShard,
-    DuplicateTensor, TensorNotInFile, TensorNotInIndex.
+    Raises MissingShard, TensorNotInFile.
+    """
+    names: dict[str, set[str]] = {}
+    for tensor, file in index.weight_map.items():
+        names.setdefault(file, set()).add(tensor)
+    whole = data_files(_existing(store, n, named_by=index.name) for n in index.files)
+    files = tuple(replace(f, header=f.header.only(names[f.name])) for f in whole)
+    check_index(index, {t.name: f.name for f in files for t in f.header.tensors})
+    return files
+
+
+def _files_and_beside(store: Store, index: Index, shards: list[str]) -> tuple[DataFile, ...]:
+    """The files that an index names, and the other weight files beside it.
+
+    shards: the weight files of the directory. Raises MissingShard, DuplicateTensor,
+    TensorNotInFile, TensorNotInIndex.
     """
     listed = [_existing(store, n, named_by=index.name) for n in index.files]
-    if unlisted is None:
-        files = data_files(listed)
-        names: dict[str, set[str]] = {}
-        for tensor, file in index.weight_map.items():
-            names.setdefault(file, set()).add(tensor)
-        files = tuple(replace(f, header=f.header.only(names[f.name])) for f in files)
-        beside: tuple[str, ...] = ()
-    else:
-        beside = tuple(unlisted)
-        files = data_files([*listed, *(_listed(store, n) for n in beside)])
-        _check_disjoint(files, fix=_WAYS_OUT)
-    named = {t.name: f.name for f in files if f.name not in beside for t in f.header.tensors}
-    check_index(index, named)
+    beside = [_listed(store, n) for n in shards if n not in index.files]
+    files = data_files([*listed, *beside])
+    _check_disjoint(files, fix=_WAYS_OUT)
+    others = {f.name for f in beside}
+    check_index(
+        index, {t.name: f.name for f in files if f.name not in others for t in f.header.tensors}
+    )
     return files
 
 
 def _existing(store: Store, name: str, *, named_by: str) -> File:
     """A shard that the index names. Raises MissingShard, UnsafePath."""
+    if name.startswith(f"{PARTS_DIR}/"):
+        raise UnsafePath(
+            f"{quoted(name)} is where moeconv keeps its own documents",
+            at=quoted(named_by),
+            cause="its files are written there while an output is made",
+            fix="move the file to another directory, and change the index",
+        )
     file = store.file(name)
     if file is None:
         raise MissingShard(
@@ -139,16 +170,20 @@ def _indexes(entries: list[str]) -> list[str]:
     return [n for n in (e.rstrip("/") for e in entries) if n.endswith(_INDEX_SUFFIX)]
 
 
-def _named(store: Store, entries: list[str]) -> set[str]:
-    """The files that any index of the directory names: there may be one for another program."""
-    named: set[str] = set()
+def _files_of_other_indexes(store: Store, entries: list[str], index: Index) -> set[str]:
+    """The files that another index names: a copy of the model for another program."""
+    found: set[str] = set()
     for name in _indexes(entries):
-        raw = read_document(_listed(store, name), MAX_INDEX_BYTES)
-        named.update(parse_index(raw, name=name).files)
-    return named
+        # one that cannot be read is a sidecar like any other
+        with suppress(MoeconvError):
+            if name != index.name:
+                raw = read_document(_listed(store, name), MAX_INDEX_BYTES)
+                found.update(parse_index(raw, name=name).files)
+    return found - set(index.files)
 
 
 def read_index(store: Store, entries: list[str]) -> Index | None:
+    """The index that loaders follow, if there is one. Raises BadIndex, UnsafePath, BadJson."""
     found = _indexes(entries)
     name = INDEX_NAME if INDEX_NAME in found else next(iter(found), None)
     if name is None:

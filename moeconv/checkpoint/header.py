@@ -63,6 +63,7 @@ class Header:
     raw: bytes
     metadata: tuple[tuple[str, str], ...]
     tensors: tuple[StoredTensor, ...]  # in header order
+    whole: bool = True  # False where only some of the file's tensors are taken
 
     @property
     def data_start(self) -> int:
@@ -76,7 +77,8 @@ class Header:
 
     def only(self, names: Collection[str]) -> Header:
         """The same header with these tensors alone; `raw` is still the file's."""
-        return replace(self, tensors=tuple(t for t in self.tensors if t.name in names))
+        taken = tuple(t for t in self.tensors if t.name in names)
+        return replace(self, tensors=taken, whole=len(taken) == len(self.tensors))
 
 
 def read_header(file: File, *, number: int) -> Header:

@@ -8,7 +8,7 @@ from pathlib import Path
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import Header, StoredTensor
 from moeconv.checkpoint.index import Index
-from moeconv.checkpoint.origin import Origin, OriginFile, partial_origin
+from moeconv.checkpoint.origin import Origin, OriginFile, origin_of_taken
 from moeconv.checkpoint.output import RecordedDocuments
 from moeconv.core.names import natural_key
 from moeconv.manifest.model import Manifest
@@ -45,7 +45,7 @@ class DataFile:
     @property
     def whole(self) -> bool:
         """Whether all tensors of the file are taken: `--only-index` may leave some out."""
-        return self.header.data_start + self.header.nbytes == self.size
+        return self.header.whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,8 @@ class Checkpoint:
 
     def as_origin(self) -> Origin:
         """This foreign checkpoint as the origin of what is made from it."""
-        files = (
-            origin if f.whole else partial_origin(origin)
-            for f in self.files
-            for origin in (OriginFile(f.name, f.size, f.header),)
-        )
+        as_stored = (OriginFile(f.name, f.size, f.header) for f in self.files)
+        files = (f if f.header.whole else origin_of_taken(f) for f in as_stored)
         return Origin(tuple(sorted(files, key=lambda f: natural_key(f.name))), self.index)
 
     @property

@@ -39,7 +39,7 @@ class Origin:
     sidecars: tuple[tuple[str, bytes], ...] = ()
 
 
-def partial_origin(file: OriginFile) -> OriginFile:
+def origin_of_taken(file: OriginFile) -> OriginFile:
     """A data file as if it had no tensors but those of its header, which are only some of them."""
     entries: dict[str, Json] = {}
     if file.header.metadata:

@@ -67,12 +67,17 @@ def locate_headers(src: str | Path) -> Path | HubStore:
 
 
 def open_checkpoint(
-    src: Path | Store, *, exclude: tuple[str, ...] = (), only_index: bool = False
+    src: Path | Store,
+    *,
+    exclude: tuple[str, ...] = (),
+    only_index: bool = False,
+    beside: tuple[str, ...] = (),
 ) -> Checkpoint:
     """Read all headers, the index, config.json; list the sidecars. Opens no data.
 
     exclude: globs of files to leave out. only_index: take the tensors that the index names, from
-    the files that it names, and no others. Raises classes of `moeconv.errors`.
+    the files that it names, and no others. beside: globs of weight files that are not part of the
+    model, unless the index names them. Raises classes of `moeconv.errors`.
     """
     if isinstance(src, Path) and src.is_file():
         return _open_file(src)
@@ -81,7 +86,7 @@ def open_checkpoint(
         return _open_own(store, exclude)
     if _unfinished(store):
         raise unfinished(store.address)
-    return open_directory(store, exclude, only_index=only_index)
+    return open_directory(store, exclude, only_index=only_index, beside=beside)
 
 
 def _holds(store: Store, name: str) -> bool:
@@ -165,7 +170,8 @@ def _open_virtual(
     if changed:
         raise _changed(source, f"{quoted_list(changed, most=1)}: written to, replaced or removed")
     kept = tuple(s for s in own.sidecars if not matches(s.name, exclude))
-    return Checkpoint(place, files, None, read_config(store), kept, (), inner, own)
+    warnings = _foreign_warning(store, own)
+    return Checkpoint(place, files, None, read_config(store), kept, warnings, inner, own)
 
 
 def _pinned(place: LocalStore, name: str, source: SourceEntry) -> LocalFile:

@@ -30,7 +30,7 @@ def source_warnings(
     tensor_bytes = sum(f.header.nbytes for f in files if f.name in listed)
     if index is None:
         yield from missing_shards(f.name for f in files)
-    elif index.total_size != tensor_bytes:
+    elif index.total_size not in {tensor_bytes, sum(f.header.nbytes for f in files)}:
         total = index.total_size
         what = "has no total_size" if total is None else f"has total_size {total:,}"
         yield f"{quoted(index.name)} {what}; the tensors have {tensor_bytes:,} bytes"

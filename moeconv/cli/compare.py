@@ -10,6 +10,7 @@ import typer
 
 from moeconv.cli.options import (
     DiffFlags,
+    ExcludeFlags,
     FingerprintFlags,
     PrintFlags,
     RecordedFlags,
@@ -55,7 +56,9 @@ def _reading(
 
     command.__name__ = verb
     command.__doc__ = help_text
-    command.__dict__["__signature__"] = signature(*groups, SourceFlags, WorkFlags, PrintFlags)
+    command.__dict__["__signature__"] = signature(
+        *groups, SourceFlags, ExcludeFlags, WorkFlags, PrintFlags
+    )
     return command
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moeconv.cli.options import (
+    ExcludeFlags,
     OutputFlags,
     PrintFlags,
     RestoreFlags,
@@ -43,7 +44,7 @@ def _writing(verb: str, help_text: str, *groups: type) -> Callable[..., None]:
     command.__name__ = verb
     command.__doc__ = help_text
     command.__dict__["__signature__"] = signature(
-        OutputFlags, *groups, WriteFlags, WorkFlags, PrintFlags
+        OutputFlags, *groups, ExcludeFlags, WriteFlags, WorkFlags, PrintFlags
     )
     return command
 

@@ -128,6 +128,19 @@ class SourceFlags:
     only_index: OnlyIndex = False
 
 
+class ExcludeFlags:
+    """What to leave out of SRC."""
+
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude",
+            metavar="GLOB",
+            help="Leave out matching files that the index does not name; repeatable.",
+        ),
+    ] = None
+
+
 class WorkFlags:
     """What a command may use."""
 
@@ -152,20 +165,12 @@ class WorkFlags:
 
 
 class WriteFlags:
-    """What every command that writes OUT takes, but for `WorkFlags`."""
+    """What every command that writes OUT takes, but for what reading commands take too."""
 
     layout: Annotated[
         str | None,
         typer.Option(
             "--layout", metavar="NAME", help="The target layout, instead of the family's own."
-        ),
-    ] = None
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--exclude",
-            metavar="GLOB",
-            help="Leave out matching files that the index does not name; repeatable.",
         ),
     ] = None
     max_shard_size: Annotated[

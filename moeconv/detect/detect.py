@@ -15,7 +15,7 @@ from moeconv.detect.across_layers import bare_stacks, lost_layers, lost_stacks, 
 from moeconv.detect.completeness import bare_dtype
 from moeconv.detect.config_sizes import states_experts, states_quantisation
 from moeconv.detect.diagnose import too_many_stacks
-from moeconv.detect.interpretations import RecordedRanks
+from moeconv.detect.interpretations import RecordedDims
 from moeconv.detect.judge import Evidence, judge, judge_passthrough
 from moeconv.detect.match import MatchedStack, candidate_layouts, in_ranges, match_names
 from moeconv.detect.stack import Stack
@@ -65,14 +65,14 @@ def detect(
     files: tuple[str, ...],
     from_layout: str | None = None,
     recorded: dict[str, StackEntry] | None = None,
-    ranks: RecordedRanks | None = None,
+    dims: RecordedDims | None = None,
 ) -> Detection:
     """Find the expert stacks among `tensors`, from headers alone. Collects problems, raises none.
 
     files: the names of the files, for messages.
     from_layout: decides between layouts that fit a stack equally well.
     recorded: for outputs of moeconv, what the manifest says of each stack, which is then only
-    compared with the tensors; ranks: those of its matrices.
+    compared with the tensors; dims: those of its matrices.
     """
     stacks, others = match_names(
         tensors,
@@ -97,7 +97,7 @@ def detect(
     accepted = []
     for name in sorted(stacks.keys() - passthrough.keys(), key=natural_key):
         entry = (recorded or {}).get(name)
-        judged = judge(stacks[name], Evidence(config, from_layout, entry, ranks or {}))
+        judged = judge(stacks[name], Evidence(config, from_layout, entry, dims or {}))
         if isinstance(judged, Stack):
             accepted.append(judged)
         else:

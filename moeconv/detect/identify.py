@@ -16,7 +16,7 @@ from moeconv.checkpoint.model import Checkpoint
 from moeconv.checkpoint.output import RecordedDocuments
 from moeconv.detect.detect import Detection, detect
 from moeconv.detect.from_manifest import detection_from_manifest
-from moeconv.detect.interpretations import recorded_ranks
+from moeconv.detect.interpretations import recorded_dims
 from moeconv.detect.unmatched import with_unmatched
 from moeconv.errors import UnknownExpertTensor, UnknownFamily, quoted
 from moeconv.layout.recipe import SECTIONS, Recipe
@@ -69,8 +69,8 @@ def _by_manifest(
     recipes = manifest_recipes(manifest.root)
     stacks = manifest.root.stacks
     recorded = {s.name: replace(s, layout=s.origin_layout) if as_origin else s for s in stacks}
-    ranks = recorded_ranks(manifest)
-    return recipes, detect(tensors, config, recipes, files=files, recorded=recorded, ranks=ranks)
+    dims = recorded_dims(manifest)
+    return recipes, detect(tensors, config, recipes, files=files, recorded=recorded, dims=dims)
 
 
 def _identify_foreign(

@@ -22,7 +22,7 @@ _MAX_INTERPRETATIONS: Final = 20_000
 BlockSizes: TypeAlias = dict[str, int]  # by the name that the recipe gives them
 Interpretation: TypeAlias = dict[ComponentKey, tuple[Component, Axes]]
 # number of dimensions of a canonical matrix, by (stack, projection, component)
-RecordedRanks: TypeAlias = dict[tuple[str, str, str], int]
+RecordedDims: TypeAlias = dict[tuple[str, str, str], int]
 
 
 def present_components(
@@ -52,7 +52,7 @@ def named_block_sizes(
         for line, component in present_components(matched, layout, only=only)
         for axes in component.possible_axes
         for form in line.forms(component.read_as(axes))
-        if _same_rank(matched, (line.template, component.name), form)
+        if _same_dims(matched, (line.template, component.name), form)
         for name in form.block_names
     }
 
@@ -111,7 +111,7 @@ def transposed_variants(
             yield other
 
 
-def recorded_ranks(manifest: Manifest) -> RecordedRanks:
+def recorded_dims(manifest: Manifest) -> RecordedDims:
     """Return the number of dimensions of the canonical matrices that a manifest records."""
     stacks = manifest.root.stacks
     return {
@@ -124,21 +124,21 @@ def recorded_ranks(manifest: Manifest) -> RecordedRanks:
 
 
 def recorded_first(
-    options: list[Interpretation], layout: Layout, stack: str, recorded: RecordedRanks
+    options: list[Interpretation], layout: Layout, stack: str, recorded: RecordedDims
 ) -> list[Interpretation]:
-    """Sort interpretations so that those matching the ranks recorded in the manifest come first.
+    """Sort interpretations so that those with the recorded numbers of dimensions come first.
 
-    A grid of one block has the same shape as one number; only the recorded rank distinguishes them.
+    A grid of one block has the same shape as one number; only the record distinguishes them.
     """
     projections = {line.template: line.projections[0] for line in layout.lines}
 
     def mismatches(interpretation: Interpretation) -> int:
-        ranks = {
+        dims = {
             key: len(axes.letters - {EXPERT, PAIR}) for key, (_, axes) in interpretation.items()
         }
         return sum(
-            recorded.get((stack, projections[template], name), rank) != rank
-            for (template, name), rank in ranks.items()
+            recorded.get((stack, projections[template], name), count) != count
+            for (template, name), count in dims.items()
         )
 
     return sorted(options, key=mismatches)
@@ -157,7 +157,7 @@ def _choices(
         if all(axes.block_names <= block_sizes.keys() for _, axes in i.values())
         and _packable(matched, i)
     ]
-    fitting = [i for i in known if all(_same_rank(matched, key, a) for key, (_, a) in i.items())]
+    fitting = [i for i in known if all(_same_dims(matched, key, a) for key, (_, a) in i.items())]
     for interpretation in fitting or known[:1]:
         yield {key: (c, axes.bound(block_sizes)) for key, (c, axes) in interpretation.items()}
 
@@ -184,6 +184,6 @@ def _packable(matched: MatchedStack, interpretation: Interpretation) -> bool:
     )
 
 
-def _same_rank(matched: MatchedStack, key: ComponentKey, axes: Axes) -> bool:
+def _same_dims(matched: MatchedStack, key: ComponentKey, axes: Axes) -> bool:
     """Whether a component's tensors have as many dimensions as these axes."""
     return len(axes.dims) == len(matched.sample(key).shape)

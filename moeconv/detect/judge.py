@@ -24,7 +24,7 @@ from moeconv.detect.diagnose import (
 from moeconv.detect.interpretations import (
     BlockSizes,
     Interpretation,
-    RecordedRanks,
+    RecordedDims,
     axes_of,
     interpretations,
     recorded_first,
@@ -45,13 +45,13 @@ class Evidence:
 
     from_layout: the layout that the user gives for all stacks.
     recorded: what the manifest of an output says of the stack, which is then not judged anew.
-    ranks: those of all matrices in that manifest.
+    dims: the numbers of dimensions of all matrices in that manifest.
     """
 
     config: Config
     from_layout: str | None
     recorded: StackEntry | None
-    ranks: RecordedRanks
+    dims: RecordedDims
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def _solve(
     for layout in layouts:
         for block_sizes in blocks.choices:
             options = interpretations(matched, layout, block_sizes)
-            options = recorded_first(options, layout, matched.name, evidence.ranks)
+            options = recorded_first(options, layout, matched.name, evidence.dims)
             first_reasons: list[str] | None = None
             for interpretation in options:
                 solved = solve(matched, layout, interpretation, hints)

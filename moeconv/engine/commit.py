@@ -190,7 +190,7 @@ class _Commit:
         sidecars = tuple(self._sidecar(s) for s in self.checkpoint.sidecars)
         manifest = None if self.plan.restores else self._documents(sidecars)
         for partial, final in self.waiting:
-            self.work.rename(partial, final)
+            self._rename(partial, final)
         self._fsync_out()
         self.work.refuse_changed()
         if self.plan.index_name is not None:
@@ -208,17 +208,24 @@ class _Commit:
     def _finished(self, file: OutputFile, partial: Path, digests: Digests) -> None:
         self.parts[file.name] = self._checked(file, digests)
         final = self.out / file.name
-        with writing(final):
+        with writing(final), self.noting:
             self.work.folder(final.parent)  # original files may be in folders
         if self.plan.restores and self.plan.index_name is None:
             # without an index only the names show that a restored output is complete
             self.waiting.append((partial, final))
         else:
-            self.work.rename(partial, final)
+            self._rename(partial, final)
             self._fsync_out()
             if self.work.journal is not None:
                 with self.noting:
                     self.work.journal.finished(file, digests)
+
+    def _rename(self, partial: Path, final: Path) -> None:
+        """Give a file its name, durably if it is in a folder; `_fsync_out` is for the others."""
+        self.work.rename(partial, final)
+        if final.parent != self.out:
+            with writing(final.parent):
+                fsync_directory(final.parent)
 
     def _checked(self, file: OutputFile, digests: Digests) -> Part:
         """Return a file's part. Raises Damaged if its digests differ from the recorded ones."""
@@ -279,10 +286,7 @@ class _Commit:
             self.work.folder(final.parent)
         value = copy_sidecar(sidecar, partial, final)
         self.recorded.check_sidecar(sidecar, value)
-        self.work.rename(partial, final)
-        if final.parent != self.out:
-            with writing(final.parent):
-                fsync_directory(final.parent)
+        self._rename(partial, final)
         return FileEntry(sidecar.name, sidecar.size, value)
 
     def _rewritten(self, sidecar: File, rewrite: Rewrite) -> FileEntry:

@@ -8,9 +8,9 @@ from moeconv.checkpoint.model import Checkpoint
 from moeconv.engine.copy.sink import (
     LATER,
     TAKE,
+    DigestPlan,
     Digests,
-    FilePolicy,
-    UnitDigest,
+    DigestSource,
     known,
     take_all,
 )
@@ -106,7 +106,7 @@ class DigestPolicy:
         self._all_later = unchecked or (later and not plan.restores)
         self.compares = not unchecked if plan.restores else not later
 
-    def of_file(self, file: OutputFile) -> FilePolicy:
+    def of_file(self, file: OutputFile) -> DigestPlan:
         """Return how each unit of an output file gets its digest."""
         if self._all_later:
             return lambda _tensor, _unit: LATER
@@ -114,7 +114,7 @@ class DigestPolicy:
             return (lambda _tensor, _unit: LATER) if self._later else take_all
         rows: dict[int, tuple[str | None, ...]] = {}
 
-        def policy(tensor: int, unit: int) -> UnitDigest:
+        def policy(tensor: int, unit: int) -> DigestSource:
             if tensor not in rows:
                 names = addresses(entry_of(file.tensors[tensor]), self._stacks)
                 rows[tensor] = tuple(map(self._recorded.matrices.get, names))

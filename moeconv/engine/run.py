@@ -41,7 +41,7 @@ class Outcome:
 def run(
     plan: Plan, source: Checkpoint, out: Path, options: RunOptions, *, src: Path | None
 ) -> Outcome:
-    """Write the plan's output to OUT, or in a dry run only check that it can be written.
+    """Write the plan's output to OUT, or in a dry run only make the checks that need no data.
 
     src: the path that the source was opened by, which OUT must not overlap; None if not local.
     Raises UnsafeOutput, WouldOverwrite, CannotResume, NameCollision, DiskFull, and what `commit`

@@ -147,6 +147,7 @@ class Vocabulary:
     experts: Names
     expert_modules: Names
     beside: Names
+    other_weights: Names
     list_rules: dict[str, dict[str, str]]
 
     def list_rule(self, key: str, quantiser: str = "") -> str:

@@ -80,6 +80,7 @@ class HubStore:
         self._starts: OrderedDict[str, bytes] = OrderedDict()
         self._places: dict[str, str] = {}  # where the Hub redirects to, by file
         self._lock = Lock()
+        self._answered = False  # whether a server refused to list the repository
 
     def entries(self) -> list[str]:
         """Names directly in the repository, as in `Store`. Raises DownloadFailed."""
@@ -122,7 +123,7 @@ class HubStore:
         try:
             commit, sizes = self._listing
         except DownloadFailed:
-            if (found := self._offline_snapshot()) is None:
+            if self._answered or (found := self._offline_snapshot()) is None:
                 raise
             return found
         root = None
@@ -183,6 +184,7 @@ class HubStore:
                 self.repo, revision=self.revision, files_metadata=True, timeout=_TIMEOUT
             )
         except Exception as problem:  # noqa: BLE001 - the client raises a dozen unrelated classes
+            self._answered = getattr(problem, "response", None) is not None
             raise self._explained(problem) from None
         sizes: dict[str, int] = {}
         for file in sorted(info.siblings or (), key=lambda f: natural_key(f.rfilename)):
@@ -286,7 +288,7 @@ class HubStore:
                     + (f"`{sent}`" if partial else "the whole file"),
                     self.by_hand,
                 )
-            if response.history:
+            if place or response.history:
                 self._places[name] = str(response.url)
             try:
                 for chunk in response.iter_bytes():
@@ -334,7 +336,7 @@ class HubStore:
                 f"the Hub answered {status}",
                 "pass a branch, a tag or a commit of the repository after `@`",
             )
-        if isinstance(problem, errors.EntryNotFoundError):
+        if isinstance(problem, errors.EntryNotFoundError) and status is not None:
             return self._failed(
                 f"does not have {quoted(name or 'a file')}, which it lists",
                 f"the Hub answered {status}",

@@ -61,9 +61,9 @@ class OpenFiles:
         """All files that were opened, in order."""
         return sorted(self._inodes)
 
-    def reader(self) -> FileReader:
+    def reader(self) -> ThreadReader:
         """A way to read them, for one thread."""
-        return FileReader(self, Lease(self.pool))
+        return ThreadReader(self, Lease(self.pool))
 
     def open_all(self, numbers: set[int]) -> None:
         """Open files once, whether or not they stay open. Raises IoFailed, SourceChanged."""
@@ -138,7 +138,7 @@ class OpenFiles:
         self.pool.close()
 
 
-class FileReader:
+class ThreadReader:
     """Reads of one thread; it holds the file that it read last."""
 
     def __init__(self, files: OpenFiles, lease: Lease) -> None:

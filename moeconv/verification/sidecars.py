@@ -10,7 +10,7 @@ from moeconv.core.text import quoted_list
 from moeconv.detect.detect import Detection
 from moeconv.errors import Damaged, MoeconvError, quoted
 from moeconv.manifest.model import ORIGIN_NAME, StackEntry
-from moeconv.quantconfig.rewrite import REWRITTEN, read_sidecar, renamed_documents
+from moeconv.quantconfig.rewrite_sidecars import REWRITTEN, read_sidecar, renamed_documents
 from moeconv.store.base import File
 from moeconv.store.documents import file_digest
 from moeconv.verification.foreign import risk_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moeconv
-from moeconv.errors import DuplicateTensor, NotVirtual, TensorNotInIndex
+from moeconv.errors import DuplicateTensor, NotVirtual, TensorNotInIndex, UnsafePath, UsageProblem
 from tests.badinput.builders import INDEX, STACK, Tensors, index_doc, qwen, two_files, write
 from tests.badinput.checks import refused
 from tests.helpers import read_tensors, tree_sha256
@@ -96,6 +96,39 @@ def test_files_of_another_index_are_sidecars(src: Path, tmp_path: Path) -> None:
     (src / "consolidated.safetensors.index.json").write_text(json.dumps(index_doc({own: named})))
     moeconv.fuse(src, tmp_path / "out")
     assert (tmp_path / "out" / own).read_bytes() == (src / own).read_bytes()
+    moeconv.fuse(src, tmp_path / "alone", only_index=True)
+    assert not [p for p in (tmp_path / "alone").iterdir() if "consolidated" in p.name]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "consolidated.safetensors"])
+def test_weights_for_other_programs_are_sidecars(src: Path, tmp_path: Path, name: str) -> None:
+    other: Tensors = {f"{STACK}.0.up_proj.lora_A.weight": ("BF16", (4, 4))}
+    write(src, {**FILES, name: other}, index=index_doc(FILES))
+    moeconv.fuse(src, tmp_path / "out")
+    assert (tmp_path / "out" / name).read_bytes() == (src / name).read_bytes()
+
+
+def test_verify_leaves_out_what_fuse_left_out(with_mtp: Path, tmp_path: Path) -> None:
+    stray = "stray.safetensors"
+    write(tmp_path / "more", {stray: {"stray.weight": ("BF16", (2, 2))}}, index=False)
+    shutil.copy(tmp_path / "more" / stray, with_mtp / stray)
+    moeconv.fuse(with_mtp, tmp_path / "out", exclude=(stray,))
+    assert not moeconv.verify(tmp_path / "out", source=with_mtp).ok
+    assert moeconv.verify(tmp_path / "out", source=with_mtp, exclude=(stray,)).ok
+
+
+@pytest.mark.parametrize("raw", ['{"weight_map": {}}', "[", ""])
+def test_another_index_that_is_damaged_is_a_sidecar(src: Path, tmp_path: Path, raw: str) -> None:
+    write(src, FILES)
+    other = "adapter.safetensors.index.json"
+    (src / other).write_text(raw)
+    moeconv.fuse(src, tmp_path / "out")
+    assert (tmp_path / "out" / other).read_text() == raw
+
+
+def test_only_index_needs_an_index(src: Path, out: Path) -> None:
+    write(src, ALL)
+    refused(UsageProblem, "--only-index", src=src, out=out, only_index=True)
 
 
 # --- tensors that the index leaves out -----------------------------------------------------------
@@ -129,6 +162,16 @@ def test_only_index_leaves_it_out_and_restores_the_rest(incomplete: Path, tmp_pa
     assert tree_sha256(tmp_path / "merged") == tree_sha256(tmp_path / "back")
 
 
+def test_an_empty_tensor_may_be_what_is_left_out(src: Path, tmp_path: Path) -> None:
+    empty: Tensors = {"model.empty": ("F32", (0,))}
+    write(src, {FIRST: {**FILES[FIRST], **empty}, SECOND: FILES[SECOND]}, index=index_doc(FILES))
+    moeconv.fuse(src, tmp_path / "fused", only_index=True)
+    moeconv.unfuse(tmp_path / "fused", tmp_path / "back")
+    assert read_tensors(tmp_path / "back").keys() == ALL.keys()
+    with pytest.raises(NotVirtual):
+        moeconv.shard(src, tmp_path / "out", ep_size=2, virtual=True, only_index=True)
+
+
 def test_a_virtual_output_needs_whole_files(incomplete: Path, out: Path) -> None:
     with pytest.raises(NotVirtual, match="cannot refer to this source"):
         moeconv.shard(incomplete, out, ep_size=2, virtual=True, only_index=True)
@@ -143,6 +186,12 @@ def test_the_index_decides_between_two_tensors_of_one_name(src: Path, tmp_path: 
     refused(DuplicateTensor, "--only-index", src=src, out=tmp_path / "out")
     moeconv.unfuse(src, tmp_path / "out", only_index=True)
     assert read_tensors(tmp_path / "out") == wanted
+
+
+def test_an_index_may_not_name_files_where_ours_are_written(src: Path, out: Path) -> None:
+    files = {FIRST: FILES[FIRST], "moeconv/x.safetensors": FILES[SECOND]}
+    write(src, files, index=index_doc(files))
+    refused(UnsafePath, "moeconv/x.safetensors", src=src, out=out)
 
 
 # --- names with folders --------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from moeconv.api.options import (
     WriteOptions,
 )
 from moeconv.cli.options import (
+    ExcludeFlags,
     RecordedFlags,
     RestoreFlags,
     ShardFlags,
@@ -35,7 +36,7 @@ def parameters(function: object) -> set[str]:
 
 def test_flags_of_writing_commands_are_the_options():
     options = {f.name for f in fields(WriteOptions)} - {"progress"}
-    assert flags(WriteFlags, WorkFlags, SourceFlags, RestoreFlags) == options
+    assert flags(ExcludeFlags, WriteFlags, WorkFlags, SourceFlags, RestoreFlags) == options
 
 
 def test_keywords_are_the_options():
@@ -48,7 +49,9 @@ def test_keywords_are_the_options():
 
 
 def test_flags_of_reading_commands_are_the_options():
-    assert flags(WorkFlags, SourceFlags) == {f.name for f in fields(ReadOptions)} - {"progress"}
+    assert flags(ExcludeFlags, WorkFlags, SourceFlags) == {f.name for f in fields(ReadOptions)} - {
+        "progress"
+    }
 
 
 def test_flags_of_one_command_are_parameters_of_its_function():

@@ -20,8 +20,8 @@ CONVERT = {
     "--overwrite", "--resume", "--json", "--quiet", "--verbose", "--color", "--help",
 }  # fmt: skip
 COMPARE = {
-    "--from-layout", "--recipe", "--only-index", "--max-memory", "--jobs", "--json", "--quiet",
-    "--verbose", "--color", "--help",
+    "--from-layout", "--recipe", "--only-index", "--exclude", "--max-memory", "--jobs", "--json",
+    "--quiet",    "--verbose", "--color", "--help",
 }  # fmt: skip
 # A flag is a promise: one that comes or goes must show up in a review of this table.
 SURFACE = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import moeconv
 from moeconv.manifest.model import StackEntry
 from moeconv.quantconfig.modules import Renamings
-from moeconv.quantconfig.rename import renamed_document
+from moeconv.quantconfig.rename_document import renamed_document
 from tests.families.listed import PLACES, TYPES, Place, document, layouts_of, stacks_of, texts
 from tests.families.listed import universe as modules_in
 from tests.families.test_tiny import family, shapes

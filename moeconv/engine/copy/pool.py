@@ -12,7 +12,7 @@ from moeconv.checkpoint.model import DataFile
 from moeconv.core.digest import EMPTY_DIGEST
 from moeconv.core.signals import defer_signals
 from moeconv.engine.copy.buffers import BufferPool
-from moeconv.engine.copy.sink import TAKE, Digests, FilePolicy, HashSink, Sink, take_all
+from moeconv.engine.copy.sink import TAKE, DigestPlan, Digests, HashSink, Sink, take_all
 from moeconv.engine.copy.worker import Stopped, TileRunner
 from moeconv.errors import IoFailed, MoeconvError, UsageProblem
 from moeconv.plan.model import CopyTile, OutputFile, Tile
@@ -32,7 +32,7 @@ _DESCRIPTORS_PER_OUTPUT: Final = 2
 
 Progress: TypeAlias = Callable[[int], None]
 MakeSink: TypeAlias = Callable[[OutputFile], Sink]
-PolicyOf: TypeAlias = Callable[[OutputFile], FilePolicy]
+PolicyOf: TypeAlias = Callable[[OutputFile], DigestPlan]
 _Worker: TypeAlias = tuple[threading.Thread, threading.Event]  # the event is set when it is done
 
 
@@ -60,7 +60,7 @@ class _Job:
 
     file: OutputFile
     sink: Sink
-    policy: FilePolicy
+    policy: DigestPlan
     digests: Digests
     waiting: list[tuple[Tile, ...]]  # batches, last first
     pending: int
@@ -256,7 +256,7 @@ def _wait_out(thread: threading.Thread, done: threading.Event) -> None:
             continue
 
 
-def _job(file: OutputFile, sink: Sink, policy: FilePolicy) -> _Job:
+def _job(file: OutputFile, sink: Sink, policy: DigestPlan) -> _Job:
     batches: list[tuple[Tile, ...]] = []
     batch: list[Tile] = []
     size = 0
@@ -274,7 +274,7 @@ def _job(file: OutputFile, sink: Sink, policy: FilePolicy) -> _Job:
     return _Job(file, sink, policy, digests, batches[::-1], len(batches), alone)
 
 
-def _cost(tile: Tile, sink: Sink, policy: FilePolicy) -> int:
+def _cost(tile: Tile, sink: Sink, policy: DigestPlan) -> int:
     """Estimate bytes to copy: clones that are not read cost one call each, one at a time."""
     if tile.nbytes > CLONE_COST_BYTES and _can_clone(tile, sink):
         units = (tile.unit,) if isinstance(tile, CopyTile) else (p.unit for p in tile.pieces)

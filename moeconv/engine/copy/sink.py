@@ -1,6 +1,6 @@
 """What a worker does with the bytes of an output file: the sink that takes them, and digests.
 
-Each unit of a file, a logical matrix or another whole tensor, gets its digest by a `FilePolicy`:
+Each unit of a file, a logical matrix or another whole tensor, gets its digest by a `DigestPlan`:
 computed from its bytes, known, or left for later.
 """
 
@@ -19,7 +19,7 @@ Digests: TypeAlias = list[list[str]]  # [tensor][unit]; empty where a digest is 
 
 
 @dataclass(frozen=True, slots=True)
-class UnitDigest:
+class DigestSource:
     """How one unit gets its digest: `TAKE`, `LATER` or a `known` one.
 
     value: the recorded digest of a known one, otherwise empty.
@@ -29,19 +29,19 @@ class UnitDigest:
     value: str = ""
 
 
-TAKE: Final = UnitDigest("take")  # read the bytes and compute it
-LATER: Final = UnitDigest("later")  # leave it out; `verify --fill` adds it
+TAKE: Final = DigestSource("take")  # read the bytes and compute it
+LATER: Final = DigestSource("later")  # leave it out; `verify --fill` adds it
 
 
-def known(value: str) -> UnitDigest:
+def known(value: str) -> DigestSource:
     """Return a digest that the source's manifest records: the bytes need not be read for it."""
-    return UnitDigest("known", value)
+    return DigestSource("known", value)
 
 
-FilePolicy: TypeAlias = Callable[[int, int], UnitDigest]  # (tensor, unit) of one output file
+DigestPlan: TypeAlias = Callable[[int, int], DigestSource]  # (tensor, unit) of one output file
 
 
-def take_all(_tensor: int, _unit: int) -> UnitDigest:
+def take_all(_tensor: int, _unit: int) -> DigestSource:
     """Take every digest of a file."""
     return TAKE
 

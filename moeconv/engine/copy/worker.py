@@ -8,7 +8,7 @@ from typing import Final
 
 from moeconv.core.digest import digest, hasher
 from moeconv.engine.copy.buffers import BufferPool, WriteCombiner, pieces
-from moeconv.engine.copy.sink import LATER, TAKE, Digests, FilePolicy, Sink
+from moeconv.engine.copy.sink import LATER, TAKE, DigestPlan, Digests, Sink
 from moeconv.errors import MoeconvError, quoted
 from moeconv.plan.model import CopyTile, OutputFile, PermuteTile, Span, Tile
 from moeconv.store.open_files import OpenFiles
@@ -54,7 +54,7 @@ class TileRunner:
         tiles: tuple[Tile, ...],
         digests: Digests,
         sink: Sink,
-        policy: FilePolicy,
+        policy: DigestPlan,
     ) -> None:
         """Carry out consecutive tiles of a file; `digests[tensor][unit]` receives the digests.
 
@@ -97,7 +97,7 @@ class TileRunner:
         units: list[tuple[int, int]],
         digests: Digests,
         sink: Sink,
-        policy: FilePolicy,
+        policy: DigestPlan,
     ) -> bool:
         """Clone or copy a run of whole units, (tensor, unit) each; False if it must be read."""
         wanted = [policy(*unit) for unit in units]
@@ -111,7 +111,7 @@ class TileRunner:
         self._copy_around(cloned, run.file, run.offset, at, run.nbytes, sink)
         return True
 
-    def _copy_small(self, tile: CopyTile, digests: Digests, sink: Sink, policy: FilePolicy) -> None:
+    def _copy_small(self, tile: CopyTile, digests: Digests, sink: Sink, policy: DigestPlan) -> None:
         """Copy into the buffer, where many scales and norms become one write."""
         view = self._combiner.place(sink, tile.start, tile.nbytes)
         self._source.read_into(tile.file, view, tile.offset)
@@ -120,7 +120,7 @@ class TileRunner:
         digests[tile.tensor][tile.unit] = "" if later else digest(view)
         self._advance(tile.nbytes)
 
-    def _copy_large(self, tile: CopyTile, digests: Digests, sink: Sink, policy: FilePolicy) -> None:
+    def _copy_large(self, tile: CopyTile, digests: Digests, sink: Sink, policy: DigestPlan) -> None:
         """Clone what can be cloned; read, hash and copy the rest, a piece at a time."""
         source = self._source.file(tile.file)
         first, last = sink.clone(source, tile.offset, tile.start, tile.nbytes)
@@ -215,7 +215,7 @@ def _outside(start: int, stop: int, first: int, last: int) -> list[tuple[int, in
     return [(a, b) for a, b in parts if start <= a < b <= stop]
 
 
-def _adjacent_copies(tiles: tuple[Tile, ...], number: int, policy: FilePolicy) -> list[CopyTile]:
+def _adjacent_copies(tiles: tuple[Tile, ...], number: int, policy: DigestPlan) -> list[CopyTile]:
     """Return the copies from `number` on that are one run on both sides, with no digest to take."""
     found: list[CopyTile] = []
     for tile in tiles[number:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -10,6 +11,7 @@ from moeconv.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from moeconv.checkpoint.model import Checkpoint
 from moeconv.core.strict_json import may_escape
 from moeconv.detect.stack import Stack
+from moeconv.errors import LfsPointer
 from moeconv.layout.shipped import vocabulary
 from moeconv.manifest.model import StackEntry
 from moeconv.plan.model import Plan, Rewrite
@@ -29,7 +31,10 @@ def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...])
     origin = dict(own.origin.sidecars) if own else {}
     there = {sidecar.name: sidecar for sidecar in checkpoint.sidecars}
     names = origin if plan.restores else REWRITTEN
-    now = {name: read_sidecar(there[name]) for name in names if name in there}
+    now: dict[str, bytes] = {}
+    for name in names:
+        with suppress(LfsPointer):  # copied as it is, with a warning
+            now |= {name: read_sidecar(there[name])} if name in there else {}
     after, notes = origin, list[str]()
     if not plan.restores:
         first = {name: origin.get(name, raw) for name, raw in now.items()
@@ -52,7 +57,7 @@ def renamed_documents(
         return {}, []
     # a fifth of the start of a command, and most checkpoints need none of it
     from moeconv.quantconfig.modules import Renamings
-    from moeconv.quantconfig.rename import renamed_document
+    from moeconv.quantconfig.rename_document import renamed_document
 
     renamings = Renamings(stacks, entries)
     after: dict[str, bytes] = {}
