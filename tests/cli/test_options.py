@@ -49,9 +49,8 @@ def test_keywords_are_the_options():
 
 
 def test_flags_of_reading_commands_are_the_options():
-    assert flags(ExcludeFlags, WorkFlags, SourceFlags) == {f.name for f in fields(ReadOptions)} - {
-        "progress"
-    }
+    options = {f.name for f in fields(ReadOptions)} - {"progress"}
+    assert flags(ExcludeFlags, WorkFlags, SourceFlags) == options
 
 
 def test_flags_of_one_command_are_parameters_of_its_function():
