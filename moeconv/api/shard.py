@@ -98,7 +98,7 @@ def _request(
     if not isinstance(placement, Placement):
         raw = read_map(placement)
         ep_size_of(raw, request.ep_size)
-        placement, assumed = resolve(raw, layers, map_layers=map_layers)
+        placement, assumed = resolve(raw, layers, map_layers=map_layers, ep_size=request.ep_size)
         assumptions = (f"{raw.format} map, {assumed}",)
     check(placement, layers, ep_size=request.ep_size, allow_duplicates=request.allow_duplicates)
     by_layer = dict(zip(layers.all_moe, names, strict=True))

@@ -61,6 +61,13 @@ def show(
                 fix="add `--source SRC`, or drop `--map-layers`",
             )
         raw = read_map(map_)
+        ep_size = ep_size_of(raw, ep)
+        if source is None and raw.default is not None:
+            raise UsageProblem(
+                "this map needs `--source SRC`",
+                cause="it has no rows: the placement depends on the number of experts",
+                fix="add `--source SRC` and `--ep N`",
+            )
         if source is None:
             layers, found = _alone(raw)
             assumed = (
@@ -69,8 +76,7 @@ def show(
             )
         else:
             layers, _ = _layers(source)
-            found, assumed = resolve(raw, layers, map_layers=map_layers)
-        ep_size = ep_size_of(raw, ep)
+            found, assumed = resolve(raw, layers, map_layers=map_layers, ep_size=ep_size)
         problem = None
         try:
             check(found, layers, ep_size=ep_size, allow_duplicates=allow_duplicates)
@@ -134,7 +140,7 @@ def convert(
         ep_size = ep_size_of(raw, ep)
         layers, place = _layers(source)
         refuse_overlap(place, output)
-        found, assumed = resolve(raw, layers, map_layers=map_layers)
+        found, assumed = resolve(raw, layers, map_layers=map_layers, ep_size=ep_size)
         check(found, layers, ep_size=ep_size, allow_duplicates=allow_duplicates)
         write_single(output, write_map(to, found, layers, ep_size=ep_size))
         ui.say(f"{raw.format}, {assumed}")

@@ -38,7 +38,8 @@ class RawMap:
     rows: (index, physical_to_logical [P]), in order of index. indexed: BY_ROW, BY_ID or ALIKE.
     count: the number of rows of a map that goes by row. devices: the EP size that the document
     states. keyed: whether a key identifies the format, so that its rows can only be of the layers
-    that this format counts.
+    that this format counts. default: the system's own row for E experts and EP ranks, of documents
+    without rows.
     """
 
     format: str
@@ -47,6 +48,7 @@ class RawMap:
     count: int | None = None
     devices: int | None = None
     keyed: bool = True
+    default: Callable[[int, int], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class MapFormat:
     """A format of placement maps.
 
     key: the member that identifies a document of this format; None where rows stand alone.
+    other_keys: members that do so where that one is absent. within: dotted paths at which the
+    system's own files of options have such a document.
     read: parses such a document, and adds what is wrong with it to the problems. write: the text
     of a placement, whose last argument is the EP size. layer_order: what its rows count, the most
     likely first; empty where rows have layer ids. ids_count_moe: whether the system itself numbers
@@ -67,6 +71,18 @@ class MapFormat:
     layer_order: tuple[str, ...] = ()
     ids_count_moe: bool = False
     in_torch_files: bool = False
+    other_keys: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
+
+    def document_in(self, doc: dict[str, Json]) -> dict[str, Json] | None:
+        """The document of this format that another one is, or has within; None if it has none."""
+        for path in ("", *self.within):
+            found: Json = doc
+            for member in path.split(".") if path else ():
+                found = found.get(member) if isinstance(found, dict) else None
+            if isinstance(found, dict) and not {self.key, *self.other_keys}.isdisjoint(found):
+                return found
+        return None
 
 
 def rows_by_number(name: str, rows: tuple[tuple[int, ...], ...], *, keyed: bool = True) -> RawMap:

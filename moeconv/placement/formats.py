@@ -51,8 +51,8 @@ def _parsed(doc: Json, bare: str, problems: Problems, where: str) -> base.RawMap
             fix=f"pass a map with {quoted(sglang.KEY)}; EPLB computes one from the counts",
         )
     for format_ in FORMATS.values():
-        if format_.read is not None and format_.key in doc:
-            return format_.read(Table(doc, "", problems), problems)
+        if format_.read is not None and (found := format_.document_in(doc)) is not None:
+            return format_.read(Table(found, "", problems), problems)
     keys = [quoted(f.key) for f in FORMATS.values() if f.key is not None]
     problems.add("", f"has none of the keys {', '.join(keys)}")
     return base.RawMap(bare, base.BY_ROW, ())

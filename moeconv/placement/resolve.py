@@ -19,11 +19,16 @@ ALL_ROWS: Final = "all"  # row n is of layer n
 
 
 def resolve(
-    raw: base.RawMap, layers: MoeLayers, *, map_layers: str | None = None
+    raw: base.RawMap,
+    layers: MoeLayers,
+    *,
+    map_layers: str | None = None,
+    ep_size: int | None = None,
 ) -> tuple[Placement, str]:
     """The placement of a map for a checkpoint, and one sentence that says what was assumed.
 
-    map_layers: which layers the user says that its rows are of, MOE_ROWS or ALL_ROWS.
+    map_layers: which layers the user says that its rows are of, MOE_ROWS or ALL_ROWS. ep_size: for
+    maps without rows, which the system itself places.
     Raises BadPlacement where its rows are of no such layers, or may be of either; UsageProblem.
     """
     if map_layers not in {None, MOE_ROWS, ALL_ROWS}:
@@ -32,6 +37,15 @@ def resolve(
             cause=f"`{MOE_ROWS}`: row n is for the n-th MoE layer; `{ALL_ROWS}`: it is for layer n",
             fix=f"pass `--map-layers {MOE_ROWS}` or `--map-layers {ALL_ROWS}`",
         )
+    if raw.default is not None:
+        if ep_size is None:
+            raise UsageProblem(
+                "a map without rows needs `--ep N`",
+                cause=f"{raw.format} places experts by its own rule, which depends on the ranks",
+                fix="pass the number of expert-parallel ranks",
+            )
+        rows = dict.fromkeys(layers.all_moe, raw.default(layers.experts, ep_size))
+        return _placement(rows, layers), f"no rows: {raw.format}'s default for all MoE layers"
     if raw.indexed == base.ALIKE:
         row = raw.rows[0][1]
         assumed = f"one row: all {counted(len(layers.moe), 'MoE layer')} alike"

@@ -52,7 +52,8 @@ def placed(
 ) -> tuple[Sharding, tuple[str, ...]]:
     """The rows of every stack that is split among ranks, and notes on how each was placed.
 
-    Stacks that a map leaves out are trivial; where their experts do not divide they stay in the
+    Stacks that a map leaves out are trivial, with as many slots as the map gives stacks of as many
+    experts: engines take one number for all. Where their experts do not divide they stay in the
     common files. Without a map of its own the main kind of stacks must divide.
     Raises BadPlacement with all problems, UsageProblem.
     """
@@ -61,11 +62,12 @@ def placed(
         refuse_misfits([problem])
     _refuse_other_redundancy(stacks, rows, request)
     main = {s.name for s in main_kind(stacks)} if request.whole else set()
+    more = _redundant_in_map(stacks, rows)
     left: dict[int, list[str]] = defaultdict(list)
     for stack in stacks:
         if stack.name in rows:
             continue
-        row = _by_rule(stack, request, required=stack.name in main)
+        row = _by_rule(stack, request, more, required=stack.name in main)
         if row is None:
             left[stack.sizes.experts].append(stack.name)
         else:
@@ -102,10 +104,27 @@ def _refuse_other_redundancy(
         )
 
 
-def _by_rule(stack: Stack, request: PlacementRequest, *, required: bool) -> tuple[int, ...] | None:
+def _redundant_in_map(
+    stacks: tuple[Stack, ...], rows: dict[str, tuple[int, ...]]
+) -> dict[int, int]:
+    """The most redundant experts R that a map gives a stack of E experts: by E."""
+    more: dict[int, int] = {}
+    for stack in stacks:
+        experts = stack.sizes.experts
+        if stack.name in rows:
+            more[experts] = max(more.get(experts, 0), len(rows[stack.name]) - experts)
+    return more
+
+
+def _by_rule(
+    stack: Stack, request: PlacementRequest, more: dict[int, int], *, required: bool
+) -> tuple[int, ...] | None:
+    """more: R of the map's own stacks by E, for those that it leaves out."""
     experts = stack.sizes.experts
     rule = RULES[request.rule] if request.rows is None else RULES[TRIVIAL]
-    redundant = (request.redundant or 0) if request.rows is None else 0
+    redundant = request.redundant or 0
+    if request.rows is not None:
+        redundant = more.get(experts, redundant)
     if required:
         return rule(experts, slots_for(experts, redundant, request.ep_size), request.ep_size)
     for slots in (experts + redundant, experts):
