@@ -67,6 +67,22 @@ def lost_stacks(
                 )
 
 
+def router_counts(others: Iterable[StoredTensor]) -> dict[str, int]:
+    """How many experts the routers of a block choose from, by the block's name.
+
+    The rows of its gate's weight, or of a bias for each expert; blocks whose routers' tensors
+    disagree are left out.
+    """
+    routers = vocabulary().routers
+    rows: dict[str, set[int]] = defaultdict(set)
+    for tensor in others:
+        words = tensor.name.split(".")
+        if tensor.shape and routers.mentioned(words) and not routers.excluded(words):
+            for end in range(max(len(words) - 3, 1), len(words)):
+                rows[".".join(words[:end])].add(tensor.shape[0])
+    return {block: min(counts) for block, counts in rows.items() if len(counts) == 1}
+
+
 def lost_layers(
     stacks: tuple[Stack, ...], others: Iterable[StoredTensor], config: Config
 ) -> Iterator[MoeconvError]:

@@ -112,7 +112,7 @@ def _missing_ids(matched: MatchedStack, ids: list[int], experts: int | None) -> 
             f"{quoted(matched.name)} has expert {beyond[0]}, but config.json states only {experts}",
             at=matched.where(matched.tensor_of(beyond[0])),
             cause=f"ids must be below {experts}; these are not: {listed(beyond)}",
-            fix="correct config.json, or remove the experts that do not belong",
+            fix="use the config.json that belongs to these tensors",
         )
     count = ids[-1] + 1 - len(ids)
     if not count:

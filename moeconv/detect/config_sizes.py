@@ -93,9 +93,13 @@ def stated_sizes(matched: MatchedStack, config: Config) -> dict[str, int]:
 
 
 def config_mismatches(
-    matched: MatchedStack, sizes: dict[str, int], config: Config
+    matched: MatchedStack, sizes: dict[str, int], config: Config, router: int | None = None
 ) -> Iterator[MoeconvError]:
-    """Yield the problems of a stack whose tensors have other sizes than config.json states."""
+    """Yield the problems of a stack whose tensors have other sizes than config.json states.
+
+    router: the rows of the stack's router, for the message.
+    """
+    rows = "" if router is None else f", its router has {router} rows"
     words = {"experts": "experts", "width": "rows in gate and up", "hidden": "inputs to an expert"}
     for what, paths in _keys(matched.recipe):
         hits = _sizes(config, matched.recipe, matched.name, paths, alike=what == "experts")
@@ -109,7 +113,8 @@ def config_mismatches(
                     f"config.json and the tensors of {quoted(matched.name)} disagree on the {what}",
                     at=f"config.json, key {quoted(key)}",
                     cause=f"config.json says {printable(abridged(str(stated), 200))}, "
-                    f"the tensors have {sizes[what]} {words[what]}",
+                    f"the tensors have {sizes[what]} {words[what]}"
+                    f"{rows if what == 'experts' else ''}",
                 )
 
 

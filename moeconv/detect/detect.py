@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -10,14 +10,21 @@ from typing import Final
 from moeconv.checkpoint.config import Config
 from moeconv.checkpoint.header import StoredTensor
 from moeconv.core.names import natural_key
-from moeconv.core.text import counted
-from moeconv.detect.across_layers import bare_stacks, lost_layers, lost_stacks, unequal_stacks
+from moeconv.core.text import counted, quoted_list
+from moeconv.detect.across_layers import (
+    bare_stacks,
+    lost_layers,
+    lost_stacks,
+    router_counts,
+    unequal_stacks,
+)
 from moeconv.detect.completeness import bare_dtype
-from moeconv.detect.config_sizes import states_experts, states_quantisation
+from moeconv.detect.config_sizes import stated_sizes, states_experts, states_quantisation
 from moeconv.detect.diagnose import too_many_stacks
 from moeconv.detect.interpretations import RecordedDims
 from moeconv.detect.judge import Evidence, judge, judge_passthrough
 from moeconv.detect.match import MatchedStack, candidate_layouts, in_ranges, match_names
+from moeconv.detect.solve import EXPERTS
 from moeconv.detect.stack import Stack
 from moeconv.errors import LayoutContradiction, MoeconvError, UnknownLayout, quoted
 from moeconv.layout.recipe import Recipe
@@ -95,9 +102,10 @@ def detect(
         problems += found
         rejected += [name] if found else []
     accepted = []
+    routed = router_counts(others) if recorded is None else {}
     for name in sorted(stacks.keys() - passthrough.keys(), key=natural_key):
-        entry = (recorded or {}).get(name)
-        judged = judge(stacks[name], Evidence(config, from_layout, entry, dims or {}))
+        entry, router = (recorded or {}).get(name), routed.get(name.rpartition(".")[0])
+        judged = judge(stacks[name], Evidence(config, from_layout, entry, dims or {}, router))
         if isinstance(judged, Stack):
             accepted.append(judged)
         else:
@@ -115,6 +123,7 @@ def detect(
         (
             *_passthrough_notes(passthrough),
             *_no_scales_notes(stacks if recorded is None else {}, config),
+            *(_router_notes(accepted, stacks, config) if recorded is None else ()),
         ),
         passthrough_tensors,
     )
@@ -160,6 +169,24 @@ def _passthrough_notes(passthrough: dict[str, MatchedStack]) -> Iterator[str]:
         yield (
             f"{counted(count, 'stack')} with {quoted(component)}: copied through unchanged, "
             "because this format cannot be rearranged"
+        )
+
+
+def _router_notes(
+    accepted: list[Stack], stacks: dict[str, MatchedStack], config: Config
+) -> Iterator[str]:
+    """Yield notes on stacks with another number of experts than config.json states."""
+    found: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for stack in accepted:
+        stated = stated_sizes(stacks[stack.name], config).get(EXPERTS)
+        if stated is not None and stated != stack.sizes.experts:
+            found[stated, stack.sizes.experts].append(stack.name)
+    for (stated, experts), names in found.items():
+        one = len(names) == 1
+        yield (
+            f"config.json states {stated} experts, but {quoted_list(names, most=1)} "
+            f"{'has' if one else 'have'} {experts}: the {'router has' if one else 'routers have'} "
+            "as many, and decide"
         )
 
 

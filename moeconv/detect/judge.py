@@ -46,12 +46,14 @@ class Evidence:
     from_layout: the layout that the user gives for all stacks.
     recorded: what the manifest of an output says of the stack, which is then not judged anew.
     dims: the numbers of dimensions of all matrices in that manifest.
+    router: how many experts the stack's own router chooses from, if that can be told.
     """
 
     config: Config
     from_layout: str | None
     recorded: StackEntry | None
     dims: RecordedDims
+    router: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,9 @@ def judge(matched: MatchedStack, evidence: Evidence) -> Stack | list[MoeconvErro
         stated = dict(zip((EXPERTS, WIDTH, HIDDEN), recorded.sizes, strict=True))
     else:
         stated = stated_sizes(matched, evidence.config)
+        # config.json of pruned models is often that of the whole one; their routers are not
+        if layouts[0].numbered and (count := _count(matched)) == evidence.router:
+            stated[EXPERTS] = count
     problems = completeness(
         matched,
         layouts[0],
@@ -166,7 +171,9 @@ def _cross_check(matched: MatchedStack, sizes: Sizes, evidence: Evidence) -> lis
     solved = (sizes.experts, sizes.width, sizes.hidden)
     if evidence.recorded is None:
         named = dict(zip((EXPERTS, WIDTH, HIDDEN), solved, strict=True))
-        return list(config_mismatches(matched, named, evidence.config))
+        if sizes.experts == evidence.router:
+            del named[EXPERTS]
+        return list(config_mismatches(matched, named, evidence.config, evidence.router))
     if evidence.recorded.sizes != solved:
         return [sizes_differ_from_manifest(evidence.recorded, sizes)]
     return []
