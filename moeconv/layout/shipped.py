@@ -148,6 +148,8 @@ class Vocabulary:
     expert_modules: Names
     beside: Names
     other_weights: Names
+    quantization_documents: Names
+    naming_documents: Names
     list_rules: dict[str, dict[str, str]]
 
     def list_rule(self, key: str, quantiser: str = "") -> str:

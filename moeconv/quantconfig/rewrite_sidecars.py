@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from typing import Final
 
 from moeconv.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from moeconv.checkpoint.model import Checkpoint
 from moeconv.core.strict_json import may_escape
 from moeconv.detect.stack import Stack
-from moeconv.errors import LfsPointer
+from moeconv.errors import LfsPointer, Malformed
 from moeconv.layout.shipped import vocabulary
 from moeconv.manifest.model import StackEntry
 from moeconv.plan.model import Plan, Rewrite
 from moeconv.store.base import File
 from moeconv.store.documents import read_document
 
-# the files that name modules, and whether all of a file is about quantization
-REWRITTEN: Final = {CONFIG_NAME: False, "hf_quant_config.json": True}
+_MAX_NAMING_BYTES: Final = 256 * 1024 * 1024  # a line for each tensor of a large model
+
+
+@cache
+def rewritten_documents() -> dict[str, bool]:
+    """The files that name modules, and whether all of a file is about quantization."""
+    return {CONFIG_NAME: False} | dict.fromkeys(vocabulary().quantization_documents.words, True)
 
 
 def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...]) -> Plan:
@@ -30,7 +36,7 @@ def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...])
     own = checkpoint.origin
     origin = dict(own.origin.sidecars) if own else {}
     there = {sidecar.name: sidecar for sidecar in checkpoint.sidecars}
-    names = origin if plan.restores else REWRITTEN
+    names = origin if plan.restores else rewritten_documents()
     now: dict[str, bytes] = {}
     for name in names:
         with suppress(LfsPointer):  # copied as it is, with a warning
@@ -38,12 +44,31 @@ def with_rewrites(plan: Plan, checkpoint: Checkpoint, stacks: tuple[Stack, ...])
     after, notes = origin, list[str]()
     if not plan.restores:
         first = {name: origin.get(name, raw) for name, raw in now.items()
-                 if name in origin or REWRITTEN[name] or _names_some(raw)}  # fmt: skip
+                 if name in origin or rewritten_documents()[name] or _names_some(raw)}  # fmt: skip
         after, notes = renamed_documents(first, stacks, plan.stacks)
+        notes += _stale_notes(there, stacks, plan.stacks)
     rewrites = tuple(
         Rewrite(name, raw, after[name]) for name, raw in now.items() if after.get(name, raw) != raw
     )
     return replace(plan, rewrites=rewrites, notes=(*plan.notes, *notes))
+
+
+def _stale_notes(
+    there: Mapping[str, File], stacks: tuple[Stack, ...], entries: tuple[StackEntry, ...]
+) -> Iterator[str]:
+    """Yield notes on documents with names of experts' tensors that the output does not have."""
+    layouts = {entry.name: entry.layout for entry in entries}
+    changed = [s.name.encode() for s in stacks if layouts.get(s.name) != s.layout.name]
+    for name in vocabulary().naming_documents.words if changed else ():
+        if name not in there:
+            continue
+        with suppress(LfsPointer, Malformed):  # warned of, or too large for such a document
+            raw = read_document(there[name], _MAX_NAMING_BYTES)
+            if any(stack in raw for stack in changed):
+                yield (
+                    f"{name} names experts as SRC has them and is copied as it is: programs that "
+                    "look up tensors of the output there will not find them"
+                )
 
 
 def renamed_documents(
@@ -62,8 +87,9 @@ def renamed_documents(
     renamings = Renamings(stacks, entries)
     after: dict[str, bytes] = {}
     notes: list[str] = []
+    whole = rewritten_documents()
     for name, first in documents.items():
-        after[name], found = renamed_document(name, first, renamings, inside=REWRITTEN[name])
+        after[name], found = renamed_document(name, first, renamings, inside=whole[name])
         notes += found
     return after, notes
 

@@ -10,7 +10,11 @@ from moeconv.core.text import quoted_list
 from moeconv.detect.detect import Detection
 from moeconv.errors import Damaged, MoeconvError, quoted
 from moeconv.manifest.model import ORIGIN_NAME, StackEntry
-from moeconv.quantconfig.rewrite_sidecars import REWRITTEN, read_sidecar, renamed_documents
+from moeconv.quantconfig.rewrite_sidecars import (
+    read_sidecar,
+    renamed_documents,
+    rewritten_documents,
+)
 from moeconv.store.base import File
 from moeconv.store.documents import file_digest
 from moeconv.verification.foreign import risk_of
@@ -63,7 +67,7 @@ def _difference(
         if kept is not None and digest(kept) != _first_digest(first, its):
             return f"`{ORIGIN_NAME}` records different bytes: a restore would write those"
         entries = own.manifest.root.stacks
-        if name in REWRITTEN:
+        if name in rewritten_documents():
             return _rewritten_otherwise(mine, its, first, source[1], entries, kept=kept)
     if file_digest(mine.path, name=name) != _first_digest(first, its):
         return "its bytes differ"
