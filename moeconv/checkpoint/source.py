@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -82,18 +81,25 @@ def open_checkpoint(
     if isinstance(src, Path) and src.is_file():
         return _open_file(src)
     store = LocalStore(src) if isinstance(src, Path) else src
-    if _holds(store, ROOT_NAME):
+    if _holds(store, ROOT_NAME, exclude):
         return _open_own(store, exclude)
     if _unfinished(store):
         raise unfinished(store.address)
     return open_directory(store, exclude, only_index=only_index, beside=beside)
 
 
-def _holds(store: Store, name: str) -> bool:
-    """Whether there is a file of this name that can be read; others are reported when listed."""
-    with suppress(UnsafePath, SourceMissing):
+def _holds(store: Store, name: str, exclude: tuple[str, ...] = ("*",)) -> bool:
+    """Whether there is a file of this name.
+
+    exclude: globs; one that cannot be read is no problem here if they leave it out, otherwise
+    raises UnsafePath or SourceMissing.
+    """
+    try:
         return store.file(name) is not None
-    return False
+    except (UnsafePath, SourceMissing):
+        if matches(name, exclude):
+            return False
+        raise
 
 
 def _unfinished(store: Store) -> bool:
