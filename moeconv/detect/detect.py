@@ -19,7 +19,11 @@ from moeconv.detect.across_layers import (
     unequal_stacks,
 )
 from moeconv.detect.completeness import bare_dtype
-from moeconv.detect.config_sizes import stated_sizes, states_experts, states_quantisation
+from moeconv.detect.config_sizes import (
+    config_mismatches,
+    states_experts,
+    states_quantisation,
+)
 from moeconv.detect.diagnose import too_many_stacks
 from moeconv.detect.interpretations import RecordedDims
 from moeconv.detect.judge import Evidence, judge, judge_passthrough
@@ -176,18 +180,13 @@ def _router_notes(
     accepted: list[Stack], stacks: dict[str, MatchedStack], config: Config
 ) -> Iterator[str]:
     """Yield notes on stacks with another number of experts than config.json states."""
-    found: dict[tuple[int, int], list[str]] = defaultdict(list)
+    found: dict[str, list[str]] = defaultdict(list)
     for stack in accepted:
-        stated = stated_sizes(stacks[stack.name], config).get(EXPERTS)
-        if stated is not None and stated != stack.sizes.experts:
-            found[stated, stack.sizes.experts].append(stack.name)
-    for (stated, experts), names in found.items():
-        one = len(names) == 1
-        yield (
-            f"config.json states {stated} experts, but {quoted_list(names, most=1)} "
-            f"{'has' if one else 'have'} {experts}: the {'router has' if one else 'routers have'} "
-            "as many, and decide"
-        )
+        experts = {EXPERTS: stack.sizes.experts}
+        for problem in config_mismatches(stacks[stack.name], experts, config):
+            found[f"{problem.at}: {problem.cause}"].append(stack.name)
+    for text, names in found.items():
+        yield f"{text}; so has the router of {quoted_list(names, most=1)}, which decides"
 
 
 def _no_scales_notes(stacks: dict[str, MatchedStack], config: Config) -> Iterator[str]:

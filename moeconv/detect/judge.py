@@ -78,16 +78,14 @@ def judge(matched: MatchedStack, evidence: Evidence) -> Stack | list[MoeconvErro
         stated = dict(zip((EXPERTS, WIDTH, HIDDEN), recorded.sizes, strict=True))
     else:
         stated = stated_sizes(matched, evidence.config)
-        # config.json of pruned models is often that of the whole one; their routers are not
-        if layouts[0].numbered and (count := _count(matched)) == evidence.router:
-            stated[EXPERTS] = count
-    problems = completeness(
-        matched,
-        layouts[0],
-        experts=stated.get(EXPERTS),
-        quantised=not recorded and states_scales(evidence.config, matched.recipe, matched.name),
-    )
-    if problems:
+    quantised = not recorded and states_scales(evidence.config, matched.recipe, matched.name)
+    problems = completeness(matched, layouts[0], experts=stated.get(EXPERTS), quantised=quantised)
+    # config.json of a pruned model is often that of the whole one; its router is not
+    if problems and layouts[0].numbered and (count := _count(matched)) == evidence.router:
+        stated[EXPERTS] = count
+        if completeness(matched, layouts[0], experts=count, quantised=quantised):
+            return problems
+    elif problems:
         return problems
     hints = SizeHints(_count(matched) if layouts[0].numbered else None, stated)
     fits = _solve(matched, layouts, evidence, hints)

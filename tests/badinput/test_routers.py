@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,9 @@ def _source(
 def test_a_pruned_model_with_the_config_of_the_whole_one(src: Path, tmp_path: Path) -> None:
     _source(src, qwen(4), stated=8, router=4, bias=4)
     result = moeconv.fuse(src, tmp_path / "out")
-    notes = [n for n in result.source.detection.notes if "config.json states 8 experts" in n]
+    notes = [n for n in result.source.detection.notes if "config.json says 8" in n]
     assert len(notes) == 1
-    assert "have" in notes[0] or "has 4" in notes[0]
+    assert "the tensors have 4 experts; so has the router" in notes[0]
     moeconv.unfuse(tmp_path / "out", tmp_path / "back")
     assert tree_sha256(tmp_path / "back") == tree_sha256(src)
 
@@ -52,7 +53,15 @@ def test_a_config_that_the_tensors_agree_with_needs_no_witness(
     # zero-computation experts have rows in the router, too
     _source(src, qwen(stated), stated=stated, router=stated + 2)
     result = moeconv.fuse(src, out, dry_run=True)
-    assert not [note for note in result.source.detection.notes if "config.json states" in note]
+    assert not [note for note in result.source.detection.notes if "config.json says" in note]
+
+
+def test_a_second_key_that_is_stale_is_noted(src: Path, out: Path) -> None:
+    _source(src, qwen(4), stated=4, router=4)
+    stale = {"model_type": "qwen3_moe", "num_experts": 4, "n_routed_experts": 8}
+    (src / "config.json").write_text(json.dumps(stale))
+    result = moeconv.fuse(src, out, dry_run=True)
+    assert [n for n in result.source.detection.notes if "key `n_routed_experts`" in n]
 
 
 def test_experts_that_are_lost(src: Path, out: Path) -> None:

@@ -320,6 +320,6 @@ def test_config_may_be_absent_where_a_recipe_is_given(src: Path, out: Path):
 
 def test_config_of_another_model_is_not_taken_from_elsewhere(src: Path, out: Path):
     # the one beside the file counts, also where the working directory has another
-    write(src, qwen(), config=config(experts=8))
-    with pytest.raises(MoeconvError, match="says 8"):
+    write(src, qwen(), config=config(width=16))
+    with pytest.raises(MoeconvError, match="says 16"):
         moeconv.fuse(src / SHARD, out)

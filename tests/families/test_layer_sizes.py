@@ -83,10 +83,11 @@ def test_a_list_with_a_number_of_experts_for_each_layer(form: str, tmp_path: Pat
 
     result = planned(tmp_path / "right", TWO_LAYERS, config(12, 6))
     assert [s.experts for s in result.plan.stacks] == [12, 6]
+    experts_alone = "\n".join(row for row in TWO_LAYERS.splitlines() if "mlp.gate" not in row)
     with pytest.raises(ConfigMismatch, match=r"the tensors have 6 experts"):
-        planned(tmp_path / "second", TWO_LAYERS, config(12, 7))
+        planned(tmp_path / "second", experts_alone, config(12, 7))
     with pytest.raises(ConfigMismatch, match=r"the tensors have 12 experts"):
-        planned(tmp_path / "first", TWO_LAYERS, config(13, 6))
+        planned(tmp_path / "first", experts_alone, config(13, 6))
 
 
 def test_a_list_of_main_layers_says_nothing_of_those_of_mtp(tmp_path: Path):
