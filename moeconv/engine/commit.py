@@ -35,7 +35,7 @@ from moeconv.engine.output.atomic_file import (
 )
 from moeconv.engine.output.disk_space import DiskSpace, refuse_short
 from moeconv.engine.output.journal import clear_aborted_start, plan_digest, resumable
-from moeconv.engine.output.ownership import Inventory
+from moeconv.engine.output.ownership import OutputInventory
 from moeconv.engine.output.resume import finished_before, identity
 from moeconv.engine.output.transaction import OutputTransaction
 from moeconv.engine.recorded_digests import DigestPolicy, Recorded, recorded
@@ -79,7 +79,7 @@ def commit(
     options: RunOptions,
     *,
     space: DiskSpace,
-    replaced: Inventory | None = None,
+    replaced: OutputInventory | None = None,
 ) -> tuple[Manifest | None, CopyMethods, tuple[str, ...]]:
     """Write the plan's output; if anything fails, OUT is as it was before.
 

@@ -39,7 +39,7 @@ def parse_map(doc: Json, *, where: str, bare: str = vllm.VLLM) -> base.RawMap:
 
 def _parsed(doc: Json, bare: str, problems: Problems, where: str) -> base.RawMap:
     if isinstance(doc, list):
-        return _bare_rows(doc, bare, problems)
+        return vllm.read_rows(doc, bare, problems)
     if not isinstance(doc, dict):
         problems.add("", f"is neither an object nor a list of rows, but {base.kind_of(doc)}")
         return base.RawMap(bare, base.BY_ROW, ())
@@ -56,12 +56,6 @@ def _parsed(doc: Json, bare: str, problems: Problems, where: str) -> base.RawMap
     keys = [quoted(f.key) for f in FORMATS.values() if f.key is not None]
     problems.add("", f"has none of the keys {', '.join(keys)}")
     return base.RawMap(bare, base.BY_ROW, ())
-
-
-def _bare_rows(doc: list[Json], bare: str, problems: Problems) -> base.RawMap:
-    if doc and not any(isinstance(item, list) for item in doc):
-        return base.RawMap(vllm.VLLM, base.ALIKE, ((0, base.parse_row(doc, "", problems)),))
-    return base.rows_by_number(bare, base.parse_rows(doc, "", problems), keyed=False)
 
 
 def write_map(name: str, placement: Placement, layers: MoeLayers, *, ep_size: int | None) -> bytes:

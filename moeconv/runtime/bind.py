@@ -37,7 +37,7 @@ from moeconv.runtime.model_tensors import (
     unsharded,
     unwritable_reason,
 )
-from moeconv.runtime.transfer import Step
+from moeconv.runtime.write_tensors import Step
 
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
 _Problems: TypeAlias = defaultdict[str, list[str]]  # by kind

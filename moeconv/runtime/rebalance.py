@@ -15,8 +15,8 @@ from moeconv.runtime.bind import Binding, Rename, bind
 from moeconv.runtime.byte_runs import LocalTensor, equal_part, join_runs
 from moeconv.runtime.rank_view import RankView
 from moeconv.runtime.slot_records import record_placement, slots_to_load
-from moeconv.runtime.transfer import load_tensors
 from moeconv.runtime.updater import Report, Updater
+from moeconv.runtime.write_tensors import load_tensors
 
 ViewT = TypeVar("ViewT", bound=RankView)
 

@@ -19,9 +19,9 @@ from moeconv.runtime.byte_runs import LocalTensor
 from moeconv.runtime.open import Files, is_global, open_for_rank, rank_tensors
 from moeconv.runtime.rank_view import RankView, changed_slots
 from moeconv.runtime.rebalance import Moves
-from moeconv.runtime.transfer import checked_device, load_tensors
 from moeconv.runtime.updater import Report, Updater
 from moeconv.runtime.validate import validate_rank
+from moeconv.runtime.write_tensors import checked_device, load_tensors
 
 
 def ep_rank_of(rank: int, world: int, ep: int, order: str = "sglang", *, moe_tp: int = 1) -> int:

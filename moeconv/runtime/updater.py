@@ -18,7 +18,7 @@ from moeconv.runtime.files import Reader
 from moeconv.runtime.model_tensors import is_dtensor, local_tensor
 from moeconv.runtime.rank_view import RankView
 from moeconv.runtime.slot_records import ORDER, record_load, recorded_rows
-from moeconv.runtime.transfer import TensorWriter
+from moeconv.runtime.write_tensors import TensorWriter
 
 
 @dataclass(frozen=True, slots=True)

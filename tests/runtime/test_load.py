@@ -9,8 +9,9 @@ import torch
 import moeconv.runtime
 from moeconv.errors import MissingShard, NoTorchDtype, SourceChanged, UsageProblem
 from moeconv.manifest.model import Run, TensorEntry
+from moeconv.runtime import write_tensors
 from moeconv.runtime.byte_runs import LocalTensor, join_runs, run_chunks, slice_runs
-from moeconv.runtime.transfer import load_tensors
+from moeconv.runtime.write_tensors import load_tensors
 from tests.runtime.handmade import (
     _NAMES,
     STACK,
@@ -192,7 +193,7 @@ def test_runs_are_joined_and_cut():
 # --- another device ----------------------------------------------------------------------------
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moeconv.runtime.transfer.RING_BYTES", 256)
+    monkeypatch.setattr("moeconv.runtime.write_tensors.RING_BYTES", 256)
     made = checkpoint(layers=3)
     shard = moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=1, ep_size=2)
     loaded = shard.load(device="cuda")
@@ -247,11 +248,10 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
 ):
     from contextlib import nullcontext
 
-    from moeconv.runtime import transfer
     from moeconv.runtime.files import Reader
 
     WAITED.clear()
-    monkeypatch.setattr(transfer, "RING_BYTES", 64)
+    monkeypatch.setattr(write_tensors, "RING_BYTES", 64)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
@@ -264,7 +264,7 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
     shard = moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=0, ep_size=2)
     tensor = shard.tensors[f"{STACK}.gate_up_proj"]
     into = numbers(tensor.nbytes, dtype=torch.uint8).zero_().as_subclass(Slow)
-    ring = transfer.PinnedRing(torch.device("cpu"))
+    ring = write_tensors.PinnedRing(torch.device("cpu"))
     with Reader(shard.files) as reader:
         reader.open(tensor.runs)
         ring.copy(into, tensor.runs, reader)
@@ -277,7 +277,7 @@ def test_the_ring_waits_before_it_uses_a_buffer_again(
 
 
 def test_a_filler_waits_for_its_rings_each_time():
-    from moeconv.runtime.transfer import TensorWriter
+    from moeconv.runtime.write_tensors import TensorWriter
 
     done: list[int] = []
 
@@ -302,15 +302,14 @@ def test_meta_holds_no_bytes(tmp_path: Path):
 
 
 def test_a_device_that_is_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from moeconv.runtime import transfer
     from moeconv.runtime.files import Reader
 
-    monkeypatch.setattr(transfer, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(write_tensors, "BLOCK_BYTES", 10)
     made = checkpoint()
     shard = moeconv.runtime.open(write_set(tmp_path / "set", made), ep_rank=0, ep_size=2)
     tensor = shard.tensors[f"{STACK}.gate_up_proj"]
     flat = torch.zeros(tensor.nbytes, dtype=torch.uint8)
-    with Reader(shard.files) as reader, transfer.TensorWriter() as filler:
+    with Reader(shard.files) as reader, write_tensors.TensorWriter() as filler:
         reader.open(tensor.runs)
         filler.buffered(flat, tensor.runs, reader)
     assert raw(flat) == raw(made.expected(0)[tensor.name])

@@ -132,7 +132,7 @@ def test_cast_is_for_floats_only(opened: Opened):
 
 
 def test_casts_in_blocks(opened: Opened, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moeconv.runtime.transfer.BLOCK_BYTES", 100)
+    monkeypatch.setattr("moeconv.runtime.write_tensors.BLOCK_BYTES", 100)
     made, model = checkpoint(dtype=torch.float16), TinyMoe(3, dtype=torch.float64)
     report = opened(made, 1).load_into(model, cast=True)
     for name, value in made.expected(1).items():

@@ -17,7 +17,7 @@ from moeconv.runtime.dtensor import (
     strided_chunk,
     whole,
 )
-from moeconv.runtime.transfer import _within
+from moeconv.runtime.write_tensors import _within
 from tests.runtime.handmade import numbers, raw
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moeconv.checkpoint.output_files import hidden_name
 from moeconv.engine.output.journal import JOURNAL_NAME, Journal
-from moeconv.engine.output.ownership import Inventory
+from moeconv.engine.output.ownership import OutputInventory
 from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
 
 
@@ -28,7 +28,7 @@ def recorded_backup(out: Path, journal: Journal | None) -> Path | None:
     return backup if stat.S_ISDIR(facts.st_mode) and facts.st_ino == journal.backup else None
 
 
-def remove_output(old: Inventory) -> list[str]:
+def remove_output(old: OutputInventory) -> list[str]:
     """Remove the files of an output that have not changed since; return the names of what is left.
 
     Data files and sidecars go first, then the parts, the journal, and last the root, so that an
@@ -56,7 +56,7 @@ def _last(name: str) -> tuple[int, str]:
     return int(name.startswith(f"{PARTS_DIR}/")), name
 
 
-def _remove_folders(old: Inventory) -> None:
+def _remove_folders(old: OutputInventory) -> None:
     for name in reversed(old.folders):
         _remove_if_empty(old.path / name)
 

@@ -66,7 +66,7 @@ def identity_of(facts: os.stat_result) -> Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Inventory:
+class OutputInventory:
     """The files and folders of an output that are moeconv's, and why the others are not.
 
     path: of the output. folders: parents first. foreign: reason by relative path, folders end in
@@ -132,7 +132,7 @@ def _listed(out: Path) -> _Listing:
     return found
 
 
-def take_inventory(out: Path, limits: Limits) -> Inventory:
+def take_inventory(out: Path, limits: Limits) -> OutputInventory:
     """Compare everything in OUT with its manifest, or with its journal if it is unfinished.
 
     All bytes of documents and sidecars are compared; of data files size, header and times, and the
@@ -160,7 +160,7 @@ def take_inventory(out: Path, limits: Limits) -> Inventory:
     for folder in there.folders:
         if folder not in ours and folder not in holding and folder not in foreign:
             foreign[folder] = NOT_MADE
-    return Inventory(
+    return OutputInventory(
         out,
         files=files,
         folders=tuple(f for f in there.folders if f in ours),

@@ -10,7 +10,7 @@ from moeconv.core.text import quoted_list
 from moeconv.engine.copy.pool import Limits
 from moeconv.engine.output.backup import backup_path, recorded_backup
 from moeconv.engine.output.journal import JOURNAL_NAME, is_bare, read_journal
-from moeconv.engine.output.ownership import NOT_MADE, Inventory, take_inventory
+from moeconv.engine.output.ownership import NOT_MADE, OutputInventory, take_inventory
 from moeconv.errors import IoFailed, UnsafeOutput, UsageProblem, WouldOverwrite, printable, quoted
 from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
 
@@ -44,7 +44,7 @@ def refuse_overlap(src: Path | None, out: Path) -> None:
 
 def refuse_existing(
     out: Path, *, limits: Limits, overwrite: bool, resume: bool = False, restores: bool = False
-) -> Inventory | None:
+) -> OutputInventory | None:
     """Raise WouldOverwrite unless OUT is absent, empty, or an output to be replaced or resumed.
 
     restores: whether an origin is restored, which has no manifest.
@@ -142,7 +142,7 @@ def _not_ours(out: Path, foreign: dict[str, str]) -> WouldOverwrite:
     )
 
 
-def find_backup(out: Path, limits: Limits, *, finished: bool = False) -> Inventory | None:
+def find_backup(out: Path, limits: Limits, *, finished: bool = False) -> OutputInventory | None:
     """Take the inventory of a backup that a killed run left; None if other files are in it.
 
     It is found by the journal of that run, or by its name where the run was killed before it wrote

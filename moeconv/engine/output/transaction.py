@@ -19,7 +19,7 @@ from moeconv.engine.output.journal import (
     busy,
     clear_aborted_start,
 )
-from moeconv.engine.output.ownership import Inventory, unfinished_file_problem
+from moeconv.engine.output.ownership import OutputInventory, unfinished_file_problem
 from moeconv.engine.output.preflight import find_backup
 from moeconv.errors import IoFailed, WouldOverwrite, quoted
 from moeconv.manifest.model import PARTS_DIR, ROOT_NAME
@@ -71,11 +71,11 @@ class OutputTransaction:
 
     out: Path
     limits: Limits
-    replaced: Inventory | None = None  # what is in OUT before the run
+    replaced: OutputInventory | None = None  # what is in OUT before the run
     made_files: list[Path] = field(default_factory=list)
     named: dict[Path, tuple[int, int, int]] = field(default_factory=dict)  # what is in place
     made_folders: list[Path] = field(default_factory=list)
-    backup: Inventory | None = None  # the old output, until the new one is complete
+    backup: OutputInventory | None = None  # the old output, until the new one is complete
     journal: JournalFile | None = None
     keeps: bool = False  # whether finished files stay if the run fails, to be resumed
 
@@ -166,7 +166,7 @@ class OutputTransaction:
                 "files of an old output that have changed",
             )
         self.out.rename(backup)
-        self.backup = replace(self.replaced or Inventory(backup), path=backup)
+        self.backup = replace(self.replaced or OutputInventory(backup), path=backup)
         return backup.stat().st_ino
 
     def _clear(self) -> None:
