@@ -114,8 +114,9 @@ def _files_and_beside(store: Store, index: Index, shards: list[str]) -> tuple[Da
     shards: the weight files of the directory. Raises MissingShard, DuplicateTensor,
     TensorNotInFile, TensorNotInIndex.
     """
-    listed = [_existing(store, n, named_by=index.name) for n in index.files]
-    beside = [_listed(store, n) for n in shards if n not in index.files]
+    named = index.files
+    listed = [_existing(store, n, named_by=index.name) for n in named]
+    beside = [_listed(store, n) for n in shards if n not in named]
     files = data_files([*listed, *beside])
     _check_disjoint(files, fix=_WAYS_OUT)
     others = {f.name for f in beside}
