@@ -15,6 +15,7 @@ from threading import Thread
 from typing import Final, TypeAlias, TypeGuard
 
 from moeconv.core.dtypes import BITS
+from moeconv.core.signals import take_from
 from moeconv.core.strict_json import Json, Pairs, encodable, loads_records, may_escape
 from moeconv.errors import (
     BadHeader,
@@ -123,7 +124,7 @@ def read_headers(files: Sequence[File]) -> Iterator[Header]:
     try:
         for number in range(len(files)):
             while number not in arrived:
-                arrived |= [arriving.get()]
+                arrived |= [take_from(arriving)]
             found = arrived.pop(number)
             if isinstance(found, Exception):
                 raise found

@@ -1,12 +1,17 @@
-"""Defer SIGINT and SIGTERM across steps that must happen together."""
+"""Defer SIGINT and SIGTERM across steps that must happen together; wait without missing them."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from types import FrameType
+from typing import Final, TypeVar
+
+Item = TypeVar("Item")
+_WAIT_SECONDS: Final = 0.2
 
 
 def _nothing() -> None:
@@ -48,3 +53,13 @@ def defer_signals(then: Callable[[], None] = _nothing) -> Iterator[None]:
                 signal.signal(signal.SIGINT, handlers[signal.SIGINT])
         if deferred:
             raise deferred[0]
+
+
+def take_from(queue: SimpleQueue[Item]) -> Item:
+    """The next item of a queue that other threads fill.
+
+    A signal that arrives just before a wait without end would be handled only after it.
+    """
+    while True:
+        with suppress(Empty):
+            return queue.get(timeout=_WAIT_SECONDS)

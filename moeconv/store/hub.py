@@ -11,6 +11,7 @@ from threading import Lock, Thread
 from typing import Final
 
 from moeconv.core.names import natural_key, relative_path_problem
+from moeconv.core.signals import take_from
 from moeconv.core.system_errors import system_failure
 from moeconv.core.text import quoted_list
 from moeconv.errors import (
@@ -168,7 +169,7 @@ class HubStore:
                 arriving.put(problem)
 
         Thread(target=fetch, daemon=True).start()
-        found = arriving.get()
+        found = take_from(arriving)
         if isinstance(found, Exception):
             raise self._explained(found) from None
         return Path(found)

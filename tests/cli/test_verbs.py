@@ -132,7 +132,7 @@ def test_inspect_survives_damaged_experts(source: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(source, broken)
     config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"num_experts": 17}))
+    (broken / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 17}))
     done = moeconv("inspect", broken)
     assert done.code == 1
     assert "117 tensors" in done.out
