@@ -43,6 +43,11 @@ class DataFile:
         return self.file.mtime_ns
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.size - self.header.data_start if self.whole else self.header.nbytes
+
+    @property
     def whole(self) -> bool:
         """Whether all tensors of the file are taken: `--only-index` may leave some out."""
         return self.header.whole
@@ -94,4 +99,4 @@ class Checkpoint:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(f.header.nbytes for f in self.files)
+        return sum(f.nbytes for f in self.files)

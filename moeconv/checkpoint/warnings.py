@@ -27,10 +27,10 @@ def source_warnings(
 ) -> Iterator[str]:
     """One sentence for each warning."""
     listed = set(index.files) if index else set()
-    tensor_bytes = sum(f.header.nbytes for f in files if f.name in listed)
+    tensor_bytes = sum(f.nbytes for f in files if f.name in listed)
     if index is None:
         yield from missing_shards(f.name for f in files)
-    elif index.total_size not in {tensor_bytes, sum(f.header.nbytes for f in files)}:
+    elif index.total_size not in {tensor_bytes, sum(f.nbytes for f in files)}:
         total = index.total_size
         what = "has no total_size" if total is None else f"has total_size {total:,}"
         yield f"{quoted(index.name)} {what}; the tensors have {tensor_bytes:,} bytes"
