@@ -104,7 +104,7 @@ def _files_of(store: Store, index: Index) -> tuple[DataFile, ...]:
         names.setdefault(file, set()).add(tensor)
     whole = data_files(_existing(store, n, named_by=index.name) for n in index.files)
     files = tuple(replace(f, header=f.header.only(names[f.name])) for f in whole)
-    check_index(index, {t.name: f.name for f in files for t in f.header.tensors})
+    check_index(index, _places(files))
     return files
 
 
@@ -120,10 +120,14 @@ def _files_and_beside(store: Store, index: Index, shards: list[str]) -> tuple[Da
     files = data_files([*listed, *beside])
     _check_disjoint(files, fix=_WAYS_OUT)
     others = {f.name for f in beside}
-    check_index(
-        index, {t.name: f.name for f in files if f.name not in others for t in f.header.tensors}
-    )
+    check_index(index, _places(f for f in files if f.name not in others))
     return files
+
+
+def _places(files: Iterable[DataFile]) -> dict[str, str]:
+    """The file of each tensor, by name."""
+    named = ((f.name, f.header) for f in files)
+    return {tensor.name: file for file, header in named for tensor in header.tensors}
 
 
 def _existing(store: Store, name: str, *, named_by: str) -> File:
@@ -200,13 +204,13 @@ def read_index(store: Store, entries: list[str]) -> Index | None:
 
 def _check_disjoint(files: tuple[DataFile, ...], *, fix: str) -> None:
     first: dict[str, str] = {}
-    for file in files:
-        for tensor in file.header.tensors:
+    for name, header in ((f.name, f.header) for f in files):
+        for tensor in header.tensors:
             if tensor.name in first:
                 raise DuplicateTensor(
                     f"{quoted(tensor.name)} is in two files",
-                    at=f"{quoted(first[tensor.name])} and {quoted(file.name)}",
+                    at=f"{quoted(first[tensor.name])} and {quoted(name)}",
                     cause="programs differ in which of the two they load",
                     fix=fix,
                 )
-            first[tensor.name] = file.name
+            first[tensor.name] = name
