@@ -91,8 +91,8 @@ def open_checkpoint(
 def _holds(store: Store, name: str, exclude: tuple[str, ...] = ("*",)) -> bool:
     """Whether there is a file of this name.
 
-    exclude: globs; one that cannot be read is no problem here if they leave it out, otherwise
-    raises UnsafePath or SourceMissing.
+    exclude: globs; a file that they match is ignored if it cannot be read. Raises UnsafePath,
+    SourceMissing for other files that cannot be read.
     """
     try:
         return store.file(name) is not None

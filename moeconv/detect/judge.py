@@ -46,7 +46,7 @@ class Evidence:
     from_layout: the layout that the user gives for all stacks.
     recorded: what the manifest of an output says of the stack, which is then not judged anew.
     dims: the numbers of dimensions of all matrices in that manifest.
-    router: how many experts the stack's own router chooses from, if that can be told.
+    router: the number of experts that the stack's own router chooses from, if known.
     """
 
     config: Config

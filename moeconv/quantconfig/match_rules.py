@@ -120,9 +120,9 @@ class MatchRules:
     def guesses(self, text: str, budget: Budget) -> Iterator[Matcher]:
         """What a text that names no known module may match. Raises UnsupportedPattern.
 
-        That is what it matches by the rules; and where to these it is no pattern, or one that its
-        writer meant otherwise, what it would match as one, as the end of a name or as a module
-        with all that is in it.
+        First what it matches by the rules. If it is not a pattern by these, or one that its author
+        may have meant otherwise, also what it would match as a pattern, as the end of a name, and as
+        a module with everything in it.
         """
         matcher = self.matcher(text, budget)
         if matcher is not None:

@@ -46,7 +46,7 @@ def renamed_document(
         (found.place, item.text)
         for found in texts
         for item in found.items
-        if not (item.rest and _WORD.fullmatch(item.text))  # a key of one word is no module
+        if not (item.rest and _WORD.fullmatch(item.text))  # a key of one word is not a module
         and renamer.is_ambiguous(found.place, item.text, single=found.single)
     ]
     return after.encode("utf-8"), notes + _left_notes(name, [*renamer.left, *ambiguous])
@@ -197,7 +197,7 @@ class _Renamer:
         """Whether a text that was not renamed may have meant experts, or may mean them now."""
         if (place, text) in self._settled:
             return False
-        # a word such as `experts` is no module's whole name; as an end it was tried before
+        # a word such as `experts` is never a whole module name; as the end of one it was tried before
         if vocabulary().expert_modules.in_text(text) and not _WORD.fullmatch(text):
             return True
         rules = self._rules(place)

@@ -39,10 +39,10 @@ class HubServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.elsewhere = f"http://localhost:{self.server_port}"
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that takes no more than it asked for is no error."""
+    def handle_error(self, *request: object) -> None:
+        """Ignore a client that closes the connection once it has what it asked for."""
         if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
+            super().handle_error(*request)
 
 
 class _Handler(BaseHTTPRequestHandler):
