@@ -121,8 +121,8 @@ class MatchRules:
         """What a text that names no known module may match. Raises UnsupportedPattern.
 
         First what it matches by the rules. If it is not a pattern by these, or one that its author
-        may have meant otherwise, also what it would match as a pattern, as the end of a name, and as
-        a module with everything in it.
+        may have meant otherwise, also what it would match as a pattern, as the end of a name, and
+        as a module with everything in it.
         """
         matcher = self.matcher(text, budget)
         if matcher is not None:

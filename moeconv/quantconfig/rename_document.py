@@ -197,7 +197,7 @@ class _Renamer:
         """Whether a text that was not renamed may have meant experts, or may mean them now."""
         if (place, text) in self._settled:
             return False
-        # a word such as `experts` is never a whole module name; as the end of one it was tried before
+        # a word such as `experts` is never a whole module name; ends of names were tried before
         if vocabulary().expert_modules.in_text(text) and not _WORD.fullmatch(text):
             return True
         rules = self._rules(place)
